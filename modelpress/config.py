@@ -1,0 +1,333 @@
+"""The configuration of a run: one set of models for the function, the flow, the form, the command line and the YAML.
+
+Every field's docstring is its help text everywhere. Validators check and never rewrite. This module imports neither
+torch nor numpy, so that a deployment's form can be built where neither is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from modelpress.errors import ConfigError
+
+PackName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
+"""Name of a pack: lower-case letters, digits, dot, dash, underscore; it is part of object keys."""
+
+Alias = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
+"""Name of a pointer, such as ``champion``."""
+
+Bytes = Annotated[int, Field(gt=0)]
+
+
+class Config(BaseModel):
+    """Base of all configs: frozen, unknown keys refused, docstrings as help text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the canonical JSON of this config: part of a stage's cache key."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+class WorkloadConfig(Config):
+    """What is optimised and how it is judged: the model, the data and the metric."""
+
+    kind: Literal["image-classification", "sentence-embedding", "custom"]
+    """Built-in workload, or `custom` for a class of your own."""
+    model: str = ""
+    """The model: `digits-cnn` (trained in the run), or a Hugging Face folder (safetensors + config) as a path
+    or as `package://PACKAGE/FOLDER`."""
+    data: str = ""
+    """The data: `digits`, an .npz with arrays `images` and `labels`, `docstrings` (retrieval pairs made from the
+    docstrings of installed Python sources), or a .jsonl with `query` and `document`."""
+    factory: str = ""
+    """For `custom`: import path `package.module:callable` that returns a `modelpress.workload.Workload`."""
+    options: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """For `custom`: keyword arguments of the factory."""
+    train_samples: int = Field(default=0, ge=0)
+    """At most this many training samples; 0 takes all."""
+    calibration_samples: int = Field(default=128, ge=1)
+    """Samples held apart for calibration and sensitivity."""
+    evaluation_samples: int = Field(default=0, ge=0)
+    """At most this many evaluation samples; 0 takes all."""
+    train_epochs: int = Field(default=30, ge=1, le=10_000)
+    """Epochs for a source model that is trained in the run."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the split and of the source model's training."""
+
+    @model_validator(mode="after")
+    def _check(self) -> WorkloadConfig:
+        if self.kind == "custom" and ":" not in self.factory:
+            raise ValueError("workload.factory must be 'package.module:callable' when workload.kind is 'custom'")
+        if self.kind != "custom" and self.factory:
+            raise ValueError("workload.factory is only read when workload.kind is 'custom'")
+        if self.kind != "custom" and not (self.model and self.data):
+            raise ValueError(f"workload.model and workload.data are needed when workload.kind is {self.kind!r}")
+        return self
+
+
+class TrainConfig(Config):
+    """How weights are updated: used by distillation and by recovery after pruning."""
+
+    epochs: int = Field(default=10, ge=1, le=10_000)
+    """Passes over the training data."""
+    batch_size: int = Field(default=64, ge=1)
+    """Samples per update."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
+    """Update rule."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of `sgd`; β₁ of `adam` and `adamw`."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decay: L2 for `sgd` and `adam`, decoupled for `adamw`."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """Learning rate over the updates, after the warm-up."""
+    warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the updates with a linear warm-up."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are clipped to this global norm; 0 switches clipping off."""
+    early_stop_epochs: int = Field(default=0, ge=0)
+    """Stop after this many epochs without a better calibration loss, and keep the best weights; 0 never stops."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the order of the data and of dropout."""
+
+
+class DistillConfig(Config):
+    """Train a smaller student on the teacher's answers (Hinton et al. 2015, arXiv:1503.02531)."""
+
+    student: Literal["layer-drop", "architecture"] = "architecture"
+    """`layer-drop` copies chosen layers of the teacher; `architecture` starts from the workload's own smaller model."""
+    keep_layers: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    """For `layer-drop`: teacher layers that the student keeps, in order, counted from 0."""
+    architecture: dict[str, int | float | str | bool | list[int]] = Field(default_factory=dict)
+    """For `architecture`: what the workload's `skeleton` takes (for `digits-cnn`: channels, hidden)."""
+    temperature: float = Field(default=2.0, gt=0)
+    """T: teacher and student logits are divided by it; the loss carries T²."""
+    alpha: float = Field(default=0.7, ge=0, le=1)
+    """Weight of the teacher's soft labels; the rest is the workload's own loss (cross-entropy)."""
+    hidden_weight: float = Field(default=0.0, ge=0)
+    """Weight of the mean squared error between matched hidden states (layer-drop students only)."""
+    train: TrainConfig = TrainConfig()
+    """The student's training."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DistillConfig:
+        if self.student == "layer-drop" and not self.keep_layers:
+            raise ValueError("distill.keep_layers is needed when distill.student is 'layer-drop'")
+        if self.student == "architecture" and (self.keep_layers or self.hidden_weight):
+            raise ValueError("distill.keep_layers and distill.hidden_weight need distill.student 'layer-drop'")
+        if len(set(self.keep_layers)) != len(self.keep_layers) or sorted(self.keep_layers) != list(self.keep_layers):
+            raise ValueError("distill.keep_layers must rise and not repeat")
+        return self
+
+
+class PruneConfig(Config):
+    """Remove weights: as zeros, or as whole channels, neurons and heads that physically disappear."""
+
+    method: Literal["magnitude", "structured"] = "structured"
+    """`magnitude` sets the smallest weights to zero; `structured` removes channels, neurons and heads."""
+    scope: Literal["layer", "global"] = "layer"
+    """For `magnitude`: the threshold is found per tensor (exact sparsity in each), or over all of them."""
+    structures: list[Literal["channels", "neurons", "heads"]] = Field(default_factory=lambda: ["channels", "neurons"])
+    """For `structured`: what may be removed."""
+    sparsity: float = Field(default=0.5, gt=0, lt=1)
+    """Fraction of zeros (`magnitude`), or of the structures removed in each layer (`structured`)."""
+    targets: list[str] = Field(default_factory=list)
+    """Module names or globs (`encoder.layer.*.output.dense`); empty takes all that the method can prune."""
+    ignore: list[str] = Field(default_factory=list)
+    """Module names or globs that stay untouched."""
+    repair: bool = True
+    """For `structured`: re-fit the next layer by least squares on calibration data."""
+    recovery: TrainConfig | None = None
+    """Fine-tune after pruning, with the unpruned model as teacher; absent means none."""
+
+
+class ExportConfig(Config):
+    """The ONNX graph that is served."""
+
+    opset: int = Field(default=18, ge=17, le=25)
+    """ONNX operator set."""
+    tolerance: float = Field(default=1e-3, gt=0)
+    """Largest absolute difference allowed between the torch module's and the graph's output."""
+
+
+class QuantizeConfig(Config):
+    """Integer weights and activations, in ONNX Runtime."""
+
+    method: Literal["dynamic", "static"] = "static"
+    """`dynamic` finds the activations' range at run time, `static` from calibration data (QDQ)."""
+    calibration: Literal["minmax", "percentile", "entropy"] = "minmax"
+    """For `static`: how the range is found."""
+    percentile: float = Field(default=99.99, gt=50, le=100)
+    """For `static` with `percentile`: share of activation values inside the range."""
+    num_bits: Literal[8] = 8
+    """Bits of weights and activations."""
+    per_channel: bool = True
+    """One weight scale per output channel."""
+    embeddings: bool = False
+    """Quantize embedding tables (Gather) as well; their rows are stored as int8."""
+    targets: list[str] = Field(default_factory=list)
+    """ONNX node names or globs; empty takes every MatMul, Gemm and Conv."""
+    ignore: list[str] = Field(default_factory=list)
+    """ONNX node names or globs that stay in float."""
+    max_quality_drop: float = Field(default=0.01, ge=0)
+    """Budget on calibration data: the most sensitive layers stay in float until the drop, measured as 1 − agreement
+    with the float graph, is within it."""
+    min_coverage: float = Field(default=0.5, ge=0, le=1)
+    """Least share of the eligible weights that must end as integers; less is an error."""
+
+
+class CompressConfig(Config):
+    """Lossless coding of tensors, each by whichever codec is smallest."""
+
+    codecs: list[Literal["zstd", "planes-huffman", "rle-huffman"]] = Field(
+        default_factory=lambda: ["zstd", "planes-huffman", "rle-huffman"], min_length=1
+    )
+    """Codecs that are tried; `raw` always is."""
+    zstd_level: int = Field(default=9, ge=1, le=22)
+    """Level of the `zstd` codec."""
+    min_decode_bytes_per_second: float = Field(default=200e6, ge=0)
+    """Decode-speed floor, in raw bytes per second on one core; a slower codec is not chosen. 0 switches it off."""
+    chunk_symbols: int = Field(default=131_072, ge=4_096, le=16_777_216)
+    """Symbols (elements) per independently decodable chunk."""
+
+
+class ShardConfig(Config):
+    """How the coded tensors are cut into objects."""
+
+    by: Literal["size", "layer"] = "size"
+    """`size` fills shards in tensor order; `layer` also starts a new shard at each layer."""
+    max_shard_size: Bytes = 64 * 2**20
+    """Bytes; no shard is larger. A single tensor that is larger is split over several."""
+
+
+class UploadConfig(Config):
+    """How shards travel to the store."""
+
+    concurrency: int = Field(default=4, ge=1, le=64)
+    """Objects in flight."""
+
+
+class EvaluateConfig(Config):
+    """What is measured after each stage that changed the model, and when the flow stops."""
+
+    max_quality_drop: float = Field(default=0.02, ge=0)
+    """Quality budget in the metric's own units: the flow stops at a stage whose drop against the source model is
+    larger, by the whole confidence interval."""
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    """Confidence of the reported intervals."""
+    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [1, 32], min_length=1)
+    """Batch sizes at which latency and throughput are measured."""
+    latency_seconds: float = Field(default=2.0, gt=0, le=600)
+    """Time spent measuring each batch size."""
+    threads: int = Field(default=0, ge=0)
+    """Intra-operator threads; 0 takes the cores that this process may use."""
+    provider: Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"] = (
+        "CPUExecutionProvider"
+    )
+    """ONNX Runtime execution provider; one that is asked for and missing is an error."""
+
+
+class GateConfig(Config):
+    """Who may become champion."""
+
+    margin: float = Field(default=0.01, gt=0)
+    """Non-inferiority margin in the metric's own units, against the source model and against the champion."""
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    """One-sided confidence of the test."""
+    min_compression_ratio: float = Field(default=1.0, ge=0)
+    """Least source bytes ÷ published bytes."""
+    min_speedup: float = Field(default=0.0, ge=0)
+    """Least throughput ratio to the source model in ONNX Runtime, at the largest measured batch; 0 does not ask."""
+    alias: Alias = "champion"
+    """The pointer that a passed gate moves."""
+
+
+class OptimizeConfig(Config):
+    """One run of the line: source → distill → prune → export → quantize → compress → shard → upload → register."""
+
+    name: PackName
+    """Name of the published pack and of the registered model."""
+    workload: WorkloadConfig
+    """The model, the data and the metric."""
+    distill: DistillConfig | None = None
+    """Absent: no distillation."""
+    prune: PruneConfig | None = None
+    """Absent: no pruning."""
+    export: ExportConfig = ExportConfig()
+    """The ONNX graph that is served."""
+    quantize: QuantizeConfig | None = None
+    """Absent: the graph stays in float."""
+    compress: CompressConfig | None = CompressConfig()
+    """Null: every tensor is stored raw, and the pack is a plain safetensors checkpoint."""
+    shard: ShardConfig = ShardConfig()
+    """How the coded tensors are cut into objects."""
+    upload: UploadConfig = UploadConfig()
+    """How shards travel."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """What is measured after each stage."""
+    gate: GateConfig = GateConfig()
+    """Who may become champion."""
+    promote: bool = True
+    """Judge the new version at the end, and move the alias if it passes."""
+
+
+def load_config(path: str | Path) -> OptimizeConfig:
+    """Read an `OptimizeConfig` from a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or holds an unknown or illegal value; every offending field is
+            named with what it may hold.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"reading config {path}", found=str(error), fix="give the path of a YAML recipe") from error
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"parsing config {path}", found=str(error), expected="a YAML mapping") from error
+    return parse_config(document, origin=str(path))
+
+
+def parse_config(document: Any, *, origin: str = "config") -> OptimizeConfig:
+    """Validate a plain mapping, naming each wrong field.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    if not isinstance(document, dict):
+        raise ConfigError(f"parsing {origin}", found=type(document).__name__, expected="a mapping")
+    try:
+        return OptimizeConfig.model_validate(document)
+    except ValidationError as error:
+        problems = [_describe(problem) for problem in error.errors(include_url=False)]
+        raise ConfigError(f"checking {origin}", found="\n    ".join(["", *problems]).strip("\n")) from error
+
+
+def _describe(problem: Any) -> str:
+    """One line for one pydantic error: the field, what is wrong, and the legal keys for an unknown one."""
+    location = [part for part in problem["loc"] if isinstance(part, str)]
+    where = ".".join(str(part) for part in problem["loc"]) or "config"
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown field; legal here: {', '.join(_legal_keys(location[:-1]))}"
+    if problem["type"] == "missing":
+        return f"{where}: missing"
+    return f"{where}: {problem['msg']} (found {problem['input']!r})"
+
+
+def _legal_keys(path: list[str]) -> list[str]:
+    model: type[BaseModel] = OptimizeConfig
+    for name in path:
+        annotation = model.model_fields[name].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+    return list(model.model_fields)

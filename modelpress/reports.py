@@ -1,0 +1,299 @@
+"""What stages measured: frozen pydantic models, `metrics()` gives flat floats for any tracker.
+
+Bytes end in ``_bytes``, times in ``_seconds``. A value that was not measured is ``None``, never 0. This module
+imports neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Stage = Literal["source", "distill", "prune", "export", "quantize", "compress", "shard", "upload", "register", "gate"]
+
+
+class Report(BaseModel):
+    """Base of all reports."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def metrics(self) -> dict[str, float]:
+        """Every number of this report as ``path.to.field -> float``; nested reports flatten, lists of numbers do not."""
+        flat: dict[str, float] = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, bool) or value is None:
+                continue
+            if isinstance(value, int | float):
+                flat[name] = float(value)
+            elif isinstance(value, Report):
+                flat |= {f"{name}.{key}": number for key, number in value.metrics().items()}
+        return flat
+
+
+class ArtifactRef(Report):
+    """A finished output: what crosses the boundary between tasks."""
+
+    uri: str
+    """Where it lies: the store's URI, a slash, the key."""
+    sha256: str
+    """Digest of its bytes, hex."""
+    size_bytes: int
+    """Its length."""
+
+
+class QualityReport(Report):
+    """A metric on held-out data, paired with the source model's on the same samples."""
+
+    metric: str
+    """Name, such as `accuracy` or `mrr`; higher is better."""
+    samples: int
+    """Number of evaluation samples."""
+    value: float
+    """Mean over the samples."""
+    low: float
+    """Lower end of its confidence interval."""
+    high: float
+    """Upper end of its confidence interval."""
+    baseline: float | None = None
+    """The source model's value."""
+    difference: float | None = None
+    """value − baseline; negative is a loss."""
+    difference_low: float | None = None
+    """Lower end of the paired difference's interval."""
+    difference_high: float | None = None
+    """Upper end of the paired difference's interval."""
+    confidence: float = 0.95
+    """Two-sided confidence of both intervals."""
+
+
+class LatencyReport(Report):
+    """Measured time of one batch size."""
+
+    batch_size: int
+    """Samples per call."""
+    calls: int
+    """Calls measured, after the warm-up."""
+    p50_seconds: float
+    """Median time of a call."""
+    p99_seconds: float
+    """99th percentile of the time of a call."""
+    throughput_per_second: float
+    """Samples per second."""
+
+
+class EvaluationReport(Report):
+    """What a model is worth after a stage."""
+
+    stage: Stage
+    """The stage whose output was measured."""
+    runtime: str
+    """`torch` or `onnxruntime`."""
+    provider: str | None = None
+    """ONNX Runtime execution provider in use."""
+    quality: QualityReport
+    """On the evaluation split."""
+    size_bytes: int
+    """Bytes of the artifact on disk."""
+    latency: list[LatencyReport]
+    """One per batch size."""
+    peak_memory_bytes: int | None = None
+    """Peak resident memory of the evaluation above what stood before it."""
+
+    def metrics(self) -> dict[str, float]:
+        """Adds ``latency.b<batch>.*`` to the base's."""
+        flat = super().metrics()
+        for row in self.latency:
+            flat |= {f"latency.b{row.batch_size}.{key}": value for key, value in row.metrics().items()}
+        return flat
+
+
+class TensorChange(Report):
+    """What happened to one tensor or module."""
+
+    name: str
+    """Its name in the model."""
+    before: list[int]
+    """Shape before."""
+    after: list[int]
+    """Shape after."""
+    zeros: int = 0
+    """Zero elements after."""
+    kept: list[int] | None = None
+    """Indices of the structures that were kept, for structured pruning."""
+
+
+class TrainReport(Report):
+    """How a training went."""
+
+    epochs: int
+    """Epochs run."""
+    updates: int
+    """Optimizer steps."""
+    first_loss: float
+    """Mean loss of the first epoch."""
+    final_loss: float
+    """Mean loss of the last epoch."""
+    best_validation_loss: float | None = None
+    """Least calibration loss, when early stop watches it."""
+    stopped_early: bool = False
+    """Whether early stop ended it."""
+    losses: list[float] = Field(default_factory=list)
+    """Mean loss per epoch."""
+
+
+class SourceReport(Report):
+    """The model as the user gave it."""
+
+    parameters: int
+    """Number of parameters."""
+    size_bytes: int
+    """Bytes of its checkpoint."""
+    trained: bool
+    """Whether it was trained in the run."""
+
+
+class DistillReport(Report):
+    """What distillation did."""
+
+    teacher_parameters: int
+    """Parameters of the teacher."""
+    student_parameters: int
+    """Parameters of the student."""
+    architecture: dict[str, int | float | str | bool | list[int]] = Field(default_factory=dict)
+    """What the student was built from."""
+    keep_layers: list[int] = Field(default_factory=list)
+    """Teacher layers kept."""
+    train: TrainReport
+    """Its training."""
+
+
+class PruneReport(Report):
+    """What pruning removed."""
+
+    method: str
+    """The method."""
+    eligible_parameters: int
+    """Parameters that the method could touch."""
+    touched_parameters: int
+    """Parameters in the tensors that it did touch."""
+    parameters_before: int
+    """All parameters before."""
+    parameters_after: int
+    """All parameters after."""
+    zeros_after: int
+    """Zero weights after, in the touched tensors."""
+    tensors: list[TensorChange]
+    """Each tensor that changed."""
+    recovery: TrainReport | None = None
+    """The fine-tune that followed."""
+
+
+class ExportReport(Report):
+    """The ONNX graph."""
+
+    opset: int
+    """Operator set."""
+    nodes: int
+    """Nodes in the graph."""
+    max_difference: float
+    """Largest absolute difference to the torch module on the example inputs."""
+
+
+class SensitivityRow(Report):
+    """How much one layer suffers from quantization."""
+
+    node: str
+    """ONNX node name."""
+    disagreement: float
+    """1 − agreement with the float graph, with this node alone quantized (or alone left in float)."""
+    kept_float: bool
+    """Whether it stayed in float."""
+
+
+class QuantizeReport(Report):
+    """What quantization did."""
+
+    method: str
+    """The method."""
+    eligible_weights: int
+    """Weights in the operators that the method can quantize."""
+    quantized_weights: int
+    """Weights that are integers now."""
+    coverage: float
+    """quantized ÷ eligible."""
+    agreement: float
+    """Agreement with the float graph on calibration data (mean cosine of the outputs)."""
+    sensitivity: list[SensitivityRow] = Field(default_factory=list)
+    """Layers by falling sensitivity."""
+
+
+class CodedTensor(Report):
+    """How one tensor is stored."""
+
+    name: str
+    """Tensor name."""
+    dtype: str
+    """safetensors dtype name."""
+    shape: list[int]
+    """Shape."""
+    codec: str
+    """Codec that won."""
+    raw_bytes: int
+    """Bytes before."""
+    stored_bytes: int
+    """Bytes after."""
+    entropy_bound_bytes: float
+    """Order-0 entropy bound of the planes, in bytes."""
+    decode_seconds: float
+    """Measured at write time, when the result was proved."""
+
+
+class CompressReport(Report):
+    """What lossless coding reached."""
+
+    raw_bytes: int
+    """All tensors before."""
+    stored_bytes: int
+    """All tensors after."""
+    compression_ratio: float
+    """raw ÷ stored."""
+    coded_share: float
+    """Share of the raw bytes that a codec other than `raw` won."""
+    tensors: list[CodedTensor]
+    """Per tensor."""
+
+
+class ShardReport(Report):
+    """What sharding made."""
+
+    shards: int
+    """Number of shards."""
+    total_bytes: int
+    """Bytes of all shards."""
+    largest_bytes: int
+    """The largest shard."""
+
+
+class UploadReport(Report):
+    """What publishing sent."""
+
+    pack: str
+    """Digest of the manifest: the pack's identity."""
+    uri: str
+    """Where the manifest lies."""
+    objects: int
+    """Blobs of the pack."""
+    sent_objects: int
+    """Blobs that were not there already."""
+    sent_bytes: int
+    """Bytes sent."""
+    published_bytes: int
+    """All bytes of the pack: shards, files and manifest."""
+    source_bytes: int
+    """The source model's checkpoint."""
+    compression_ratio: float
+    """source ÷ published."""
+    seconds: float
+    """Wall time."""

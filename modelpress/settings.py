@@ -1,0 +1,47 @@
+"""Where things are: endpoints, folders and credentials, from the environment and never from a flow's parameters.
+
+Credentials for S3 follow the AWS SDK's own chain (``AWS_ACCESS_KEY_ID``, profiles, instance roles); they are never
+read, stored or printed here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Read from ``MODELPRESS_*`` variables; see `docs/operations.md`."""
+
+    model_config = SettingsConfigDict(env_prefix="MODELPRESS_", frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+    home: Path = Path(".modelpress")
+    """Folder for everything local: caches, the default stores, the default tracking database."""
+    store: str = ""
+    """Where packs are published: `s3://bucket/prefix`, or a folder. Default: `<home>/store`."""
+    work: str = ""
+    """Where stages keep their outputs, on a store that all workers reach. Default: `<home>/work`."""
+    s3_endpoint_url: str = ""
+    """S3 endpoint; empty takes the AWS SDK's own."""
+    s3_region: str = "us-east-1"
+    """S3 region."""
+    tracking_uri: str = ""
+    """MLflow tracking and registry server. Default: SQLite in `<home>/mlflow.db`."""
+    reuse: bool = True
+    """Take a stage's finished output when its key matches; off recomputes everything."""
+
+    @property
+    def store_uri(self) -> str:
+        """The publication store, with its default filled in."""
+        return self.store or str((self.home / "store").absolute())
+
+    @property
+    def work_uri(self) -> str:
+        """The stage store, with its default filled in."""
+        return self.work or str((self.home / "work").absolute())
+
+    @property
+    def mlflow_uri(self) -> str:
+        """The MLflow server, with its default filled in."""
+        return self.tracking_uri or f"sqlite:///{(self.home / 'mlflow.db').absolute()}"

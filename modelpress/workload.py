@@ -1,0 +1,168 @@
+"""What a user brings: a model, data in three disjoint splits, a metric and example inputs.
+
+Subclass `Workload` for your own (docs/bring-your-own.md does it in under 40 lines); the built-in ones are in
+`modelpress.workloads`.
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modelpress.config import WorkloadConfig
+from modelpress.errors import OverlapError, WorkloadError
+from modelpress.progress import Progress, silent
+
+Split = Literal["train", "calibration", "evaluation"]
+SPLITS: tuple[Split, ...] = ("train", "calibration", "evaluation")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs by the name of the model's `forward` parameter (first axis: samples), and targets for the loss."""
+
+    inputs: dict[str, Tensor]
+    targets: Tensor | None = None
+
+    def __len__(self) -> int:
+        return int(next(iter(self.inputs.values())).shape[0])
+
+
+class Workload(abc.ABC):
+    """A model together with the data and the metric by which it is judged.
+
+    The model takes the tensors of `Batch.inputs` as keyword arguments and returns one tensor, float, with samples on
+    the first axis (logits, or embeddings).
+    """
+
+    metric: ClassVar[str]
+    """Name of the metric; higher is better."""
+    output_name: ClassVar[str] = "output"
+    """Name of the graph's output."""
+
+    @abc.abstractmethod
+    def source(self, progress: Progress = silent) -> nn.Module:
+        """The trained model, in eval mode. Trains it first where the workload says so."""
+
+    @abc.abstractmethod
+    def skeleton(self, architecture: Mapping[str, Any]) -> nn.Module:
+        """An untrained model of this kind. Empty `architecture`: the source's own. `distill.architecture` and
+        checkpoints are rebuilt through it.
+
+        Raises:
+            WorkloadError: a key that it doesn't know.
+        """
+
+    @abc.abstractmethod
+    def batches(self, split: Split, batch_size: int, seed: int | None = None) -> Iterator[Batch]:
+        """One pass over a split; in fixed order, or shuffled by `seed` (which may also augment)."""
+
+    @abc.abstractmethod
+    def score(self, outputs: np.ndarray) -> np.ndarray:
+        """Per-sample scores, float64, from the model's outputs on the evaluation split in fixed order.
+
+        Their mean is the metric. Outputs: (samples of the split, …), float32.
+        """
+
+    @abc.abstractmethod
+    def identity(self) -> str:
+        """Text that changes whenever model or data change: part of every cache key."""
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """The task's own loss; default: cross-entropy with `batch.targets`."""
+        if batch.targets is None:
+            raise WorkloadError(f"{type(self).__name__}.loss", found="no targets", fix="override `loss`")
+        return nn.functional.cross_entropy(output, batch.targets)
+
+    def dynamic_axes(self) -> dict[str, dict[int, str]]:
+        """Names of axes that may differ per call, by input; default: axis 0 of each is `batch`."""
+        return {name: {0: "batch"} for name in self.example(1)}
+
+    def example(self, batch_size: int) -> dict[str, Tensor]:
+        """Inputs from the calibration split, exactly `batch_size` samples (repeated where the split is shorter)."""
+        inputs = next(self.batches("calibration", batch_size)).inputs
+        have = next(iter(inputs.values())).shape[0]
+        index = torch.arange(batch_size) % have
+        return {name: tensor[index] for name, tensor in inputs.items()}
+
+    def files(self) -> dict[str, bytes]:
+        """Files that belong to the served model (tokenizer, labels), published with it."""
+        return {}
+
+    def licence(self) -> str:
+        """SPDX identifier or text of the source model's licence, for the manifest."""
+        return "unknown"
+
+
+def sample_digests(workload: Workload, split: Split) -> set[str]:
+    """sha256 of each sample's input tensors of a split."""
+    digests: set[str] = set()
+    for batch in workload.batches(split, 256):
+        arrays = [tensor.numpy() for _, tensor in sorted(batch.inputs.items())]
+        for row in range(len(batch)):
+            digest = hashlib.sha256()
+            for array in arrays:
+                digest.update(np.ascontiguousarray(array[row]).tobytes())
+            digests.add(digest.hexdigest())
+    return digests
+
+
+def check_disjoint(workload: Workload) -> None:
+    """Refuse splits that share a sample, and empty ones.
+
+    Raises:
+        OverlapError: two splits share samples.
+        WorkloadError: a split is empty.
+    """
+    seen = {split: sample_digests(workload, split) for split in SPLITS}
+    for split in SPLITS:
+        if not seen[split]:
+            raise WorkloadError(f"checking the {split} split", found="no samples", expected="at least one")
+    for i, first in enumerate(SPLITS):
+        for second in SPLITS[i + 1 :]:
+            shared = seen[first] & seen[second]
+            if shared:
+                raise OverlapError(
+                    f"checking that the {first} and {second} splits are disjoint",
+                    found=f"{len(shared)} shared samples of {len(seen[first])} and {len(seen[second])}",
+                    expected="none: quality measured on data that the model has seen says nothing",
+                    fix=f"remove them from the {first} split",
+                )
+
+
+def load_workload(config: WorkloadConfig) -> Workload:
+    """Make the workload that a config names.
+
+    Raises:
+        WorkloadError: the import path, the model or the data can't be loaded.
+    """
+    if config.kind != "custom":
+        from modelpress import workloads
+
+        return workloads.BUILT_IN[config.kind](config)
+    module_name, _, attribute = config.factory.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise WorkloadError(
+            f"importing workload.factory {config.factory!r}",
+            found=str(error),
+            expected="an importable 'package.module:callable'",
+            fix="install the package in this environment, or set PYTHONPATH to its folder",
+        ) from error
+    workload = factory(**config.options)
+    if not isinstance(workload, Workload):
+        raise WorkloadError(
+            f"calling workload.factory {config.factory!r}",
+            found=type(workload).__name__,
+            expected="a modelpress.workload.Workload",
+        )
+    return workload
