@@ -1,0 +1,50 @@
+# Two commands for a newcomer: `make demo` and `make test`. `make help` lists the rest.
+SHELL := bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Closed networks and quiet terminals: no telemetry from the tools that we start.
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export DO_NOT_TRACK := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help venv demo test test-faults lint format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+venv: $(STAMP) ## make .venv with modelpress, the demo's model and the developers' tools
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "modelpress needs Python 3.11 or newer; found $$($(PYTHON) --version). Say which: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 3; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	@echo "Installing modelpress and what it needs (a few minutes, a few GB) ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
+	@touch $@
+
+demo: venv ## run the whole line on two real models, and answer a prediction from the published packs
+	$(BIN)/python -m flows.demo
+
+test: lint ## lint, then the whole suite against real Prefect, MLflow and S3 servers
+	$(BIN)/python -m pytest -m "not e2e" $(PYTEST_ARGS)
+
+test-faults: venv ## only the tests that kill processes, fill disks and break bytes
+	$(BIN)/python -m pytest -m faults $(PYTEST_ARGS)
+
+lint: venv ## ruff, mypy --strict and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: venv ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the demo's stores, databases and caches; keeps .venv
+	rm -rf .modelpress .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
