@@ -14,7 +14,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class Settings(BaseSettings):
     """Read from ``MODELPRESS_*`` variables; see `docs/operations.md`."""
 
-    model_config = SettingsConfigDict(env_prefix="MODELPRESS_", frozen=True, extra="ignore", use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(
+        env_prefix="MODELPRESS_", frozen=True, extra="ignore", use_attribute_docstrings=True
+    )
 
     home: Path = Path(".modelpress")
     """Folder for everything local: caches, the default stores, the default tracking database."""

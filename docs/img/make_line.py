@@ -31,7 +31,9 @@ def box(x: int, y: int, title: str, text: str, fill: str) -> list[str]:
     parts = [f'<rect x="{x}" y="{y}" width="{BOX_W}" height="{BOX_H}" rx="8" fill="{fill}" stroke="{LINE}"/>']
     centre = x + BOX_W // 2
     parts.append(f'<text x="{centre}" y="{y + 22}" class="title">{escape(title)}</text>')
-    parts += [f'<text x="{centre}" y="{y + 42 + 16 * i}" class="text">{escape(line)}</text>' for i, line in enumerate(lines)]
+    parts += [
+        f'<text x="{centre}" y="{y + 42 + 16 * i}" class="text">{escape(line)}</text>' for i, line in enumerate(lines)
+    ]
     return parts
 
 
@@ -52,7 +54,9 @@ def draw() -> str:
     gauge_y = top + BOX_H + 32
     left, right = LEFT, LEFT + step * 5 - GAP
     label = "evaluate after each: quality with its interval, bytes, latency · over budget = stop, with the reason"
-    parts.append(f'<rect x="{left}" y="{gauge_y}" width="{right - left}" height="34" rx="8" fill="{FILLS["decision"]}" stroke="{LINE}"/>')
+    parts.append(
+        f'<rect x="{left}" y="{gauge_y}" width="{right - left}" height="34" rx="8" fill="{FILLS["decision"]}" stroke="{LINE}"/>'
+    )
     parts.append(f'<text x="{(left + right) // 2}" y="{gauge_y + 22}" class="text">{escape(label)}</text>')
     for i in range(5):
         x = LEFT + i * step + BOX_W // 2
@@ -64,7 +68,9 @@ def draw() -> str:
         if i:
             parts.append(arrow(x - GAP, bottom + BOX_H // 2, x - 2, bottom + BOX_H // 2))
     last, turn, first = LEFT + step * 7 + BOX_W // 2, (gauge_y + 52), offset + BOX_W // 2
-    parts.append(f'<path d="M{last} {top + BOX_H} V{turn} H{first} V{bottom - 2}" fill="none" stroke="{LINE}" marker-end="url(#head)"/>')
+    parts.append(
+        f'<path d="M{last} {top + BOX_H} V{turn} H{first} V{bottom - 2}" fill="none" stroke="{LINE}" marker-end="url(#head)"/>'
+    )
     stores = "stage outputs: content-addressed, resumable · packs: shards + manifest + pointer, in S3 or a folder"
     parts.append(f'<text x="{LEFT}" y="{bottom + 30}" class="left">{escape(stores.split(" · ")[0])}</text>')
     parts.append(f'<text x="{LEFT}" y="{bottom + 50}" class="left">{escape(stores.split(" · ")[1])}</text>')

@@ -64,7 +64,12 @@ def test_own_model_runs_as_printed(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     shown = subprocess.run(
-        [*command, "inspect", "cells@champion"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [*command, "inspect", "cells@champion"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert shown.returncode == 0, shown.stdout + shown.stderr
     assert "int8" in shown.stdout.lower() or "i8" in shown.stdout.lower()
