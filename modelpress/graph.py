@@ -1,0 +1,251 @@
+"""An ONNX model in two halves: the graph without weights, and the weights as named tensors.
+
+The graph keeps its place for each large initializer (name, type, shape) and holds no bytes for it; the bytes are
+tensors of the checkpoint, so that the codecs and shards that serve torch serve ONNX too. ONNX Runtime takes the halves
+from memory: nothing is written to disk to make a session.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import GraphProto, ModelProto, TensorProto
+from onnxruntime.capi import onnxruntime_pybind11_state as native
+from torch import Tensor
+
+from modelpress.checkpoint import Checkpoint
+from modelpress.errors import CorruptionError, SetupError
+
+GRAPH_FILE = "model.onnx"
+INLINE_BELOW = 1024
+"""Initializers of fewer bytes stay in the graph."""
+
+_LOCATION = "tensors"
+_DTYPES: dict[int, torch.dtype] = {
+    TensorProto.FLOAT: torch.float32,
+    TensorProto.FLOAT16: torch.float16,
+    TensorProto.BFLOAT16: torch.bfloat16,
+    TensorProto.DOUBLE: torch.float64,
+    TensorProto.INT8: torch.int8,
+    TensorProto.UINT8: torch.uint8,
+    TensorProto.INT16: torch.int16,
+    TensorProto.INT32: torch.int32,
+    TensorProto.INT64: torch.int64,
+    TensorProto.BOOL: torch.bool,
+    TensorProto.FLOAT8E4M3FN: torch.float8_e4m3fn,
+    TensorProto.FLOAT8E5M2: torch.float8_e5m2,
+}
+"""Element types that a tensor can hold; an initializer of any other type (int4) stays in the graph."""
+
+_REFUSALS = (native.Fail, native.InvalidArgument, native.InvalidGraph, native.InvalidProtobuf, native.NotImplemented)
+
+
+class Session(onnxruntime.InferenceSession):  # type: ignore[misc]
+    """An ONNX Runtime session that owns the memory of its weights."""
+
+    def __init__(self, graph: bytes, options: onnxruntime.SessionOptions, provider: str, weights: list[object]) -> None:
+        # ONNX Runtime reads external initializers in place and does not copy them.
+        self._weights = weights
+        # With fallback on, a call that fails on the GPU would quietly be repeated on the CPU.
+        super().__init__(graph, options, providers=[provider], enable_fallback=0)
+
+
+def split(model: ModelProto, threshold: int = INLINE_BELOW) -> Checkpoint:
+    """Take the initializers of `threshold` bytes and more out of a model; what it does not need to run is dropped.
+
+    The model is left as it is. Equal models give equal checkpoints, byte for byte.
+
+    Raises:
+        CorruptionError: two initializers of one name.
+    """
+    graph = ModelProto()
+    graph.CopyFrom(model)
+    strip(graph)
+    tensors: dict[str, Tensor] = {}
+    for initializer in graph.graph.initializer:
+        if initializer.data_type not in _DTYPES:
+            continue
+        tensor = _to_tensor(initializer)
+        if tensor.nbytes < threshold:
+            continue
+        if initializer.name in tensors:
+            raise CorruptionError(
+                f"taking initializer {initializer.name!r} out of an ONNX graph",
+                found="two initializers of this name",
+                expected="one",
+            )
+        tensors[initializer.name] = tensor
+        _clear_data(initializer)
+        initializer.data_location = TensorProto.EXTERNAL
+        initializer.external_data.add(key="location", value=_LOCATION)
+    return Checkpoint("onnx", tensors, {GRAPH_FILE: graph.SerializeToString(deterministic=True)})
+
+
+def join(checkpoint: Checkpoint) -> ModelProto:
+    """Put graph and tensors together again.
+
+    Raises:
+        CorruptionError: the checkpoint is no ONNX one, or the graph and the tensors do not belong together.
+    """
+    model = parse(checkpoint)
+    for initializer in _external(model):
+        tensor = _matching(initializer, checkpoint)
+        initializer.ClearField("external_data")
+        initializer.ClearField("data_location")
+        initializer.raw_data = _to_array(tensor).tobytes()
+    return model
+
+
+def session(checkpoint: Checkpoint, provider: str = "CPUExecutionProvider", threads: int = 0) -> Session:
+    """Make an ONNX Runtime session from memory, without a temporary file.
+
+    Args:
+        checkpoint: of kind `onnx`.
+        provider: execution provider that must be in use.
+        threads: intra-operator threads; 0 takes the cores that this process may use.
+
+    Raises:
+        SetupError: the provider is not in this build of ONNX Runtime, or does not start on this machine.
+        CorruptionError: the checkpoint is no ONNX one, or ONNX Runtime refuses its graph.
+    """
+    available = onnxruntime.get_available_providers()
+    if provider not in available:
+        raise _provider_error(provider, f"this build of ONNX Runtime has {', '.join(available)}")
+    model = parse(checkpoint)
+    names = [initializer.name for initializer in _external(model)]
+    weights = [_to_value(initializer, _matching(initializer, checkpoint)) for initializer in _external(model)]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or usable_cores()
+    options.log_severity_level = 3
+    options.add_external_initializers(names, weights)
+    try:
+        made = Session(checkpoint.files[GRAPH_FILE], options, provider, weights)
+    except _REFUSALS as error:
+        raise CorruptionError(
+            "making an ONNX Runtime session", found=str(error), expected="a graph that ONNX Runtime accepts"
+        ) from error
+    except (ValueError, RuntimeError) as error:
+        raise _provider_error(provider, str(error)) from error
+    # A provider that does not start is only logged by ONNX Runtime.
+    if made.get_providers()[0] != provider:
+        raise _provider_error(provider, f"ONNX Runtime fell back to {made.get_providers()[0]}")
+    return made
+
+
+def parse(checkpoint: Checkpoint) -> ModelProto:
+    """The graph of an ONNX checkpoint, its large initializers without bytes.
+
+    Raises:
+        CorruptionError: the checkpoint is no ONNX one.
+    """
+    data = checkpoint.files.get(GRAPH_FILE)
+    if checkpoint.kind != "onnx" or data is None:
+        raise CorruptionError(
+            "reading an ONNX checkpoint",
+            found=f"kind {checkpoint.kind!r} with files {sorted(checkpoint.files)}",
+            expected=f"kind 'onnx' with the file {GRAPH_FILE!r}",
+        )
+    try:
+        return onnx.load_model_from_string(data)
+    except DecodeError as error:
+        raise CorruptionError(f"parsing {GRAPH_FILE}", found=str(error), expected="an ONNX graph") from error
+
+
+def strip(model: ModelProto) -> None:
+    """Drop in place what no runtime reads: traces of the exporter, doc strings, inferred shapes of inner values."""
+    for message in (model, *model.functions):
+        message.ClearField("metadata_props")
+        message.ClearField("doc_string")
+    for graph in graphs(model):
+        for field in ("value_info", "metadata_props", "doc_string", "quantization_annotation"):
+            graph.ClearField(field)
+        for part in (*graph.node, *graph.initializer, *graph.input, *graph.output):
+            part.ClearField("metadata_props")
+            part.ClearField("doc_string")
+
+
+def graphs(model: ModelProto) -> Iterator[GraphProto]:
+    """The main graph and every graph nested in its nodes' attributes."""
+    pending = [model.graph]
+    while pending:
+        graph = pending.pop()
+        yield graph
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    pending.append(attribute.g)
+                pending.extend(attribute.graphs)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _external(model: ModelProto) -> list[TensorProto]:
+    return [one for one in model.graph.initializer if one.data_location == TensorProto.EXTERNAL]
+
+
+def _matching(initializer: TensorProto, checkpoint: Checkpoint) -> Tensor:
+    tensor = checkpoint.tensors.get(initializer.name)
+    expected = f"{_DTYPES.get(initializer.data_type)} of shape {list(initializer.dims)}"
+    found = "no such tensor" if tensor is None else f"{tensor.dtype} of shape {list(tensor.shape)}"
+    if tensor is None or found != expected:
+        raise CorruptionError(
+            f"filling initializer {initializer.name!r} of the ONNX graph", found=found, expected=expected
+        )
+    return tensor
+
+
+def _to_tensor(initializer: TensorProto) -> Tensor:
+    """Initializer as a tensor of its own memory."""
+    dtype, shape = _DTYPES[initializer.data_type], tuple(initializer.dims)
+    if initializer.HasField("raw_data"):
+        data = bytearray(initializer.raw_data)
+        return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
+    array = np.ascontiguousarray(onnx.numpy_helper.to_array(initializer))
+    return torch.from_numpy(array.reshape(-1).view(np.uint8).copy()).view(dtype).reshape(shape)
+
+
+def _clear_data(initializer: TensorProto) -> None:
+    for name in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data"):
+        initializer.ClearField(name)
+
+
+def _to_array(tensor: Tensor) -> np.ndarray:
+    """Tensor as an array that shares its memory; types that numpy lacks become integers of their width."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    elif tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        tensor = tensor.view(torch.uint8)
+    return tensor.numpy()
+
+
+def _to_value(initializer: TensorProto, tensor: Tensor) -> onnxruntime.OrtValue:
+    array = _to_array(tensor)
+    if array.dtype == onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type):
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, initializer.data_type)
+
+
+def _provider_error(provider: str, found: str) -> SetupError:
+    fixes = {
+        "CUDAExecutionProvider": "install the CUDA 12 or 13 and cuDNN 9 libraries that this onnxruntime-gpu asks for",
+        "TensorrtExecutionProvider": "install TensorRT 10 beside CUDA and cuDNN",
+    }
+    return SetupError(
+        f"starting ONNX Runtime on {provider}",
+        found=found,
+        expected=f"{provider} in use",
+        fix=fixes.get(provider, "name a provider that this build has")
+        + ", or set the provider to CPUExecutionProvider",
+    )
