@@ -19,7 +19,7 @@ class Report(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     def metrics(self) -> dict[str, float]:
-        """Every number of this report as ``path.to.field -> float``; nested reports flatten, lists of numbers do not."""
+        """Every number of this report, nested reports flattened to ``path.to.field``; lists are left out."""
         flat: dict[str, float] = {}
         for name in type(self).model_fields:
             value = getattr(self, name)

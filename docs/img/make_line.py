@@ -26,7 +26,7 @@ INK, LINE, PAPER = "#1f2933", "#52606d", "#ffffff"
 FILLS = {"model": "#e3f2fd", "bytes": "#e8f5e9", "decision": "#fff3e0"}
 
 
-def box(x: int, y: int, title: str, text: str, fill: str) -> list[str]:
+def _box(x: int, y: int, title: str, text: str, fill: str) -> list[str]:
     lines = text.split("\n")
     parts = [f'<rect x="{x}" y="{y}" width="{BOX_W}" height="{BOX_H}" rx="8" fill="{fill}" stroke="{LINE}"/>']
     centre = x + BOX_W // 2
@@ -37,39 +37,42 @@ def box(x: int, y: int, title: str, text: str, fill: str) -> list[str]:
     return parts
 
 
-def arrow(x1: int, y1: int, x2: int, y2: int, dashed: bool = False) -> str:
+def _arrow(x1: int, y1: int, x2: int, y2: int, dashed: bool = False) -> str:
     dash = ' stroke-dasharray="4 3"' if dashed else ""
     return f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{LINE}" marker-end="url(#head)"{dash}/>'
 
 
 def draw() -> str:
+    """The whole picture, as SVG text."""
     step = BOX_W + GAP
     width, top, bottom = LEFT * 2 + step * len(STAGES) - GAP, 16, 208
     parts: list[str] = []
     for i, (title, text) in enumerate(STAGES):
         x = LEFT + i * step
-        parts += box(x, top, title, text, FILLS["model" if i < 5 else "bytes"])
+        parts += _box(x, top, title, text, FILLS["model" if i < 5 else "bytes"])
         if i:
-            parts.append(arrow(x - GAP, top + BOX_H // 2, x - 2, top + BOX_H // 2))
+            parts.append(_arrow(x - GAP, top + BOX_H // 2, x - 2, top + BOX_H // 2))
     gauge_y = top + BOX_H + 32
     left, right = LEFT, LEFT + step * 5 - GAP
     label = "evaluate after each: quality with its interval, bytes, latency · over budget = stop, with the reason"
     parts.append(
-        f'<rect x="{left}" y="{gauge_y}" width="{right - left}" height="34" rx="8" fill="{FILLS["decision"]}" stroke="{LINE}"/>'
+        f'<rect x="{left}" y="{gauge_y}" width="{right - left}" height="34" rx="8" '
+        f'fill="{FILLS["decision"]}" stroke="{LINE}"/>'
     )
     parts.append(f'<text x="{(left + right) // 2}" y="{gauge_y + 22}" class="text">{escape(label)}</text>')
     for i in range(5):
         x = LEFT + i * step + BOX_W // 2
-        parts.append(arrow(x, top + BOX_H, x, gauge_y - 2, dashed=True))
+        parts.append(_arrow(x, top + BOX_H, x, gauge_y - 2, dashed=True))
     offset = LEFT + step * (len(STAGES) - len(AFTER))
     for i, (title, text) in enumerate(AFTER):
         x = offset + i * step
-        parts += box(x, bottom, title, text, FILLS["bytes" if title in {"serve"} else "decision"])
+        parts += _box(x, bottom, title, text, FILLS["bytes" if title in {"serve"} else "decision"])
         if i:
-            parts.append(arrow(x - GAP, bottom + BOX_H // 2, x - 2, bottom + BOX_H // 2))
+            parts.append(_arrow(x - GAP, bottom + BOX_H // 2, x - 2, bottom + BOX_H // 2))
     last, turn, first = LEFT + step * 7 + BOX_W // 2, (gauge_y + 52), offset + BOX_W // 2
     parts.append(
-        f'<path d="M{last} {top + BOX_H} V{turn} H{first} V{bottom - 2}" fill="none" stroke="{LINE}" marker-end="url(#head)"/>'
+        f'<path d="M{last} {top + BOX_H} V{turn} H{first} V{bottom - 2}" fill="none" '
+        f'stroke="{LINE}" marker-end="url(#head)"/>'
     )
     stores = "stage outputs: content-addressed, resumable · packs: shards + manifest + pointer, in S3 or a folder"
     parts.append(f'<text x="{LEFT}" y="{bottom + 30}" class="left">{escape(stores.split(" · ")[0])}</text>')
