@@ -109,8 +109,7 @@ def _largest_difference(module: nn.Module, checkpoint: Checkpoint, workload: Wor
     largest = 0.0
     for description, inputs in check_inputs(workload):
         expected = _run_torch(module, inputs).numpy()
-        feed = {one.name: inputs[one.name].numpy() for one in session.get_inputs()}
-        found = session.run(None, feed)[0]
+        found = graph.run(session, inputs)
         if found.shape != expected.shape:
             raise ExportError(
                 f"comparing the exported graph with the torch module on {description}",

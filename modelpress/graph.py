@@ -8,7 +8,7 @@ from memory: nothing is written to disk to make a session.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import onnx
@@ -20,7 +20,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 from torch import Tensor
 
 from modelpress.checkpoint import Checkpoint
-from modelpress.errors import CorruptionError, SetupError
+from modelpress.errors import CorruptionError, SetupError, WorkloadError
 
 GRAPH_FILE = "model.onnx"
 INLINE_BELOW = 1024
@@ -136,6 +136,20 @@ def session(checkpoint: Checkpoint, provider: str = "CPUExecutionProvider", thre
     if made.get_providers()[0] != provider:
         raise _provider_error(provider, f"ONNX Runtime fell back to {made.get_providers()[0]}")
     return made
+
+
+def run(session: onnxruntime.InferenceSession, inputs: Mapping[str, Tensor]) -> np.ndarray:
+    """The first output of a session for named inputs; inputs that the graph does not have are left out.
+
+    Raises:
+        WorkloadError: an input of the graph is missing.
+    """
+    names = [one.name for one in session.get_inputs()]
+    missing = sorted(set(names) - set(inputs))
+    if missing:
+        raise WorkloadError("running an ONNX graph", found=f"inputs {sorted(inputs)}", expected=f"also {missing}")
+    output: np.ndarray = session.run(None, {name: inputs[name].numpy() for name in names})[0]
+    return output
 
 
 def parse(checkpoint: Checkpoint) -> ModelProto:

@@ -1,0 +1,218 @@
+"""What a model is worth after a stage: quality with its interval, bytes, latency, throughput, memory.
+
+Torch checkpoints run as torch modules, ONNX ones in ONNX Runtime on the provider that the config names. The quality is
+paired with the source model's on the same samples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from modelpress import graph, intervals
+from modelpress.checkpoint import Checkpoint, to_module
+from modelpress.config import EvaluateConfig
+from modelpress.errors import BudgetExceededError, WorkloadError
+from modelpress.progress import Progress, silent
+from modelpress.reports import EvaluationReport, LatencyReport, QualityReport, Stage
+from modelpress.workload import Workload
+
+Runner = Callable[[Mapping[str, Tensor]], np.ndarray]
+"""Named inputs in, the model's output out: (samples, …), on the CPU."""
+
+_QUALITY_BATCH = 64
+_WARM_UP_CALLS = 3
+_WARM_UP_SECONDS = 0.2
+_LEAST_CALLS = 5
+_MEMORY_INTERVAL_SECONDS = 0.02
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    workload: Workload,
+    config: EvaluateConfig,
+    stage: Stage,
+    baseline_scores: np.ndarray | None,
+    size_bytes: int,
+    progress: Progress = silent,
+) -> tuple[EvaluationReport, np.ndarray]:
+    """Measure a checkpoint on the evaluation split.
+
+    Args:
+        checkpoint: torch or ONNX.
+        workload: data and metric.
+        config: what is measured and how.
+        stage: whose output this is.
+        baseline_scores: (samples,), the source model's scores from an earlier call, or None for the source itself.
+        size_bytes: bytes of the artifact on disk.
+        progress: told of each batch and each measured batch size.
+
+    Returns:
+        The report, and the per-sample scores: (samples,), float64.
+
+    Raises:
+        SetupError: the asked execution provider is not in use.
+        WorkloadError: the metric's scores are no finite vector, or are not as many as the baseline's.
+    """
+    total = 1 + len(config.batch_sizes)
+    with _PeakMemory() as memory, _runner(checkpoint, workload, config) as run:
+        scores = _scores(run, workload, lambda samples: progress(0, total, f"{workload.metric}: {samples} samples"))
+        latency = []
+        for done, batch_size in enumerate(config.batch_sizes, start=1):
+            progress(done, total, f"latency at batch {batch_size}")
+            latency.append(measure_latency(run, workload.example(batch_size), batch_size, config.latency_seconds))
+    report = EvaluationReport(
+        stage=stage,
+        runtime="torch" if checkpoint.kind == "torch" else "onnxruntime",
+        provider=config.provider if checkpoint.kind == "onnx" else None,
+        quality=quality(workload.metric, scores, baseline_scores, config.confidence),
+        size_bytes=size_bytes,
+        latency=latency,
+        peak_memory_bytes=memory.peak_bytes,
+    )
+    progress(total, total, f"{workload.metric} {report.quality.value:.4f}")
+    return report, scores
+
+
+def check_budget(report: EvaluationReport, config: EvaluateConfig) -> None:
+    """Stop a run whose quality drop exceeds the budget by its whole confidence interval.
+
+    Raises:
+        BudgetExceededError: it does; the numbers are in it.
+    """
+    found = report.quality
+    if found.difference is None or found.difference_low is None or found.difference_high is None:
+        return
+    if found.difference_high < -config.max_quality_drop:
+        raise BudgetExceededError(
+            f"judging {found.metric} after {report.stage}",
+            found=f"{found.value:.4f} against the source model's {found.baseline:.4f}: "
+            f"a drop of {-found.difference:.4f}, {found.confidence:.0%} interval {-found.difference_high:.4f} to {-found.difference_low:.4f}, "
+            f"on {found.samples} samples",
+            expected=f"a drop of at most evaluate.max_quality_drop, {config.max_quality_drop:.4f}",
+            fix=f"ask less of the {report.stage} stage, train longer, or widen the budget",
+        )
+
+
+def quality(metric: str, scores: np.ndarray, baseline_scores: np.ndarray | None, confidence: float) -> QualityReport:
+    """Interval of the mean score, and of its paired difference to the baseline where there is one.
+
+    Raises:
+        WorkloadError: not as many scores as the baseline has.
+    """
+    value = intervals.mean(scores, confidence)
+    report = QualityReport(
+        metric=metric, samples=scores.size, value=value.value, low=value.low, high=value.high, confidence=confidence
+    )
+    if baseline_scores is None:
+        return report
+    if baseline_scores.shape != scores.shape:
+        raise WorkloadError(
+            f"pairing {metric} with the source model's",
+            found=f"{scores.size} scores",
+            expected=f"{baseline_scores.size}, one per sample of the evaluation split",
+            fix="the evaluation split must be the same in the whole run",
+        )
+    difference = intervals.paired_difference(scores, baseline_scores, confidence)
+    return report.model_copy(
+        update={
+            "baseline": float(baseline_scores.mean()),
+            "difference": difference.value,
+            "difference_low": difference.low,
+            "difference_high": difference.high,
+        }
+    )
+
+
+def measure_latency(run: Runner, inputs: Mapping[str, Tensor], batch_size: int, seconds: float) -> LatencyReport:
+    """Time calls for about `seconds`, after a warm-up."""
+    start = time.perf_counter()
+    warm_ups = 0
+    while warm_ups < _WARM_UP_CALLS or time.perf_counter() - start < min(_WARM_UP_SECONDS, seconds):
+        run(inputs)
+        warm_ups += 1
+    times: list[float] = []
+    start = time.perf_counter()
+    while len(times) < _LEAST_CALLS or time.perf_counter() - start < seconds:
+        before = time.perf_counter()
+        run(inputs)
+        times.append(time.perf_counter() - before)
+    p50, p99 = np.quantile(times, [0.5, 0.99])
+    return LatencyReport(
+        batch_size=batch_size,
+        calls=len(times),
+        p50_seconds=float(p50),
+        p99_seconds=float(p99),
+        throughput_per_second=batch_size * len(times) / sum(times),
+    )
+
+
+@contextlib.contextmanager
+def _runner(checkpoint: Checkpoint, workload: Workload, config: EvaluateConfig) -> Iterator[Runner]:
+    threads = config.threads or graph.usable_cores()
+    if checkpoint.kind == "onnx":
+        session = graph.session(checkpoint, config.provider, threads)
+        yield lambda inputs: graph.run(session, inputs)
+        return
+    module = to_module(checkpoint, workload)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            yield lambda inputs: module(**inputs).numpy()
+    finally:
+        torch.set_num_threads(before)
+
+
+def _scores(run: Runner, workload: Workload, note: Callable[[int], None]) -> np.ndarray:
+    outputs: list[np.ndarray] = []
+    samples = 0
+    for batch in workload.batches("evaluation", _QUALITY_BATCH):
+        outputs.append(run(batch.inputs))
+        samples += len(batch)
+        note(samples)
+    if not outputs:
+        raise WorkloadError("evaluating the model", found="an empty evaluation split", expected="at least one sample")
+    scores = np.asarray(workload.score(np.concatenate(outputs)), dtype=np.float64)
+    if scores.ndim != 1 or scores.size == 0 or not np.isfinite(scores).all():
+        raise WorkloadError(
+            f"scoring the model with {workload.metric}",
+            found=f"shape {list(scores.shape)}, {np.count_nonzero(~np.isfinite(scores))} not finite",
+            expected="a vector of finite scores, one per sample",
+            fix="return one float per evaluation sample from Workload.score",
+        )
+    return scores
+
+
+class _PeakMemory:
+    """Samples resident memory on a thread. Memory that the process had freed and uses again does not show."""
+
+    peak_bytes: int | None = None
+
+    def __enter__(self) -> _PeakMemory:
+        self._process = psutil.Process()
+        self._before = self._highest = self._process.memory_info().rss
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="modelpress-memory", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        above = self._highest - self._before
+        self.peak_bytes = above if above > 0 else None
+
+    def _sample(self) -> None:
+        while not self._stop.wait(_MEMORY_INTERVAL_SECONDS):
+            self._highest = max(self._highest, self._process.memory_info().rss)
