@@ -95,7 +95,8 @@ def check_budget(report: EvaluationReport, config: EvaluateConfig) -> None:
         raise BudgetExceededError(
             f"judging {found.metric} after {report.stage}",
             found=f"{found.value:.4f} against the source model's {found.baseline:.4f}: "
-            f"a drop of {-found.difference:.4f}, {found.confidence:.0%} interval {-found.difference_high:.4f} to {-found.difference_low:.4f}, "
+            f"a drop of {-found.difference:.4f}, "
+            f"{found.confidence:.0%} interval {-found.difference_high:.4f} to {-found.difference_low:.4f}, "
             f"on {found.samples} samples",
             expected=f"a drop of at most evaluate.max_quality_drop, {config.max_quality_drop:.4f}",
             fix=f"ask less of the {report.stage} stage, train longer, or widen the budget",
