@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import abc
+import contextlib
+import threading
+import urllib.parse
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelpress.errors import ConfigError
+from modelpress.errors import AccessDeniedError, ConfigError, CorruptionError, StoreUnfitError
 from modelpress.settings import Settings
+
+MAX_KEY_BYTES = 1024
+MAX_SEGMENT_BYTES = 255
+RESERVED = ".incoming"
+"""First segment that no key may have: a local store keeps unfinished files there."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +34,19 @@ class Store(abc.ABC):
     An object is visible whole or not at all.
 
     Raises (all methods):
+        ConfigError: the key is not legal (see `check_key`).
         AccessDeniedError: wrong credentials, or a right is missing.
         StoreUnavailableError: no answer within the deadline, after retries.
-        StoreFullError: no space left.
+        StoreFullError: no space left; nothing of the object remains.
     """
 
     uri: str
     """Canonical URI, without a trailing slash."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._fit = False
+        self._fit_lock = threading.Lock()
 
     @abc.abstractmethod
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
@@ -39,19 +54,29 @@ class Store(abc.ABC):
 
         Raises:
             NotFoundError: no such object.
-            CorruptionError: the answer is shorter than what was asked for.
+            CorruptionError: the object holds less than what was asked for.
         """
 
     @abc.abstractmethod
     def download(self, key: str, path: Path) -> str:
-        """Write an object to `path` (whole or not at all) and return the sha256 (hex) of what was received."""
+        """Write an object to `path` (whole or not at all) and return the sha256 (hex) of what was received.
+
+        Raises:
+            NotFoundError: no such object.
+        """
 
     @abc.abstractmethod
-    def put(self, key: str, data: bytes | Path, *, if_absent: bool = False) -> bool:
+    def put(self, key: str, data: bytes | Path, *, if_absent: bool = False, sha256: str | None = None) -> bool:
         """Store bytes or a file. True: this call created the object.
 
         With `if_absent`, an object that exists is left as it is: False is returned and the caller compares. It is the
         one conditional write that every fit server has (`If-None-Match: *`); a 409 is a lost race and also False.
+
+        `sha256` (hex) is what the bytes must hash to as they are sent; other bytes never become visible.
+
+        Raises:
+            CorruptionError: the bytes do not have the digest `sha256`.
+            NotFoundError: `data` is a file that does not exist.
         """
 
     @abc.abstractmethod
@@ -60,19 +85,98 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """All objects whose key begins with `prefix`, sorted by key."""
+        """All objects whose key begins with `prefix` (any string, not only whole segments), sorted by the UTF-8 of
+        the key."""
 
     @abc.abstractmethod
     def delete(self, key: str) -> None:
         """Remove an object; none there is no error."""
 
-    @abc.abstractmethod
     def check_fit(self) -> None:
-        """Prove by a real write under `doctor/` that conditional creation works, and clean up.
+        """Prove by real writes under `doctor/` that conditional creation works, and clean up.
 
         Raises:
-            StoreUnfitError: a second conditional write succeeded.
+            StoreUnfitError: a second conditional write succeeded, or what was written is not read back.
         """
+        key = f"doctor/{uuid.uuid4().hex}"
+        created = self.put(key, b"first", if_absent=True)
+        created_again = self.put(key, b"second", if_absent=True)
+        content = self.get(key)
+        with contextlib.suppress(AccessDeniedError):  # a write-only-once policy may forbid it; the proof stands
+            self.delete(key)
+        if not created or created_again or content != b"first":
+            raise StoreUnfitError(
+                f"proving conditional creation on {self.uri}",
+                found=f"a second write under the same key {'succeeded' if created_again else 'was refused'}, and the "
+                f"object holds {content!r}",
+                expected="a conditional write (If-None-Match: *) that leaves an existing object alone",
+                fix="use a server with conditional writes (AWS S3, Ceph RGW, a local folder), and no proxy that drops "
+                "the If-None-Match header; `modelpress doctor` repeats this test",
+            )
+
+    def ensure_fit(self) -> None:
+        """`check_fit`, once in the life of this object."""
+        with self._fit_lock:
+            if not self._fit:
+                self.check_fit()
+                self._fit = True
+
+
+def check_key(key: str, *, prefix: bool = False) -> str:
+    """Return `key` if every store can hold it.
+
+    Legal: 1 to 1024 bytes of UTF-8, segments of 1 to 255 bytes parted by single `/`, none of them `.` or `..`, no
+    control characters, no backslash, not under the reserved `.incoming/`. A listing `prefix` may be empty or end
+    anywhere.
+
+    Raises:
+        ConfigError: it is not legal.
+    """
+    segments = key.split("/")
+    if prefix:  # the last segment of a prefix is unfinished: empty or cut anywhere
+        segments.pop()
+    try:
+        sizes = [len(segment.encode()) for segment in [*segments, key]]
+    except UnicodeEncodeError:
+        sizes = [0]
+    legal = (
+        (prefix or bool(key))
+        and all(0 < size <= MAX_SEGMENT_BYTES for size in sizes[:-1])
+        and (key == "" or 0 < sizes[-1] <= MAX_KEY_BYTES)
+        and not any(segment in (".", "..") for segment in segments)
+        and not any(character < " " or character in "\\\x7f" for character in key)
+        and segments[:1] != [RESERVED]
+    )
+    if not legal:
+        raise ConfigError(
+            "checking an object key",
+            found=repr(key),
+            expected="relative `/`-separated segments without '.', '..', control characters or backslashes, "
+            f"at most {MAX_SEGMENT_BYTES} bytes each and {MAX_KEY_BYTES} in all",
+        )
+    return key
+
+
+def check_range(key: str, start: int, length: int | None) -> None:
+    """Refuse a range that no object has.
+
+    Raises:
+        ConfigError: negative start or length.
+    """
+    if start < 0 or (length is not None and length < 0):
+        raise ConfigError(f"reading {key}", found=f"start {start}, length {length}", expected="numbers from 0 up")
+
+
+def check_digest(doing: str, found: str, expected: str | None) -> None:
+    """Compare the sha256 (hex) of what travelled with what should have.
+
+    Raises:
+        CorruptionError: they differ; both are given.
+    """
+    if expected is not None and found != expected:
+        raise CorruptionError(
+            doing, found=f"sha256 {found}", expected=f"sha256 {expected}", fix="restore the bytes from their source"
+        )
 
 
 def open_store(uri: str, settings: Settings | None = None) -> Store:
@@ -87,6 +191,8 @@ def open_store(uri: str, settings: Settings | None = None) -> Store:
         return S3Store(uri, settings or Settings())
     from modelpress.store.local import LocalStore
 
-    if "://" in uri and not uri.startswith("file://"):
+    if uri.startswith("file://"):
+        return LocalStore(Path(urllib.parse.unquote(uri.removeprefix("file://"))))
+    if "://" in uri or not uri:
         raise ConfigError("opening a store", found=uri, expected="s3://bucket/prefix, file:///folder or a folder")
-    return LocalStore(Path(uri.removeprefix("file://")))
+    return LocalStore(Path(uri))

@@ -1,0 +1,69 @@
+"""Where things lie in a store: the one place that spells object keys.
+
+::
+
+    blobs/sha256/<digest>                       a shard or a file, named by its content
+    packs/<name>/<digest>.json                  a manifest, named by its content
+    packs/<name>/refs/<alias>/<number>.json     one entry of a pointer's log
+"""
+
+from __future__ import annotations
+
+import re
+
+from modelpress.errors import ConfigError
+
+BLOBS = "blobs/sha256/"
+NUMBER_DIGITS = 8
+
+_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")
+_ALIAS = re.compile(r"[a-z][a-z0-9_-]{0,62}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def blob(digest: str) -> str:
+    """Key of the blob with this sha256 (hex)."""
+    return BLOBS + _checked(_DIGEST, digest, "a sha256 digest", "64 hex digits")
+
+
+def manifest(name: str, digest: str) -> str:
+    """Key of a pack's manifest."""
+    return f"{manifests(name)}{_checked(_DIGEST, digest, 'a pack digest', '64 hex digits')}.json"
+
+
+def manifests(name: str) -> str:
+    """Prefix of all manifests of a pack name (and of its pointers, below ``refs/``)."""
+    return f"packs/{_checked(_NAME, name, 'a pack name', 'lower-case letters, digits, dot, dash, underscore')}/"
+
+
+def pointers(name: str, alias: str) -> str:
+    """Prefix of the log of one alias."""
+    legal = "a lower-case letter, then letters, digits, dash, underscore"
+    return f"{manifests(name)}refs/{_checked(_ALIAS, alias, 'an alias', legal)}/"
+
+
+def pointer(name: str, alias: str, number: int) -> str:
+    """Key of one entry; numbers count from 1 and are padded so that keys sort like numbers."""
+    return f"{pointers(name, alias)}{number:0{NUMBER_DIGITS}d}.json"
+
+
+def pointer_number(key: str) -> int | None:
+    """The number in an entry's key; None for a key that is none."""
+    match = re.search(rf"/([0-9]{{{NUMBER_DIGITS}}})\.json$", key)
+    return int(match[1]) if match else None
+
+
+def is_digest(text: str) -> bool:
+    """Whether `text` is a whole sha256 in lower-case hex."""
+    return _DIGEST.fullmatch(text) is not None
+
+
+def is_alias(text: str) -> bool:
+    """Whether `text` can be an alias."""
+    return _ALIAS.fullmatch(text) is not None
+
+
+def _checked(pattern: re.Pattern[str], text: str, what: str, legal: str) -> str:
+    if not pattern.fullmatch(text):
+        raise ConfigError(f"using {what}", found=repr(text), expected=legal)
+    return text
