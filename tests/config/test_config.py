@@ -1,0 +1,103 @@
+"""A config says what is legal: typos are named, values checked, nothing rewritten, the same text gives the same key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from modelpress import config as c
+from modelpress.errors import ConfigError
+
+DIGITS: dict[str, Any] = {
+    "name": "digits",
+    "workload": {"kind": "image-classification", "model": "digits-cnn", "data": "digits"},
+}
+SECTIONS = [value for value in vars(c).values() if isinstance(value, type) and issubclass(value, c.Config)]
+
+
+def test_least_config_is_legal() -> None:
+    config = c.parse_config(DIGITS)
+    assert config.distill is None
+    assert config.prune is None
+    assert config.compress is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "legal"),
+    [
+        ({"prunne": {}}, "prunne", "prune"),
+        ({"prune": {"methd": "structured"}}, "prune.methd", "method"),
+        ({"prune": {"recovery": {"lr": 0.1}}}, "prune.recovery.lr", "learning_rate"),
+        ({"workload": DIGITS["workload"] | {"dataset": "x"}}, "workload.dataset", "data"),
+    ],
+)
+def test_typo_names_the_field_and_what_is_legal(change: dict[str, Any], field: str, legal: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        c.parse_config(DIGITS | change, origin="recipe.yaml")
+    message = str(caught.value)
+    assert "recipe.yaml" in message
+    assert f"{field}: unknown field" in message
+    assert legal in message.split("legal here:")[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"name": "Digits!"}, "name: String should match pattern"),
+        ({"quantize": {"method": "fp3"}}, "quantize.method: Input should be 'dynamic' or 'static' (found 'fp3')"),
+        ({"prune": {"sparsity": 1.0}}, "prune.sparsity: Input should be less than 1 (found 1.0)"),
+        ({"shard": {"max_shard_size": 0}}, "shard.max_shard_size: Input should be greater than 0 (found 0)"),
+        ({"distill": {"student": "layer-drop"}}, "distill.keep_layers is needed"),
+        ({"distill": {"student": "layer-drop", "keep_layers": [3, 1]}}, "must rise and not repeat"),
+        ({"distill": {"hidden_weight": 1.0}}, "need distill.student 'layer-drop'"),
+        ({"workload": {"kind": "custom"}}, "workload.factory must be"),
+        ({"workload": {"kind": "sentence-embedding"}}, "workload.model and workload.data are needed"),
+    ],
+)
+def test_illegal_value_is_named(change: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match="checking config") as caught:
+        c.parse_config(DIGITS | change)
+    assert expected in str(caught.value)
+
+
+def test_every_problem_is_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        c.parse_config(DIGITS | {"name": "X", "prune": {"sparsity": 2}, "qantize": {}})
+    assert all(word in str(caught.value) for word in ("name:", "prune.sparsity:", "qantize:"))
+
+
+@pytest.mark.parametrize(("text", "expected"), [("- a\n", "list"), ("a: [", "parsing"), ("", "NoneType")])
+def test_file_that_is_no_mapping(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=str(path)) as caught:
+        c.load_config(path)
+    assert expected in str(caught.value)
+
+
+def test_missing_file_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="reading config"):
+        c.load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_every_field_has_a_help_text(section: type[BaseModel]) -> None:
+    assert [name for name, field in section.model_fields.items() if not field.description] == []
+
+
+def test_configs_are_frozen() -> None:
+    config = c.parse_config(DIGITS)
+    with pytest.raises(ValidationError):
+        config.name = "other"  # type: ignore[misc]
+
+
+@given(st.floats(min_value=0.01, max_value=0.99), st.floats(min_value=0.01, max_value=0.99))
+def test_fingerprint_follows_the_values(first: float, second: float) -> None:
+    one, two = c.PruneConfig(sparsity=first), c.PruneConfig(sparsity=second)
+    assert (one.fingerprint() == two.fingerprint()) == (first == second)
+    assert one.fingerprint() == c.PruneConfig.model_validate(one.model_dump()).fingerprint()
