@@ -1,0 +1,293 @@
+"""A real S3 server on loopback without Docker: one-node Ceph RGW (mon + osd + radosgw), as an ordinary user.
+
+::
+
+    python infra/s3/server.py start     # installs (apt) if missing, starts, prints `export` lines; again: prints them
+    python infra/s3/server.py stop      # stops it and removes its data
+    python infra/s3/server.py run       # start, print, stop when standard input closes (what the tests use)
+
+Data lies in memory (memstore) and is gone after `stop`. It listens on 127.0.0.1 alone, on ports that were free. Two
+keys: one that writes, one that may only read what the first wrote. It is a server for development and tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+PROGRAMS = ("ceph", "ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph-authtool", "monmaptool")
+PACKAGES = ("radosgw", "ceph-mon", "ceph-osd")
+DAEMONS = ("rgw", "osd", "mon")
+DEADLINE_SECONDS = 120.0
+DEFAULT_FOLDER = Path(os.environ.get("MODELPRESS_HOME", ".modelpress")) / "s3"
+
+# cephx with keyrings: with authentication off, radosgw hangs. One copy of everything, no manager: nothing here needs
+# one. The gc_* lines free deleted space within seconds instead of two hours.
+CONFIG = """\
+[global]
+fsid = {fsid}
+mon_host = [v2:127.0.0.1:{mon_port}]
+mon_initial_members = a
+auth_cluster_required = cephx
+auth_service_required = cephx
+auth_client_required = cephx
+keyring = {folder}/keyring
+run_dir = {run}
+admin_socket = {run}/$name.asok
+pid_file = {folder}/$name.pid
+log_file = {folder}/$name.log
+crash_dir = {folder}
+err_to_stderr = false
+mon_data = {folder}/mon
+mon_cluster_log_file = {folder}/cluster.log
+mon_allow_pool_size_one = true
+mon_allow_pool_delete = true
+mon_data_avail_crit = 1
+auth_allow_insecure_global_id_reclaim = false
+public_addr = 127.0.0.1
+cluster_addr = 127.0.0.1
+ms_bind_ipv4 = true
+osd_data = {folder}/osd
+osd_objectstore = memstore
+memstore_device_bytes = {capacity}
+osd_pool_default_size = 1
+osd_pool_default_min_size = 1
+osd_pool_default_pg_num = 4
+osd_pool_default_pg_autoscale_mode = off
+osd_crush_chooseleaf_type = 0
+rgw_frontends = beast endpoint=127.0.0.1:{port}
+rgw_gc_obj_min_wait = 3
+rgw_gc_processor_period = 3
+rgw_lc_debug_interval = -1
+"""
+
+
+class StartError(Exception):
+    """The server cannot be had here; the text says why."""
+
+
+def install() -> None:
+    """Install the Ceph programs with apt where they are missing."""
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    if not missing:
+        return
+    if shutil.which("apt-get") is None:
+        raise StartError(f"{', '.join(missing)} not found, and no apt-get here: install Ceph's radosgw, mon and osd")
+    prefix = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    if prefix and shutil.which("sudo") is None:
+        raise StartError(f"not root and no sudo: ask for `apt-get install {' '.join(PACKAGES)}`")
+    environment = ["env", "DEBIAN_FRONTEND=noninteractive"]
+    for command in (["update", "-q"], ["install", "-q", "-y", "--no-install-recommends", *PACKAGES]):
+        done = subprocess.run([*prefix, *environment, "apt-get", *command], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise StartError(f"apt-get {' '.join(command)} failed:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
+
+
+def start(folder: Path, capacity: int) -> dict[str, str]:
+    """Start the server below `folder` and return its environment; one that runs there already is taken as it is."""
+    folder = folder.absolute()
+    state = folder / "environment.json"
+    if state.exists() and all(_pid(folder, daemon) for daemon in DAEMONS):
+        return dict(json.loads(state.read_text()))
+    install()
+    stop(folder)
+    folder.mkdir(parents=True)
+    try:
+        environment = _start(folder, capacity)
+    except (StartError, OSError) as error:
+        logs = "".join(f"\n--- {log.name}\n{_tail(log)}" for log in sorted(folder.glob("*.log")))
+        stop(folder)
+        raise StartError(f"{error}{logs}") from error
+    state.touch(mode=0o600)
+    state.write_text(json.dumps(environment))
+    return environment
+
+
+def _start(folder: Path, capacity: int) -> dict[str, str]:
+    # Sockets have short names (108 bytes), whatever the folder's length.
+    run = Path(tempfile.mkdtemp(prefix="modelpress-s3-"))
+    (folder / "run").symlink_to(run)
+    mon_port, port = _free_ports(2)
+    fsid = str(uuid.uuid4())
+    config = CONFIG.format(fsid=fsid, folder=folder, run=run, mon_port=mon_port, port=port, capacity=capacity)
+    (folder / "ceph.conf").write_text(config)
+    _write_keyring(folder)
+    for name in ("mon", "osd"):
+        (folder / name).mkdir()
+    monmap = str(folder / "monmap")
+    _call("monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[v2:127.0.0.1:{mon_port}]", monmap)
+    _ceph(folder, "ceph-mon", "--mkfs", "-i", "a", "--monmap", monmap, "--keyring", str(folder / "keyring"))
+    _ceph(folder, "ceph-mon", "-i", "a")
+    _ceph(folder, "ceph", "osd", "new", str(uuid.uuid4()))
+    _ceph(folder, "ceph-osd", "--mkfs", "-i", "0", "--osd-uuid", _osd_uuid(folder))
+    _ceph(folder, "ceph", "auth", "import", "-i", str(folder / "keyring"))
+    _ceph(folder, "ceph-osd", "-i", "0")
+    _ceph(folder, "radosgw", "-n", "client.rgw")
+    endpoint = f"http://127.0.0.1:{port}"
+    _wait(lambda: _answers(endpoint), f"{endpoint} does not answer")
+    return {"MODELPRESS_TEST_S3_ENDPOINT": endpoint} | _make_users(folder)
+
+
+def _make_users(folder: Path) -> dict[str, str]:
+    """A user that writes, and a key of the same user that may only read."""
+    keys = {role: (secrets.token_hex(10).upper(), secrets.token_hex(20)) for role in ("writer", "reader")}
+    access, secret = keys["writer"]
+    user = ["--uid", "modelpress", "--display-name", "modelpress", "--access-key", access, "--secret-key", secret]
+    _ceph(folder, "radosgw-admin", "user", "create", *user)
+    access, secret = keys["reader"]
+    sub = ["--uid", "modelpress", "--subuser", "modelpress:reader", "--access", "read", "--key-type", "s3"]
+    _ceph(folder, "radosgw-admin", "subuser", "create", *sub, "--access-key", access, "--secret-key", secret)
+    return {
+        "MODELPRESS_TEST_S3_KEY": keys["writer"][0],
+        "MODELPRESS_TEST_S3_SECRET": keys["writer"][1],
+        "MODELPRESS_TEST_S3_READER_KEY": keys["reader"][0],
+        "MODELPRESS_TEST_S3_READER_SECRET": keys["reader"][1],
+    }
+
+
+def stop(folder: Path) -> None:
+    """Stop the daemons that were started below `folder` and remove it."""
+    folder = folder.absolute()
+    pids = [pid for daemon in DAEMONS if (pid := _pid(folder, daemon))]
+    for number, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        end = time.monotonic() + patience
+        while time.monotonic() < end and any(_runs(pid, folder) for pid in pids):
+            time.sleep(0.02)
+    with contextlib.suppress(OSError):
+        shutil.rmtree((folder / "run").resolve(strict=True))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_keyring(folder: Path) -> None:
+    # Each entry: type 1 (AES), time, 16 random bytes, as `ceph-authtool --gen-key` writes it.
+    def key() -> str:
+        return base64.b64encode(struct.pack("<hiih", 1, int(time.time()), 0, 16) + secrets.token_bytes(16)).decode()
+
+    everything = ('\tcaps mon = "allow *"', '\tcaps osd = "allow *"', '\tcaps mgr = "allow *"')
+    names = ("mon.", "client.admin", "client.rgw", "osd.0")
+    lines = [line for name in names for line in (f"[{name}]", f"\tkey = {key()}", *everything)]
+    path = folder / "keyring"
+    path.touch(mode=0o600)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _osd_uuid(folder: Path) -> str:
+    dump = json.loads(_ceph(folder, "ceph", "osd", "dump", "--format", "json"))
+    return str(dump["osds"][0]["uuid"])
+
+
+def _ceph(folder: Path, program: str, *arguments: str) -> str:
+    return _call(program, "--conf", str(folder / "ceph.conf"), *arguments)
+
+
+def _call(*command: str) -> str:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=DEADLINE_SECONDS, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired as error:
+        raise StartError(f"{' '.join(command[:4])} … did not end within {DEADLINE_SECONDS:.0f} s") from error
+    if done.returncode:
+        raise StartError(f"{' '.join(command[:4])} … failed: {done.stderr[-2000:]}")
+    return done.stdout
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for item in sockets:
+            item.bind(("127.0.0.1", 0))
+        return [int(item.getsockname()[1]) for item in sockets]
+
+
+def _answers(endpoint: str) -> bool:
+    try:
+        with urllib.request.urlopen(endpoint, timeout=1):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+
+
+def _wait(ready: Callable[[], bool], failure: str) -> None:
+    end = time.monotonic() + DEADLINE_SECONDS
+    while not ready():
+        if time.monotonic() > end:
+            raise StartError(f"{failure} after {DEADLINE_SECONDS:.0f} s")
+        time.sleep(0.05)
+
+
+def _pid(folder: Path, daemon: str) -> int | None:
+    """Process id of a daemon that runs from this folder; a recycled id is not taken for it."""
+    name = {"rgw": "client.rgw", "osd": "osd.0", "mon": "mon.a"}[daemon]
+    with contextlib.suppress(OSError, ValueError):
+        pid = int((folder / f"{name}.pid").read_text())
+        if _runs(pid, folder):
+            return pid
+    return None
+
+
+def _runs(pid: int, folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return str(folder / "ceph.conf").encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("command", choices=["start", "stop", "run"])
+    parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="where it keeps its files")
+    parser.add_argument("--capacity-bytes", type=int, default=8 * 2**30, help="memory for objects")
+    arguments = parser.parse_args()
+    if arguments.command == "stop":
+        stop(arguments.folder)
+        return 0
+    try:
+        environment = start(arguments.folder, arguments.capacity_bytes)
+    except StartError as error:
+        print(f"no S3 server: {error}", file=sys.stderr)
+        return 3
+    for name, value in environment.items():
+        print(f"export {name}={value}")
+    sys.stdout.flush()
+    if arguments.command == "run":
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            sys.stdin.read()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            stop(arguments.folder)
+    else:
+        print(f"# python {sys.argv[0]} stop --folder {arguments.folder}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
