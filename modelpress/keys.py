@@ -14,6 +14,7 @@ import re
 from modelpress.errors import ConfigError
 
 BLOBS = "blobs/sha256/"
+PACKS = "packs/"
 NUMBER_DIGITS = 8
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")
@@ -33,7 +34,7 @@ def manifest(name: str, digest: str) -> str:
 
 def manifests(name: str) -> str:
     """Prefix of all manifests of a pack name (and of its pointers, below ``refs/``)."""
-    return f"packs/{_checked(_NAME, name, 'a pack name', 'lower-case letters, digits, dot, dash, underscore')}/"
+    return f"{PACKS}{_checked(_NAME, name, 'a pack name', 'lower-case letters, digits, dot, dash, underscore')}/"
 
 
 def pointers(name: str, alias: str) -> str:
@@ -51,6 +52,12 @@ def pointer_number(key: str) -> int | None:
     """The number in an entry's key; None for a key that is none."""
     match = re.search(rf"/([0-9]{{{NUMBER_DIGITS}}})\.json$", key)
     return int(match[1]) if match else None
+
+
+def pointer_owner(key: str) -> tuple[str, str] | None:
+    """Pack name and alias of an entry's key; None for a key that is none."""
+    match = re.fullmatch(rf"{PACKS}({_NAME.pattern})/refs/({_ALIAS.pattern})/[0-9]{{{NUMBER_DIGITS}}}\.json", key)
+    return (match[1], match[3]) if match else None
 
 
 def is_digest(text: str) -> bool:
