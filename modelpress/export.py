@@ -11,7 +11,7 @@ import contextlib
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -238,12 +238,12 @@ def _name_after_modules(model: ModelProto) -> None:
     """Rename nodes to `<module>.<operator>` and folded weights to `<node>.weight`, so that configs and reports can
     speak of them; the exporter's own names are counters."""
     taken: Counter[str] = Counter()
+    initializers = {one.name: one for one in model.graph.initializer}
     for node in model.graph.node:
-        scope = _scope(node)
+        scope = _weight_scope(node, initializers) or _scope(node)
         name = f"{scope}.{node.op_type}" if scope else node.op_type
         taken[name] += 1
         node.name = name if taken[name] == 1 else f"{name}_{taken[name] - 1}"
-    initializers = {one.name: one for one in model.graph.initializer}
     parameters = {name for name in initializers if not _is_counter(name)}
     renamed: dict[str, str] = {}
     for node in model.graph.node:
@@ -260,6 +260,12 @@ def _name_after_modules(model: ModelProto) -> None:
 
 def _is_counter(name: str) -> bool:
     return "." not in name
+
+
+def _weight_scope(node: NodeProto, initializers: Collection[str]) -> str:
+    """Module of the node's weight: a convolution that took in a normalisation carries the latter's scope."""
+    weight = node.input[1] if node.op_type in _WEIGHTED and len(node.input) > 1 else ""
+    return weight.removesuffix(".weight") if weight in initializers and weight.endswith(".weight") else ""
 
 
 def _scope(node: NodeProto) -> str:

@@ -1,0 +1,133 @@
+"""From a float ONNX graph to one with integer weights and activations, within a quality budget.
+
+`dynamic` ranges activations per call, `static` by calibration. Each layer's sensitivity is measured by itself; the most
+sensitive stay in float until the graph agrees with the float one as closely as the config asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx
+from onnx import ModelProto
+from torch import Tensor
+
+from modelpress import graph
+from modelpress.checkpoint import Checkpoint
+from modelpress.config import QuantizeConfig
+from modelpress.errors import CoverageError
+from modelpress.progress import Progress, silent
+from modelpress.quantize import rewrite, sensitivity, static
+from modelpress.quantize.selection import Layer, chosen_layers, eligible_layers
+from modelpress.reports import QuantizeReport, SensitivityRow
+from modelpress.workload import Workload
+
+__all__ = ["quantize"]
+
+_BATCH = 32
+_RANKING_SAMPLES = 32
+
+
+def quantize(
+    checkpoint: Checkpoint, workload: Workload, config: QuantizeConfig, progress: Progress = silent
+) -> tuple[Checkpoint, QuantizeReport]:
+    """Quantize an ONNX checkpoint; the checkpoint given is left as it is.
+
+    Calibration, sensitivity and agreement are measured on the workload's calibration split, in batches of 32.
+
+    Returns:
+        The quantized checkpoint, and what was done: coverage counts the weights whose float form is gone.
+
+    Raises:
+        ConfigError: a pattern in `targets` or `ignore` matches nothing.
+        CoverageError: nothing to quantize, an activation without a calibrated range, or less than `min_coverage`
+            within `max_quality_drop`.
+        CorruptionError: no ONNX checkpoint.
+    """
+    model = graph.join(checkpoint)
+    if config.method == "static":
+        progress(0, 1, "preparing the graph")
+        model = static.prepare(model)
+    layers = eligible_layers(model, config.embeddings)
+    chosen = chosen_layers(layers, config)
+    batches = [batch.inputs for batch in workload.batches("calibration", _BATCH)]
+    build = _builder(model, chosen, batches, config, progress)
+
+    total = len(chosen) + 1
+    ranked = sensitivity.rank(
+        build,
+        [layer.node for layer in chosen],
+        sensitivity.Judge(model, batches[: max(1, _RANKING_SAMPLES // _BATCH)]),
+        lambda done, node: progress(done - 1, total, f"sensitivity of {node}"),
+    )
+    kept, quantized, disagreement = sensitivity.keep_in_float(
+        build,
+        [node for node, _ in ranked],
+        sensitivity.Judge(model, batches),
+        config.max_quality_drop,
+        lambda count, drop: progress(len(chosen), total, f"{count} layers in float: disagreement {drop:.4f}"),
+    )
+    made = graph.split(quantized)
+    report = QuantizeReport(
+        method=config.method if config.method == "dynamic" else f"static-{config.calibration}",
+        eligible_weights=_elements(layers, None),
+        quantized_weights=_elements(layers, quantized),
+        coverage=_elements(layers, quantized) / _elements(layers, None),
+        agreement=1.0 - disagreement,
+        sensitivity=[
+            SensitivityRow(node=node, disagreement=drop, kept_float=place < kept)
+            for place, (node, drop) in enumerate(ranked)
+        ],
+    )
+    _check_coverage(report, config)
+    progress(total, total, f"coverage {report.coverage:.1%}, agreement {report.agreement:.4f}")
+    files = checkpoint.files | made.files
+    return Checkpoint("onnx", made.tensors, files, checkpoint.metadata), report
+
+
+def _builder(
+    model: ModelProto,
+    chosen: Sequence[Layer],
+    batches: Sequence[dict[str, Tensor]],
+    config: QuantizeConfig,
+    progress: Progress,
+) -> sensitivity.Build:
+    tables = {layer.node for layer in chosen if layer.op_type == "Gather"}
+    ranges = None
+    if config.method == "static":
+        progress(0, 1, f"calibrating by {config.calibration}")
+        ranges = static.calibrate(model, batches, config)
+
+    def build(nodes: Sequence[str]) -> ModelProto:
+        products = [node for node in nodes if node not in tables]
+        if ranges is None:
+            made = onnx.ModelProto()
+            made.CopyFrom(model)
+            rewrite.quantize_dynamic_(made, products, config.per_channel)
+        else:
+            made = static.quantize_static(model, products, ranges, config)
+        rewrite.quantize_tables_(made, [node for node in nodes if node in tables])
+        rewrite.drop_unused_(made)
+        return made
+
+    return build
+
+
+def _elements(layers: Sequence[Layer], quantized: ModelProto | None) -> int:
+    """Distinct weights of the layers; of those that are gone as floats from `quantized`, where it is given."""
+    still_float = {one.name for one in quantized.graph.initializer} if quantized is not None else set()
+    return sum({layer.weight: layer.elements for layer in layers if layer.weight not in still_float}.values())
+
+
+def _check_coverage(report: QuantizeReport, config: QuantizeConfig) -> None:
+    if report.quantized_weights and report.coverage >= config.min_coverage:
+        return
+    in_float = [row.node for row in report.sensitivity if row.kept_float]
+    raise CoverageError(
+        "quantizing the graph",
+        found=f"{report.quantized_weights} of {report.eligible_weights} eligible weights as integers "
+        f"({report.coverage:.1%}), agreement {report.agreement:.4f}; in float for the budget: {in_float or 'none'}",
+        expected=f"at least quantize.min_coverage, {config.min_coverage:.1%}, within quantize.max_quality_drop, "
+        f"{config.max_quality_drop}",
+        fix="another method or calibration, a wider quantize.max_quality_drop, or a smaller quantize.min_coverage",
+    )

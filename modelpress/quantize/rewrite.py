@@ -1,0 +1,160 @@
+"""Replace nodes of an ONNX graph by their integer forms, in standard operators.
+
+A MatMul or Gemm with dynamic activations becomes DynamicQuantizeLinear → MatMulInteger → scale, which ONNX Runtime
+fuses into one kernel; a Gather from a float table becomes a Gather of int8 rows that are scaled back. The names of new
+values derive from the names of the old, so that the same graph always gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from modelpress.errors import StageError
+from modelpress.quantize.weights import quantize_symmetric, relative_error
+
+TABLE_TOLERANCE = 0.05
+"""Relative rounding error above which an embedding table takes one scale per row instead of one in all."""
+
+_CODES, _SCALE = "_quantized", "_scale"
+
+
+def quantize_dynamic_(model: ModelProto, nodes: Collection[str], per_channel: bool) -> None:
+    """Rewrite the named MatMul and Gemm nodes in place; weights signed, activations unsigned, ranged per call.
+
+    Raises:
+        StageError: a Gemm that scales or transposes its input.
+    """
+    initializers = {one.name: one for one in model.graph.initializer}
+    ranged: set[str] = set()
+    rewritten: list[NodeProto] = []
+    for node in model.graph.node:
+        if node.name not in nodes:
+            rewritten.append(node)
+            continue
+        weight = numpy_helper.to_array(initializers[node.input[1]])
+        if node.op_type == "Gemm" and _gemm_transposes_weight(node):
+            weight = np.ascontiguousarray(weight.T)
+        codes, scale = quantize_symmetric(weight, weight.ndim - 1 if per_channel else None)
+        _add(model, node.input[1] + _CODES, codes)
+        _add(model, node.input[1] + _SCALE, scale)
+        if node.input[0] not in ranged:
+            ranged.add(node.input[0])
+            rewritten.append(_range(node.input[0]))
+        rewritten.extend(_integer_product(node))
+    _replace_nodes(model, rewritten)
+
+
+def quantize_tables_(model: ModelProto, nodes: Collection[str]) -> None:
+    """Rewrite the named Gather nodes in place: their tables are stored as int8.
+
+    One scale serves the whole table where its rounding error stays within `TABLE_TOLERANCE`: at equal error, codes of
+    one step size take fewer bits after entropy coding than codes whose step differs by row.
+    """
+    initializers = {one.name: one for one in model.graph.initializer}
+    by_row: dict[str, bool] = {}
+    rewritten: list[NodeProto] = []
+    for node in model.graph.node:
+        if node.name not in nodes:
+            rewritten.append(node)
+            continue
+        table = node.input[0]
+        if table not in by_row:
+            values = numpy_helper.to_array(initializers[table])
+            codes, scale = quantize_symmetric(values, None)
+            by_row[table] = relative_error(values, codes, scale) > TABLE_TOLERANCE
+            if by_row[table]:
+                codes, scale = quantize_symmetric(values, 0)
+                scale = scale.reshape(-1, 1)
+            _add(model, table + _CODES, codes)
+            _add(model, table + _SCALE, scale)
+        rewritten.extend(_scaled_rows(node, by_row[table]))
+    _replace_nodes(model, rewritten)
+
+
+def drop_unused_(model: ModelProto) -> None:
+    """Remove in place the initializers that no node reads and no output names."""
+    used = {name for node in model.graph.node for name in node.input} | {one.name for one in model.graph.output}
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            used |= _read_by(attribute)
+    kept = [one for one in model.graph.initializer if one.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+
+
+def _read_by(attribute: onnx.AttributeProto) -> set[str]:
+    """Names that the graphs nested in an attribute read."""
+    names: set[str] = set()
+    for graph in [attribute.g, *attribute.graphs]:
+        names |= {one.name for one in graph.output}
+        for node in graph.node:
+            names |= set(node.input)
+            for inner in node.attribute:
+                names |= _read_by(inner)
+    return names
+
+
+def _range(value: str) -> NodeProto:
+    outputs = [value + _CODES, value + _SCALE, value + "_zero_point"]
+    return helper.make_node("DynamicQuantizeLinear", [value], outputs, f"{value}_range")
+
+
+def _integer_product(node: NodeProto) -> list[NodeProto]:
+    value, weight, output, name = node.input[0], node.input[1], node.output[0], node.name
+    bias = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else ""
+    product = output if not bias else output + "_product"
+    parts = [
+        helper.make_node(
+            "MatMulInteger",
+            [value + _CODES, weight + _CODES, value + "_zero_point"],
+            [output + "_integer"],
+            name,
+        ),
+        helper.make_node("Cast", [output + "_integer"], [output + "_float"], f"{name}_cast", to=TensorProto.FLOAT),
+        helper.make_node("Mul", [value + _SCALE, weight + _SCALE], [output + _SCALE], f"{name}_scales"),
+        helper.make_node("Mul", [output + "_float", output + _SCALE], [product], f"{name}_scale"),
+    ]
+    if bias:
+        parts.append(helper.make_node("Add", [product, bias], [output], f"{name}_bias"))
+    return parts
+
+
+def _scaled_rows(node: NodeProto, by_row: bool) -> list[NodeProto]:
+    table, indices, output, name = node.input[0], node.input[1], node.output[0], node.name
+    gather = helper.make_node("Gather", [table + _CODES, indices], [output + _CODES], name)
+    if not by_row:
+        dequantize = helper.make_node("DequantizeLinear", [output + _CODES, table + _SCALE], [output], f"{name}_scale")
+        return [gather, dequantize]
+    return [
+        gather,
+        helper.make_node("Gather", [table + _SCALE, indices], [output + _SCALE], f"{name}_scales"),
+        helper.make_node("Cast", [output + _CODES], [output + "_float"], f"{name}_cast", to=TensorProto.FLOAT),
+        helper.make_node("Mul", [output + "_float", output + _SCALE], [output], f"{name}_scale"),
+    ]
+
+
+def _gemm_transposes_weight(node: NodeProto) -> bool:
+    attributes = {one.name: helper.get_attribute_value(one) for one in node.attribute}
+    if attributes.get("transA", 0) or attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0:
+        raise StageError(
+            f"quantizing {node.name!r}",
+            found=f"a Gemm with {attributes}",
+            expected="alpha = beta = 1 and transA = 0",
+            fix=f"add {node.name!r} to quantize.ignore",
+        )
+    return bool(attributes.get("transB", 0))
+
+
+def _add(model: ModelProto, name: str, array: np.ndarray) -> None:
+    if all(one.name != name for one in model.graph.initializer):
+        model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+
+
+def _replace_nodes(model: ModelProto, nodes: Sequence[NodeProto]) -> None:
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(copies)

@@ -1,0 +1,108 @@
+"""Which nodes of a graph are quantized: what the method can take, what the config targets, what it ignores."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from onnx import ModelProto, TensorProto
+
+from modelpress.config import QuantizeConfig
+from modelpress.errors import ConfigError, CoverageError
+
+WEIGHTED = ("MatMul", "Gemm", "Conv")
+"""Operators whose second input is the weight."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A node with a constant float weight."""
+
+    node: str
+    """Node name."""
+    op_type: str
+    """Operator."""
+    weight: str
+    """Name of the weight's initializer."""
+    elements: int
+    """Number of weights."""
+
+
+def eligible_layers(model: ModelProto, embeddings: bool) -> list[Layer]:
+    """Every MatMul, Gemm and Conv with a constant float32 weight, and with `embeddings` every Gather from a constant
+    two-dimensional float32 table, in graph order."""
+    floats = {one.name: one for one in model.graph.initializer if one.data_type == TensorProto.FLOAT}
+    layers = []
+    for node in model.graph.node:
+        if node.op_type in WEIGHTED and len(node.input) > 1:
+            weight = floats.get(node.input[1])
+            taken = weight is not None and len(weight.dims) >= 2
+        elif node.op_type == "Gather" and embeddings:
+            weight = floats.get(node.input[0])
+            axis = next((one.i for one in node.attribute if one.name == "axis"), 0)
+            taken = weight is not None and len(weight.dims) == 2 and axis == 0
+        else:
+            continue
+        if weight is not None and taken:
+            elements = 1
+            for size in weight.dims:
+                elements *= size
+            layers.append(Layer(node.name, node.op_type, weight.name, elements))
+    return layers
+
+
+def chosen_layers(layers: Sequence[Layer], config: QuantizeConfig) -> list[Layer]:
+    """The eligible layers that the config takes: `targets` (embeddings are asked for by `embeddings`), less `ignore`.
+
+    Raises:
+        CoverageError: nothing is eligible, or nothing is left.
+        ConfigError: a pattern matches no eligible node, or `dynamic` targets a convolution.
+    """
+    if not layers:
+        raise CoverageError(
+            "looking for layers to quantize",
+            found="no MatMul, Gemm or Conv with a constant float32 weight",
+            expected="at least one",
+            fix="leave the quantize stage out, or look at the graph's nodes",
+        )
+    names = [layer.node for layer in layers]
+    for field, patterns in (("targets", config.targets), ("ignore", config.ignore)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+                raise ConfigError(
+                    f"matching quantize.{field} against the graph",
+                    found=f"{pattern!r}, which matches none of {len(names)} eligible nodes",
+                    expected="a node name or glob" + (f", such as {', '.join(map(repr, near))}" if near else ""),
+                )
+    chosen = []
+    for layer in layers:
+        targeted = _matches(layer, config.targets)
+        if layer.op_type == "Conv" and config.method == "dynamic":
+            if targeted:
+                raise ConfigError(
+                    f"quantizing {layer.node!r}",
+                    found="a convolution in quantize.targets, with quantize.method 'dynamic'",
+                    expected="MatMul or Gemm: dynamic int8 makes convolutions slower",
+                    fix="set quantize.method to 'static'",
+                )
+            continue
+        wanted = targeted or not config.targets or layer.op_type == "Gather"
+        if wanted and not _matches(layer, config.ignore):
+            chosen.append(layer)
+    if not chosen:
+        raise CoverageError(
+            "choosing layers to quantize",
+            found=f"none of {len(layers)} eligible layers",
+            expected="at least one",
+            fix="dynamic int8 leaves convolutions in float: set quantize.method to 'static'"
+            if config.method == "dynamic"
+            else "widen quantize.targets or narrow quantize.ignore",
+        )
+    return chosen
+
+
+def _matches(layer: Layer, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(layer.node, pattern) for pattern in patterns)

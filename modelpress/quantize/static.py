@@ -1,0 +1,165 @@
+"""Static int8 in QDQ form: ranges of activations from calibration data, by ONNX Runtime's own tools."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import ModelProto
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, quant_pre_process
+from onnxruntime.quantization.calibrate import TensorsData, create_calibrator
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+from torch import Tensor
+
+from modelpress.config import QuantizeConfig
+from modelpress.errors import CoverageError
+from modelpress.quantize.selection import WEIGHTED
+
+_METHODS = {
+    "minmax": CalibrationMethod.MinMax,
+    "percentile": CalibrationMethod.Percentile,
+    "entropy": CalibrationMethod.Entropy,
+}
+# With ONNX Runtime's defaults (128 bins for 128 levels) entropy calibration has nothing to choose between.
+_HISTOGRAM_BINS = 2048
+_ENTROPY_LEVELS = 128
+_COMPANIONS = (
+    "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Add", "Concat", "Flatten", "Reshape", "Transpose",
+)  # fmt: skip
+"""Operators that stay in integers between quantized convolutions."""
+
+
+class _OneBatch(CalibrationDataReader):  # type: ignore[misc]
+    def __init__(self, feed: dict[str, np.ndarray]) -> None:
+        self._feeds = iter([feed])
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self._feeds, None)
+
+
+def prepare(model: ModelProto) -> ModelProto:
+    """Fold constants, fuse what can be fused and infer shapes, as ONNX Runtime's quantizer wants it."""
+    with tempfile.TemporaryDirectory(prefix="modelpress-") as folder:
+        before, after = Path(folder, "before.onnx"), Path(folder, "after.onnx")
+        # By path: given a ModelProto, the tool moves the initializers out of it and then fails to fold constants.
+        onnx.save_model(model, before)
+        quant_pre_process(str(before), str(after), skip_symbolic_shape=True)
+        return onnx.load(after)
+
+
+def calibrate(model: ModelProto, batches: Sequence[dict[str, Tensor]], config: QuantizeConfig) -> TensorsData:
+    """Ranges of the activations around every weighted node and its companions.
+
+    Args:
+        model: as `prepare` gave it.
+        batches: named inputs; shapes may differ between batches.
+        config: `calibration` and `percentile`.
+    """
+    names = [one.name for one in model.graph.input]
+    with tempfile.TemporaryDirectory(prefix="modelpress-") as folder, _quiet():
+        source = Path(folder, "model.onnx")
+        onnx.save_model(model, source)
+        calibrator = create_calibrator(
+            source,
+            [*WEIGHTED, *_COMPANIONS],
+            augmented_model_path=str(Path(folder, "augmented.onnx")),
+            calibrate_method=_METHODS[config.calibration],
+            providers=["CPUExecutionProvider"],
+            extra_options=_calibration_options(config),
+        )
+        # One batch at a time: ONNX Runtime's histograms stack the batches that they are given, which fails where
+        # lengths differ, and hold all of them in memory.
+        for batch in batches:
+            calibrator.collect_data(_OneBatch({name: batch[name].numpy() for name in names}))
+        return calibrator.compute_data()
+
+
+def quantize_static(
+    model: ModelProto, nodes: Collection[str], ranges: TensorsData, config: QuantizeConfig
+) -> ModelProto:
+    """The model with QuantizeLinear and DequantizeLinear around the named nodes; the model given is left as it is.
+
+    Weights are signed and symmetric, activations unsigned with a zero point. In a network of convolutions, the
+    operators between quantized layers (`Relu`, pooling, …) are quantized with them.
+
+    Raises:
+        CoverageError: an activation of a named node has no calibrated range.
+    """
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    if not nodes:
+        # ONNX Runtime's quantizer takes an empty list for "all".
+        return copy
+    _check_calibrated(model, nodes, ranges)
+    quantizer = QDQQuantizer(
+        copy,
+        config.per_channel,
+        False,  # reduce_range: 7-bit weights
+        QuantType.QInt8,
+        QuantType.QUInt8,
+        ranges,
+        [*nodes, *_companions(model, nodes)],
+        [],
+        [*WEIGHTED, *_COMPANIONS],
+        {"ActivationSymmetric": False, "WeightSymmetric": True},
+    )
+    quantizer.quantize_model()
+    quantized: ModelProto = quantizer.model.model
+    return quantized
+
+
+def _calibration_options(config: QuantizeConfig) -> dict[str, Any]:
+    if config.calibration == "percentile":
+        return {"percentile": config.percentile, "num_bins": _HISTOGRAM_BINS, "symmetric": False}
+    if config.calibration == "entropy":
+        return {"num_bins": _HISTOGRAM_BINS, "num_quantized_bins": _ENTROPY_LEVELS, "symmetric": False}
+    return {"symmetric": False}
+
+
+def _companions(model: ModelProto, nodes: Collection[str]) -> list[str]:
+    """Nodes that only read what quantized nodes write, in graphs with convolutions.
+
+    Transformers have none: integer additions and normalisations ruin them.
+    """
+    if all(node.op_type != "Conv" for node in model.graph.node):
+        return []
+    constants = {one.name for one in model.graph.initializer}
+    integers: set[str] = set()
+    companions = []
+    for node in model.graph.node:
+        if node.name in nodes:
+            integers |= set(node.output)
+        elif node.op_type in _COMPANIONS:
+            values = [name for name in node.input if name and name not in constants]
+            if values and integers.issuperset(values):
+                integers |= set(node.output)
+                companions.append(node.name)
+    return companions
+
+
+def _check_calibrated(model: ModelProto, nodes: Collection[str], ranges: TensorsData) -> None:
+    for node in model.graph.node:
+        if node.name not in nodes:
+            continue
+        for value in (node.input[0], node.output[0]):
+            found = "no range" if value not in ranges else f"the range {ranges[value].range_value}"
+            if value not in ranges or not np.isfinite(ranges[value].range_value).all():
+                raise CoverageError(
+                    f"calibrating {node.name!r}",
+                    found=f"{found} for its activation {value!r}",
+                    expected="a finite range from calibration data",
+                    fix=f"look for NaN or infinity in the calibration data, or add {node.name!r} to quantize.ignore",
+                )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """ONNX Runtime's calibrator prints what it does."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
