@@ -1,0 +1,341 @@
+"""The manifest of a pack: what it holds, by digest. Its own sha256 is the pack's identity.
+
+Canonical JSON (keys sorted, no spaces, UTF-8): the same content has one spelling and one digest. It holds no time and
+no place; those live in the pointer and in the tracker. The layout is part of `container/FORMAT.md`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Annotated, Any, Literal, Self
+
+import zstandard
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from modelpress.config import PackName
+from modelpress.dtypes import DTYPES, raw_size
+from modelpress.errors import ConfigError, CorruptionError, UnsupportedFormatError
+from modelpress.strictjson import loads
+
+FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 256 * 2**20
+MAX_FILE_BYTES = 2**31
+MAX_RANK = 64
+MAX_EXPANSION = 2**16
+"""No codec of this version makes a tensor smaller by more (a zstd block of 128 KiB takes at least 4 bytes)."""
+REPORTS_NAME = "reports.json"
+FILE_LEVEL = 19
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Size = Annotated[int, Field(ge=0, lt=2**63)]
+DTypeName = Annotated[str, StringConstraints(pattern=r"^[A-Z0-9_]{1,16}$")]
+
+
+class Entry(BaseModel):
+    """Base of the manifest's parts: frozen, strict, unknown fields refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ShardEntry(Entry):
+    """One shard: a blob that is a valid safetensors file."""
+
+    sha256: Sha256
+    """Digest of its bytes, and its key."""
+    size_bytes: Size
+    """Its length."""
+
+
+class TensorEntry(Entry):
+    """One tensor: where it lies and what it must be."""
+
+    name: str
+    """Its name in the checkpoint."""
+    dtype: DTypeName
+    """safetensors dtype name."""
+    shape: tuple[Size, ...] = Field(max_length=MAX_RANK)
+    """Its shape; empty for a scalar."""
+    codec: str
+    """Codec id; `raw` is uncompressed."""
+    raw_sha256: Sha256
+    """Digest of the tensor's own bytes, little-endian, row-major."""
+    stored_sha256: Sha256
+    """Digest of its coded bytes: chunk by chunk, in each chunk stream by stream."""
+    stored_bytes: Size
+    """Length of its coded bytes."""
+    entropy_bound_bytes: Size
+    """Order-0 entropy bound of its byte planes, rounded up."""
+    shards: tuple[Size, ...] = Field(min_length=1)
+    """Positions in `Manifest.shards` of its pieces, in element order."""
+
+    @property
+    def raw_bytes(self) -> int:
+        """Length of the tensor's own bytes."""
+        return raw_size(self.dtype, self.shape)
+
+
+class FileEntry(Entry):
+    """One file (graph, tokenizer, reports): a blob, perhaps a zstandard frame."""
+
+    name: str
+    """Relative path in the checkpoint's folder."""
+    sha256: Sha256
+    """Digest of the file's own bytes."""
+    size_bytes: Size
+    """Length of the file's own bytes."""
+    codec: Literal["raw", "zstd"]
+    """`zstd`: the blob is one standard frame."""
+    stored_sha256: Sha256
+    """Digest of the blob, and its key."""
+    stored_bytes: Size
+    """Length of the blob."""
+
+
+class Manifest(Entry):
+    """Everything that a reader needs to fetch, verify, rebuild and explain a published model."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    """Version of the pack format."""
+    name: PackName
+    """Pack name."""
+    kind: Literal["torch", "onnx"]
+    """What the tensors are: a state dict, or the initializers of the graph in the file `model.onnx`."""
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    """The checkpoint's own metadata (how to rebuild the module)."""
+    shards: tuple[ShardEntry, ...]
+    """Every shard, in reading order."""
+    tensors: tuple[TensorEntry, ...]
+    """Every tensor, in reading order."""
+    files: tuple[FileEntry, ...]
+    """Every file, by name."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """The configuration of the run that made it."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Versions of modelpress and of the libraries that shaped the bytes."""
+    lineage: dict[str, Any] = Field(default_factory=dict)
+    """Where it comes from: digests of the source and of the stages' outputs, tracker run."""
+    licence: str = "unknown"
+    """SPDX identifier or text of the source model's licence."""
+    reports: FileEntry | None = None
+    """The stages' reports, one JSON object by stage."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _unique("tensors", [tensor.name for tensor in self.tensors])
+        _unique("files", [file.name for file in self.files])
+        for tensor in self.tensors:
+            self._check_tensor(tensor)
+        for file in [*self.files, *([self.reports] if self.reports else [])]:
+            _check_file(file)
+        used = {position for tensor in self.tensors for position in tensor.shards}
+        if used != set(range(len(self.shards))):
+            raise ValueError(f"tensors use shards {sorted(used)}, of {len(self.shards)} listed")
+        return self
+
+    def _check_tensor(self, tensor: TensorEntry) -> None:
+        where = f"tensor {tensor.name!r}"
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{where}: unknown dtype {tensor.dtype!r}")
+        if list(tensor.shards) != list(range(tensor.shards[0], tensor.shards[0] + len(tensor.shards))):
+            raise ValueError(f"{where}: pieces in shards {list(tensor.shards)}, not in neighbouring ones")
+        if tensor.shards[-1] >= len(self.shards):
+            raise ValueError(f"{where}: shard {tensor.shards[-1]} of {len(self.shards)}")
+        room = sum(self.shards[position].size_bytes for position in tensor.shards)
+        if tensor.stored_bytes > room:
+            raise ValueError(f"{where}: {tensor.stored_bytes} stored bytes in shards of {room} bytes")
+        if tensor.raw_bytes > tensor.stored_bytes * MAX_EXPANSION:
+            raise ValueError(f"{where}: {tensor.raw_bytes} raw bytes claimed from {tensor.stored_bytes} stored bytes")
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of `to_bytes`: the pack's identity."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of all tensors and files, uncompressed (without the reports)."""
+        return sum(tensor.raw_bytes for tensor in self.tensors) + sum(file.size_bytes for file in self.files)
+
+    @property
+    def published_bytes(self) -> int:
+        """Bytes of all blobs and of the manifest itself."""
+        return sum(self.blobs().values()) + len(self.to_bytes())
+
+    def blobs(self) -> dict[str, int]:
+        """Every blob of the pack: sha256 (hex) to length. Equal content is one blob."""
+        files = [*self.files, *([self.reports] if self.reports else [])]
+        return {shard.sha256: shard.size_bytes for shard in self.shards} | {
+            file.stored_sha256: file.stored_bytes for file in files
+        }
+
+    def file(self, name: str) -> FileEntry:
+        """The entry of a file.
+
+        Raises:
+            ConfigError: the pack has none of this name.
+        """
+        for entry in self.files:
+            if entry.name == name:
+                return entry
+        names = ", ".join(entry.name for entry in self.files) or "no files"
+        raise ConfigError(f"looking for file {name!r} in pack {self.name}", found=names)
+
+    @classmethod
+    def parse(cls, data: bytes, expected_digest: str | None = None) -> Manifest:
+        """Read what `to_bytes` wrote.
+
+        Raises:
+            CorruptionError: the digest differs, or the bytes are no canonical manifest.
+            UnsupportedFormatError: written by a newer format version.
+        """
+        doing = f"reading manifest {expected_digest or ''}".rstrip()
+        found_digest = hashlib.sha256(data).hexdigest()
+        if expected_digest is not None and found_digest != expected_digest:
+            raise CorruptionError(doing, found=f"sha256 {found_digest}", expected=f"sha256 {expected_digest}")
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise CorruptionError(doing, found=f"{len(data)} bytes", expected=f"at most {MAX_MANIFEST_BYTES}")
+        document = loads(data, doing)
+        check_version(document.get("format_version"), doing)
+        try:
+            manifest = cls.model_validate(document)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "manifest"
+            raise CorruptionError(doing, found=f"{where}: {first['msg']}", expected="a manifest of format 1") from error
+        if manifest.to_bytes() != data:
+            raise CorruptionError(doing, found="another spelling", expected="canonical JSON, as FORMAT.md says")
+        return manifest
+
+
+def canonical_json(document: Any) -> bytes:
+    """JSON with sorted keys, without spaces, in UTF-8; infinities and NaNs are refused.
+
+    Raises:
+        ConfigError: something in it is no JSON.
+    """
+    try:
+        text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return text.encode()
+    except (TypeError, ValueError) as error:
+        raise ConfigError("writing canonical JSON", found=str(error), expected="finite JSON values") from error
+
+
+def check_version(version: object, doing: str) -> None:
+    """Refuse another format version than this one.
+
+    Raises:
+        UnsupportedFormatError: a newer one.
+        CorruptionError: no version at all.
+    """
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise CorruptionError(doing, found=f"format version {version!r}", expected=f"a number up to {FORMAT_VERSION}")
+    if version > FORMAT_VERSION:
+        raise UnsupportedFormatError(
+            doing, found=f"format version {version}", expected=f"at most {FORMAT_VERSION}", fix="update modelpress"
+        )
+
+
+def pack_file(name: str, data: bytes) -> tuple[FileEntry, bytes]:
+    """Store a file as a zstandard frame where that is smaller, else as it is: its entry and its blob."""
+    coded = zstandard.ZstdCompressor(level=FILE_LEVEL).compress(data)
+    codec, stored = ("zstd", coded) if len(coded) < len(data) else ("raw", data)
+    entry = FileEntry.model_validate(
+        {
+            "name": name,
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "size_bytes": len(data),
+            "codec": codec,
+            "stored_sha256": hashlib.sha256(stored).hexdigest(),
+            "stored_bytes": len(stored),
+        }
+    )
+    return entry, stored
+
+
+def unpack_file(entry: FileEntry, stored: bytes) -> bytes:
+    """The file behind an entry, verified.
+
+    Raises:
+        CorruptionError: the blob or the file is not what the entry says.
+    """
+    doing = f"reading file {entry.name!r}"
+    found = hashlib.sha256(stored).hexdigest()
+    if found != entry.stored_sha256:
+        raise CorruptionError(doing, found=f"blob sha256 {found}", expected=f"blob sha256 {entry.stored_sha256}")
+    data = stored
+    if entry.codec == "zstd":
+        data = _decompress(doing, stored, entry.size_bytes)
+    found = hashlib.sha256(data).hexdigest()
+    if found != entry.sha256 or len(data) != entry.size_bytes:
+        raise CorruptionError(
+            doing,
+            found=f"{len(data)} bytes, sha256 {found}",
+            expected=f"{entry.size_bytes} bytes, sha256 {entry.sha256}",
+        )
+    return data
+
+
+def read_files(manifest: Manifest, fetch: Callable[[str], bytes]) -> dict[str, bytes]:
+    """Every file of a pack (without the reports), verified; `fetch` gives the blob of a sha256."""
+    return {entry.name: unpack_file(entry, fetch(entry.stored_sha256)) for entry in manifest.files}
+
+
+def read_reports(manifest: Manifest, fetch: Callable[[str], bytes]) -> dict[str, Any]:
+    """The reports of a pack, by stage; empty when it has none."""
+    if manifest.reports is None:
+        return {}
+    return loads(unpack_file(manifest.reports, fetch(manifest.reports.stored_sha256)), "reading the reports")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what shapes a pack's bytes."""
+    packages = ("modelpress", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "safetensors", "torch", "zstandard")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def pack_reports(reports: Mapping[str, Any]) -> tuple[FileEntry, bytes]:
+    """Entry and blob of the stages' reports (JSON values, by stage)."""
+    return pack_file(REPORTS_NAME, canonical_json(dict(reports)))
+
+
+def _decompress(doing: str, stored: bytes, size: int) -> bytes:
+    """One standard frame of `size` bytes; its own header must agree before anything is allocated."""
+    try:
+        claimed = zstandard.get_frame_parameters(stored).content_size
+        if claimed != size or size > MAX_FILE_BYTES:
+            raise CorruptionError(doing, found=f"a frame of {claimed} bytes", expected=f"{size} bytes")
+        return zstandard.ZstdDecompressor().decompress(stored, max_output_size=size, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise CorruptionError(doing, found=str(error), expected="a zstandard frame") from error
+
+
+def _unique(what: str, names: list[str]) -> None:
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{what}: {twice!r} stands {names.count(twice)} times")
+
+
+def _check_file(file: FileEntry) -> None:
+    """A name that stays inside the folder it is written to, on every system."""
+    parts = file.name.split("/")
+    if (
+        not all(parts)
+        or any(part in (".", "..") for part in parts)
+        or any(c < " " or c in "\\:\x7f" for c in file.name)
+    ):
+        raise ValueError(f"file {file.name!r}: not a relative path of plain names")
+    if file.codec == "raw" and (file.sha256, file.size_bytes) != (file.stored_sha256, file.stored_bytes):
+        raise ValueError(f"file {file.name!r}: stored raw, yet its two digests or lengths differ")
