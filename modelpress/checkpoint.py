@@ -43,8 +43,9 @@ class Checkpoint:
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(self.tensors.items())}
         for name, data in sorted(self.files.items()):
             stored[FILE_PREFIX + name] = torch.frombuffer(bytearray(data) or bytearray(1), dtype=torch.uint8)[: len(data)]
-        header = {"kind": self.kind, "metadata": json.dumps(self.metadata, sort_keys=True)}
-        return safetensors.torch.save(stored, header)
+        # One key: safetensors writes several in an order that changes from call to call.
+        header = json.dumps({"kind": self.kind, "metadata": self.metadata}, sort_keys=True)
+        return safetensors.torch.save(stored, {"checkpoint": header})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Checkpoint:
@@ -55,9 +56,9 @@ class Checkpoint:
         """
         try:
             length = int.from_bytes(data[:8], "little")
-            header = json.loads(data[8 : 8 + length])["__metadata__"]
+            header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["checkpoint"])
             tensors = safetensors.torch.load(data)
-            kind, metadata = header["kind"], json.loads(header["metadata"])
+            kind, metadata = header["kind"], header["metadata"]
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
             raise CorruptionError("reading a checkpoint", found=str(error), expected="a modelpress checkpoint") from error
         files = {
