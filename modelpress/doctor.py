@@ -1,0 +1,220 @@
+"""What this machine, the store and the servers must be, checked by doing it, with the way to mend each.
+
+Prefect and MLflow are looked at from outside, over HTTP: the library imports neither.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from modelpress.errors import AccessDeniedError, ModelpressError
+from modelpress.settings import Settings
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+GIB = 2**30
+LEAST_DISK_BYTES, GOOD_DISK_BYTES = 1 * GIB, 10 * GIB
+LEAST_MEMORY_BYTES, GOOD_MEMORY_BYTES = 1 * GIB, 4 * GIB
+HTTP_SECONDS = 5.0
+
+Status = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor: what was checked, how it stands, and how to mend it."""
+
+    check: str
+    status: Status
+    found: str
+    fix: str = ""
+
+
+def examine(settings: Settings, providers: Sequence[str] = ()) -> Iterator[Finding]:
+    """Check everything, one finding at a time; nothing is raised, a check that breaks is a finding.
+
+    Args:
+        settings: the endpoints and folders to look at.
+        providers: ONNX Runtime execution providers that must be usable. Empty: the CPU's, and CUDA's where torch
+            sees a device.
+    """
+    yield _python()
+    yield _packages()
+    found, has_cuda = _torch()
+    yield found
+    for provider in providers or ([CPU, CUDA] if has_cuda else [CPU]):
+        yield _guarded(f"ONNX Runtime {provider}", lambda provider=provider: _provider(provider))  # type: ignore[misc]
+    yield from _stores(settings)
+    yield _mlflow(settings)
+    yield _prefect(os.environ.get("PREFECT_API_URL", ""))
+    yield _disk(settings.home)
+    yield _memory()
+
+
+def check_provider(provider: str) -> str:
+    """Run a one-node graph on an execution provider.
+
+    Returns:
+        The version of ONNX Runtime.
+
+    Raises:
+        SetupError: it is not in this build, or does not start on this machine.
+    """
+    import numpy as np
+    import onnx
+    import onnxruntime
+
+    from modelpress import graph
+
+    axis = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    node = onnx.helper.make_node("Abs", ["x"], ["y"])
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "probe", axis[:1], axis[1:]),
+        opset_imports=[onnx.helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    session = graph.session(graph.split(model), provider, threads=1)
+    session.run(["y"], {"x": np.array([-1], np.float32)})
+    return str(onnxruntime.__version__)
+
+
+def _guarded(check: str, work: Callable[[], Finding]) -> Finding:
+    try:
+        return work()
+    except ModelpressError as error:
+        return Finding(check, "fail", error.found or error.doing, error.fix or "")
+
+
+def _python() -> Finding:
+    return Finding("Python", "ok", platform.python_version())  # pip let no older one install us
+
+
+def _packages() -> Finding:
+    """Every declared dependency is installed in a version that is allowed."""
+    from packaging.requirements import Requirement
+
+    wrong, count = [], 0
+    for text in metadata.requires("modelpress") or []:
+        requirement = Requirement(text)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        count += 1
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name} {version}, not {requirement.specifier}")
+    if wrong:
+        return Finding("packages", "fail", "; ".join(wrong), "make venv, or pip install --upgrade modelpress")
+    return Finding("packages", "ok", f"modelpress {metadata.version('modelpress')} and its {count} dependencies")
+
+
+def _torch() -> tuple[Finding, bool]:
+    try:
+        import torch
+    except ImportError as error:
+        return Finding("torch", "fail", str(error), "pip install torch"), False
+    if not torch.cuda.is_available():
+        return Finding("torch", "ok", f"{torch.__version__}, no CUDA device: training runs on the CPU"), False
+    names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    return Finding("torch", "ok", f"{torch.__version__}, {names}"), True
+
+
+def _provider(provider: str) -> Finding:
+    version = check_provider(provider)
+    return Finding(f"ONNX Runtime {provider}", "ok", f"{version}, ran a graph")
+
+
+def _stores(settings: Settings) -> Iterator[Finding]:
+    for check, uri in (("store", settings.store_uri), ("work store", settings.work_uri)):
+        yield _guarded(check, lambda check=check, uri=uri: _store(check, uri, settings))  # type: ignore[misc]
+
+
+def _store(check: str, uri: str, settings: Settings) -> Finding:
+    from modelpress import keys
+    from modelpress.store import open_store
+
+    store = open_store(uri, settings)
+    next(store.list(keys.PACKS), None)
+    try:
+        store.check_fit()
+    except AccessDeniedError as error:
+        return Finding(
+            check,
+            "warn",
+            f"{store.uri}: may be read, not written ({error.found})",
+            "enough for serving; publishing needs a key that may write",
+        )
+    return Finding(check, "ok", f"{store.uri}: read, written, a second conditional write was refused")
+
+
+def _mlflow(settings: Settings) -> Finding:
+    uri = settings.mlflow_uri
+    if uri.startswith(("http://", "https://")):
+        return _http("MLflow", uri.rstrip("/") + "/health", "start it: mlflow server; or set MODELPRESS_TRACKING_URI")
+    if uri.startswith("sqlite:///"):
+        folder = _existing(Path(uri.removeprefix("sqlite:///")).parent)
+        if not os.access(folder, os.W_OK):
+            return Finding("MLflow", "fail", f"{uri}: {folder} can't be written", "set MODELPRESS_HOME elsewhere")
+        return Finding("MLflow", "ok", f"{uri} (a local database, for one user)")
+    return Finding("MLflow", "warn", f"{uri}: not looked into", "see that this machine reaches it")
+
+
+def _prefect(api: str) -> Finding:
+    if not api:
+        return Finding("Prefect", "ok", "no PREFECT_API_URL: the profile's server, else each run starts its own")
+    return _http("Prefect", api.rstrip("/") + "/health", "start it: prefect server start; or unset PREFECT_API_URL")
+
+
+def _http(check: str, url: str, fix: str) -> Finding:
+    import httpx
+
+    try:
+        answer = httpx.get(url, timeout=HTTP_SECONDS, follow_redirects=True)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        return Finding(check, "fail", f"{url}: {error}", fix)
+    if answer.status_code in (401, 403):
+        return Finding(
+            check, "warn", f"{url}: {answer.status_code}, it asks for credentials", "see that runs have them"
+        )
+    if answer.is_error:
+        return Finding(check, "fail", f"{url}: status {answer.status_code}", fix)
+    return Finding(check, "ok", f"{url} answers")
+
+
+def _disk(home: Path) -> Finding:
+    folder = _existing(home)
+    free = shutil.disk_usage(folder).free
+    return _amount(
+        "disk", free, LEAST_DISK_BYTES, GOOD_DISK_BYTES, f"free at {folder}", "free space, or set MODELPRESS_HOME"
+    )
+
+
+def _memory() -> Finding:
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    return _amount("memory", free, LEAST_MEMORY_BYTES, GOOD_MEMORY_BYTES, "available", "end other programs")
+
+
+def _amount(check: str, have: int, least: int, good: int, what: str, fix: str) -> Finding:
+    status: Status = "ok" if have >= good else "warn" if have >= least else "fail"
+    found = f"{have / GIB:.1f} GiB {what}"
+    return Finding(check, status, found, "" if status == "ok" else f"{fix}; {good / GIB:.0f} GiB are comfortable")
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

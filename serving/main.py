@@ -1,0 +1,158 @@
+"""The process: settings, one socket, one uvicorn server, a graceful end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import uvicorn
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from modelpress import graph
+from modelpress.doctor import check_provider
+from modelpress.errors import ConfigError, ModelpressError, SetupError
+from modelpress.settings import Settings
+from modelpress.store import open_store
+from serving.app import MAX_BODY_BYTES, create_app
+from serving.repository import Repository
+
+log = logging.getLogger("modelpress.serving")
+
+BACKLOG = 2048
+
+
+class ServingSettings(BaseSettings):
+    """Read from ``MODELPRESS_SERVING_*`` variables; `modelpress serve` has an option for each."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="MODELPRESS_SERVING_", frozen=True, extra="ignore", use_attribute_docstrings=True
+    )
+
+    models: str = ""
+    """Comma-separated `NAME` or `NAME@ALIAS`. Empty: every pack that has a champion, also those to come."""
+    host: str = "127.0.0.1"
+    """Address to listen on. There is no authentication: put a proxy in front before you open it to others."""
+    port: int = Field(default=8080, ge=0, le=65535)
+    """Port to listen on; 0 takes a free one."""
+    poll_seconds: float = Field(default=2.0, ge=0)
+    """How often the pointers are read; 0 never: then only `load` requests bring a new pack."""
+    provider: Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"] = (
+        "CPUExecutionProvider"
+    )
+    """ONNX Runtime execution provider; the server does not start where it is not in use."""
+    threads: int = Field(default=0, ge=0)
+    """Intra-operator threads per model; 0 takes the cores that this process may use."""
+    workers: int = Field(default=0, ge=0)
+    """Inferences at a time; 0 takes the cores that this process may use."""
+    max_body_bytes: int = Field(default=MAX_BODY_BYTES, ge=1)
+    """A larger request is refused."""
+    drain_seconds: int = Field(default=30, ge=1)
+    """On SIGTERM, how long running requests may take to end."""
+
+
+def read_settings(**given: Any) -> ServingSettings:
+    """Settings from the environment, with what was `given` (not None) on top.
+
+    Raises:
+        ConfigError: a value is not legal; the variable is named.
+    """
+    try:
+        return ServingSettings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        problems = [
+            f"{one['loc'][0]} (MODELPRESS_SERVING_{str(one['loc'][0]).upper()}): {one['msg']}, found {one['input']!r}"
+            for one in error.errors(include_url=False)
+        ]
+        raise ConfigError("reading the server's settings", found="; ".join(problems)) from error
+
+
+def run(settings: Settings, serving: ServingSettings) -> None:
+    """Serve until SIGTERM or SIGINT, then answer what runs and return.
+
+    Raises:
+        SetupError: the port is in use, or the execution provider is not.
+        ModelpressError: a named model can't be loaded.
+    """
+    check_provider(serving.provider)
+    names = [name.strip() for name in serving.models.split(",") if name.strip()]
+    repository = Repository(
+        open_store(settings.store_uri, settings),
+        names,
+        provider=serving.provider,
+        threads=serving.threads,
+        retry_seconds=max(serving.poll_seconds, 1.0),
+    )
+    with _bound(serving.host, serving.port) as listener:
+        repository.start()
+        app = create_app(
+            repository,
+            poll_seconds=serving.poll_seconds,
+            workers=serving.workers or graph.usable_cores(),
+            max_body_bytes=serving.max_body_bytes,
+        )
+        # Our own handlers and log; uvicorn's access log costs more than a small inference.
+        config = uvicorn.Config(
+            app, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=serving.drain_seconds
+        )
+        listener.listen(BACKLOG)
+        log.info("listening on http://%s:%d/v2", *listener.getsockname()[:2])
+        with _graceful_signals():
+            uvicorn.Server(config).run(sockets=[listener])
+    log.info("stopped")
+
+
+def main() -> None:
+    """`python -m serving`: everything from the environment."""
+    configure_log()
+    try:
+        run(Settings(), read_settings())
+    except ModelpressError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+
+
+def configure_log() -> None:
+    """Log lines to stderr."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def _bound(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that holds the port before seconds are spent on loading; nobody is let in until it listens."""
+    doing = f"listening on {host}:{port}"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise SetupError(doing, found=str(error), expected="an address of this machine") from error
+    with socket.socket(family, kind, protocol) as listener:
+        if os.name == "posix":
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+            yield listener
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL):
+                raise
+            raise SetupError(
+                doing, found=error.strerror, fix="choose another with --port and --host, or end what listens there"
+            ) from error
+
+
+@contextlib.contextmanager
+def _graceful_signals() -> Iterator[None]:
+    """uvicorn ends gracefully on a signal and then raises it again, which would make a clean end look like a kill."""
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

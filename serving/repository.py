@@ -1,0 +1,268 @@
+"""Which models are served, and how each follows its alias: load beside the old, swap, let the old drain."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from modelpress import keys, pointer
+from modelpress.errors import (
+    AccessDeniedError,
+    ConfigError,
+    CorruptionError,
+    ModelpressError,
+    NotFoundError,
+    SetupError,
+    StoreUnavailableError,
+    UnsupportedFormatError,
+)
+from modelpress.pointer import Pointer
+from modelpress.store import Store
+from serving.engine import Engine, load_engine
+from serving.protocol import NotReadyError, NotServedError
+
+log = logging.getLogger("modelpress.serving")
+
+CHAMPION = "champion"
+MAX_RETRY_SECONDS = 300.0
+"""Longest wait before a pack that could not be loaded is fetched again."""
+
+_PUBLIC_REASONS: list[tuple[type[ModelpressError], str]] = [
+    (CorruptionError, "its bytes are not what the manifest says"),
+    (UnsupportedFormatError, "it was written by a newer modelpress"),
+    (NotFoundError, "the pointer, or an object of the pack, is missing"),
+    (AccessDeniedError, "the store refused access"),
+    (StoreUnavailableError, "the store does not answer"),
+    (SetupError, "the execution provider did not start"),
+]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What answers now, and the pointer entry that says so. One object, so that both change at once."""
+
+    engine: Engine
+    pointer: Pointer
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why the pointer's pack is not the one that answers. `reason` is for clients, the log has the whole error."""
+
+    number: int | None
+    reason: str
+    attempts: int
+    retry_at: float
+
+
+class ServedModel:
+    """One model name and the alias that it follows."""
+
+    def __init__(self, name: str, alias: str) -> None:
+        self.name, self.alias = name, alias
+        self.loaded: Loaded | None = None
+        self.failure: Failure | None = None
+        self.unloaded = False
+        """Taken out by request: stays out until it is asked in again."""
+        self.lock = threading.Lock()
+        """Held while it changes. Requests do not take it: they read `loaded` once."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it answers, or was taken out on purpose."""
+        return self.loaded is not None or self.unloaded
+
+    def answering(self, version: str | None = None) -> Loaded:
+        """What answers now, for any version or for a digest (whole, or its first 12 digits and more).
+
+        Raises:
+            NotReadyError: nothing is loaded.
+            NotServedError: another version is.
+        """
+        loaded = self.loaded
+        if loaded is None:
+            reason = self.failure.reason if self.failure else "it is not loaded"
+            raise NotReadyError(f"model {self.name!r}", found=reason, expected="a loaded pack")
+        pack = loaded.engine.pack
+        if version is not None and not (len(version) >= 12 and pack.startswith(version)):
+            raise NotServedError(f"model {self.name!r}: version", found=version[:80], expected=pack)
+        return loaded
+
+
+class Repository:
+    """The models of one server. Every method is safe to call from threads."""
+
+    def __init__(
+        self,
+        store: Store,
+        models: Sequence[str] = (),
+        *,
+        provider: str = "CPUExecutionProvider",
+        threads: int = 0,
+        retry_seconds: float = 1.0,
+    ) -> None:
+        """
+        Args:
+            store: the publication store.
+            models: `NAME` or `NAME@ALIAS`; empty serves every pack that has a champion, also those to come.
+            provider: execution provider that must be in use.
+            threads: intra-operator threads per session; 0 takes the cores that this process may use.
+            retry_seconds: wait after the first failed load of a pack; doubles with each.
+        """
+        self._store, self._provider, self._threads = store, provider, threads
+        self._retry_seconds = retry_seconds
+        self._discovers = not models
+        self._models: dict[str, ServedModel] = {}
+        for model in models:
+            name, _, alias = model.partition("@")
+            keys.pointers(name, alias or CHAMPION)  # refuses an illegal name here, not at the first poll
+            if name in self._models:
+                raise ConfigError("choosing models to serve", found=f"{name!r} twice", expected="each name once")
+            self._models[name] = ServedModel(name, alias or CHAMPION)
+
+    def start(self) -> None:
+        """Load everything. A model that was named must load; one that was only found may be shown as unavailable.
+
+        Raises:
+            ModelpressError: a named model can't be loaded, or the store can't be listed.
+        """
+        self._discover()
+        for model in self.models():
+            try:
+                self._update(model, force=True)
+            except SetupError:
+                raise
+            except ModelpressError:
+                if not self._discovers:
+                    raise
+
+    def poll(self) -> None:
+        """Look at every pointer once, and load what moved. What fails is logged and shown, never raised."""
+        try:
+            self._discover()
+        except ModelpressError as error:
+            log.warning("looking for packs to serve: %s", error)
+        for model in self.models():
+            try:
+                self._update(model)
+            except ModelpressError:
+                continue  # kept in model.failure and logged there
+
+    def models(self) -> list[ServedModel]:
+        """All models, by name."""
+        return [model for _, model in sorted(self._models.items())]
+
+    def model(self, name: str) -> ServedModel:
+        """The model of this name.
+
+        Raises:
+            NotServedError: none.
+        """
+        found = self._models.get(name)
+        if found is None:
+            raise NotServedError("model", found=name[:80], expected=f"one of {sorted(self._models)}")
+        return found
+
+    def load(self, name: str) -> None:
+        """Look at the pointer now, load what it names, and take a model in again that was taken out.
+
+        Raises:
+            NotServedError: this server does not serve this name.
+            ModelpressError: it can't be loaded; what was loaded before still answers.
+        """
+        if name not in self._models and self._discovers:
+            self._discover()
+        self._update(self.model(name), force=True)
+
+    def unload(self, name: str) -> None:
+        """Take a model out. Requests that run are answered.
+
+        Raises:
+            NotServedError: this server does not serve this name.
+        """
+        model = self.model(name)
+        with model.lock:
+            model.unloaded, model.loaded, model.failure = True, None, None
+        log.info("unloaded %s", name)
+
+    @property
+    def ready(self) -> bool:
+        """Whether every model answers, except those taken out on purpose."""
+        return all(model.ready for model in self.models())
+
+    def index(self) -> list[dict[str, Any]]:
+        """One row per model: name, version, state and, where something is wrong, the reason."""
+        return [_index_row(model) for model in self.models()]
+
+    def _discover(self) -> None:
+        if not self._discovers:
+            return
+        owners = {keys.pointer_owner(info.key) for info in self._store.list(keys.PACKS)}
+        for name in sorted(owner[0] for owner in owners if owner and owner[1] == CHAMPION):
+            self._models.setdefault(name, ServedModel(name, CHAMPION))
+
+    def _update(self, model: ServedModel, *, force: bool = False) -> None:
+        """Make the pointer's pack the one that answers; on any failure everything stays as it was."""
+        with model.lock:
+            if model.unloaded and not force:
+                return
+            number: int | None = None
+            try:
+                entry = pointer.current(self._store, model.name, model.alias)
+                if entry is None:
+                    raise NotFoundError(
+                        f"loading {model.name}@{model.alias} from {self._store.uri}",
+                        found="an alias that was never set",
+                        fix=f"publish and promote a pack first: modelpress run, modelpress promote {model.name}",
+                    )
+                number = entry.number
+                if not force and _waits(model.failure, number):
+                    return
+                model.loaded = Loaded(self._engine(model, entry), entry)
+                model.failure, model.unloaded = None, False
+            except ModelpressError as error:
+                self._failed(model, number, error)
+                raise
+
+    def _engine(self, model: ServedModel, entry: Pointer) -> Engine:
+        if model.loaded and model.loaded.engine.pack == entry.pack:
+            return model.loaded.engine
+        engine = load_engine(self._store, model.name, entry.pack, self._provider, self._threads)
+        log.info("%s@%s: pack %s answers from now on (pointer %d)", model.name, model.alias, entry.pack, entry.number)
+        return engine
+
+    def _failed(self, model: ServedModel, number: int | None, error: ModelpressError) -> None:
+        before = model.failure
+        attempts = before.attempts + 1 if before and before.number == number else 1
+        wait = min(MAX_RETRY_SECONDS, self._retry_seconds * 2.0 ** min(attempts - 1, 20))
+        what = "the pointer can't be read" if number is None else f"pointer {number} can't be loaded"
+        reason = f"{what}: {_public_reason(error)}"
+        model.failure = Failure(number, reason, attempts, time.monotonic() + wait)
+        if before is None or before.reason != reason:
+            kept = f"pack {model.loaded.engine.pack[:12]} goes on answering" if model.loaded else "nothing answers"
+            log.error("%s@%s: %s; %s\n  %s", model.name, model.alias, what, kept, error)
+
+
+def _waits(failure: Failure | None, number: int) -> bool:
+    return failure is not None and failure.number == number and time.monotonic() < failure.retry_at
+
+
+def _public_reason(error: ModelpressError) -> str:
+    """What a client may read: the errors' own texts name folders and endpoints."""
+    for kind, text in _PUBLIC_REASONS:
+        if isinstance(error, kind):
+            return text
+    return "the model does not run here"
+
+
+def _index_row(model: ServedModel) -> dict[str, Any]:
+    loaded, failure = model.loaded, model.failure
+    row: dict[str, Any] = {"name": model.name, "state": "READY" if loaded else "UNAVAILABLE"}
+    if loaded:
+        row["version"] = loaded.engine.pack
+    reason = failure.reason if failure else "unloaded by request" if model.unloaded else ""
+    return row | ({"reason": reason} if reason else {})
