@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -28,6 +29,10 @@ class Settings(BaseSettings):
     """S3 endpoint; empty takes the AWS SDK's own."""
     s3_region: str = "us-east-1"
     """S3 region."""
+    s3_timeout_seconds: float = Field(default=30.0, gt=0)
+    """Silence after which a request is given up and sent again."""
+    s3_attempts: int = Field(default=5, ge=1, le=20)
+    """How often a request is sent before the store counts as unavailable; waits between grow, with jitter."""
     tracking_uri: str = ""
     """MLflow tracking and registry server. Default: SQLite in `<home>/mlflow.db`."""
     reuse: bool = True

@@ -45,7 +45,7 @@ class LocalStore(Store):
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         check_range(key, start, length)
-        with _translated(f"reading {self._path(key)}"), self._path(key).open("rb") as file:
+        with local_errors(f"reading {self._path(key)}"), self._path(key).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             end = size if length is None else start + length
             if start > size or end > size:
@@ -56,7 +56,7 @@ class LocalStore(Store):
             return file.read(end - start)
 
     def download(self, key: str, path: Path) -> str:
-        with _translated(f"downloading {self._path(key)} to {path}"), self._path(key).open("rb") as source:
+        with local_errors(f"downloading {self._path(key)} to {path}"), self._path(key).open("rb") as source:
             partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
             try:
                 with partial.open("xb") as target:
@@ -69,7 +69,7 @@ class LocalStore(Store):
     def put(self, key: str, data: bytes | Path, *, if_absent: bool = False, sha256: str | None = None) -> bool:
         path = self._path(key)
         incoming = self.folder / RESERVED / uuid.uuid4().hex
-        with _translated(f"writing {path}", writing=True):
+        with local_errors(f"writing {path}", writing=True):
             if if_absent and path.is_file():
                 return False
             incoming.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ class LocalStore(Store):
 
     def info(self, key: str) -> ObjectInfo | None:
         path = self._path(key)
-        with _translated(f"looking at {path}"):
+        with local_errors(f"looking at {path}"):
             try:
                 return ObjectInfo(key, path.stat().st_size) if path.is_file() else None
             except (FileNotFoundError, NotADirectoryError):
@@ -97,13 +97,13 @@ class LocalStore(Store):
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         check_key(prefix, prefix=True)
         base = self.folder / prefix.rpartition("/")[0]
-        with _translated(f"listing {base}"):
+        with local_errors(f"listing {base}"):
             found = sorted(self._walk(base, prefix), key=lambda info: info.key.encode())
         yield from found
 
     def delete(self, key: str) -> None:
         path = self._path(key)
-        with _translated(f"deleting {path}"), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with local_errors(f"deleting {path}"), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.unlink()
 
     def check_fit(self) -> None:
@@ -184,8 +184,8 @@ def _raise_unless_missing(error: OSError) -> None:
 
 
 @contextlib.contextmanager
-def _translated(doing: str, *, writing: bool = False) -> Iterator[None]:
-    """Turn the operating system's errors into the store's."""
+def local_errors(doing: str, *, writing: bool = False) -> Iterator[None]:
+    """Turn the operating system's errors into the store's; `writing` says that a name is being taken."""
     try:
         yield
     except PermissionError as error:
