@@ -1,0 +1,174 @@
+"""The gate: who may become champion. Pure arithmetic on numbers that others measured.
+
+Quality is tested for non-inferiority, paired by sample: the candidate passes when the lower end of the one-sided
+interval of `candidate − reference` lies above −margin, fails when the upper end lies below it, and is inconclusive in
+between. Only a pass promotes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from modelpress import intervals
+from modelpress.config import GateConfig
+from modelpress.reports import Report
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+Scores = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Per-sample scores of one model on one set of samples; higher is better."""
+
+    scores: Scores | None
+    """(samples,), float64; None: never measured."""
+    samples: str
+    """Digest of the samples in their order: scores pair only where it is the same."""
+    metric: str
+    """Name of the score."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that the gate looks at. None: not measured."""
+
+    candidate: Scored
+    source: Scored
+    champion: Scored | None
+    """None: there is no champion yet."""
+    compression_ratio: float | None
+    """Source bytes ÷ published bytes."""
+    speedup: float | None
+    """Throughput ÷ the source model's, both in ONNX Runtime at the largest measured batch."""
+    coverage: float | None
+    """Share of the eligible weights that are integers; read only where `quantized`."""
+    quantized: bool
+    """Whether the recipe asked for quantization."""
+
+
+class Check(Report):
+    """One condition and how it went."""
+
+    name: str
+    """What was looked at, such as `quality against the champion`."""
+    verdict: Verdict
+    """How it went."""
+    reason: str
+    """With the numbers that decided."""
+    required_samples: int | None = None
+    """For an inconclusive comparison: paired samples that would decide with 80 % power."""
+
+
+class Decision(Report):
+    """What the gate says. It is stored, logged and shown as it stands; nobody rephrases it."""
+
+    promote: bool
+    """Whether the candidate becomes champion: every check passed."""
+    verdict: Verdict
+    """`fail` where a check failed, else `inconclusive` where one was, else `pass`."""
+    reasons: list[str]
+    """One line per check."""
+    required_samples: int | None = None
+    """The largest of the checks'."""
+    checks: list[Check]
+    """The single conditions."""
+
+    def line(self) -> str:
+        """The decision in one line, for logs."""
+        return f"{'promote' if self.promote else 'refuse'} ({self.verdict}): {'; '.join(self.reasons)}"
+
+
+def decide(evidence: Evidence, config: GateConfig) -> Decision:
+    """Judge a candidate against the source model, the champion if there is one, and the bounds of the config."""
+    checks = [_compare("quality against the source", evidence.candidate, evidence.source, config)]
+    if evidence.champion is not None:
+        checks.append(_compare("quality against the champion", evidence.candidate, evidence.champion, config))
+    checks.append(_at_least("compression ratio", evidence.compression_ratio, config.min_compression_ratio))
+    if config.min_speedup > 0:
+        checks.append(_at_least("speed-up", evidence.speedup, config.min_speedup))
+    if evidence.quantized:
+        checks.append(_covered(evidence.coverage))
+    return _conclude(checks)
+
+
+def _conclude(checks: list[Check]) -> Decision:
+    verdicts = {check.verdict for check in checks}
+    verdict: Verdict = "fail" if "fail" in verdicts else "inconclusive" if "inconclusive" in verdicts else "pass"
+    needed = [check.required_samples for check in checks if check.required_samples is not None]
+    return Decision(
+        promote=verdict == "pass",
+        verdict=verdict,
+        reasons=[f"{check.name}: {check.verdict}, {check.reason}" for check in checks],
+        required_samples=max(needed, default=None),
+        checks=checks,
+    )
+
+
+def _compare(name: str, candidate: Scored, reference: Scored, config: GateConfig) -> Check:
+    """Paired non-inferiority of the candidate's mean score."""
+    problem = _unpaired(candidate, reference)
+    if problem is not None:
+        return Check(name=name, verdict=problem[0], reason=problem[1])
+    assert candidate.scores is not None
+    assert reference.scores is not None
+    two_sided = 2 * config.confidence - 1  # its lower end is the one-sided bound at `confidence`
+    found = intervals.paired_difference(candidate.scores, reference.scores, two_sided)
+    numbers = (
+        f"{candidate.metric} {candidate.scores.mean():.4f} against {reference.scores.mean():.4f}, difference "
+        f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}] on {candidate.scores.size} samples, margin "
+        f"{config.margin:g} at {config.confidence:.0%} one-sided"
+    )
+    if found.low > -config.margin:
+        return Check(name=name, verdict="pass", reason=numbers)
+    if found.high < -config.margin:
+        return Check(name=name, verdict="fail", reason=numbers)
+    needed = _needed(candidate.scores - reference.scores, config, two_sided)
+    advice = f"; about {needed} samples would decide" if needed else ""
+    return Check(name=name, verdict="inconclusive", reason=numbers + advice, required_samples=needed)
+
+
+def _unpaired(candidate: Scored, reference: Scored) -> tuple[Verdict, str] | None:
+    """Why two sets of scores can't be compared; None where they can."""
+    sizes = []
+    for who, scored in (("the candidate", candidate), ("the reference", reference)):
+        if scored.scores is None or scored.scores.size == 0:
+            return "fail", f"{scored.metric} of {who} was not measured"
+        bad = int(np.count_nonzero(~np.isfinite(scored.scores)))
+        if bad:
+            return "fail", f"{bad} of {scored.scores.size} {scored.metric} scores of {who} are not finite"
+        sizes.append(scored.scores.size)
+    if candidate.metric != reference.metric:
+        return "fail", f"the candidate is scored by {candidate.metric}, the reference by {reference.metric}"
+    if candidate.samples != reference.samples or sizes[0] != sizes[1]:
+        return "inconclusive", "the two were scored on other samples; score both on the same ones"
+    return None
+
+
+def _needed(differences: Scores, config: GateConfig, two_sided: float) -> int | None:
+    """Samples that would decide if the observed difference were the true one; None where no number would."""
+    distance = abs(float(differences.mean()) + config.margin)
+    deviation = max(float(differences.std()), 1.0 / math.sqrt(differences.size))
+    if distance < config.margin / 100:
+        return None
+    return max(differences.size + 1, intervals.needed_samples(deviation, distance, two_sided))
+
+
+def _at_least(name: str, value: float | None, least: float) -> Check:
+    if value is None or not math.isfinite(value):
+        return Check(name=name, verdict="fail", reason=f"not measured, at least {least:g}× is asked")
+    verdict: Verdict = "pass" if value >= least else "fail"
+    return Check(name=name, verdict=verdict, reason=f"{value:.2f}×, at least {least:g}× is asked")
+
+
+def _covered(coverage: float | None) -> Check:
+    name = "quantization coverage"
+    if coverage is None or not math.isfinite(coverage):
+        return Check(name=name, verdict="fail", reason="not measured")
+    verdict: Verdict = "pass" if coverage > 0 else "fail"
+    return Check(name=name, verdict=verdict, reason=f"{coverage:.1%} of the eligible weights are integers")

@@ -1,0 +1,165 @@
+"""The one place where an alias moves.
+
+The pointer in the store is what servers follow, and the truth; MLflow's alias is its image for people. A promotion
+records the decision, sets MLflow's alias, then appends to the pointer's log on the condition that nobody moved it since
+the judgement. A crash in between leaves the old champion served; the same promotion, started again, ends the work. A
+rollback moves the pointer first: going back must not wait for MLflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from mlflow import MlflowClient
+
+from modelpress import keys, load, pointer
+from modelpress.config import GateConfig, parse_config
+from modelpress.errors import ConflictError, NotFoundError
+from modelpress.manifest import Manifest, read_reports, unpack_file
+from modelpress.progress import Progress, silent
+from modelpress.store.base import Store
+from registry import scores, versions
+from registry.gates import Decision, Evidence, Scored, decide
+from registry.versions import Version
+
+CHALLENGER = "challenger"
+"""Alias of the version that was judged last."""
+UNMEASURED = Scored(None, samples="", metric="quality")
+
+
+def promote(
+    store: Store, client: MlflowClient, name: str, pack: str, gate: GateConfig | None, progress: Progress = silent
+) -> Decision:
+    """Judge a published pack and, if it passes, make it champion in MLflow and in the store.
+
+    Args:
+        store: the publication store.
+        client: MLflow.
+        name: of the pack and of the registered model.
+        pack: digest of the candidate.
+        gate: the conditions; None takes those of the pack's own config.
+        progress: told while the published bytes are read.
+
+    Returns:
+        The decision. A refusal moves nothing but the alias `challenger`.
+
+    Raises:
+        NotFoundError: no such pack, or no model version carries it.
+        CorruptionError: the published bytes are not what the manifest says.
+        ConflictError: someone else moved the alias meanwhile.
+    """
+    version = _registered(client, name, pack)
+    manifest, _ = load.load_checkpoint(store, name, pack, progress)  # every byte is read afresh and verified
+    gate = gate or parse_config(manifest.config, origin=f"the config of pack {pack}").gate
+    standing = pointer.current(store, name, gate.alias)
+    champion = standing.pack if standing else None
+    evidence = _gather(store, manifest, version, champion if champion != pack else None)
+    decision = decide(evidence, gate)
+    _record(client, version, gate, champion, decision)
+    versions.set_alias(client, version, CHALLENGER)
+    if decision.promote:
+        versions.set_alias(client, version, gate.alias)
+        if champion != pack:
+            _move(store, client, name, gate.alias, pack, decision, after=standing.number if standing else 0)
+    return decision
+
+
+def rollback(store: Store, client: MlflowClient, name: str, alias: str, to: str | None = None) -> str:
+    """Point an alias back, in the store and then in MLflow, and return the digest it names now.
+
+    Args:
+        store: the publication store.
+        client: MLflow.
+        name: of the pack and of the registered model.
+        alias: what goes back.
+        to: a pack's digest, or a prefix of it; None takes the pack that stood before the current one.
+
+    Raises:
+        NotFoundError: there is nothing to go back to.
+        ConflictError: someone else moved the alias meanwhile.
+    """
+    entry = pointer.rollback(store, name, alias, load.resolve(store, name, to) if to else None)
+    follow_pointer(store, client, name, alias)
+    return entry.pack
+
+
+def follow_pointer(store: Store, client: MlflowClient, name: str, alias: str) -> None:
+    """Let MLflow's alias say what the pointer says."""
+    entry = pointer.current(store, name, alias)
+    if entry is None:
+        client.delete_registered_model_alias(name, alias)
+    else:
+        versions.set_alias(client, _registered(client, name, entry.pack), alias)
+
+
+def _move(
+    store: Store, client: MlflowClient, name: str, alias: str, pack: str, decision: Decision, *, after: int
+) -> None:
+    try:
+        pointer.append(store, name, alias, pack, "promote", decision.model_dump(mode="json"), after=after)
+    except ConflictError:
+        follow_pointer(store, client, name, alias)
+        raise
+
+
+def _record(client: MlflowClient, version: Version, gate: GateConfig, champion: str | None, decision: Decision) -> None:
+    """Write the decision on the model version, and in full beside its run, before anything moves."""
+    versions.annotate(
+        client,
+        version,
+        {"gate.verdict": decision.verdict, "gate.promote": str(decision.promote).lower(), "gate.alias": gate.alias},
+    )
+    document = {
+        "pack": version.pack,
+        "champion": champion,
+        "gate": gate.model_dump(mode="json"),
+        "decision": decision.model_dump(mode="json"),
+    }
+    client.log_dict(version.run_id, document, f"gate/version-{version.number}.json")
+
+
+def _registered(client: MlflowClient, name: str, pack: str) -> Version:
+    version = versions.find(client, name, pack)
+    if version is None:
+        raise NotFoundError(
+            f"looking up the model version of pack {pack}",
+            found=f"no version of {name!r} carries it",
+            fix="run the optimize flow again with this config: it reuses what is published and registers it",
+        )
+    return version
+
+
+def _gather(store: Store, manifest: Manifest, version: Version, champion: str | None) -> Evidence:
+    """What is known of the candidate: from its pack, and the speed, which is no part of its identity, from MLflow."""
+    reports = read_reports(manifest, partial(_blob, store))
+    candidate = _scores(store, manifest)
+    return Evidence(
+        candidate=candidate.get("candidate", UNMEASURED),
+        source=candidate.get("source", UNMEASURED),
+        champion=_champion(store, manifest.name, champion) if champion else None,
+        compression_ratio=_compression_ratio(manifest, reports),
+        speedup=float(version.tags["speedup"]) if "speedup" in version.tags else None,
+        coverage=reports.get("quantize", {}).get("coverage"),
+        quantized=manifest.config.get("quantize") is not None,
+    )
+
+
+def _champion(store: Store, name: str, pack: str) -> Scored:
+    return _scores(store, load.load_manifest(store, name, pack)).get("candidate", UNMEASURED)
+
+
+def _scores(store: Store, manifest: Manifest) -> dict[str, Scored]:
+    """The scores in a pack; empty where it was published without."""
+    entry = next((entry for entry in manifest.files if entry.name == scores.SCORES_FILE), None)
+    return scores.load(unpack_file(entry, _blob(store, entry.stored_sha256))) if entry else {}
+
+
+def _blob(store: Store, digest: str) -> bytes:
+    return store.get(keys.blob(digest))
+
+
+def _compression_ratio(manifest: Manifest, reports: Mapping[str, Any]) -> float | None:
+    source = reports.get("source", {}).get("size_bytes")
+    return source / manifest.published_bytes if source else None

@@ -1,0 +1,147 @@
+"""MLflow runs: one parent per flow run, one child per stage.
+
+Only `MlflowClient` is used: the fluent API keeps its state in globals. Each run costs a handful of calls, whatever the
+number of metrics.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
+
+from modelpress.settings import Settings
+
+DEFAULT_UI = "http://127.0.0.1:5000"
+"""Where `mlflow ui` shows a local database when nobody says otherwise."""
+MAX_TAG_LENGTH = 5000
+SYSTEM_METRICS_INTERVAL_SECONDS = 2.0
+"""Between samples; MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL overrides it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One MLflow run that is open for logging."""
+
+    client: MlflowClient
+    id: str
+    experiment_id: str
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Log a nested mapping as flat parameters; long values are cut (the whole config is an artifact)."""
+        flat = [Param(key, text[:MAX_PARAM_VAL_LENGTH]) for key, text in flatten(values).items()]
+        for start in range(0, len(flat), MAX_PARAMS_TAGS_PER_BATCH):
+            self.client.log_batch(self.id, params=flat[start : start + MAX_PARAMS_TAGS_PER_BATCH])
+
+    def metrics(self, values: Mapping[str, float]) -> None:
+        """Log flat numbers in one call."""
+        now = int(time.time() * 1000)
+        self.client.log_batch(self.id, metrics=[Metric(key, value, now, 0) for key, value in values.items()])
+
+    def tag(self, key: str, value: str) -> None:
+        """Set one tag."""
+        self.client.set_tag(self.id, key, value)
+
+    def json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Store a JSON artifact."""
+        self.client.log_dict(self.id, dict(value), name)
+
+    def folder(self, path: Path) -> None:
+        """Store every file of a folder as an artifact."""
+        self.client.log_artifacts(self.id, str(path))
+
+
+def open_client(settings: Settings) -> MlflowClient:
+    """A client of the tracking and registry server that the settings name."""
+    if settings.mlflow_uri.startswith("sqlite:///"):
+        Path(settings.mlflow_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=settings.mlflow_uri, registry_uri=settings.mlflow_uri)
+
+
+@contextmanager
+def parent_run(
+    settings: Settings, experiment: str, config: Mapping[str, Any], tags: Mapping[str, str]
+) -> Iterator[Run]:
+    """The run of one flow run: config as params, system metrics while it lasts, ended with the truth."""
+    client = open_client(settings)
+    experiment_id = _experiment(client, settings, experiment)
+    created = client.create_run(experiment_id, tags=dict(tags), run_name=tags.get("prefect.flow_run_name"))
+    run = Run(client, created.info.run_id, experiment_id)
+    monitor = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
+        run.id, sampling_interval=SYSTEM_METRICS_INTERVAL_SECONDS, tracking_uri=settings.mlflow_uri
+    )
+    with ExitStack() as stack:
+        stack.callback(monitor.finish)
+        stack.push(partial(_end, run))
+        monitor.start()  # type: ignore[no-untyped-call]
+        run.params(config)
+        run.json("config.json", config)
+        yield run
+
+
+@contextmanager
+def child_run(settings: Settings, parent: str, stage: str, config: Mapping[str, Any]) -> Iterator[Run]:
+    """The run of one stage, nested under the flow's."""
+    client = open_client(settings)
+    experiment_id = client.get_run(parent).info.experiment_id
+    created = client.create_run(experiment_id, tags={MLFLOW_PARENT_RUN_ID: parent, "stage": stage}, run_name=stage)
+    run = Run(client, created.info.run_id, experiment_id)
+    with ExitStack() as stack:
+        stack.push(partial(_end, run))
+        if config:
+            run.params(config)
+        yield run
+
+
+def run_url(settings: Settings, run_id: str, experiment_id: str) -> str:
+    """Page of a run. A database has no address of its own: then where `mlflow ui` shows it by default."""
+    base = settings.mlflow_uri if settings.mlflow_uri.startswith("http") else DEFAULT_UI
+    return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mappings as ``a.b.c -> text``."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = str(value)
+    return flat
+
+
+def _end(
+    run: Run, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+) -> None:
+    """End the run FINISHED, FAILED with the error as a tag, or KILLED when the process was told to stop."""
+    if error is not None:
+        run.tag("error", f"{type(error).__name__}: {error}"[:MAX_TAG_LENGTH])
+    status = "FINISHED" if error is None else "FAILED" if isinstance(error, Exception) else "KILLED"
+    run.client.set_terminated(run.id, status)
+
+
+def _experiment(client: MlflowClient, settings: Settings, name: str) -> str:
+    """The experiment's id; made if absent. Beside a local database, artifacts lie under `home`."""
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    local = None if settings.mlflow_uri.startswith("http") else (settings.home / "mlflow-artifacts" / name).absolute()
+    try:
+        return str(client.create_experiment(name, artifact_location=local.as_uri() if local else None))
+    except MlflowException:
+        found = client.get_experiment_by_name(name)  # another flow run made it meanwhile
+        if found is None:
+            raise
+        return str(found.experiment_id)

@@ -1,0 +1,45 @@
+"""Per-sample scores as a small safetensors file: what lets a later candidate be paired with today's champion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from modelpress.errors import CorruptionError
+from registry.gates import Scored, Scores
+
+SCORES_FILE = "scores.safetensors"
+"""Name of the file in a pack; it holds `candidate` and `source`."""
+
+
+def dump(scores: Mapping[str, Scores], *, samples: str, metric: str) -> bytes:
+    """Serialise named vectors of scores; `samples` is the digest of what they were measured on."""
+    vectors = {name: np.ascontiguousarray(vector, dtype=np.float64) for name, vector in scores.items()}
+    return bytes(safetensors.numpy.save(vectors, {"samples": samples, "metric": metric}))
+
+
+def load(data: bytes) -> dict[str, Scored]:
+    """Read what `dump` wrote.
+
+    Raises:
+        CorruptionError: not such a file.
+    """
+    try:
+        vectors = safetensors.numpy.load(data)
+        length = int.from_bytes(data[:8], "little")
+        metadata = _metadata(data[8 : 8 + length])
+        return {
+            name: Scored(vector.astype(np.float64), metadata["samples"], metadata["metric"])
+            for name, vector in vectors.items()
+        }
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise CorruptionError("reading per-sample scores", found=str(error), expected="a scores file") from error
+
+
+def _metadata(header: bytes) -> dict[str, str]:
+    found: dict[str, str] = json.loads(header)["__metadata__"]
+    return found

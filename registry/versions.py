@@ -1,0 +1,137 @@
+"""Registered model versions: one per published pack, with the pack's identity in its tags.
+
+MLflow is the index for people; the bytes, and the pointer that servers follow, are in the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+from modelpress import keys, load
+from modelpress.errors import NotFoundError
+from modelpress.store.base import Store
+
+TAG_PACK = "pack"
+TAG_URI = "pack_uri"
+SHORTEST_DIGEST = 12
+"""Digits: a shorter number is a version's."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """One registered version."""
+
+    name: str
+    number: str
+    pack: str
+    """Digest of its pack."""
+    uri: str
+    """Where the pack's manifest lies."""
+    run_id: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+def register(
+    client: MlflowClient, name: str, *, pack: str, uri: str, run_id: str, tags: Mapping[str, str], description: str
+) -> tuple[Version, bool]:
+    """The version that carries a pack; made if there is none. True: it was made now."""
+    found = find(client, name, pack)
+    if found is not None:
+        return found, False
+    try:
+        client.create_registered_model(name, description="Packs published by modelpress.")
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+            raise
+    created = client.create_model_version(
+        name,
+        source=_source(uri),
+        run_id=run_id,
+        tags={TAG_PACK: pack, TAG_URI: uri, **tags},
+        description=description,
+        await_creation_for=0,
+    )
+    return _version(created), True
+
+
+def find(client: MlflowClient, name: str, pack: str) -> Version | None:
+    """The version that carries a pack: the lowest, should two runs have registered it at the same time."""
+    found = client.search_model_versions(f"name = '{name}' and tags.{TAG_PACK} = '{pack}'")
+    return _version(min(found, key=lambda version: int(version.version))) if found else None
+
+
+def by_alias(client: MlflowClient, name: str, alias: str) -> Version | None:
+    """The version that an alias names."""
+    try:
+        return _version(client.get_model_version_by_alias(name, alias))
+    except MlflowException as error:
+        # MLflow calls a missing alias INVALID_PARAMETER_VALUE; its text alone tells it from others.
+        missing_alias = "alias" in str(error) and "not found" in str(error)
+        if missing_alias or error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            return None
+        raise
+
+
+def by_number(client: MlflowClient, name: str, number: str) -> Version:
+    """One version by its number.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    try:
+        return _version(client.get_model_version(name, number))
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            raise
+        raise NotFoundError(f"looking up version {number} of model {name!r}", found="no such version") from error
+
+
+def resolve(client: MlflowClient, store: Store, name: str, text: str) -> str:
+    """Digest of the pack that a version number, an alias in MLflow, or a digest (or its beginning) names.
+
+    Raises:
+        NotFoundError: nothing is called so.
+    """
+    if text.isdigit() and len(text) < SHORTEST_DIGEST:
+        return by_number(client, name, text).pack
+    if keys.is_alias(text):
+        version = by_alias(client, name, text)
+        if version is not None:
+            return version.pack
+    return load.resolve(store, name, text)
+
+
+def set_alias(client: MlflowClient, version: Version, alias: str) -> None:
+    """Let an alias name a version."""
+    client.set_registered_model_alias(version.name, alias, version.number)
+
+
+def annotate(client: MlflowClient, version: Version, tags: Mapping[str, str]) -> None:
+    """Set tags of a version."""
+    for key, value in tags.items():
+        client.set_model_version_tag(version.name, version.number, key, value)
+
+
+def _source(uri: str) -> str:
+    """The pack's URI as an MLflow model source.
+
+    An MLflow server refuses sources in its own file system (it would read them), and a pack is not for MLflow to read:
+    a folder's URI is given a scheme that says so. `s3://` stays as it is.
+    """
+    if uri.startswith("file://"):
+        return f"pack+{uri}"
+    return uri if "://" in uri else f"pack+file://{uri}"
+
+
+def _version(found: ModelVersion) -> Version:
+    tags: dict[str, Any] = dict(found.tags)
+    return Version(
+        found.name, str(found.version), tags.get(TAG_PACK, ""), tags.get(TAG_URI, ""), found.run_id or "", tags
+    )

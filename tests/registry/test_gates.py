@@ -1,0 +1,162 @@
+"""The gate's table: each condition, each verdict, each thing that can be missing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modelpress.config import GateConfig
+from registry.gates import Decision, Evidence, Scored, decide
+
+SAMPLES = 2_000
+GATE = GateConfig(margin=0.01, confidence=0.95, min_compression_ratio=4.0, min_speedup=2.0)
+
+
+def answers(wrong: int, *, first: int = 0, samples: int = SAMPLES) -> Scored:
+    """0/1 scores with `wrong` wrong answers, from sample `first` on."""
+    scores = np.ones(samples)
+    scores[first : first + wrong] = 0
+    return Scored(scores, "same samples", "accuracy")
+
+
+def evidence(**changes: object) -> Evidence:
+    """Evidence that passes."""
+    passing = Evidence(
+        candidate=answers(40),
+        source=answers(40),
+        champion=answers(41),
+        compression_ratio=5.0,
+        speedup=3.0,
+        coverage=0.9,
+        quantized=True,
+    )
+    return replace(passing, **changes)  # type: ignore[arg-type]
+
+
+def check(decision: Decision, name: str) -> str:
+    return next(check.verdict for check in decision.checks if check.name == name)
+
+
+def test_all_conditions_met_promotes() -> None:
+    decision = decide(evidence(), GATE)
+    assert decision.promote
+    assert decision.verdict == "pass"
+    assert [check.name for check in decision.checks] == [
+        "quality against the source",
+        "quality against the champion",
+        "compression ratio",
+        "speed-up",
+        "quantization coverage",
+    ]
+    assert decision.line().startswith(
+        "promote (pass): quality against the source: pass, accuracy 0.9800 against 0.9800"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "failing", "verdict"),
+    [
+        pytest.param({"candidate": answers(140)}, "quality against the source", "fail", id="5 points worse"),
+        pytest.param({"champion": answers(0), "candidate": answers(90)}, "quality against the champion", "fail", id="champion better"),
+        pytest.param({"candidate": answers(55)}, "quality against the source", "inconclusive", id="0.75 points worse"),
+        pytest.param({"compression_ratio": 3.99}, "compression ratio", "fail", id="too many bytes"),
+        pytest.param({"compression_ratio": None}, "compression ratio", "fail", id="bytes not measured"),
+        pytest.param({"speedup": 1.99}, "speed-up", "fail", id="too slow"),
+        pytest.param({"speedup": None}, "speed-up", "fail", id="speed not measured"),
+        pytest.param({"speedup": float("nan")}, "speed-up", "fail", id="speed is NaN"),
+        pytest.param({"coverage": 0.0}, "quantization coverage", "fail", id="quantized nothing"),
+        pytest.param({"coverage": None}, "quantization coverage", "fail", id="coverage not measured"),
+        pytest.param({"candidate": Scored(None, "same samples", "accuracy")}, "quality against the source", "fail", id="candidate not scored"),
+        pytest.param({"source": Scored(None, "same samples", "accuracy")}, "quality against the source", "fail", id="source not scored"),
+        pytest.param({"source": Scored(np.zeros(0), "same samples", "accuracy")}, "quality against the source", "fail", id="no samples"),
+        pytest.param({"source": replace(answers(40), metric="mrr")}, "quality against the source", "fail", id="other metric"),
+        pytest.param({"champion": replace(answers(41), samples="others")}, "quality against the champion", "inconclusive", id="other samples"),
+        pytest.param({"champion": answers(41, samples=1_000)}, "quality against the champion", "inconclusive", id="fewer samples"),
+    ],
+)  # fmt: skip
+def test_one_condition_unmet_refuses(changes: dict[str, object], failing: str, verdict: str) -> None:
+    decision = decide(evidence(**changes), GATE)
+    assert not decision.promote
+    assert decision.verdict == verdict
+    assert check(decision, failing) == verdict
+    assert any(reason.startswith(f"{failing}: {verdict}, ") for reason in decision.reasons)
+
+
+def test_a_single_nan_score_fails_and_is_counted() -> None:
+    scores = np.ones(SAMPLES)
+    scores[7] = np.nan
+    decision = decide(evidence(candidate=Scored(scores, "same samples", "accuracy")), GATE)
+    assert decision.verdict == "fail"
+    assert "1 of 2000 accuracy scores of the candidate are not finite" in decision.line()
+
+
+def test_without_a_champion_the_source_alone_is_the_measure() -> None:
+    decision = decide(evidence(champion=None), GATE)
+    assert decision.promote
+    assert not any("champion" in check.name for check in decision.checks)
+
+
+def test_unasked_conditions_are_not_checked() -> None:
+    decision = decide(evidence(speedup=None, coverage=None, quantized=False), GateConfig(min_compression_ratio=0))
+    assert decision.promote
+    assert {check.name for check in decision.checks}.isdisjoint({"speed-up", "quantization coverage"})
+
+
+def test_equal_models_pass_where_samples_suffice_and_are_inconclusive_where_they_do_not() -> None:
+    many = decide(evidence(champion=None), GATE)
+    few = decide(evidence(candidate=answers(1, samples=50), source=answers(1, samples=50), champion=None), GATE)
+    assert many.verdict == "pass"
+    assert few.verdict == "inconclusive"
+    assert few.required_samples is not None
+    assert few.required_samples > 50
+
+
+def test_a_failed_check_outweighs_an_inconclusive_one() -> None:
+    decision = decide(evidence(candidate=answers(55), speedup=0.5), GATE)
+    assert decision.verdict == "fail"
+    assert check(decision, "quality against the source") == "inconclusive"
+
+
+def test_enough_samples_decide_what_the_required_number_promised() -> None:
+    """As many samples as the gate asked for, with the same share of disagreement, end the doubt."""
+    doubtful = decide(
+        evidence(candidate=answers(12, samples=500), source=answers(10, samples=500), champion=None), GATE
+    )
+    assert doubtful.verdict == "inconclusive"
+    assert doubtful.required_samples is not None
+    factor = -(-doubtful.required_samples // 500)
+    more = 500 * factor
+    candidate, source = answers(12 * factor, samples=more), answers(10 * factor, samples=more)
+    assert decide(evidence(candidate=candidate, source=source, champion=None), GATE).verdict == "pass"
+
+
+@given(
+    wrong=st.integers(0, 60),
+    extra=st.integers(0, 60),
+    better=st.integers(0, 60),
+    confidence=st.floats(0.6, 0.99),
+)
+def test_a_better_candidate_is_never_judged_worse(wrong: int, extra: int, better: int, confidence: float) -> None:
+    order = {"fail": 0, "inconclusive": 1, "pass": 2}
+    gate = GateConfig(margin=0.01, confidence=confidence)
+    source = answers(wrong)
+    worse = decide(evidence(candidate=answers(wrong + extra), source=source, champion=None), gate)
+    best = decide(evidence(candidate=answers(wrong + max(0, extra - better)), source=source, champion=None), gate)
+    assert order[best.verdict] >= order[worse.verdict]
+
+
+@given(st.integers(0, 2**31))
+def test_continuous_scores_follow_the_bootstrap(seed: int) -> None:
+    """A uniform loss of twice the margin fails; the same scores with noise far below the margin pass."""
+    generator = np.random.default_rng(seed)
+    base = generator.uniform(0.2, 0.8, 400)
+    source = Scored(base, "same samples", "mrr")
+    lost = Scored(base - 0.04 + generator.normal(0, 0.001, 400), "same samples", "mrr")
+    kept = Scored(base + generator.normal(0, 0.0005, 400), "same samples", "mrr")
+    gate = GateConfig(margin=0.02)
+    assert decide(evidence(candidate=lost, source=source, champion=None), gate).verdict == "fail"
+    assert decide(evidence(candidate=kept, source=source, champion=None), gate).verdict == "pass"
