@@ -22,6 +22,7 @@ from modelpress.errors import OverlapError, WorkloadError
 from modelpress.progress import Progress, silent
 
 Split = Literal["train", "calibration", "evaluation"]
+Outputs = Literal["logits", "embeddings"]
 SPLITS: tuple[Split, ...] = ("train", "calibration", "evaluation")
 
 
@@ -47,6 +48,8 @@ class Workload(abc.ABC):
     """Name of the metric; higher is better."""
     output_name: ClassVar[str] = "output"
     """Name of the graph's output."""
+    outputs: ClassVar[Outputs] = "logits"
+    """What the outputs are: a student learns the teacher's soft labels, or its embeddings."""
 
     @abc.abstractmethod
     def source(self, progress: Progress = silent) -> nn.Module:
@@ -93,6 +96,18 @@ class Workload(abc.ABC):
         index = torch.arange(batch_size) % have
         return {name: tensor[index] for name, tensor in inputs.items()}
 
+    def sample_digests(self, split: Split) -> set[str]:
+        """sha256 (hex) of each sample of a split, by content: proof that the splits are disjoint."""
+        digests: set[str] = set()
+        for batch in self.batches(split, 256):
+            arrays = [tensor.numpy() for _, tensor in sorted(batch.inputs.items())]
+            for row in range(len(batch)):
+                digest = hashlib.sha256()
+                for array in arrays:
+                    digest.update(np.ascontiguousarray(array[row]).tobytes())
+                digests.add(digest.hexdigest())
+        return digests
+
     def files(self) -> dict[str, bytes]:
         """Files that belong to the served model (tokenizer, labels), published with it."""
         return {}
@@ -102,19 +117,6 @@ class Workload(abc.ABC):
         return "unknown"
 
 
-def sample_digests(workload: Workload, split: Split) -> set[str]:
-    """sha256 of each sample's input tensors of a split."""
-    digests: set[str] = set()
-    for batch in workload.batches(split, 256):
-        arrays = [tensor.numpy() for _, tensor in sorted(batch.inputs.items())]
-        for row in range(len(batch)):
-            digest = hashlib.sha256()
-            for array in arrays:
-                digest.update(np.ascontiguousarray(array[row]).tobytes())
-            digests.add(digest.hexdigest())
-    return digests
-
-
 def check_disjoint(workload: Workload) -> None:
     """Refuse splits that share a sample, and empty ones.
 
@@ -122,7 +124,7 @@ def check_disjoint(workload: Workload) -> None:
         OverlapError: two splits share samples.
         WorkloadError: a split is empty.
     """
-    seen = {split: sample_digests(workload, split) for split in SPLITS}
+    seen = {split: workload.sample_digests(split) for split in SPLITS}
     for split in SPLITS:
         if not seen[split]:
             raise WorkloadError(f"checking the {split} split", found="no samples", expected="at least one")

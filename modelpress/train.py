@@ -1,0 +1,191 @@
+"""Gradient descent: one loop for source models, students and recovery after pruning."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from modelpress.config import TrainConfig
+from modelpress.errors import StageError
+from modelpress.progress import Progress, silent
+from modelpress.reports import TrainReport
+from modelpress.workload import Batch, Split, Workload
+
+LossFn = Callable[[nn.Module, Batch], Tensor]
+"""Scalar loss of a module on a batch; the batch is on the module's device."""
+
+SEED_STRIDE = 1_000_003
+"""Parts the seeds of epochs: no epoch of one seed shares its order with an epoch of a near seed."""
+
+
+def train_(
+    module: nn.Module,
+    loss_fn: LossFn,
+    workload: Workload,
+    config: TrainConfig,
+    progress: Progress = silent,
+    after_update: Callable[[], None] | None = None,
+) -> TrainReport:
+    """Train `module` in place on the workload's training split; it comes back in eval mode.
+
+    Equal seeds give equal weights on one machine. The global random state is the same after as before. With early
+    stop, the weights of the epoch with the least calibration loss stay.
+
+    Args:
+        module: parameters with `requires_grad` are updated.
+        loss_fn: see `LossFn`.
+        workload: gives the training batches, and the calibration batches for early stop.
+        config: optimizer, schedule and duration.
+        progress: called once per update.
+        after_update: called after each update (pruning holds its zeros with it).
+
+    Raises:
+        StageError: nothing to train, no data, or a loss that is NaN or infinite.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise StageError("training", found="no parameter that requires a gradient", expected="at least one")
+    updates_per_epoch = sum(1 for _ in workload.batches("train", config.batch_size))
+    if not updates_per_epoch:
+        raise StageError("training", found="an empty training split", expected="at least one sample")
+    devices = sorted({parameter.device.index or 0 for parameter in parameters if parameter.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(config.seed)
+        loop = _Loop(module, loss_fn, workload, config, progress, after_update, updates_per_epoch)
+        report = loop.run()
+    module.eval()
+    return report
+
+
+class _Loop:
+    """The state of one training: optimizer, schedule, best weights."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss_fn: LossFn,
+        workload: Workload,
+        config: TrainConfig,
+        progress: Progress,
+        after_update: Callable[[], None] | None,
+        updates_per_epoch: int,
+    ) -> None:
+        self.module, self.loss_fn, self.workload, self.config = module, loss_fn, workload, config
+        self.progress, self.after_update = progress, after_update
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.device = self.parameters[0].device
+        self.optimizer = make_optimizer(self.parameters, config)
+        self.total = config.epochs * updates_per_epoch
+        self.updates = 0
+        self.started = time.monotonic()
+
+    def run(self) -> TrainReport:
+        losses: list[float] = []
+        best, best_state, stale, stopped = math.inf, None, 0, False
+        for epoch in range(self.config.epochs):
+            losses.append(self._epoch(epoch))
+            if not self.config.early_stop_epochs:
+                continue
+            validation = self._validation_loss(epoch)
+            if validation < best:
+                best, stale = validation, 0
+                best_state = {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
+            else:
+                stale += 1
+            if stale >= self.config.early_stop_epochs:
+                stopped = epoch + 1 < self.config.epochs
+                break
+        if best_state is not None:
+            self.module.load_state_dict(best_state)
+        if stopped:
+            self.progress(self.total, self.total, f"stopped after epoch {len(losses)}: calibration loss {best:.4f}")
+        return TrainReport(
+            epochs=len(losses),
+            updates=self.updates,
+            first_loss=losses[0],
+            final_loss=losses[-1],
+            best_validation_loss=best if best_state is not None else None,
+            stopped_early=stopped,
+            losses=losses,
+        )
+
+    def _epoch(self, epoch: int) -> float:
+        """One pass over the training split; the mean loss per sample."""
+        self.module.train()
+        total, samples = 0.0, 0
+        for batch in self._batches("train", self.config.seed * SEED_STRIDE + epoch):
+            loss = self._update(batch, epoch)
+            total, samples = total + loss * len(batch), samples + len(batch)
+            rate = self.updates / (time.monotonic() - self.started)
+            note = f"epoch {epoch + 1}/{self.config.epochs}: loss {total / samples:.4f}, {rate:.1f} updates/s"
+            self.progress(self.updates, self.total, note)
+        return total / samples
+
+    def _update(self, batch: Batch, epoch: int) -> float:
+        factor = schedule(self.config, self.updates, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss_fn(self.module, batch)
+        value = self._finite(float(loss.detach()), f"epoch {epoch + 1}, update {self.updates + 1}")
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.config.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        self.optimizer.step()
+        self.updates += 1
+        if self.after_update is not None:
+            self.after_update()
+        return value
+
+    def _validation_loss(self, epoch: int) -> float:
+        """Mean loss per sample on the calibration split, in eval mode."""
+        self.module.eval()
+        total, samples = 0.0, 0
+        with torch.no_grad():
+            for batch in self._batches("calibration", None):
+                total += float(self.loss_fn(self.module, batch)) * len(batch)
+                samples += len(batch)
+        return self._finite(total / samples, f"epoch {epoch + 1}, calibration")
+
+    def _batches(self, split: Split, seed: int | None) -> Iterator[Batch]:
+        for batch in self.workload.batches(split, self.config.batch_size, seed):
+            inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()}
+            yield Batch(inputs, None if batch.targets is None else batch.targets.to(self.device))
+
+    def _finite(self, loss: float, where: str) -> float:
+        if not math.isfinite(loss):
+            raise StageError(
+                f"training ({where})",
+                found=f"loss {loss}",
+                expected="a finite loss",
+                fix=f"lower train.learning_rate (now {self.config.learning_rate:g}), set train.max_grad_norm, or look "
+                "for NaN and infinity in the data",
+            )
+        return loss
+
+
+def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer that a config names; `momentum` is β₁ of Adam and AdamW."""
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=rate, momentum=config.momentum, weight_decay=decay)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, lr=rate, betas=(config.momentum, 0.999), weight_decay=decay)
+
+
+def schedule(config: TrainConfig, update: int, total: int) -> float:
+    """Learning rate of an update (counted from 0) as a share of the peak: linear warm-up, then the schedule's decay.
+
+    The first update of a warm-up is not lost on a rate of 0, and a decay reaches 0 only after the last.
+    """
+    warmup = round(config.warmup_fraction * total)
+    if update < warmup:
+        return (update + 1) / (warmup + 1)
+    position = (update - warmup) / max(1, total - warmup)
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * position))
+    return 1.0 - position if config.schedule == "linear" else 1.0

@@ -1,0 +1,15 @@
+"""The built-in workloads, by `WorkloadConfig.kind`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from modelpress.config import WorkloadConfig
+from modelpress.workload import Workload
+from modelpress.workloads.image_classification import ImageClassification
+from modelpress.workloads.sentence_embedding import SentenceEmbedding
+
+BUILT_IN: dict[str, Callable[[WorkloadConfig], Workload]] = {
+    "image-classification": ImageClassification,
+    "sentence-embedding": SentenceEmbedding,
+}

@@ -1,0 +1,192 @@
+"""Image classification: scikit-learn's digits or an .npz of images, judged by accuracy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modelpress.config import TrainConfig, WorkloadConfig
+from modelpress.errors import WorkloadError
+from modelpress.progress import Progress, silent
+from modelpress.train import train_
+from modelpress.workload import Batch, Split, Workload
+from modelpress.workloads.digits_cnn import DigitsCNN
+
+EVALUATION_SHARE = 0.5
+"""Of the distinct samples: the gate needs many paired samples more than a small network needs training data."""
+
+MAX_ROTATION = 0.2
+"""Radians."""
+MAX_SHIFT = 0.15
+"""Of half an image."""
+MAX_SCALING = 0.1
+
+
+class ImageClassification(Workload):
+    """A CNN trained in the run, on `digits` or an .npz with `images` (N, H, W[, C]) and `labels` (N,).
+
+    Samples that occur twice are taken once, so that the splits are disjoint by content. Shuffled training batches are
+    rotated, scaled and shifted a little.
+
+    Raises:
+        WorkloadError: an unknown model, or data that cannot be read or split.
+    """
+
+    metric = "accuracy"
+
+    def __init__(self, config: WorkloadConfig) -> None:
+        if config.model != "digits-cnn":
+            raise WorkloadError(
+                "choosing the image-classification model",
+                found=repr(config.model),
+                expected="'digits-cnn'",
+                fix="bring your own module as a workload of kind 'custom'",
+            )
+        self.config = config
+        images, labels = _load_data(config.data)
+        images, labels = _distinct(images, labels)
+        self.images = torch.from_numpy(images)
+        self.labels = torch.from_numpy(labels)
+        self.classes = int(labels.max()) + 1
+        self.rows = _split_rows(len(images), config)
+
+    def source(self, progress: Progress = silent) -> nn.Module:
+        """The teacher, trained with AdamW from `WorkloadConfig.seed`; the same bits on the same machine and threads."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            module = self.skeleton({})
+        training = TrainConfig(
+            epochs=self.config.train_epochs,
+            batch_size=64,
+            learning_rate=2e-3,
+            weight_decay=0.05,
+            warmup_fraction=0.1,
+            seed=self.config.seed,
+        )
+        train_(module, lambda model, batch: self.loss(model(**batch.inputs), batch), self, training, progress)
+        return module.eval()
+
+    def skeleton(self, architecture: Mapping[str, Any]) -> nn.Module:
+        """A `DigitsCNN`; `architecture` may hold `channels` (list) and `hidden`."""
+        unknown = sorted(set(architecture) - {"channels", "hidden"})
+        if unknown:
+            raise WorkloadError(
+                "building digits-cnn", found=f"unknown {', '.join(unknown)}", expected="channels, hidden"
+            )
+        colours, height, width = self.images.shape[1:]
+        return DigitsCNN((colours, height, width), self.classes, **architecture).eval()
+
+    def batches(self, split: Split, batch_size: int, seed: int | None = None) -> Iterator[Batch]:
+        """Batches of `image`, (batch, C, H, W) float32 in [0, 1], with targets (batch,) int64."""
+        rows = self.rows[split]
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        if generator is not None:
+            rows = rows[torch.randperm(len(rows), generator=generator)]
+        for part in torch.split(rows, batch_size):
+            images = self.images[part]
+            if generator is not None and split == "train":
+                images = _augment(images, generator)
+            yield Batch({"image": images}, self.labels[part])
+
+    def score(self, outputs: np.ndarray) -> np.ndarray:
+        """1 where the largest logit is the label's, else 0. Outputs: (evaluation samples, classes)."""
+        labels = self.labels[self.rows["evaluation"]].numpy()
+        return np.asarray(outputs.argmax(axis=1) == labels, dtype=np.float64)
+
+    def identity(self) -> str:
+        """The config and the digest of the distinct samples."""
+        digest = hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()
+        return f"image-classification {json.dumps(self.config.model_dump(mode='json'), sort_keys=True)} {digest}"
+
+    def files(self) -> dict[str, bytes]:
+        """`labels.json`: the names of the classes in the order of the logits."""
+        return {"labels.json": json.dumps([str(label) for label in range(self.classes)]).encode()}
+
+    def licence(self) -> str:
+        """The network is trained here, on UCI's digits (CC BY 4.0) or on the user's own images."""
+        return "CC-BY-4.0" if self.config.data == "digits" else "unknown"
+
+
+def _load_data(source: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, C, H, W) float32 in [0, 1] and labels (N,) int64."""
+    if source == "digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images, labels = np.asarray(digits.images, dtype=np.float32) / 16.0, np.asarray(digits.target)
+    else:
+        images, labels = _read_npz(Path(source))
+    if images.ndim == 3:
+        images = images[..., None]
+    fits = (
+        images.ndim == 4 and labels.ndim == 1 and len(images) == len(labels) and np.issubdtype(labels.dtype, np.integer)
+    )
+    if not fits or not np.isfinite(images).all() or (len(labels) and labels.min() < 0):
+        raise WorkloadError(
+            f"reading images from {source}",
+            found=f"images {images.shape} {images.dtype}, labels {labels.shape} {labels.dtype}",
+            expected="finite images (N, H, W) or (N, H, W, C), and as many integer labels from 0 up",
+        )
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64)
+
+
+def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            images, labels = archive["images"], archive["labels"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise WorkloadError(
+            f"reading images from {path}",
+            found=str(error),
+            expected="an .npz with arrays `images` and `labels`, without pickled objects",
+        ) from error
+    scale = 255.0 if images.dtype == np.uint8 else 1.0
+    return images.astype(np.float32) / np.float32(scale), labels
+
+
+def _distinct(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first of each set of equal images, in their order."""
+    _, first = np.unique(images.reshape(len(images), -1), axis=0, return_index=True)
+    first.sort()
+    return images[first], labels[first]
+
+
+def _split_rows(count: int, config: WorkloadConfig) -> dict[Split, Tensor]:
+    """Shuffle by the seed; half for evaluation, `calibration_samples`, and the rest for training."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed))
+    evaluation = int(count * EVALUATION_SHARE)
+    train = count - evaluation - config.calibration_samples
+    if train < 1:
+        raise WorkloadError(
+            "splitting the images",
+            found=f"{count} distinct samples",
+            expected=f"more than {evaluation} for evaluation and {config.calibration_samples} for calibration",
+            fix="lower workload.calibration_samples or bring more data",
+        )
+    parts = torch.split(order, [evaluation, config.calibration_samples, train])
+    return {
+        "evaluation": parts[0][: config.evaluation_samples or None],
+        "calibration": parts[1],
+        "train": parts[2][: config.train_samples or None],
+    }
+
+
+def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Rotate, scale and shift each image by a little, at random, with bilinear sampling."""
+    draws = torch.rand(len(images), 4, generator=generator) * 2 - 1
+    angle, scale = draws[:, 0] * MAX_ROTATION, 1 + draws[:, 1] * MAX_SCALING
+    cosine, sine = torch.cos(angle) * scale, torch.sin(angle) * scale
+    shift = draws[:, 2:] * MAX_SHIFT
+    matrix = torch.stack(
+        [torch.stack([cosine, -sine, shift[:, 0]], 1), torch.stack([sine, cosine, shift[:, 1]], 1)], dim=1
+    )
+    grid = nn.functional.affine_grid(matrix, list(images.shape), align_corners=False)
+    return nn.functional.grid_sample(images, grid, align_corners=False)
