@@ -1,0 +1,370 @@
+"""The command line: one door to all parts. Each command imports what it needs when it runs, so that help is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from modelpress.errors import GateError, ModelpressError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from modelpress.manifest import Manifest
+    from modelpress.progress import Progress
+    from modelpress.settings import Settings
+    from modelpress.store import Store
+
+CHAMPION = "champion"
+WIDTH = 400
+STATUS_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+
+app = typer.Typer(
+    name="modelpress",
+    help="From a trained PyTorch model to a smaller, faster, verified one in the bucket, the registry and the server.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+PackArgument = Annotated[str, typer.Argument(metavar="NAME[@REF]", help="Pack name; REF is an alias or a digest.")]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Pack name.")]
+StoreOption = Annotated[str | None, typer.Option("--store", help="s3://bucket/prefix or a folder [MODELPRESS_STORE].")]
+AliasOption = Annotated[str, typer.Option("--alias", help="The pointer.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit. Known errors become a message and the exit code of their kind."""
+    try:
+        app(args=list(arguments) if arguments is not None else None)
+    except ModelpressError as error:
+        typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
+        typer.echo(str(error), err=True)
+        sys.exit(error.exit_code)
+    except Exception:  # noqa: BLE001  the last resort: what nobody foresaw keeps its traceback
+        traceback.print_exc()
+        typer.echo("error: unforeseen; this is a fault of modelpress, please report the lines above", err=True)
+        sys.exit(1)
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="A YAML recipe, such as configs/digits.yaml.")],
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the whole line: optimise, publish, register, judge, promote."""
+    from modelpress.config import load_config
+
+    checked = load_config(config)  # before the orchestrator's seconds of start-up
+    _export_store(store)
+    from flows.optimize import optimize
+    from flows.result import table
+
+    result = optimize(checked)
+    if as_json:
+        typer.echo(result.model_dump_json(indent=2))
+    else:
+        _print(_rows_table(table(result.stages)))
+        _print(f"pack {result.pack}\n{result.source_bytes:,} → {result.published_bytes:,} bytes, {result.uri}")
+    if result.decision is None:
+        return
+    if not result.decision.promote:
+        raise GateError(
+            f"promoting {result.name}",
+            found="; ".join(result.decision.reasons),
+            fix="the pack is published and the champion is who it was; read the report, then change the recipe",
+        )
+    if not as_json:
+        _print(f"{result.name}@{checked.gate.alias} is this pack now: modelpress serve {result.name}")
+
+
+@app.command()
+def pull(
+    pack: PackArgument,
+    to: Annotated[Path, typer.Option("--to", help="Folder to write into.")],
+    layout: Annotated[
+        str, typer.Option("--as", help="checkpoint: safetensors files; onnx: a graph with external data.")
+    ] = "checkpoint",
+    store: StoreOption = None,
+) -> None:
+    """Fetch a pack, check every byte, and write it in a layout that other tools read."""
+    from modelpress import load
+    from modelpress.errors import ConfigError
+
+    if layout != "checkpoint" and layout != "onnx":
+        raise ConfigError("reading --as", found=layout, expected="checkpoint or onnx")
+    name, ref = _parse_pack(pack)
+    opened = _open_store(store)
+    digest = load.resolve(opened, name, ref)
+    with _Bar("pull") as progress:
+        load.pull(opened, name, digest, to, layout, progress)
+    _print(f"{name} {digest} → {to}")
+
+
+@app.command()
+def verify(pack: PackArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Read a whole pack again from the store and check every digest in it."""
+    from modelpress import load
+
+    name, ref = _parse_pack(pack)
+    with _Bar("verify") as progress:
+        report = load.verify(_open_store(store), name, ref, progress)
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+        return
+    _print(f"{name} {report.pack}: every digest holds")
+    for key, value in report.metrics().items():
+        _print(f"  {key} {value:,.10g}")
+
+
+@app.command()
+def inspect(pack: PackArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Show what a pack holds: tensors, codecs, bytes, bits per weight against the entropy bound, files."""
+    from modelpress import load
+
+    name, ref = _parse_pack(pack)
+    opened = _open_store(store)
+    digest = load.resolve(opened, name, ref)
+    manifest = load.load_manifest(opened, name, digest)
+    if as_json:
+        typer.echo(json.dumps({"pack": digest, "manifest": manifest.model_dump(mode="json")}, indent=2))
+        return
+    _print(f"{name} {digest}, {manifest.kind}, format {manifest.format_version}, licence {manifest.licence}")
+    _print(_tensor_table(manifest))
+    _print(_blob_table(manifest))
+    ratio = manifest.raw_bytes / manifest.published_bytes
+    _print(f"{manifest.raw_bytes:,} bytes raw, {manifest.published_bytes:,} published: compression ratio {ratio:.2f}")
+
+
+@app.command()
+def promote(
+    name: NameArgument,
+    candidate: Annotated[str, typer.Argument(help="An alias, a model version's number or a digest.")] = "challenger",
+    store: StoreOption = None,
+) -> None:
+    """Judge a published pack on its own bytes, and move the alias if it passes."""
+    _export_store(store)
+    from flows.promote import promote as flow
+
+    decision = flow(name, candidate)
+    _print(f"{name}: promoted; " + "; ".join(decision.reasons))
+
+
+@app.command()
+def rollback(
+    name: NameArgument,
+    alias: AliasOption = CHAMPION,
+    to: Annotated[str | None, typer.Option(help="Digest to go back to; left out, the pack before.")] = None,
+    pointer_only: Annotated[
+        bool, typer.Option("--pointer-only", help="Move only what servers follow: for when MLflow or Prefect is down.")
+    ] = False,
+    store: StoreOption = None,
+) -> None:
+    """Point an alias back at an earlier pack."""
+    if pointer_only:
+        from modelpress import load, pointer
+
+        opened = _open_store(store)
+        pack = pointer.rollback(opened, name, alias, load.resolve(opened, name, to) if to else None).pack
+    else:
+        _export_store(store)
+        from flows.promote import rollback as flow
+
+        pack = flow(name, alias, to)
+    _print(f"{name}@{alias} is pack {pack} again")
+
+
+@app.command()
+def history(
+    name: NameArgument, alias: AliasOption = CHAMPION, store: StoreOption = None, as_json: JsonOption = False
+) -> None:
+    """Show the log of an alias: when, who, why, which pack."""
+    from modelpress import pointer
+    from modelpress.errors import NotFoundError
+
+    opened = _open_store(store)
+    entries = pointer.history(opened, name, alias)
+    if as_json:
+        typer.echo(json.dumps([entry.model_dump(mode="json") for entry in entries], indent=2))
+        return
+    if not entries:
+        raise NotFoundError(f"reading the log of {name}@{alias} in {opened.uri}", found="no entry")
+    rows = [
+        {
+            "number": str(entry.number),
+            "when": entry.created.isoformat(" ", "seconds"),
+            "who": entry.who,
+            "why": entry.reason,
+            "pack": entry.pack,
+        }
+        for entry in entries
+    ]
+    _print(_rows_table(rows))
+
+
+@app.command()
+def serve(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME[@ALIAS]]...", help="Empty: every pack with a champion.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
+    poll_seconds: Annotated[float | None, typer.Option(help="How often pointers are read; 0 never.")] = None,
+    provider: Annotated[str | None, typer.Option(help="ONNX Runtime execution provider.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads per inference; 0 takes all cores.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Inferences at a time; 0 takes all cores.")] = None,
+    store: StoreOption = None,
+) -> None:
+    """Serve packs over the Open Inference Protocol v2, and follow their pointers."""
+    from serving import main as serving
+
+    serving.configure_log()
+    settings = serving.read_settings(
+        models=",".join(models) if models else None,
+        host=host,
+        port=port,
+        poll_seconds=poll_seconds,
+        provider=provider,
+        threads=threads,
+        workers=workers,
+    )
+    serving.run(_settings(store), settings)
+
+
+@app.command()
+def doctor(
+    provider: Annotated[
+        list[str] | None, typer.Option(help="Execution provider that must be usable; may be repeated.")
+    ] = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check this machine, the store and the servers, and say how to mend each."""
+    from dataclasses import asdict
+
+    from rich.text import Text
+
+    from modelpress.doctor import examine
+
+    findings = []
+    for finding in examine(_settings(store), provider or []):
+        findings.append(finding)
+        if not as_json:
+            _print(Text.assemble((f"{finding.status:>4} ", STATUS_STYLES[finding.status]), (finding.check, "bold")))
+            _print(Text(f"     {finding.found}" + (f"\n     mend: {finding.fix}" if finding.fix else "")))
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    if any(finding.status == "fail" for finding in findings):
+        raise typer.Exit(3)
+
+
+def _parse_pack(text: str) -> tuple[str, str]:
+    name, _, ref = text.partition("@")
+    return name, ref or CHAMPION
+
+
+def _settings(store: str | None) -> Settings:
+    _export_store(store)
+    from modelpress.settings import Settings
+
+    return Settings()
+
+
+def _export_store(store: str | None) -> None:
+    """`--store` is MODELPRESS_STORE for this process: flows and tasks read their settings from the environment."""
+    if store is not None:
+        os.environ["MODELPRESS_STORE"] = store
+
+
+def _open_store(store: str | None) -> Store:
+    from modelpress.store import open_store
+
+    settings = _settings(store)
+    return open_store(settings.store_uri, settings)
+
+
+def _print(*what: Any) -> None:
+    from rich.console import Console
+
+    # A narrow terminal wraps lines; it does not cut digests short.
+    Console(highlight=False, soft_wrap=True, width=WIDTH).print(*what, markup=False)
+
+
+def _rows_table(rows: Sequence[dict[str, str]]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head in rows[0]:
+        table.add_column(head, no_wrap=True)
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+
+def _tensor_table(manifest: Manifest) -> Table:
+    import math
+
+    rows = [
+        {
+            "tensor": tensor.name,
+            "dtype": tensor.dtype,
+            "shape": "×".join(map(str, tensor.shape)) or "scalar",
+            "codec": tensor.codec,
+            "raw bytes": f"{tensor.raw_bytes:,}",
+            "stored bytes": f"{tensor.stored_bytes:,}",
+            "bits/weight": _bits(tensor.stored_bytes, math.prod(tensor.shape)),
+            "entropy bound": _bits(tensor.entropy_bound_bytes, math.prod(tensor.shape)),
+        }
+        for tensor in manifest.tensors
+    ]
+    return _rows_table(rows or [{"tensor": "none"}])
+
+
+def _bits(size_bytes: int, weights: int) -> str:
+    return f"{8 * size_bytes / weights:.3f}" if weights else "–"
+
+
+def _blob_table(manifest: Manifest) -> Table:
+    files = [*manifest.files, *([manifest.reports] if manifest.reports else [])]
+    shards = [("shard", shard.sha256, shard.size_bytes, shard.size_bytes) for shard in manifest.shards]
+    others = [(f"{file.name} ({file.codec})", file.stored_sha256, file.size_bytes, file.stored_bytes) for file in files]
+    rows = [
+        {"blob": what, "sha256": digest, "raw bytes": f"{raw:,}", "stored bytes": f"{stored:,}"}
+        for what, digest, raw, stored in [*shards, *others]
+    ]
+    return _rows_table(rows or [{"blob": "none"}])
+
+
+class _Bar:
+    """A progress bar on stderr while a command works; nothing where nobody watches."""
+
+    def __init__(self, what: str) -> None:
+        from rich.console import Console
+        from rich.progress import Progress as Bar
+
+        self._bar = Bar(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+        self._task = self._bar.add_task(what, total=None)
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self._show
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def _show(self, done: int, total: int, note: str = "") -> None:
+        self._bar.update(self._task, completed=done, total=total, description=note or None)
+
+
+if __name__ == "__main__":
+    main()
