@@ -297,3 +297,22 @@ class UploadReport(Report):
     """source ÷ published."""
     seconds: float
     """Wall time."""
+
+
+class VerifyReport(Report):
+    """What a verification read and found in order."""
+
+    pack: str
+    """Digest of the manifest."""
+    uri: str
+    """Where the manifest lies."""
+    shards: int
+    """Shards read."""
+    tensors: int
+    """Tensors decoded, each equal to its digest."""
+    files: int
+    """Files read, each equal to its digest."""
+    read_bytes: int
+    """Bytes of all blobs and of the manifest."""
+    seconds: float
+    """Wall time."""

@@ -1,0 +1,129 @@
+"""Publishing is a commit: blobs first, in parallel and each once; the manifest last, and only if absent.
+
+A run that was killed at any moment is run again: blobs that are there are not sent again, an interrupted multipart
+upload continues, and the pack gets the same digest. Until the manifest stands, nothing refers to the blobs, so nobody
+ever sees half a pack.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modelpress import keys
+from modelpress.config import UploadConfig
+from modelpress.errors import ConflictError, StageError
+from modelpress.manifest import Manifest
+from modelpress.progress import Progress, silent
+from modelpress.reports import UploadReport
+from modelpress.store.base import Store
+
+if TYPE_CHECKING:
+    from modelpress.shard import ShardFile
+
+
+def publish(
+    store: Store,
+    manifest: Manifest,
+    shards: Sequence[ShardFile],
+    blobs: Mapping[str, bytes],
+    *,
+    config: UploadConfig | None = None,
+    source_bytes: int,
+    progress: Progress = silent,
+) -> UploadReport:
+    """Send what the store lacks of a pack, then commit its manifest.
+
+    Args:
+        store: the publication store; it is proved fit first, once.
+        manifest: the pack.
+        shards: the files of the manifest's shards.
+        blobs: the stored bytes of the manifest's files and reports, by sha256 (what `manifest.pack_file` gave).
+        config: how many objects travel at once.
+        source_bytes: bytes of the source model's checkpoint, for the ratio.
+        progress: called with bytes that are in the store, and the pack's bytes.
+
+    Raises:
+        StageError: a blob of the manifest is not among `shards` and `blobs`.
+        CorruptionError: bytes on the way do not have the digest that the manifest says.
+        ConflictError: another manifest stands under this digest.
+        StoreError: see `modelpress.store.Store`.
+    """
+    started = time.perf_counter()
+    sizes = manifest.blobs()
+    sources = _sources(manifest, shards, blobs)
+    store.ensure_fit()
+    upload = _Upload(store, sum(sizes.values()), progress)
+    with ThreadPoolExecutor((config or UploadConfig()).concurrency, thread_name_prefix="publish") as pool:
+        # Large ones first: the last thread is not left alone with the largest.
+        order = sorted(sizes, key=lambda digest: (-sizes[digest], digest))
+        futures = [pool.submit(upload.send, digest, sizes[digest], sources[digest]) for digest in order]
+        wait(futures, return_when=FIRST_EXCEPTION)
+        for future in futures:
+            future.cancel()
+    for future in futures:
+        if not future.cancelled():
+            future.result()
+    _commit(store, manifest)
+    published = manifest.published_bytes
+    return UploadReport(
+        pack=manifest.digest,
+        uri=f"{store.uri}/{keys.manifest(manifest.name, manifest.digest)}",
+        objects=len(sizes),
+        sent_objects=upload.sent_objects,
+        sent_bytes=upload.sent_bytes,
+        published_bytes=published,
+        source_bytes=source_bytes,
+        compression_ratio=source_bytes / published,
+        seconds=time.perf_counter() - started,
+    )
+
+
+class _Upload:
+    """The blobs of one pack on their way, counted; `send` is called from threads."""
+
+    def __init__(self, store: Store, total_bytes: int, progress: Progress) -> None:
+        self.sent_objects = self.sent_bytes = self._done_bytes = 0
+        self._store, self._total_bytes, self._progress = store, total_bytes, progress
+        self._lock = threading.Lock()
+
+    def send(self, digest: str, size: int, source: bytes | Path) -> None:
+        key = keys.blob(digest)
+        info = self._store.info(key)
+        missing = info is None or info.size_bytes != size
+        if missing:
+            self._store.put(key, source, sha256=digest)
+        with self._lock:
+            self.sent_objects += missing
+            self.sent_bytes += size if missing else 0
+            self._done_bytes += size
+            self._progress(self._done_bytes, self._total_bytes, f"{'sent' if missing else 'present'} {digest[:12]}")
+
+
+def _sources(manifest: Manifest, shards: Sequence[ShardFile], blobs: Mapping[str, bytes]) -> dict[str, bytes | Path]:
+    given: dict[str, bytes | Path] = {**blobs, **{shard.sha256: shard.path for shard in shards}}
+    missing = [digest for digest in manifest.blobs() if digest not in given]
+    if missing:
+        raise StageError(
+            f"publishing {manifest.name}",
+            found=f"no bytes for {len(missing)} of {len(manifest.blobs())} blobs, first {missing[0]}",
+            expected="every shard, file and report that the manifest lists",
+        )
+    return given
+
+
+def _commit(store: Store, manifest: Manifest) -> None:
+    """Write the manifest. One that is there already is our own, from a lost answer or an earlier run, if it holds
+    the same bytes."""
+    key, data = keys.manifest(manifest.name, manifest.digest), manifest.to_bytes()
+    if not store.put(key, data, if_absent=True) and store.get(key) != data:
+        raise ConflictError(
+            f"publishing {manifest.name}",
+            found=f"other bytes under {store.uri}/{key}",
+            expected="the manifest that the digest names",
+            fix="the object was damaged or tampered with: keep it for inquiry, delete it, and publish again",
+        )
