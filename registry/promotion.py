@@ -51,7 +51,8 @@ def promote(
         ConflictError: someone else moved the alias meanwhile.
     """
     version = _registered(client, name, pack)
-    manifest, _ = load.load_checkpoint(store, name, pack, progress)  # every byte is read afresh and verified
+    load.verify(store, name, pack, progress)  # the published bytes themselves, every one of them
+    manifest = load.load_manifest(store, name, pack)
     gate = gate or parse_config(manifest.config, origin=f"the config of pack {pack}").gate
     standing = pointer.current(store, name, gate.alias)
     champion = standing.pack if standing else None

@@ -22,6 +22,20 @@ def dump(scores: Mapping[str, Scores], *, samples: str, metric: str) -> bytes:
     return bytes(safetensors.numpy.save(vectors, {"samples": samples, "metric": metric}))
 
 
+def dump_scored(scored: Mapping[str, Scored]) -> bytes:
+    """Serialise vectors that were measured on the same samples.
+
+    Raises:
+        ValueError: they were not, or one was not measured.
+    """
+    vectors = {name: one.scores for name, one in scored.items() if one.scores is not None}
+    measured = {(one.samples, one.metric) for one in scored.values()}
+    if len(vectors) != len(scored) or len(measured) != 1:
+        raise ValueError(f"scores of {len(vectors)} of {len(scored)} models on {len(measured)} sets of samples")
+    samples, metric = measured.pop()
+    return dump(vectors, samples=samples, metric=metric)
+
+
 def load(data: bytes) -> dict[str, Scored]:
     """Read what `dump` wrote.
 

@@ -1,0 +1,80 @@
+"""The plots of a run: quality, bytes and throughput per stage, and bytes by codec. Drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from flows.result import StageRow
+from modelpress.reports import CompressReport
+
+COLOURS = ("#2f5d8a", "#c8752d", "#4f8a5b", "#8a4f7d", "#999999")
+
+
+def draw(rows: Sequence[StageRow], compressed: CompressReport | None, folder: Path) -> None:
+    """Write `quality.png`, `bytes.png`, `throughput.png` and `codecs.png` into a folder."""
+    _save(folder / "quality.png", "Quality per stage", lambda axes: _quality(axes, rows))
+    _save(folder / "bytes.png", "Bytes per stage", lambda axes: _bytes(axes, rows))
+    _save(folder / "throughput.png", "Throughput per stage", lambda axes: _throughput(axes, rows))
+    if compressed is not None:
+        _save(folder / "codecs.png", "Bytes by codec", lambda axes: _codecs(axes, compressed))
+
+
+def _save(path: Path, title: str, fill: Callable[[Axes], None]) -> None:
+    figure = Figure(figsize=(7.0, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    fill(axes)
+    axes.set_title(title, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def _quality(axes: Axes, rows: Sequence[StageRow]) -> None:
+    judged = [(row.stage, row.quality) for row in rows if row.quality is not None]
+    values = [quality.value for _, quality in judged]
+    below = [quality.value - quality.low for _, quality in judged]
+    above = [quality.high - quality.value for _, quality in judged]
+    axes.errorbar([stage for stage, _ in judged], values, yerr=[below, above], fmt="o", capsize=4, color=COLOURS[0])
+    axes.set_ylabel(judged[0][1].metric if judged else "")
+
+
+def _bytes(axes: Axes, rows: Sequence[StageRow]) -> None:
+    sized = [(row.stage, row.size_bytes) for row in rows if row.size_bytes]
+    bars = axes.bar([stage for stage, _ in sized], [size for _, size in sized], color=COLOURS[0])
+    axes.bar_label(bars, labels=[f"{size:,}" for _, size in sized], fontsize=7)
+    axes.set_yscale("log")
+    axes.set_ylabel("bytes")
+
+
+def _throughput(axes: Axes, rows: Sequence[StageRow]) -> None:
+    batches = sorted({latency.batch_size for row in rows for latency in row.latency})
+    for colour, batch in zip(COLOURS, batches, strict=False):
+        found = [
+            (row.stage, latency.throughput_per_second)
+            for row in rows
+            for latency in row.latency
+            if latency.batch_size == batch
+        ]
+        axes.plot(
+            [stage for stage, _ in found], [rate for _, rate in found], "o-", color=colour, label=f"batch {batch}"
+        )
+    axes.set_yscale("log")
+    axes.set_ylabel("samples per second")
+    axes.legend(frameon=False)
+
+
+def _codecs(axes: Axes, report: CompressReport) -> None:
+    codecs = sorted({tensor.codec for tensor in report.tensors})
+    before = [sum(tensor.raw_bytes for tensor in report.tensors if tensor.codec == codec) for codec in codecs]
+    after = [sum(tensor.stored_bytes for tensor in report.tensors if tensor.codec == codec) for codec in codecs]
+    places = range(len(codecs))
+    axes.bar([place - 0.2 for place in places], before, 0.4, color=COLOURS[4], label="raw")
+    axes.bar([place + 0.2 for place in places], after, 0.4, color=COLOURS[0], label="stored")
+    axes.set_xticks(list(places), codecs)
+    axes.set_ylabel("bytes")
+    axes.legend(frameon=False)

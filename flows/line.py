@@ -1,0 +1,219 @@
+"""What a run of the line keeps while it runs: the tracked run, the baseline, a row per stage, the last word."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from prefect.utilities.urls import url_for
+
+from flows import figures
+from flows.result import OptimizeResult, StageRow, format_bytes, format_quality, markdown, table, throughput
+from modelpress.config import OptimizeConfig
+from modelpress.reports import (
+    ArtifactRef,
+    CompressReport,
+    EvaluationReport,
+    Report,
+    Stage,
+    UploadReport,
+)
+from modelpress.settings import Settings
+from registry import runs
+from registry.gates import Decision
+from tasks.evaluation import evaluate
+from tasks.packs import INDEX, Provenance
+from tasks.records import Finished, ReportT
+from tasks.release import Registered
+from tasks.runner import RunContext
+
+DEFAULT_UI = "http://127.0.0.1:4200"
+"""Where `prefect server start` shows the database of an ephemeral server."""
+
+
+class Line:
+    """The state of one run. Tasks never see it: they are told references and a `RunContext`."""
+
+    def __init__(self, config: OptimizeConfig, settings: Settings, run: runs.Run, flow_run_url: str) -> None:
+        self.config, self.run, self.flow_run_url = config, run, flow_run_url
+        self.context = RunContext(name=config.name, mlflow_run=run.id, workload=config.workload)
+        self.mlflow_url = runs.run_url(settings, run.id, run.experiment_id)
+        self.rows: list[StageRow] = []
+        self.reports: dict[str, Report] = {}
+        self.evaluations: dict[str, EvaluationReport] = {}
+        self.outputs: dict[str, ArtifactRef] = {}
+        self.scores: dict[str, ArtifactRef] = {}
+        self.recomputed: list[str] = []
+
+    def judged(self, label: str, finished: Finished[ReportT], of: Stage | None = None) -> ArtifactRef:
+        """Measure a stage's output against the source model, and hand it on if it is within the budget.
+
+        Raises:
+            BudgetExceededError: it is not; the row is in the table all the same.
+        """
+        from modelpress.evaluate import check_budget
+
+        stage: Stage = of or finished.stage  # type: ignore[assignment]
+        slug = re.sub(r"\W+", "-", label).strip("-")
+        measured = evaluate(
+            self.context, finished.output, self.config.evaluate, stage, slug, baseline=self.scores.get("source")
+        )
+        self._note(label, finished)
+        self._note(f"evaluate {label}", measured)
+        self.evaluations[label], self.scores[label] = measured.report, measured.outputs["scores"]
+        self.rows.append(
+            StageRow(
+                stage=label,
+                runtime=measured.report.runtime,
+                quality=measured.report.quality,
+                size_bytes=finished.output.size_bytes,
+                latency=measured.report.latency,
+                seconds=finished.seconds + measured.seconds,
+                reused=finished.reused and measured.reused,
+            )
+        )
+        found = f"{measured.report.quality.metric} {format_quality(measured.report.quality)}"
+        size = format_bytes(finished.output.size_bytes)
+        get_run_logger().info("%s: %s, %s bytes", label, found, size, extra={"stage": label})
+        check_budget(measured.report, self.config.evaluate)
+        return finished.output
+
+    def passed(self, label: str, finished: Finished[ReportT]) -> Finished[ReportT]:
+        """Note a lossless stage."""
+        self._note(label, finished)
+        size = sum(ref.size_bytes for name, ref in finished.outputs.items() if name != INDEX)
+        if isinstance(finished.report, UploadReport):
+            size = finished.report.published_bytes
+        self.rows.append(StageRow(stage=label, size_bytes=size, seconds=finished.seconds, reused=finished.reused))
+        return finished
+
+    def provenance(self) -> Provenance:
+        """What the manifest says of how the pack came to be: nothing in it changes when a run is repeated."""
+        return Provenance(
+            lineage={label: ref.sha256 for label, ref in self.outputs.items()},
+            reports={
+                **{label: _timeless(report) for label, report in self.reports.items() if not label.startswith("eval")},
+                **{f"quality {label}": report.quality.metrics() for label, report in self.evaluations.items()},
+            },
+            scores=self.scores[self._served],
+            source_scores=self.scores["source"],
+            source_bytes=self.outputs["source"].size_bytes,
+        )
+
+    def headline(self) -> dict[str, str]:
+        """The measured numbers that the gate and people read from the model version: text by tag."""
+        served, source = self.evaluations[self._served], self.evaluations["source (onnx)"]
+        return {
+            "flow_run_id": str(flow_run.id),
+            "flow_run_url": self.flow_run_url,
+            served.quality.metric: f"{served.quality.value:.6f}",
+            "throughput_per_second": f"{throughput(served):.3f}",
+            "source_throughput_per_second": f"{throughput(source):.3f}",
+            "speedup": f"{throughput(served) / throughput(source):.4f}",
+        }
+
+    def delivered(self, published: UploadReport, registered: Registered, decision: Decision | None) -> OptimizeResult:
+        """The result, told to MLflow and to the log."""
+        if registered.created:
+            self.recomputed.append("register")
+        speedup = float(self.headline()["speedup"])
+        self.run.tag("pack", published.pack)
+        self.run.tag("pack_uri", published.uri)
+        self.run.tag("recomputed", ", ".join(self.recomputed) or "nothing")
+        self.run.metrics(
+            {
+                "published_bytes": published.published_bytes,
+                "compression_ratio": published.compression_ratio,
+                "speedup": speedup,
+                **{f"served.{key}": value for key, value in self.evaluations[self._served].metrics().items()},
+            }
+        )
+        result = OptimizeResult(
+            name=self.config.name,
+            pack=published.pack,
+            uri=published.uri,
+            version=registered.number,
+            source_bytes=published.source_bytes,
+            published_bytes=published.published_bytes,
+            compression_ratio=published.compression_ratio,
+            speedup=speedup,
+            stages=self.rows,
+            recomputed=self.recomputed,
+            decision=decision,
+            graph=self.outputs[self._served].sha256,
+            mlflow_run=self.run.id,
+            mlflow_url=self.mlflow_url,
+            flow_run_url=self.flow_run_url,
+        )
+        self.run.json("result.json", result.model_dump(mode="json"))
+        get_run_logger().info(
+            "%s is published as %s: %s bytes, %.1f× fewer than the source, %.1f× its throughput; %s",
+            result.name,
+            result.pack,
+            format_bytes(result.published_bytes),
+            result.compression_ratio,
+            speedup,
+            f"recomputed {', '.join(self.recomputed)}" if self.recomputed else "everything reused, nothing recomputed",
+        )
+        return result
+
+    def show(self) -> None:
+        """Table, report and plots of the stages that ran, also when a later one failed."""
+        if not self.rows:
+            return
+        key = re.sub(r"[^a-z0-9]+", "-", self.config.name)
+        create_table_artifact(table(self.rows), key=f"{key}-stages", description=f"Stages of `{self.config.name}`")
+        text = f"# {self.config.name}\n\n{markdown(self.rows)}\n\n[MLflow run]({self.mlflow_url})\n"
+        create_markdown_artifact(text, key=f"{key}-report", description=f"Report of `{self.config.name}`")
+        with tempfile.TemporaryDirectory(prefix="modelpress-") as folder:
+            Path(folder, "report.md").write_text(text, encoding="utf-8")
+            compressed = self.reports.get("compress")
+            figures.draw(self.rows, compressed if isinstance(compressed, CompressReport) else None, Path(folder))
+            self.run.folder(Path(folder))
+
+    @property
+    def _served(self) -> str:
+        """Label of the graph that is published."""
+        return "quantize" if self.config.quantize else "export"
+
+    def _note(self, label: str, finished: Finished[ReportT]) -> None:
+        self.reports[label] = finished.report
+        if "output" in finished.outputs:
+            self.outputs[label] = finished.output
+        if not finished.reused:
+            self.recomputed.append(label)
+
+
+@contextmanager
+def tracked(config: OptimizeConfig) -> Iterator[Line]:
+    """The MLflow run of this flow run, linked both ways; it ends as the flow ends."""
+    settings = Settings()
+    url = url_for("flow-run", obj_id=flow_run.id, default_base_url=DEFAULT_UI) or ""
+    tags = {
+        "prefect.flow_run_id": str(flow_run.id),
+        "prefect.flow_run_name": str(flow_run.name),
+        "prefect.flow_run_url": url,
+    }
+    with ExitStack() as stack:
+        run = stack.enter_context(runs.parent_run(settings, config.name, config.model_dump(mode="json"), tags))
+        line = Line(config, settings, run, url)
+        create_link_artifact(
+            link=line.mlflow_url,
+            link_text=f"MLflow run {run.id}",
+            key=f"{re.sub(r'[^a-z0-9]+', '-', config.name)}-mlflow",
+            description="Parameters, metrics, plots and reports of this run",
+        )
+        stack.callback(line.show)
+        yield line
+
+
+def _timeless(report: Report) -> dict[str, float]:
+    """The numbers of a report without those that differ when the same work is done again."""
+    drop: tuple[str, ...] = ("seconds", "per_second", "memory")
+    return {key: value for key, value in report.metrics().items() if not any(word in key for word in drop)}

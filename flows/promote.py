@@ -1,0 +1,47 @@
+"""Judge a published pack and move the alias; and the way back."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from modelpress.config import Alias, GateConfig, PackName
+from modelpress.errors import GateError
+from registry.gates import Decision
+from tasks import release
+
+
+@flow(name="promote", flow_run_name="promote-{name}-{candidate}")
+def promote(name: PackName, candidate: str = "challenger", gate: GateConfig | None = None) -> Decision:
+    """Judge a published pack on its own bytes, and make it champion if it is no worse.
+
+    Args:
+        name: Name of the pack and of the registered model.
+        candidate: What is judged: an alias, a model version's number, or a pack's digest.
+        gate: The conditions; left out, the ones in the pack's own config.
+
+    Raises:
+        GateError: the gate refused; the champion is who it was.
+    """
+    pack = release.find_pack(name, candidate)
+    decision = release.promote(name, pack, gate)
+    if not decision.promote:
+        raise GateError(
+            f"promoting {name} {pack}",
+            found="; ".join(decision.reasons),
+            expected="every check to pass",
+            fix="the champion is unchanged; better the candidate, or bring more evaluation samples where the gate is "
+            "inconclusive",
+        )
+    return decision
+
+
+@flow(name="rollback", flow_run_name="rollback-{name}-{alias}")
+def rollback(name: PackName, alias: Alias = "champion", to: str | None = None) -> str:
+    """Point an alias back at an earlier pack, and return that pack's digest.
+
+    Args:
+        name: Name of the pack and of the registered model.
+        alias: The alias that goes back.
+        to: Digest of the pack to return to; left out, the one that stood before the current one.
+    """
+    return release.rollback(name, alias, to)

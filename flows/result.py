@@ -1,0 +1,116 @@
+"""What a run of the line returns, and how its stages read as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field
+
+from modelpress.reports import EvaluationReport, LatencyReport, QualityReport, Report
+from registry.gates import Decision
+
+
+class StageRow(Report):
+    """One stage of a run."""
+
+    stage: str
+    """The stage; `source (onnx)` is the source model as ONNX Runtime runs it, what speed is compared with."""
+    runtime: str | None = None
+    """`torch` or `onnxruntime`, where the stage's output was run."""
+    quality: QualityReport | None = None
+    """None where the stage is lossless."""
+    size_bytes: int | None = None
+    """Bytes of its output."""
+    latency: list[LatencyReport] = Field(default_factory=list)
+    """One per measured batch size."""
+    seconds: float
+    """Time that the stage took when it ran, its evaluation included."""
+    reused: bool
+    """Whether finished outputs were taken instead of running."""
+
+
+class OptimizeResult(Report):
+    """What a run of the line delivered."""
+
+    name: str
+    """Name of the pack."""
+    pack: str
+    """Digest of the manifest: the pack's identity."""
+    uri: str
+    """Where the manifest lies."""
+    version: str
+    """Number of the registered model version."""
+    source_bytes: int
+    """The source model's checkpoint."""
+    published_bytes: int
+    """All bytes of the pack."""
+    compression_ratio: float
+    """source ÷ published."""
+    speedup: float | None
+    """Throughput ÷ the source model's in ONNX Runtime, at the largest measured batch."""
+    stages: list[StageRow]
+    """In the order of the line."""
+    recomputed: list[str]
+    """Stages that ran now; empty when all was reused."""
+    decision: Decision | None
+    """What the gate said; None where nothing asked it."""
+    graph: str
+    """Digest of the served graph in the work store, before coding."""
+    mlflow_run: str
+    """Id of the MLflow run."""
+    mlflow_url: str
+    """Its page."""
+    flow_run_url: str
+    """Page of the Prefect flow run."""
+
+
+def throughput(report: EvaluationReport) -> float:
+    """Samples per second at the largest measured batch."""
+    return max(report.latency, key=lambda row: row.batch_size).throughput_per_second
+
+
+def table(rows: Sequence[StageRow]) -> list[dict[str, Any]]:
+    """The stages as rows of text, the same in the Prefect UI, in MLflow's report and in the terminal."""
+    batches = sorted({latency.batch_size for row in rows for latency in row.latency})
+    return [
+        {
+            "stage": row.stage,
+            "quality": format_quality(row.quality),
+            "bytes": format_bytes(row.size_bytes),
+            **{f"p50 ms, batch {batch}": _p50(row, batch) for batch in batches},
+            **{f"per s, batch {batch}": _per_second(row, batch) for batch in batches[-1:]},
+            "seconds": f"{row.seconds:.1f}" + (" (reused)" if row.reused else ""),
+        }
+        for row in rows
+    ]
+
+
+def markdown(rows: Sequence[StageRow]) -> str:
+    """The same table in Markdown."""
+    cells = table(rows)
+    heads = list(cells[0])
+    lines = [
+        " | ".join(heads),
+        " | ".join("---" for _ in heads),
+        *(" | ".join(row[head] for head in heads) for row in cells),
+    ]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def format_quality(quality: QualityReport | None) -> str:
+    """`0.9833 [0.972, 0.990]`, or a dash."""
+    return f"{quality.value:.4f} [{quality.low:.4f}, {quality.high:.4f}]" if quality else "–"
+
+
+def format_bytes(size: int | None) -> str:
+    """Bytes with thousands set apart, or a dash."""
+    return f"{size:,}" if size is not None else "–"
+
+
+def _p50(row: StageRow, batch: int) -> str:
+    return next((f"{found.p50_seconds * 1000:.2f}" for found in row.latency if found.batch_size == batch), "–")
+
+
+def _per_second(row: StageRow, batch: int) -> str:
+    return next((f"{found.throughput_per_second:,.0f}" for found in row.latency if found.batch_size == batch), "–")

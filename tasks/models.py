@@ -1,0 +1,99 @@
+"""The stages that make and change a model: source, distill, prune, export, quantize."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from modelpress.config import DistillConfig, ExportConfig, PruneConfig, QuantizeConfig
+from modelpress.progress import Progress
+from modelpress.reports import ArtifactRef, DistillReport, ExportReport, PruneReport, QuantizeReport, SourceReport
+from tasks.records import Finished
+from tasks.runner import RunContext, fetch_checkpoint, open_workload, run_stage
+
+# Prefect's own cache would pickle inputs to hash them, and would not see a changed library; tasks/records.py keys by
+# content. The library is imported inside the tasks, so that a form can be built where torch is not installed.
+
+
+@task(name="source", task_run_name="source", cache_policy=NO_CACHE)
+def source(context: RunContext) -> Finished[SourceReport]:
+    """The model as the user gave it, after proof that no sample stands in two splits."""
+
+    def work(progress: Progress) -> tuple[Mapping[str, bytes], SourceReport]:
+        from modelpress.checkpoint import from_module
+        from modelpress.workload import check_disjoint
+
+        workload = open_workload(context.workload)
+        check_disjoint(workload)
+        module = workload.source(progress)
+        data = from_module(module).to_bytes()
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        trained = context.workload.kind == "image-classification"
+        return {"output": data}, SourceReport(parameters=parameters, size_bytes=len(data), trained=trained)
+
+    return run_stage(context, "source", SourceReport, work, config=context.workload)
+
+
+@task(name="distill", task_run_name="distill", cache_policy=NO_CACHE)
+def distill(context: RunContext, model: ArtifactRef, config: DistillConfig) -> Finished[DistillReport]:
+    """Train a smaller student on the model's answers."""
+
+    def work(progress: Progress) -> tuple[Mapping[str, bytes], DistillReport]:
+        from modelpress.checkpoint import from_module, to_module
+        from modelpress.distill import distill as run
+
+        workload = open_workload(context.workload)
+        student, report = run(to_module(fetch_checkpoint(model), workload), workload, config, progress)
+        return {"output": from_module(student, report.architecture).to_bytes()}, report
+
+    return run_stage(context, "distill", DistillReport, work, inputs=[model], config=config)
+
+
+@task(name="prune", task_run_name="prune", cache_policy=NO_CACHE)
+def prune(context: RunContext, model: ArtifactRef, config: PruneConfig) -> Finished[PruneReport]:
+    """Remove weights, and recover."""
+
+    def work(progress: Progress) -> tuple[Mapping[str, bytes], PruneReport]:
+        from modelpress.checkpoint import from_module, to_module
+        from modelpress.prune import prune_
+
+        workload = open_workload(context.workload)
+        checkpoint = fetch_checkpoint(model)
+        module = to_module(checkpoint, workload)
+        report = prune_(module, workload, config, progress)
+        return {"output": from_module(module, checkpoint.metadata["architecture"]).to_bytes()}, report
+
+    return run_stage(context, "prune", PruneReport, work, inputs=[model], config=config)
+
+
+@task(name="export", task_run_name="{label}", cache_policy=NO_CACHE)
+def export(
+    context: RunContext, model: ArtifactRef, config: ExportConfig, label: str = "export"
+) -> Finished[ExportReport]:
+    """Write the ONNX graph."""
+
+    def work(_progress: Progress) -> tuple[Mapping[str, bytes], ExportReport]:
+        from modelpress.checkpoint import to_module
+        from modelpress.export import export as run
+
+        workload = open_workload(context.workload)
+        graph, report = run(to_module(fetch_checkpoint(model), workload), workload, config)
+        return {"output": graph.to_bytes()}, report
+
+    return run_stage(context, "export", ExportReport, work, inputs=[model], config=config, label=label)
+
+
+@task(name="quantize", task_run_name="quantize", cache_policy=NO_CACHE)
+def quantize(context: RunContext, graph: ArtifactRef, config: QuantizeConfig) -> Finished[QuantizeReport]:
+    """Turn weights and activations into integers."""
+
+    def work(progress: Progress) -> tuple[Mapping[str, bytes], QuantizeReport]:
+        from modelpress.quantize import quantize as run
+
+        workload = open_workload(context.workload)
+        quantized, report = run(fetch_checkpoint(graph), workload, config, progress)
+        return {"output": quantized.to_bytes()}, report
+
+    return run_stage(context, "quantize", QuantizeReport, work, inputs=[graph], config=config)

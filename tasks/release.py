@@ -1,0 +1,77 @@
+"""The stages that make a pack known and put it in service: register, promote, rollback."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+
+from modelpress.config import GateConfig
+from modelpress.reports import Report, UploadReport
+from modelpress.settings import Settings
+from modelpress.store.base import open_store
+from registry import promotion, runs, versions
+from registry.gates import Decision
+from tasks.progress import StageProgress
+from tasks.runner import RunContext
+
+
+class Registered(Report):
+    """The model version that carries a pack."""
+
+    number: str
+    """The version."""
+    created: bool
+    """Whether it was made now."""
+
+
+@task(name="register", task_run_name="register", cache_policy=NO_CACHE)
+def register(context: RunContext, published: UploadReport, tags: Mapping[str, str]) -> Registered:
+    """Register the pack as a model version; one that carries it already is left as it is."""
+    settings = Settings()
+    with runs.child_run(settings, context.mlflow_run, "register", {}) as child:
+        version, created = versions.register(
+            child.client,
+            context.name,
+            pack=published.pack,
+            uri=published.uri,
+            run_id=context.mlflow_run,
+            tags={**tags, "compression_ratio": f"{published.compression_ratio:.4f}"},
+            description=f"Pack {published.pack}, {published.published_bytes:,} bytes.",
+        )
+        child.tag("model_version", version.number)
+        child.tag("reused", str(not created).lower())
+    what = "registered" if created else "reused"
+    get_run_logger().info("register: %s version %s", what, version.number, extra={"stage": "register"})
+    return Registered(number=version.number, created=created)
+
+
+@task(name="promote", task_run_name="promote-{name}", cache_policy=NO_CACHE)
+def promote(name: str, pack: str, config: GateConfig | None = None) -> Decision:
+    """Judge a published pack on its own bytes, freshly read, and move the alias if it passes."""
+    settings = Settings()
+    store = open_store(settings.store_uri, settings)
+    with StageProgress("gate") as progress:
+        decision = promotion.promote(store, runs.open_client(settings), name, pack, config, progress)
+    get_run_logger().info("gate: %s", decision.line(), extra={"stage": "gate"})
+    return decision
+
+
+@task(name="rollback", task_run_name="rollback-{name}", cache_policy=NO_CACHE)
+def rollback(name: str, alias: str, to: str | None) -> str:
+    """Point the alias at an earlier pack, and return that pack's digest."""
+    settings = Settings()
+    store = open_store(settings.store_uri, settings)
+    pack = promotion.rollback(store, runs.open_client(settings), name, alias, to)
+    get_run_logger().info("rollback: %s of %s is %s again", alias, name, pack, extra={"stage": "rollback"})
+    return pack
+
+
+@task(name="find", task_run_name="find-{name}", cache_policy=NO_CACHE)
+def find_pack(name: str, candidate: str) -> str:
+    """Digest of the pack that an alias, a version number or a digest names."""
+    settings = Settings()
+    store = open_store(settings.store_uri, settings)
+    return versions.resolve(runs.open_client(settings), store, name, candidate)

@@ -1,0 +1,117 @@
+"""How every stage runs: look for its record, else work and record; log it to MLflow; say what happened."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from prefect.logging import get_run_logger
+
+from modelpress.config import Config, WorkloadConfig
+from modelpress.progress import Progress
+from modelpress.reports import ArtifactRef, Report
+from modelpress.settings import Settings
+from modelpress.store.artifacts import load_artifact, save_artifact
+from modelpress.store.base import Store, open_store
+from registry import runs
+from tasks.progress import StageProgress
+from tasks.records import Finished, Record, ReportT, find_record, save_record, stage_key
+
+if TYPE_CHECKING:
+    from modelpress.checkpoint import Checkpoint
+    from modelpress.workload import Workload
+
+
+class RunContext(Report):
+    """What every task of one flow run is told."""
+
+    name: str
+    """Name of the pack and of the registered model."""
+    mlflow_run: str
+    """Id of the parent run; each stage logs to a child of it."""
+    workload: WorkloadConfig
+    """The model, the data and the metric."""
+
+
+Work = Callable[[Progress], tuple[Mapping[str, bytes], ReportT]]
+"""Does a stage's work: outputs by name, and the report."""
+
+
+def run_stage(
+    context: RunContext,
+    stage: str,
+    report_type: type[ReportT],
+    work: Work[ReportT],
+    *,
+    inputs: Sequence[ArtifactRef] = (),
+    config: Config | None = None,
+    label: str = "",
+    extra: Mapping[str, Any] | None = None,
+    valid: Callable[[ReportT], bool] = lambda _: True,
+) -> Finished[ReportT]:
+    """Run a stage, or take what an earlier run finished.
+
+    Args:
+        context: the flow run.
+        stage: the stage.
+        report_type: of its report.
+        work: the work.
+        inputs: what it reads.
+        config: the stage's config.
+        label: how it is shown; empty is the stage's name.
+        extra: whatever else decides the output.
+        valid: whether what an earlier report speaks of still stands.
+    """
+    settings, label = Settings(), label or stage
+    store = open_store(settings.work_uri, settings)
+    fingerprint = config.fingerprint() if config else ""
+    identity = open_workload(context.workload).identity()
+    key = stage_key(stage, inputs=inputs, config=fingerprint, identity=identity, extra=extra)
+    with runs.child_run(settings, context.mlflow_run, label, config.model_dump(mode="json") if config else {}) as child:
+        record = find_record(store, stage, key) if settings.reuse else None
+        reused = record is not None and valid(report_type.model_validate(record.report))
+        if record is None or not reused:
+            record = _work(store, stage, label, key, work, replace=record is not None or not settings.reuse)
+        report = report_type.model_validate(record.report)
+        finished = Finished(stage, record.outputs, report, record.seconds, reused)
+        _log(child, label, finished)
+    return finished
+
+
+@functools.lru_cache(maxsize=2)
+def _open_workload(config: str) -> Workload:
+    from modelpress.workload import load_workload
+
+    return load_workload(WorkloadConfig.model_validate_json(config))
+
+
+def open_workload(config: WorkloadConfig) -> Workload:
+    """The workload of a config; a process loads it once, however many stages it runs."""
+    return _open_workload(config.model_dump_json())
+
+
+def fetch_checkpoint(ref: ArtifactRef) -> Checkpoint:
+    """The checkpoint behind a reference, its digest checked."""
+    from modelpress.checkpoint import Checkpoint
+
+    return Checkpoint.from_bytes(load_artifact(ref))
+
+
+def _work(store: Store, stage: str, label: str, key: str, work: Work[ReportT], *, replace: bool) -> Record:
+    started = time.perf_counter()
+    with StageProgress(label) as progress:
+        outputs, report = work(progress)
+    saved = {name: save_artifact(store, data) for name, data in outputs.items()}
+    seconds = time.perf_counter() - started
+    record = Record(stage=stage, key=key, outputs=saved, report=report.model_dump(mode="json"), seconds=seconds)
+    return save_record(store, record, replace=replace)
+
+
+def _log(child: runs.Run, label: str, finished: Finished[ReportT]) -> None:
+    child.metrics({**finished.report.metrics(), "stage_seconds": finished.seconds})
+    child.json("report.json", finished.report.model_dump(mode="json"))
+    child.tag("reused", str(finished.reused).lower())
+    how = f"reused (took {finished.seconds:.1f} s when it ran)" if finished.reused else f"{finished.seconds:.1f} s"
+    get_run_logger().info("%s: %s", label, how, extra={"stage": label})
