@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -93,21 +93,17 @@ def pull(
     pack: PackArgument,
     to: Annotated[Path, typer.Option("--to", help="Folder to write into.")],
     layout: Annotated[
-        str, typer.Option("--as", help="checkpoint: safetensors files; onnx: a graph with external data.")
+        Literal["checkpoint", "onnx"],
+        typer.Option("--as", help="checkpoint: safetensors files; onnx: a graph with external data."),
     ] = "checkpoint",
     store: StoreOption = None,
 ) -> None:
     """Fetch a pack, check every byte, and write it in a layout that other tools read."""
     from modelpress import load
-    from modelpress.errors import ConfigError
 
-    if layout != "checkpoint" and layout != "onnx":
-        raise ConfigError("reading --as", found=layout, expected="checkpoint or onnx")
     name, ref = _parse_pack(pack)
-    opened = _open_store(store)
-    digest = load.resolve(opened, name, ref)
     with _Bar("pull") as progress:
-        load.pull(opened, name, digest, to, layout, progress)
+        digest = load.pull(_open_store(store), name, ref, to, layout, progress)
     _print(f"{name} {digest} → {to}")
 
 

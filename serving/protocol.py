@@ -156,8 +156,10 @@ def decode_response(body: bytes) -> dict[str, np.ndarray]:
     arrays = {}
     for tensor in _objects(_parse(body), "outputs"):
         name, datatype, shape = (tensor.get(key) for key in ("name", "datatype", "shape"))
-        if not isinstance(name, str) or datatype not in DATATYPES or not isinstance(shape, list):
+        if not (isinstance(name, str) and isinstance(datatype, str) and isinstance(shape, list)):
             raise RequestError("outputs", found=_kind(tensor), expected="name, datatype and shape")
+        if datatype not in DATATYPES:
+            raise RequestError("outputs", found=_short(datatype), expected=f"one of {', '.join(DATATYPES)}")
         arrays[name] = _decode_tensor(tensor, f"output {name!r}", TensorSpec(name, datatype, (None,) * len(shape)))
     return arrays
 

@@ -1,0 +1,207 @@
+"""The protocol's endpoints over the real repository, store and runtime, without a socket."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import numpy as np
+import onnxruntime
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from modelpress import __version__, graph
+from serving.app import create_app
+from serving.protocol import decode_response, encode_request
+from serving.repository import Repository
+from tests.serving.conftest import CLASSES, WIDTH, lookup_model, scale_model
+
+CAP = 200_000
+INFER = "/v2/models/scale/infer"
+Call = Callable[..., Any]
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@asynccontextmanager
+async def client_of(repository: Repository, poll_seconds: float = 0.0) -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(repository, poll_seconds=poll_seconds, workers=2, max_body_bytes=CAP)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+async def client(press: Call, repository: Call) -> AsyncIterator[httpx.AsyncClient]:
+    press(scale_model(2.0))
+    press(lookup_model(), "lookup")
+    async with client_of(repository()) as made:
+        yield made
+
+
+def ones(batch: int = 1) -> dict[str, np.ndarray]:
+    return {"x": np.ones((batch, WIDTH), np.float32)}
+
+
+def check_error(answer: httpx.Response, status: int, said: str = "") -> None:
+    assert answer.status_code == status
+    assert list(answer.json()) == ["error"]
+    assert said in answer.json()["error"]
+    for secret in ("Traceback", ".py", "/store", "file://", "onnxruntime_src"):
+        assert secret not in answer.text
+
+
+async def test_the_server_names_itself_and_is_well(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/v2")).json() == {
+        "name": "modelpress",
+        "version": __version__,
+        "extensions": ["model_repository"],
+    }
+    assert (await client.get("/v2/health/live")).json() == {"live": True}
+    assert (await client.get("/v2/health/ready")).json() == {"ready": True}
+    assert (await client.get("/v2/models/scale/ready")).json() == {"name": "scale", "ready": True}
+
+
+async def test_metadata_shows_the_pack_that_answers(press: Call, repository: Call) -> None:
+    digest = press(scale_model(2.0))
+    async with client_of(repository("scale")) as client:
+        found = (await client.get("/v2/models/scale")).json()
+        assert found["name"] == "scale"
+        assert found["versions"] == [digest]
+        assert found["platform"] == "onnxruntime_onnx"
+        assert found["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, WIDTH]}]
+        assert found["outputs"] == [{"name": "y", "datatype": "FP32", "shape": [-1, CLASSES]}]
+        shown = found["parameters"]
+        assert (shown["pack"], shown["alias"], shown["pointer"]) == (digest, "champion", 1)
+        assert shown["provider"] == "CPUExecutionProvider"
+        assert "failure" not in shown
+        for version in (digest, digest[:12]):
+            assert (await client.get(f"/v2/models/scale/versions/{version}")).json() == found
+            assert (await client.get(f"/v2/models/scale/versions/{version}/ready")).status_code == 200
+        for version in ("0" * 64, digest[:11], "1"):
+            check_error(await client.get(f"/v2/models/scale/versions/{version}"), 404, digest)
+            check_error(await client.post(f"/v2/models/scale/versions/{version}/infer"), 404)
+
+
+async def test_answers_are_the_runtime_s_own_bit_for_bit(client: httpx.AsyncClient) -> None:
+    x = np.random.default_rng(0).normal(size=(7, WIDTH)).astype(np.float32)
+    model = graph.join(scale_model(2.0)).SerializeToString()
+    (expected,) = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    answer = await client.post(INFER, content=encode_request({"x": x}, "a"))
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json()["id"] == "a"
+    found = decode_response(answer.content)["y"]
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    assert found.tobytes() == expected.tobytes()
+
+
+async def test_several_inputs_and_a_chosen_output(client: httpx.AsyncClient) -> None:
+    inputs = {"input_ids": np.array([[3, 5]], np.int64), "attention_mask": np.ones((1, 2, 1), np.float32)}
+    answer = await client.post("/v2/models/lookup/infer", content=encode_request(inputs))
+    assert decode_response(answer.content)["y"][0, 1].tolist() == [float(value) for value in range(40, 48)]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "said"),
+    [
+        (INFER, b"{", 400, "a JSON object"),
+        (INFER, b'{"inputs": []}', 400, "one or more"),
+        (INFER, encode_request({"z": np.ones((1, WIDTH), np.float32)}), 400, "one of ['x']"),
+        (INFER, encode_request({"x": np.ones((1, 3), np.float32)}), 400, "[-1, 64]"),
+        (INFER, encode_request({"x": np.ones((1, WIDTH))}), 400, "FP32"),
+        (INFER, encode_request({"x": np.full((1, WIDTH), 3e38, np.float32)}), 400, "infinite"),
+        (INFER, b" " * (CAP + 1), 413, str(CAP)),
+        ("/v2/models/nobody/infer", b"{}", 404, "one of ['lookup', 'scale']"),
+        ("/v2/models/x" + "y" * 5000 + "/infer", b"{}", 404, "one of"),
+        ("/v2/nothing", b"{}", 404, ""),
+        ("/v2/models/..%2f..%2fetc/infer", b"{}", 404, ""),
+        ("/v2/health/live", b"{}", 405, ""),
+        ("/v2/repository/index", b"[]", 400, "ready"),
+        ("/v2/repository/models/nobody/load", b"", 404, "one of"),
+        ("/v2/repository/models/nobody/unload", b"", 404, "one of"),
+    ],
+    ids=str,
+)
+async def test_errors_are_the_protocol_s(
+    client: httpx.AsyncClient, path: str, body: bytes, status: int, said: str
+) -> None:
+    check_error(await client.post(path, content=body), status, said)
+
+
+async def test_values_that_the_model_refuses_are_the_client_s_fault(client: httpx.AsyncClient) -> None:
+    inputs = {"input_ids": np.array([[100]], np.int64), "attention_mask": np.ones((1, 1, 1), np.float32)}
+    check_error(await client.post("/v2/models/lookup/infer", content=encode_request(inputs)), 400, "can't run on")
+    inputs["attention_mask"] = np.ones((1, 4, 1), np.float32)
+    check_error(await client.post("/v2/models/lookup/infer", content=encode_request(inputs)), 400, "length 1")
+
+
+async def test_binary_data_is_refused_and_says_so(client: httpx.AsyncClient) -> None:
+    answer = await client.post(INFER, content=b"{}", headers={"Inference-Header-Content-Length": "2"})
+    check_error(answer, 400, "extension is not served")
+
+
+async def test_a_body_without_a_length_is_capped_too(client: httpx.AsyncClient) -> None:
+    async def endless() -> AsyncIterator[bytes]:
+        sent = 0
+        while sent <= 2 * CAP:
+            yield b" " * 10_000
+            sent += 10_000
+
+    check_error(await client.post(INFER, content=endless()), 413)
+
+
+async def test_unload_and_load(client: httpx.AsyncClient) -> None:
+    assert (await client.post("/v2/repository/models/scale/unload")).status_code == 200
+    assert (await client.get("/v2/models/scale/ready")).status_code == 503
+    check_error(await client.post(INFER, content=encode_request(ones())), 503, "not loaded")
+    rows = {row["name"]: row for row in (await client.post("/v2/repository/index")).json()}
+    assert (rows["scale"]["state"], rows["scale"]["reason"]) == ("UNAVAILABLE", "unloaded by request")
+    assert rows["lookup"]["state"] == "READY"
+    ready = (await client.post("/v2/repository/index", json={"ready": True})).json()
+    assert [row["name"] for row in ready] == ["lookup"]
+    assert (await client.get("/v2/health/ready")).status_code == 200
+    assert (await client.post("/v2/repository/models/scale/load")).status_code == 200
+    assert (await client.post(INFER, content=encode_request(ones()))).status_code == 200
+
+
+async def test_an_unforeseen_error_shows_nothing(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("in /secret/place.py")
+
+    monkeypatch.setattr("serving.app.decode_request", broken)
+    check_error(await client.post(INFER, content=encode_request(ones())), 500, "internal error")
+
+
+async def test_the_poller_outlives_what_nobody_foresaw(
+    press: Call, repository: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    press(scale_model(2.0))
+    models = repository("scale")
+    calls = []
+
+    def broken() -> None:
+        calls.append(1)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(models, "poll", broken)
+    async with client_of(models, poll_seconds=0.01) as client:
+        while len(calls) < 3:
+            assert (await client.get("/v2/health/live")).status_code == 200
+
+
+@given(body=st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_no_bytes_make_a_server_error(client: httpx.AsyncClient, body: bytes) -> None:
+    for path in (INFER, "/v2/models/lookup/infer"):
+        assert (await client.post(path, content=body)).status_code == 400
