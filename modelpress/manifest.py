@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from importlib import metadata
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 import zstandard
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -20,7 +20,7 @@ from modelpress.dtypes import DTYPES, raw_size
 from modelpress.errors import ConfigError, CorruptionError, UnsupportedFormatError
 from modelpress.strictjson import loads
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 MAX_MANIFEST_BYTES = 256 * 2**20
 MAX_FILE_BYTES = 2**31
 MAX_RANK = 64

@@ -1,0 +1,148 @@
+"""Lossless coding of a checkpoint: per tensor the smallest codec that decodes fast enough, proved by decoding."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from modelpress.checkpoint import Checkpoint
+from modelpress.codec import CODECS, Bytes, Stream, bound_bytes
+from modelpress.config import CompressConfig
+from modelpress.container import Coded, Piece, StoredTensor, decode_piece
+from modelpress.container.safetensors_file import compact
+from modelpress.container.stored import check_names
+from modelpress.container.tensors import dtype_of, to_bytes
+from modelpress.dtypes import DType
+from modelpress.errors import StageError
+from modelpress.progress import Progress, silent
+from modelpress.reports import CodedTensor, CompressReport
+
+MIN_TIMED_BYTES = 2**20
+"""Under this size the cost of a call hides the codec's speed; the floor is not asked of smaller tensors."""
+TIMED_RUNS = 3
+
+__all__ = ["Coded", "compress", "natural_key"]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    piece: Piece
+    cost: int
+    """Coded bytes, and what describing them adds to the shard's header."""
+
+
+def compress(
+    checkpoint: Checkpoint, config: CompressConfig | None, progress: Progress = silent
+) -> tuple[Coded, CompressReport]:
+    """Code every tensor; without a config each is stored raw.
+
+    The bytes depend on the tensors and the config alone, as long as no codec is near the decode-speed floor: that one
+    is measured (CPU time of this thread, best of three).
+
+    Raises:
+        ConfigError: a dtype or a name that a pack cannot hold.
+        StageError: a decoded tensor differs from what was coded.
+    """
+    names = sorted(checkpoint.tensors, key=natural_key)
+    check_names(names)
+    stored: list[StoredTensor] = []
+    rows: list[CodedTensor] = []
+    for number, name in enumerate(names):
+        progress(number, len(names), name)
+        tensor = checkpoint.tensors[name]
+        dtype, raw, shape = dtype_of(name, tensor), to_bytes(tensor), tuple(tensor.shape)
+        plain = Piece(name, dtype, shape, "raw", None, max(tensor.numel(), 1), 0, tensor.numel(), _raw_streams(raw))
+        bound = bound_bytes(raw, dtype)
+        digest = hashlib.sha256(raw.data).hexdigest()
+        piece, seconds = _choose(raw, dtype, plain, digest, config) if config else (plain, 0.0)
+        stored.append(StoredTensor(piece, digest, math.ceil(bound)))
+        rows.append(_row(piece, raw.size, bound, seconds))
+    progress(len(names), len(names))
+    return Coded(checkpoint.kind, tuple(stored), dict(checkpoint.files), dict(checkpoint.metadata)), _report(rows)
+
+
+def natural_key(name: str) -> tuple[tuple[tuple[int, int, str], ...], str]:
+    """Sort key by dotted components, numbers by value: `layer.2` before `layer.10`, a layer's tensors together."""
+    parts = name.split(".")
+    return tuple((0, int(part), "") if re.fullmatch("[0-9]{1,9}", part) else (1, 0, part) for part in parts), name
+
+
+def _choose(raw: Bytes, dtype: DType, plain: Piece, digest: str, config: CompressConfig) -> tuple[Piece, float]:
+    """The cheapest candidate that decodes to the same bytes within the floor, and its seconds."""
+    candidates = []
+    for codec_id in config.codecs if raw.size else ():
+        codec = CODECS[codec_id]
+        if codec.suits(raw, dtype):
+            streams = codec.encode(raw, dtype, config)
+            piece = Piece(
+                plain.name, dtype, plain.shape, codec_id, digest, config.chunk_symbols, 0, plain.elements, streams
+            )
+            candidates.append(_Candidate(piece, _cost(piece)))
+    for candidate in sorted(candidates, key=lambda candidate: candidate.cost):
+        if candidate.cost >= _cost(plain):
+            break
+        seconds = _prove(candidate.piece, raw, config)
+        if raw.size < MIN_TIMED_BYTES or raw.size >= config.min_decode_bytes_per_second * seconds:
+            return candidate.piece, seconds
+    return plain, 0.0
+
+
+def _prove(piece: Piece, raw: Bytes, config: CompressConfig) -> float:
+    """Decode and compare; CPU seconds of the decoding, the best of several runs where one is over the floor."""
+    best = math.inf
+    for run in range(TIMED_RUNS):
+        started = time.thread_time()
+        decoded = decode_piece(piece, f"proving tensor {piece.name!r} coded as {piece.codec}")
+        best = min(best, time.thread_time() - started)
+        if run == 0 and not np.array_equal(decoded, raw):
+            raise StageError(
+                f"proving tensor {piece.name!r} coded as {piece.codec}",
+                found="other bytes after decoding",
+                expected="the tensor, bit by bit",
+                fix=f"leave {piece.codec!r} out of compress.codecs, and report this",
+            )
+        if raw.size < MIN_TIMED_BYTES or raw.size >= config.min_decode_bytes_per_second * best:
+            break
+    return best
+
+
+def _cost(piece: Piece) -> int:
+    """Bytes that the piece takes in a shard, within a few."""
+    header = sum(len(entry.name) + len("'':{'dtype':'U8','shape':[],'data_offsets':[,]},") for entry in piece.entries())
+    digits = 3 * sum(len(str(entry.size_bytes)) for entry in piece.entries())
+    described = 0 if piece.is_plain else len(compact(compact({piece.name: piece.describe()})))
+    return piece.stored_bytes + header + digits + described
+
+
+def _raw_streams(raw: Bytes) -> list[Stream]:
+    return [Stream("raw", "raw", [raw.data] if raw.size else [])]
+
+
+def _row(piece: Piece, raw_bytes: int, bound: float, seconds: float) -> CodedTensor:
+    return CodedTensor(
+        name=piece.name,
+        dtype=piece.dtype.name,
+        shape=list(piece.shape),
+        codec=piece.codec,
+        raw_bytes=raw_bytes,
+        stored_bytes=piece.stored_bytes,
+        entropy_bound_bytes=bound,
+        decode_seconds=seconds,
+    )
+
+
+def _report(rows: list[CodedTensor]) -> CompressReport:
+    raw, stored = sum(row.raw_bytes for row in rows), sum(row.stored_bytes for row in rows)
+    coded = sum(row.raw_bytes for row in rows if row.codec != "raw")
+    return CompressReport(
+        raw_bytes=raw,
+        stored_bytes=stored,
+        compression_ratio=raw / stored if stored else 1.0,
+        coded_share=coded / raw if raw else 0.0,
+        tensors=rows,
+    )
