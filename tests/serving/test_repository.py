@@ -231,7 +231,7 @@ def test_named_models_must_load_at_the_start(store: Store, press: Call) -> None:
 
 
 def test_found_models_are_served_as_they_come(store: Store, press: Call, repository: Call) -> None:
-    corrupt(store, press(scale_model(2.0), "broken"), "broken")
+    corrupt(store, press(scale_model(5.0), "broken"), "broken")
     models = repository()
     assert not models.ready
     assert row(models, "broken")["state"] == "UNAVAILABLE"

@@ -1,0 +1,230 @@
+"""Real server processes: swaps under load, a graceful end, and what keeps one from starting."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from http.client import HTTPConnection, HTTPResponse
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+from modelpress import keys, load, pointer
+from modelpress.store import Store
+from serving.protocol import decode_response, encode_request
+from tests.serving.conftest import CLASSES, WIDTH, Server, scale_model
+
+Call = Callable[..., Any]
+
+INFER = "/v2/models/scale/infer"
+CLIENTS, PROMOTIONS, BATCH = 4, 8, 32
+DEADLINE_SECONDS = 30.0
+
+
+class Client(threading.Thread):
+    """Asks without pause, and checks that each answer is whole and of the pack that it names."""
+
+    def __init__(self, url: str, values: dict[str, float]) -> None:
+        super().__init__()
+        self.url, self.values = url, values
+        self.stopped = threading.Event()
+        self.failures: list[str] = []
+        self.versions: set[str] = set()
+
+    def run(self) -> None:
+        body = encode_request({"x": np.ones((BATCH, WIDTH), np.float32)})
+        with httpx.Client(base_url=self.url, timeout=30) as client:
+            while not self.stopped.is_set():
+                try:
+                    self.check(client.post(INFER, content=body))
+                except httpx.HTTPError as error:
+                    self.failures.append(repr(error))
+
+    def check(self, answer: httpx.Response) -> None:
+        if answer.status_code != 200:
+            self.failures.append(answer.text)
+            return
+        version = answer.json()["model_version"]
+        found = decode_response(answer.content)["y"]
+        if not np.array_equal(found, np.full((BATCH, CLASSES), WIDTH * self.values[version], np.float32)):
+            self.failures.append(f"{version} answered {np.unique(found)}")
+        self.versions.add(version)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def version(server: Server) -> str:
+    found: str = server.client.get("/v2/models/scale").json()["versions"][0]
+    return found
+
+
+def test_promotions_under_load_drop_and_mix_nothing(store: Store, press: Call, serve: Call) -> None:
+    values = {press(scale_model(value), alias=None): value for value in (2.0, 3.0)}
+    order = itertools.cycle(values)
+    pointer.append(store, "scale", "champion", next(order), "promote")
+    server: Server = serve("scale")
+    clients = [Client(server.url, values) for _ in range(CLIENTS)]
+    for client in clients:
+        client.start()
+    for _ in range(PROMOTIONS):
+        pack = next(order)
+        pointer.append(store, "scale", "champion", pack, "promote")
+        wait_for(lambda pack=pack: version(server) == pack)
+    for client in clients:
+        client.stopped.set()
+    for client in clients:
+        client.join()
+    assert [failure for client in clients for failure in client.failures] == []
+    assert all(client.versions == set(values) for client in clients)
+    assert server.stop() == 0
+
+
+def test_a_corrupt_promotion_leaves_the_old_pack_serving(store: Store, press: Call, serve: Call) -> None:
+    first = press(scale_model(2.0))
+    server: Server = serve()
+    second = press(scale_model(3.0), alias=None)
+    key = keys.blob(load.load_manifest(store, "scale", second).shards[0].sha256)
+    store.put(key, store.get(key)[:-1] + b"\xff")
+    pointer.append(store, "scale", "champion", second, "promote")
+    wait_for(lambda: "failure" in server.client.get("/v2/models/scale").json()["parameters"])
+    answer = server.client.post(INFER, content=encode_request({"x": np.ones((1, WIDTH), np.float32)}))
+    assert answer.json()["model_version"] == first
+    (row,) = server.client.post("/v2/repository/index").json()
+    assert (row["state"], row["version"]) == ("READY", first)
+    assert "not what the manifest says" in row["reason"]
+    refused = server.client.post("/v2/repository/models/scale/load")
+    assert refused.status_code == 503
+    assert "CorruptionError" in refused.json()["error"]
+    assert server.client.get("/v2/health/ready").status_code == 200
+    assert server.stop() == 0
+    log = "".join(server.lines)
+    assert "goes on answering" in log
+    assert "sha256" in log  # the operator sees what the client does not
+
+
+def test_sigterm_answers_what_runs(press: Call, serve: Call) -> None:
+    press(scale_model(2.0))
+    server: Server = serve("scale")
+    body = encode_request({"x": np.ones((1, WIDTH), np.float32)})
+    connection = HTTPConnection(server.url.removeprefix("http://"), timeout=30)
+    connection.putrequest("POST", INFER)
+    connection.putheader("Content-Length", str(len(body)))
+    connection.endheaders()
+    connection.send(body[:10])
+    server.client.get("/v2/health/live")  # by its answer the half request was read as well
+    server.process.send_signal(signal.SIGTERM)
+    host, port = connection.host, connection.port
+    wait_for(lambda: not listens(host, port))
+    connection.send(body[10:])
+    answer: HTTPResponse = connection.getresponse()
+    assert answer.status == 200
+    assert decode_response(answer.read())["y"][0, 0] == 2 * WIDTH
+    connection.close()
+    assert server.process.wait(30) == 0
+
+
+def listens(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((host, port)) == 0
+
+
+def test_a_body_over_the_cap_is_refused_on_the_wire(press: Call, serve: Call) -> None:
+    press(scale_model(2.0))
+    server: Server = serve(MODELPRESS_SERVING_MAX_BODY_BYTES="1000")
+    answer = server.client.post(INFER, content=b" " * 100_000)
+    assert answer.status_code == 413
+    assert "1000" in answer.json()["error"]
+    assert server.client.get("/v2/health/live").status_code == 200
+
+
+def failing(store: Store, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "modelpress.cli", "serve", *arguments],
+        env=os.environ | {"MODELPRESS_STORE": store.uri} | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_a_port_in_use_is_said(store: Store, press: Call) -> None:
+    press(scale_model(2.0))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = failing(store, "scale", "--port", str(port))
+    assert done.returncode == 3
+    assert f"listening on 127.0.0.1:{port}" in done.stderr
+    assert "--port" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_second_server_on_the_port_leaves_the_first_alone(store: Store, press: Call, serve: Call) -> None:
+    press(scale_model(2.0))
+    server: Server = serve("scale")
+    done = failing(store, "scale", "--port", server.url.rpartition(":")[2])
+    assert done.returncode == 3
+    assert server.client.get("/v2/health/ready").status_code == 200
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+@pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "TensorrtExecutionProvider"])
+def test_a_missing_provider_is_refused_even_without_a_model(store: Store, provider: str) -> None:
+    done = failing(store, "--port", "0", "--provider", provider)
+    assert done.returncode == 3
+    assert f"expected: {provider} in use" in done.stderr
+    assert "CPUExecutionProvider" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "code", "said"),
+    [
+        (["nobody"], {}, 8, "nobody@champion"),
+        (["Nobody"], {}, 2, "a pack name"),
+        (["--provider", "GpuPlease"], {}, 2, "MODELPRESS_SERVING_PROVIDER"),
+        ([], {"MODELPRESS_SERVING_WORKERS": "many"}, 2, "MODELPRESS_SERVING_WORKERS"),
+        (["--host", "no.such.host.invalid"], {}, 3, "no.such.host.invalid"),
+        (["--host", "203.0.113.1"], {}, 3, "203.0.113.1"),
+    ],
+    ids=str,
+)
+def test_what_keeps_it_from_starting_is_said(
+    store: Store, arguments: list[str], environment: dict[str, str], code: int, said: str
+) -> None:
+    done = failing(store, "--port", "0", *arguments, **environment)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_module_is_the_same_server(store: Store, press: Call, tmp_path: Path) -> None:
+    """`python -m serving`, all by environment."""
+    environment = {"MODELPRESS_STORE": store.uri, "MODELPRESS_SERVING_MODELS": "nobody", "MODELPRESS_SERVING_PORT": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "serving"],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 8
+    assert "nobody@champion" in done.stderr
