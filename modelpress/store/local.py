@@ -103,7 +103,8 @@ class LocalStore(Store):
 
     def delete(self, key: str) -> None:
         path = self._path(key)
-        with local_errors(f"deleting {path}"), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        missing = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+        with local_errors(f"deleting {path}"), contextlib.suppress(*missing):
             path.unlink()
 
     def check_fit(self) -> None:
@@ -128,6 +129,8 @@ class LocalStore(Store):
         try:
             os.link(incoming, path)
         except FileExistsError:
+            if path.is_dir():
+                raise
             return False
         except OSError as error:
             if error.errno not in NO_LINKS:

@@ -70,7 +70,7 @@ class S3Store(Store):
     """
 
     def __init__(self, uri: str, settings: Settings) -> None:
-        bucket, _, prefix = uri.removeprefix("s3://").strip("/").partition("/")
+        bucket, _, prefix = uri.removeprefix("s3://").rstrip("/").partition("/")
         if not uri.startswith("s3://") or not bucket:
             raise ConfigError("opening a store", found=uri, expected="s3://bucket or s3://bucket/prefix")
         super().__init__(f"s3://{bucket}/{prefix}".rstrip("/"))
@@ -238,7 +238,7 @@ class S3Store(Store):
         """
         doing = f"storing {self.uri}/{key}"
         for last in (False, True):
-            upload, there = self._open_upload(key)
+            upload, there = self._open_upload(key, size)
             try:
                 with self._translated(doing, passing="NoSuchUpload"):
                     self._send_parts(key, upload, there, path, size, sha256)
@@ -284,21 +284,26 @@ class S3Store(Store):
             Bucket=self.bucket, Key=full, UploadId=upload, MultipartUpload={"Parts": listed}
         )
 
-    def _open_upload(self, key: str) -> tuple[str, dict[int, tuple[int, str]]]:
-        """The newest unfinished upload of this key with its parts (number → size, md5), or a new one."""
-        full = self._prefix + key
+    def _open_upload(self, key: str, size: int) -> tuple[str, dict[int, tuple[int, str]]]:
+        """The newest unfinished upload of this key that was cut as we cut, with its parts (number → size, md5); else
+        a new one. One that was cut otherwise is left to its owner, or to the bucket's lifecycle rule."""
+        full, part_bytes = self._prefix + key, part_size(size)
         with self._translated(f"looking for an unfinished upload of {self.uri}/{key}"):
             uploads = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=full)
             mine = [item for page in uploads for item in page.get("Uploads", []) if item["Key"] == full]
-            for item in sorted(mine, key=lambda item: item["Initiated"], reverse=True)[:1]:
-                with contextlib.suppress(self._client.exceptions.NoSuchUpload):
-                    pages = self._client.get_paginator("list_parts").paginate(
-                        Bucket=self.bucket, Key=full, UploadId=item["UploadId"]
-                    )
-                    parts = [part for page in pages for part in page.get("Parts", [])]
-                    found = {part["PartNumber"]: (part["Size"], part["ETag"].strip('"')) for part in parts}
-                    return item["UploadId"], found
+            for item in sorted(mine, key=lambda item: item["Initiated"], reverse=True):
+                parts = self._parts(full, item["UploadId"])
+                if all(length == min(part_bytes, size - part_bytes * (n - 1)) for n, (length, _) in parts.items()):
+                    return item["UploadId"], parts
             return self._client.create_multipart_upload(Bucket=self.bucket, Key=full)["UploadId"], {}
+
+    def _parts(self, full: str, upload: str) -> dict[int, tuple[int, str]]:
+        found: dict[int, tuple[int, str]] = {}
+        with contextlib.suppress(self._client.exceptions.NoSuchUpload):  # ended since it was listed
+            pages = self._client.get_paginator("list_parts")
+            for page in pages.paginate(Bucket=self.bucket, Key=full, UploadId=upload):
+                found |= {part["PartNumber"]: (part["Size"], part["ETag"].strip('"')) for part in page.get("Parts", [])}
+        return found
 
     # --- errors
 

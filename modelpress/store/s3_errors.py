@@ -83,6 +83,8 @@ def _refusal(doing: str, error: ClientError, where: Where) -> ModelpressError:
     if code == "NoSuchBucket":
         fix = "create the bucket, or correct MODELPRESS_STORE and MODELPRESS_S3_ENDPOINT_URL"
         return NotFoundError(doing, found=f"no bucket {where.bucket!r}: {found}", fix=fix)
+    if code in FULL or status == 507:
+        return StoreFullError(doing, found=found, fix="free space or raise the quota, then run it again")
     if code in WRONG_KEY:
         fix = "correct the access key or secret at that source; the secret is not shown here"
         return AccessDeniedError(doing, found=found, expected="a key that this endpoint knows", fix=fix)
@@ -91,8 +93,6 @@ def _refusal(doing: str, error: ClientError, where: Where) -> ModelpressError:
     if code in DENIED or status in (401, 403):
         fix = "give this key the right (s3:GetObject, s3:ListBucket to read; s3:PutObject, s3:DeleteObject to write)"
         return AccessDeniedError(doing, found=found, expected="a key with this right", fix=fix)
-    if code in FULL or status == 507:
-        return StoreFullError(doing, found=found, fix="free space or raise the quota, then run it again")
     if status == 404:
         return NotFoundError(doing, found=found)
     if code in DAMAGED:
