@@ -84,6 +84,8 @@ def split(model: ModelProto, threshold: int = INLINE_BELOW) -> Checkpoint:
         _clear_data(initializer)
         initializer.data_location = TensorProto.EXTERNAL
         initializer.external_data.add(key="location", value=_LOCATION)
+    for name in _drop_unused(graph):
+        tensors.pop(name, None)
     return Checkpoint("onnx", tensors, {GRAPH_FILE: graph.SerializeToString(deterministic=True)})
 
 
@@ -202,6 +204,16 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _drop_unused(model: ModelProto) -> list[str]:
+    """Remove in place, and name, the initializers that nothing reads: ONNX Runtime refuses bytes for them."""
+    used = {name for graph in graphs(model) for node in graph.node for name in node.input}
+    used |= {one.name for graph in graphs(model) for one in graph.output}
+    unused = [one for one in model.graph.initializer if one.name not in used]
+    for initializer in unused:
+        model.graph.initializer.remove(initializer)
+    return [one.name for one in unused]
 
 
 def _external(model: ModelProto) -> list[TensorProto]:

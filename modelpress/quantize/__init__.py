@@ -1,12 +1,13 @@
 """From a float ONNX graph to one with integer weights and activations, within a quality budget.
 
 `dynamic` ranges activations per call, `static` by calibration. Each layer's sensitivity is measured by itself; the most
-sensitive stay in float until the graph agrees with the float one as closely as the config asks.
+sensitive compute in float until the graph agrees with the float one as closely as the config asks. Their weights are
+stored as integers all the same: it is the rounding of activations that costs, ten times more than that of weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import onnx
 from onnx import ModelProto
@@ -24,8 +25,10 @@ from modelpress.workload import Workload
 
 __all__ = ["quantize"]
 
+Inputs = dict[str, Tensor]
+
 _BATCH = 32
-_RANKING_SAMPLES = 32
+_RANKING_BATCHES, _RANKING_SAMPLES = 3, 8
 
 
 def quantize(
@@ -33,15 +36,16 @@ def quantize(
 ) -> tuple[Checkpoint, QuantizeReport]:
     """Quantize an ONNX checkpoint; the checkpoint given is left as it is.
 
-    Calibration, sensitivity and agreement are measured on the workload's calibration split, in batches of 32.
+    Calibration and agreement are measured on the workload's calibration split, in batches of 32; the layers are ranked
+    on a few samples of it.
 
     Returns:
         The quantized checkpoint, and what was done: coverage counts the weights whose float form is gone.
 
     Raises:
         ConfigError: a pattern in `targets` or `ignore` matches nothing.
-        CoverageError: nothing to quantize, an activation without a calibrated range, or less than `min_coverage`
-            within `max_quality_drop`.
+        CoverageError: nothing to quantize, an activation without a calibrated range, or less than `min_coverage` or
+            no layer in integers within `max_quality_drop`.
         CorruptionError: no ONNX checkpoint.
     """
     model = graph.join(checkpoint)
@@ -57,7 +61,7 @@ def quantize(
     ranked = sensitivity.rank(
         build,
         [layer.node for layer in chosen],
-        sensitivity.Judge(model, batches[: max(1, _RANKING_SAMPLES // _BATCH)]),
+        sensitivity.Judge(model, _some(batches)),
         lambda done, node: progress(done - 1, total, f"sensitivity of {node}"),
     )
     kept, quantized, disagreement = sensitivity.keep_in_float(
@@ -68,11 +72,14 @@ def quantize(
         lambda count, drop: progress(len(chosen), total, f"{count} layers in float: disagreement {drop:.4f}"),
     )
     made = graph.split(quantized)
+    still_float = {one.name for one in graph.parse(made).graph.initializer}
+    eligible = _elements(layers)
+    integers = eligible - _elements(layer for layer in layers if layer.weight in still_float)
     report = QuantizeReport(
         method=config.method if config.method == "dynamic" else f"static-{config.calibration}",
-        eligible_weights=_elements(layers, None),
-        quantized_weights=_elements(layers, quantized),
-        coverage=_elements(layers, quantized) / _elements(layers, None),
+        eligible_weights=eligible,
+        quantized_weights=integers,
+        coverage=integers / eligible,
         agreement=1.0 - disagreement,
         sensitivity=[
             SensitivityRow(node=node, disagreement=drop, kept_float=place < kept)
@@ -85,10 +92,16 @@ def quantize(
     return Checkpoint("onnx", made.tensors, files, checkpoint.metadata), report
 
 
+def _some(batches: Sequence[Inputs]) -> list[Inputs]:
+    """A few samples of a few batches from the whole split, as a split may be in some order."""
+    places = {len(batches) * part // _RANKING_BATCHES for part in range(_RANKING_BATCHES)}
+    return [{name: tensor[:_RANKING_SAMPLES] for name, tensor in batches[place].items()} for place in sorted(places)]
+
+
 def _builder(
     model: ModelProto,
     chosen: Sequence[Layer],
-    batches: Sequence[dict[str, Tensor]],
+    batches: Sequence[Inputs],
     config: QuantizeConfig,
     progress: Progress,
 ) -> sensitivity.Build:
@@ -98,7 +111,7 @@ def _builder(
         progress(0, 1, f"calibrating by {config.calibration}")
         ranges = static.calibrate(model, batches, config)
 
-    def build(nodes: Sequence[str]) -> ModelProto:
+    def build(nodes: Sequence[str], in_float: Sequence[str]) -> ModelProto:
         products = [node for node in nodes if node not in tables]
         if ranges is None:
             made = onnx.ModelProto()
@@ -106,28 +119,29 @@ def _builder(
             rewrite.quantize_dynamic_(made, products, config.per_channel)
         else:
             made = static.quantize_static(model, products, ranges, config)
+        rewrite.quantize_weights_(made, [node for node in in_float if node not in tables], config.per_channel)
         rewrite.quantize_tables_(made, [node for node in nodes if node in tables])
-        rewrite.drop_unused_(made)
         return made
 
     return build
 
 
-def _elements(layers: Sequence[Layer], quantized: ModelProto | None) -> int:
-    """Distinct weights of the layers; of those that are gone as floats from `quantized`, where it is given."""
-    still_float = {one.name for one in quantized.graph.initializer} if quantized is not None else set()
-    return sum({layer.weight: layer.elements for layer in layers if layer.weight not in still_float}.values())
+def _elements(layers: Iterable[Layer]) -> int:
+    """Weights of the layers; one that several nodes share counts once."""
+    return sum({layer.weight: layer.elements for layer in layers}.values())
 
 
 def _check_coverage(report: QuantizeReport, config: QuantizeConfig) -> None:
-    if report.quantized_weights and report.coverage >= config.min_coverage:
-        return
     in_float = [row.node for row in report.sensitivity if row.kept_float]
+    within_budget = 1.0 - report.agreement <= config.max_quality_drop
+    if within_budget and report.coverage >= config.min_coverage and len(in_float) < len(report.sensitivity):
+        return
     raise CoverageError(
         "quantizing the graph",
         found=f"{report.quantized_weights} of {report.eligible_weights} eligible weights as integers "
-        f"({report.coverage:.1%}), agreement {report.agreement:.4f}; in float for the budget: {in_float or 'none'}",
-        expected=f"at least quantize.min_coverage, {config.min_coverage:.1%}, within quantize.max_quality_drop, "
-        f"{config.max_quality_drop}",
+        f"({report.coverage:.1%}), agreement {report.agreement:.4f}, {len(in_float)} of {len(report.sensitivity)} "
+        f"layers in float: {', '.join(in_float) or 'none'}",
+        expected=f"at least quantize.min_coverage, {config.min_coverage:.1%}, and one layer that computes in integers, "
+        f"within quantize.max_quality_drop, {config.max_quality_drop}",
         fix="another method or calibration, a wider quantize.max_quality_drop, or a smaller quantize.min_coverage",
     )

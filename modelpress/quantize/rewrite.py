@@ -1,8 +1,9 @@
 """Replace nodes of an ONNX graph by their integer forms, in standard operators.
 
 A MatMul or Gemm with dynamic activations becomes DynamicQuantizeLinear → MatMulInteger → scale, which ONNX Runtime
-fuses into one kernel; a Gather from a float table becomes a Gather of int8 rows that are scaled back. The names of new
-values derive from the names of the old, so that the same graph always gives the same bytes.
+fuses into one kernel; a layer that is to compute in float keeps its weight as int8; a Gather from a float table becomes a
+Gather of int8 rows that are scaled back. The names of new values derive from the names of the old, so that the same
+graph always gives the same bytes.
 """
 
 from __future__ import annotations
@@ -48,6 +49,37 @@ def quantize_dynamic_(model: ModelProto, nodes: Collection[str], per_channel: bo
     _replace_nodes(model, rewritten)
 
 
+def quantize_weights_(model: ModelProto, nodes: Collection[str], per_channel: bool) -> None:
+    """Store the weights of the named MatMul, Gemm and Conv nodes as int8 in place; the nodes compute in float.
+
+    The weight is spelt as Cast and Mul of constants, which ONNX Runtime folds when it loads the graph (it would not
+    fold a DequantizeLinear), so that a call costs what it cost in float.
+    """
+    initializers = {one.name: one for one in model.graph.initializer}
+    spelt: set[str] = set()
+    rewritten: list[NodeProto] = []
+    for node in model.graph.node:
+        if node.name in nodes:
+            weight = node.input[1]
+            if weight not in spelt:
+                spelt.add(weight)
+                values = numpy_helper.to_array(initializers[weight])
+                axis = _channel_axis(node, values.ndim) if per_channel else None
+                codes, scale = quantize_symmetric(values, axis)
+                if axis is not None:
+                    scale = scale.reshape([-1 if one == axis else 1 for one in range(values.ndim)])
+                _add(model, weight + _CODES, codes)
+                _add(model, weight + _SCALE, scale)
+                cast, product = f"{weight}_float", f"{weight}_value"
+                rewritten += [
+                    helper.make_node("Cast", [weight + _CODES], [cast], f"{node.name}_cast", to=TensorProto.FLOAT),
+                    helper.make_node("Mul", [cast, weight + _SCALE], [product], f"{node.name}_scale"),
+                ]
+            node.input[1] = f"{weight}_value"
+        rewritten.append(node)
+    _replace_nodes(model, rewritten)
+
+
 def quantize_tables_(model: ModelProto, nodes: Collection[str]) -> None:
     """Rewrite the named Gather nodes in place: their tables are stored as int8.
 
@@ -73,29 +105,6 @@ def quantize_tables_(model: ModelProto, nodes: Collection[str]) -> None:
             _add(model, table + _SCALE, scale)
         rewritten.extend(_scaled_rows(node, by_row[table]))
     _replace_nodes(model, rewritten)
-
-
-def drop_unused_(model: ModelProto) -> None:
-    """Remove in place the initializers that no node reads and no output names."""
-    used = {name for node in model.graph.node for name in node.input} | {one.name for one in model.graph.output}
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            used |= _read_by(attribute)
-    kept = [one for one in model.graph.initializer if one.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
-
-
-def _read_by(attribute: onnx.AttributeProto) -> set[str]:
-    """Names that the graphs nested in an attribute read."""
-    names: set[str] = set()
-    for graph in [attribute.g, *attribute.graphs]:
-        names |= {one.name for one in graph.output}
-        for node in graph.node:
-            names |= set(node.input)
-            for inner in node.attribute:
-                names |= _read_by(inner)
-    return names
 
 
 def _range(value: str) -> NodeProto:
@@ -135,6 +144,13 @@ def _scaled_rows(node: NodeProto, by_row: bool) -> list[NodeProto]:
         helper.make_node("Cast", [output + _CODES], [output + "_float"], f"{name}_cast", to=TensorProto.FLOAT),
         helper.make_node("Mul", [output + "_float", output + _SCALE], [output], f"{name}_scale"),
     ]
+
+
+def _channel_axis(node: NodeProto, dimensions: int) -> int:
+    """Axis of a weight that numbers the output channels."""
+    if node.op_type == "Conv" or any(one.name == "transB" and one.i for one in node.attribute):
+        return 0
+    return dimensions - 1
 
 
 def _gemm_transposes_weight(node: NodeProto) -> bool:

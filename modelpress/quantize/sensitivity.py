@@ -10,8 +10,9 @@ from torch import Tensor
 
 from modelpress import graph
 
-Build = Callable[[Sequence[str]], ModelProto]
-"""Makes the model in which exactly the named nodes are quantized."""
+Build = Callable[[Sequence[str], Sequence[str]], ModelProto]
+"""Makes the model in which the first named nodes compute in integers, the second ones in float from stored integers,
+and all others are as they were."""
 
 
 class Judge:
@@ -47,11 +48,11 @@ def mean_cosine(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def rank(build: Build, nodes: Sequence[str], judge: Judge, note: Callable[[int, str], None]) -> list[tuple[str, float]]:
-    """Disagreement with each node alone quantized, the most sensitive first."""
+    """Disagreement with each node alone in integers, the most sensitive first."""
     rows = []
     for done, node in enumerate(nodes, start=1):
         note(done, node)
-        rows.append((node, judge.disagreement(build([node]))))
+        rows.append((node, judge.disagreement(build([node], []))))
     return sorted(rows, key=lambda row: (-row[1], row[0]))
 
 
@@ -63,7 +64,7 @@ def keep_in_float(
     Found by bisection: the disagreement falls, but for noise, as more nodes stay in float.
 
     Args:
-        build: makes the model in which exactly the given nodes are quantized.
+        build: makes the models.
         ranked: nodes, the most sensitive first.
         judge: measures the disagreement.
         budget: largest disagreement allowed.
@@ -75,7 +76,7 @@ def keep_in_float(
     tried: dict[int, tuple[ModelProto, float]] = {}
 
     def measure(kept: int) -> float:
-        model = build(ranked[kept:])
+        model = build(ranked[kept:], ranked[:kept])
         tried[kept] = (model, judge.disagreement(model))
         note(kept, tried[kept][1])
         return tried[kept][1]
