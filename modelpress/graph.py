@@ -125,6 +125,9 @@ def session(checkpoint: Checkpoint, provider: str = "CPUExecutionProvider", thre
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or usable_cores()
     options.log_severity_level = 3
+    # Without VNNI, products of unsigned activations and signed weights saturate; this takes slower kernels that do not,
+    # so that a model judged on one machine answers the same on another.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     options.add_external_initializers(names, weights)
     try:
         made = Session(checkpoint.files[GRAPH_FILE], options, provider, weights)

@@ -1,8 +1,8 @@
 """Replace nodes of an ONNX graph by their integer forms, in standard operators.
 
 A MatMul or Gemm with dynamic activations becomes DynamicQuantizeLinear → MatMulInteger → scale, which ONNX Runtime
-fuses into one kernel; a layer that is to compute in float keeps its weight as int8; a Gather from a float table becomes a
-Gather of int8 rows that are scaled back. The names of new values derive from the names of the old, so that the same
+fuses into one kernel; a layer that is to compute in float keeps its weight as int8; a Gather from a float table becomes
+a Gather of int8 rows that are scaled back. The names of new values derive from the names of the old, so that the same
 graph always gives the same bytes.
 """
 
