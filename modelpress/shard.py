@@ -188,7 +188,7 @@ def _split(piece: Piece, limit: int) -> Iterator[tuple[Piece, int]]:
     """Pieces that fill shards of their own, with upper bounds of what they take."""
     step = 1 if piece.codec == "raw" else piece.chunk_symbols
     lengths = _chunk_costs(piece)
-    overhead = BASE_BYTES + _split_overhead(piece, limit)
+    overhead = BASE_BYTES + _split_overhead(piece, max(limit, 2 * piece.stored_bytes))
     start = 0
     while start < piece.count:
         if piece.codec == "raw":

@@ -1,0 +1,254 @@
+"""From a checkpoint to shards and back: every tensor, no shard too large, plain packs are plain checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from modelpress.checkpoint import Checkpoint
+from modelpress.compress import compress, natural_key
+from modelpress.config import CompressConfig, ShardConfig
+from modelpress.container import Coded, read_tensors
+from modelpress.container.tensors import to_bytes
+from modelpress.errors import ConfigError, CorruptionError, StageError
+from modelpress.manifest import Manifest
+from modelpress.reports import ShardReport
+from modelpress.shard import ShardFile, draft_manifest, layer_of, write_shards
+
+SMALL = CompressConfig(chunk_symbols=4096, zstd_level=1, min_decode_bytes_per_second=0)
+
+
+def weights(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.02
+
+
+def noise(count: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+
+
+def model() -> dict[str, torch.Tensor]:
+    sparse = weights(300, 100, seed=1)
+    sparse[sparse.abs() < 0.03] = 0
+    return {
+        "encoder.layer.0.weight": weights(120, 130),
+        "encoder.layer.0.bias": weights(130),
+        "encoder.layer.1.weight": weights(120, 130, seed=2).bfloat16(),
+        "encoder.layer.10.weight": sparse,
+        "encoder.layer.2.weight": (weights(50_000, seed=3) * 300).to(torch.int8),
+        "head.index": noise(4096).view(torch.int32).repeat(20),
+        "head.noise": noise(70_000),
+        "head.scalar": torch.tensor(3.5, dtype=torch.float64),
+        "head.empty": torch.zeros(0, 4),
+    }
+
+
+def press(
+    tensors: dict[str, torch.Tensor], folder: Path, config: CompressConfig | None = SMALL, **shard: Any
+) -> tuple[Manifest, list[ShardFile], ShardReport]:
+    coded, _ = compress(Checkpoint("torch", tensors), config)
+    shards, report = write_shards(coded, ShardConfig(**shard), folder)
+    manifest, _ = draft_manifest("test", coded, shards)
+    return Manifest.parse(manifest.to_bytes(), manifest.digest), shards, report
+
+
+def unpress(manifest: Manifest, shards: list[ShardFile]) -> dict[str, torch.Tensor]:
+    blobs = {shard.sha256: shard.path.read_bytes() for shard in shards}
+    return dict(read_tensors(manifest, blobs.__getitem__))
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        assert to_bytes(found[name]).tobytes() == to_bytes(tensor).tobytes(), name
+
+
+@pytest.mark.parametrize("config", [None, SMALL, CompressConfig()], ids=["plain", "small", "default"])
+@pytest.mark.parametrize("by", ["size", "layer"])
+@pytest.mark.parametrize("limit", [40_000, 200_000, 2**26])
+def test_everything_comes_back(tmp_path: Path, config: CompressConfig | None, by: str, limit: int) -> None:
+    if config == CompressConfig() and limit == 40_000:
+        pytest.skip("a chunk of 128 Ki symbols does not fit in 40 kB; test_a_chunk_larger_than_a_shard_is_told")
+    manifest, shards, report = press(model(), tmp_path, config, by=by, max_shard_size=limit)
+    assert_same(unpress(manifest, shards), model())
+    assert report.largest_bytes == max(shard.path.stat().st_size for shard in shards) <= limit
+    assert report.total_bytes == sum(shard.size_bytes for shard in shards)
+
+
+def test_the_smallest_codec_wins_and_every_one_is_of_use(tmp_path: Path) -> None:
+    manifest, _, _ = press(model(), tmp_path)
+    codecs = {tensor.name: tensor.codec for tensor in manifest.tensors}
+    assert codecs["encoder.layer.1.weight"] == "planes-huffman"
+    assert codecs["encoder.layer.10.weight"] == "rle-huffman"
+    assert codecs["head.index"] == "zstd"
+    assert codecs["head.noise"] == codecs["head.scalar"] == codecs["head.empty"] == "raw"
+    assert all(tensor.stored_bytes <= tensor.raw_bytes for tensor in manifest.tensors)
+
+
+def test_an_unreachable_floor_leaves_large_tensors_raw() -> None:
+    tensors = {"large": weights(600_000), "small": weights(6000)}
+    coded, report = compress(Checkpoint("torch", tensors), CompressConfig(min_decode_bytes_per_second=1e15))
+    assert {tensor.name: tensor.piece.codec for tensor in coded.tensors} == {"large": "raw", "small": "planes-huffman"}
+    assert 0 < report.coded_share < 0.02
+
+
+def test_a_codec_that_changes_a_bit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from modelpress import codec
+
+    class Lossy(type(codec.CODECS["zstd"])):  # type: ignore[misc]
+        def decode_chunk(self, parts: Any, dtype: Any, out: Any) -> None:
+            super().decode_chunk(parts, dtype, out)
+            out[-1] ^= 1
+
+    monkeypatch.setitem(codec.CODECS, "zstd", Lossy())
+    with pytest.raises(StageError, match=r"proving tensor 'a' coded as zstd"):
+        compress(Checkpoint("torch", {"a": torch.zeros(5000)}), CompressConfig(codecs=["zstd"]))
+
+
+def test_the_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
+    first, _, _ = press(model(), tmp_path / "a")
+    second, _, _ = press(dict(reversed(model().items())), tmp_path / "b")
+    assert first.digest == second.digest
+
+
+def test_coded_bytes_round_trip_and_are_a_valid_safetensors_file() -> None:
+    checkpoint = Checkpoint("onnx", model(), {"model.onnx": b"graph", "empty": b""}, {"a": [1, None]})
+    coded, _ = compress(checkpoint, SMALL)
+    data = coded.to_bytes()
+    again = Coded.from_bytes(data)
+    assert again.to_bytes() == data
+    assert (again.kind, again.files, again.metadata) == ("onnx", checkpoint.files, checkpoint.metadata)
+    assert safetensors.torch.load(data)["file:model.onnx"].numpy().tobytes() == b"graph"
+    with pytest.raises(CorruptionError, match="reading coded tensors"):
+        Coded.from_bytes(data[:-1])
+
+
+@pytest.mark.parametrize("limit", [60_000, 2**26])
+def test_every_shard_opens_with_the_safetensors_library(tmp_path: Path, limit: int) -> None:
+    _, shards, _ = press(model(), tmp_path, max_shard_size=limit)
+    for shard in shards:
+        with safetensors.safe_open(shard.path, "pt") as opened:
+            assert opened.metadata()["format"] == "pt"
+            assert all(opened.get_tensor(key) is not None for key in opened.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize("limit", [300_000, 2**26])
+def test_without_compression_a_pack_is_a_plain_checkpoint(tmp_path: Path, limit: int) -> None:
+    _, shards, _ = press(model(), tmp_path, None, max_shard_size=limit)
+    loaded: dict[str, torch.Tensor] = {}
+    for shard in shards:
+        loaded |= safetensors.torch.load_file(shard.path)
+        with safetensors.safe_open(shard.path, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+    assert_same(loaded, model())
+    assert (len(shards) == 1) == (limit == 2**26)
+
+
+tensor_sizes = st.lists(
+    st.tuples(st.sampled_from(["raw", "dense", "sparse", "same"]), st.integers(0, 40_000)), min_size=1, max_size=6
+)
+
+
+@given(sizes=tensor_sizes, limit=st.integers(9_000, 120_000), by=st.sampled_from(["size", "layer"]))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_shard_is_ever_larger_than_asked(tmp_path: Path, sizes: list[Any], limit: int, by: str) -> None:
+    tensors = {}
+    for number, (kind, size) in enumerate(sizes):
+        values = {
+            "raw": noise(size),
+            "dense": weights(size).bfloat16(),
+            "sparse": weights(size) * (weights(size, seed=7) > 0.03),
+            "same": torch.ones(size),
+        }[kind]
+        tensors[f"{'é' * (number % 3)}layer.{number // 2}.{kind}{number}"] = values
+    manifest, shards, _ = press(tensors, tmp_path, by=by, max_shard_size=limit)
+    assert all(shard.path.stat().st_size == shard.size_bytes <= limit for shard in shards)
+    assert_same(unpress(manifest, shards), tensors)
+
+
+def test_a_chunk_larger_than_a_shard_is_told_with_the_least_possible(tmp_path: Path) -> None:
+    tensors = {"a": weights(200_000).bfloat16()}
+    with pytest.raises(
+        ConfigError, match=r"splitting tensor 'a'.*\n.*max_shard_size = 50000.*\n.*at least \d+"
+    ) as told:
+        press(tensors, tmp_path, CompressConfig(), max_shard_size=50_000)
+    least = int(str(told.value.expected).split()[2])
+    _, shards, _ = press(tensors, tmp_path, CompressConfig(), max_shard_size=least)
+    assert max(shard.size_bytes for shard in shards) <= least
+
+
+def test_a_raw_tensor_is_split_between_any_two_elements(tmp_path: Path) -> None:
+    tensors = {"a": weights(1000, 7)}
+    manifest, shards, _ = press(tensors, tmp_path, None, max_shard_size=3_000)
+    assert len(shards) > 9
+    assert_same(unpress(manifest, shards), tensors)
+    header = shards[1].path.read_bytes()
+    description = json.loads(json.loads(header[8 : 8 + header[0] + 256 * header[1]])["__metadata__"]["modelpress"])
+    assert description["tensors"]["a"]["start"] % 4096
+
+
+def test_by_layer_starts_a_shard_at_each_layer(tmp_path: Path) -> None:
+    _, shards, _ = press(model(), tmp_path, by="layer")
+    assert [sorted({layer_of(name) for name in shard.tensors}) for shard in shards] == [
+        ["encoder.layer.0"],
+        ["encoder.layer.1"],
+        ["encoder.layer.2"],
+        ["encoder.layer.10"],
+        ["head"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("encoder.layer.3.output.0.bias", "encoder.layer.3"), ("fc.weight", "fc"), ("scale", "scale"), ("0.weight", "0")],
+)
+def test_the_layer_of_a_name(name: str, layer: str) -> None:
+    assert layer_of(name) == layer
+
+
+def test_numbers_sort_by_value() -> None:
+    assert sorted(["a.10.w", "a.2.w", "a.x", "a.02.w"], key=natural_key) == ["a.02.w", "a.2.w", "a.10.w", "a.x"]
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "a#plane0"])
+def test_names_that_the_format_uses_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="a name that the format uses"):
+        compress(Checkpoint("torch", {"a": torch.zeros(3), name: torch.zeros(3)}), None)
+
+
+def test_a_dtype_that_no_pack_holds_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"storing tensor 'a'\n  found: torch.complex64"):
+        compress(Checkpoint("torch", {"a": torch.zeros(3, dtype=torch.complex64)}), None)
+
+
+def test_nothing_to_store_is_a_pack_without_shards(tmp_path: Path) -> None:
+    manifest, shards, report = press({}, tmp_path)
+    assert (shards, report.shards, unpress(manifest, shards)) == ([], 0, {})
+
+
+def test_a_full_disk_is_told_and_leaves_no_file() -> None:
+    from modelpress.errors import StoreFullError
+    from modelpress.shard import _write
+
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full on this system")
+    folder = Path("/dev")
+    coded, _ = compress(Checkpoint("torch", {"a": weights(100)}), None)
+
+    class Full(type(full)):  # type: ignore[misc]
+        def unlink(self, missing_ok: bool = False) -> None:
+            removed.append(self)
+
+    removed: list[Path] = []
+    with pytest.raises(StoreFullError, match="writing shard"):
+        _write(Full(folder / "full"), [coded.tensors[0].piece])
+    assert removed

@@ -1,0 +1,93 @@
+"""Makes the golden pack of the current format version, once: `python -m tests.golden.make_golden tests/golden/v1`.
+
+A pack that is committed is never made again: it proves that old bytes stay readable. A new format version gets a
+new folder.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from modelpress import keys
+from modelpress.checkpoint import Checkpoint
+from modelpress.compress import compress
+from modelpress.config import CompressConfig, ShardConfig
+from modelpress.reports import Report, ShardReport
+from modelpress.shard import draft_manifest, write_shards
+
+
+def noise(count: int, seed: int) -> np.ndarray:
+    """(count,) uint64 by splitmix64 (Steele et al. 2014): the same on every machine and in every numpy."""
+    with np.errstate(over="ignore"):
+        z = (np.arange(1, count + 1, dtype=np.uint64) + np.uint64(seed << 32)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def bell(count: int, seed: int) -> np.ndarray:
+    """(count,) float64, bell-shaped, exact in binary: the sum of eight small integers."""
+    parts = [(noise(count, seed + index) >> np.uint64(48)).astype(np.float64) for index in range(8)]
+    return (sum(parts) - 4 * 65536) / 2**21
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    """What the golden pack of version 1 holds: every codec, every dtype, odd shapes and odd values."""
+    weights = torch.from_numpy(bell(9000, 1))
+    sparse = weights.clone()
+    sparse[torch.from_numpy(noise(9000, 20) % np.uint64(10) != 0)] = 0
+    bits = torch.from_numpy(noise(6000, 30).view(np.int64))
+    odd = torch.tensor([0x7FC00001, -0x3FFFFF, 1, -(2**31), 0x7F800000, -0x800000], dtype=torch.int32)
+    return {
+        "layer.2.weight": weights.float().reshape(90, 100),
+        "layer.10.weight": weights.bfloat16().reshape(100, 90),
+        "layer.0.half": weights.half(),
+        "layer.0.double": weights[:3000].clone(),
+        "layer.0.codes": (weights * 100).round().to(torch.int8),
+        "sparse.codes": (sparse * 100).round().to(torch.int8),
+        "sparse.weight": sparse.float(),
+        "repeated.index": torch.arange(50).repeat(100),
+        "repeated.short": torch.arange(700, dtype=torch.int16).repeat(8),
+        "repeated.int": torch.arange(700, dtype=torch.int32).repeat(8),
+        "random.bits": bits.view(torch.uint8)[:40001].clone(),
+        "odd.values": odd.view(torch.float32),
+        "odd.scalar": torch.tensor(-0.0),
+        "odd.empty": torch.zeros(3, 0, 2, dtype=torch.float16),
+        "mask": (bits[:5000] & 1).bool(),
+        "eight.e4m3": (weights[:4100] * 8).to(torch.float8_e4m3fn),
+        "eight.e5m2": (weights[:500] * 8).to(torch.float8_e5m2),
+    }
+
+
+def make(folder: Path) -> str:
+    """Write the pack as a store's objects; returns its digest."""
+    checkpoint = Checkpoint("torch", tensors(), {"labels.txt": b"zero\none\n" * 40, "raw.bin": b"\0\1"}, {"a": None})
+    coded, report = compress(checkpoint, CompressConfig(chunk_symbols=4096, min_decode_bytes_per_second=0))
+    with tempfile.TemporaryDirectory() as temporary:
+        shards, shard_report = write_shards(coded, ShardConfig(max_shard_size=20_000), Path(temporary))
+        blobs = {shard.sha256: shard.path.read_bytes() for shard in shards}
+    rows = [row.model_copy(update={"decode_seconds": 0.0}) for row in report.tensors]
+    reports: dict[str, Report] = {"compress": report.model_copy(update={"tensors": rows}), "shard": shard_report}
+    assert isinstance(shard_report, ShardReport)
+    manifest, files = draft_manifest("golden", coded, shards, licence="Apache-2.0", reports=reports)
+    for digest, data in (blobs | files).items():
+        _write(folder / keys.blob(digest), data)
+    _write(folder / keys.manifest("golden", manifest.digest), manifest.to_bytes())
+    return manifest.digest
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    if target.exists():
+        sys.exit(f"{target} exists; golden packs are never made again")
+    print(make(target))

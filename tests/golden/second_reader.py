@@ -1,0 +1,161 @@
+"""A second reader of packs, written from FORMAT.md alone: no line of modelpress, no torch.
+
+Only the standard library, numpy and zstandard. What comes out are raw bytes with dtype name and shape.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import zstandard
+
+ITEMSIZE = {
+    **dict.fromkeys(["BOOL", "U8", "I8", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ"], 1),
+    **dict.fromkeys(["U16", "I16", "F16", "BF16"], 2),
+    **dict.fromkeys(["U32", "I32", "F32"], 4),
+    **dict.fromkeys(["U64", "I64", "F64"], 8),
+}
+FLOATS = {"F16", "BF16", "F32", "F64"}
+
+
+class Refused(Exception):
+    """The bytes are not a pack of format version 1."""
+
+
+def need(condition, message):
+    if not condition:
+        raise Refused(message)
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def strict_json(data):
+    def unique(pairs):
+        need(len(dict(pairs)) == len(pairs), "duplicate key")
+        return dict(pairs)
+
+    return json.loads(data, object_pairs_hook=unique)
+
+
+def read_pack(store: Path, name: str, digest: str):
+    """Returns (manifest, {tensor: (dtype, shape, bytes)}, {file: bytes})."""
+    data = (store / "packs" / name / f"{digest}.json").read_bytes()
+    need(sha256(data) == digest, "manifest digest")
+    manifest = strict_json(data)
+    need(manifest["format_version"] == 1, "format version")
+    shards = [read_shard(blob(store, shard["sha256"], shard["size_bytes"])) for shard in manifest["shards"]]
+    tensors = {entry["name"]: read_tensor(entry, shards) for entry in manifest["tensors"]}
+    need(len(tensors) == len(manifest["tensors"]), "duplicate tensor")
+    return manifest, tensors, {entry["name"]: read_file(store, entry) for entry in manifest["files"]}
+
+
+def blob(store, digest, size):
+    data = (store / "blobs" / "sha256" / digest).read_bytes()
+    need(len(data) == size and sha256(data) == digest, f"blob {digest}")
+    return data
+
+
+def read_file(store, entry):
+    data = blob(store, entry["stored_sha256"], entry["stored_bytes"])
+    if entry["codec"] == "zstd":
+        data = frame(data, entry["size_bytes"], exact=True)
+    need(len(data) == entry["size_bytes"] and sha256(data) == entry["sha256"], f"file {entry['name']}")
+    return data
+
+
+def frame(data, size, exact):
+    claimed = zstandard.get_frame_parameters(data).content_size
+    need(claimed == size if exact else claimed <= size, f"frame of {claimed}, not {size}")
+    return zstandard.ZstdDecompressor().decompress(data, max_output_size=size, allow_extra_data=False)
+
+
+def read_shard(data):
+    """The safetensors layout: ({key: (dtype, shape, bytes)}, {tensor: piece})."""
+    length = int.from_bytes(data[:8], "little")
+    need(length <= min(len(data) - 8, 100_000_000), "header length")
+    header, body = strict_json(data[8 : 8 + length]), data[8 + length :]
+    metadata = header.pop("__metadata__", {})
+    entries, position = {}, 0
+    for key, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, end = info["data_offsets"]
+        need(start == position <= end <= len(body), f"{key}: overlap or hole")
+        need(end - start == prod(info["shape"]) * ITEMSIZE[info["dtype"]], f"{key}: length")
+        entries[key], position = (info["dtype"], info["shape"], body[start:end]), end
+    need(position == len(body), "bytes at the end")
+    described = strict_json(metadata.get("modelpress", '{"format_version":1,"tensors":{}}'))
+    need(described["format_version"] == 1, "format version of the shard")
+    return entries, described["tensors"]
+
+
+def read_tensor(entry, shards):
+    name, size = entry["name"], ITEMSIZE[entry["dtype"]]
+    raw, coded, position = b"", b"", 0
+    for number in entry["shards"]:
+        entries, pieces = shards[number]
+        if name in entries:
+            dtype, shape, data = entries[name]
+            need([dtype, shape, "raw"] == [entry["dtype"], entry["shape"], entry["codec"]], name)
+            raw, coded, position = raw + data, coded + data, position + prod(shape)
+            continue
+        piece = pieces[name]
+        need(all(piece[key] == entry[key] for key in ("dtype", "shape", "codec")), name)
+        need(piece["start"] == position, f"{name}: piece from {piece['start']}, not {position}")
+        for chunk, out in read_chunks(name, piece, entries, size):
+            raw, coded = raw + out, coded + chunk
+        position += piece["count"]
+    need(position == prod(entry["shape"]), f"{name}: {position} elements")
+    need(len(coded) == entry["stored_bytes"] and sha256(coded) == entry["stored_sha256"], f"{name}: coded digest")
+    need(sha256(raw) == entry["raw_sha256"], f"{name}: raw digest")
+    return entry["dtype"], entry["shape"], raw
+
+
+def read_chunks(name, piece, entries, size):
+    """Yields (coded bytes of all streams, decoded elements) of each chunk."""
+    codec, dtype, count = piece["codec"], piece["dtype"], piece["count"]
+    step = count if codec == "raw" else piece["chunk_symbols"]
+    width = {"raw": size, "zstd": size, "planes-huffman": 1, "rle-huffman": 1}[codec]
+    positions = [0] * len(piece["streams"])
+    for index in range(-(-count // step)):
+        symbols = min(step, count - index * step)
+        coded, parts = b"", []
+        for which, stream in enumerate(piece["streams"]):
+            body = entries[f"{name}#{stream['name']}"][2]
+            length = symbols * width if stream["coder"] == "raw" else stream["lengths"][index]
+            chunk = body[positions[which] : positions[which] + length]
+            positions[which] += length
+            coded += chunk
+            exact = codec != "rle-huffman"
+            parts.append(chunk if stream["coder"] == "raw" else frame(chunk, symbols * width, exact))
+        yield coded, decode(codec, dtype, parts, symbols, size)
+
+
+def decode(codec, dtype, parts, symbols, size):
+    if codec in ("raw", "zstd"):
+        return parts[0]
+    if codec == "planes-huffman":
+        return join_planes(parts, dtype, size)
+    need(codec == "rle-huffman", f"codec {codec}")
+    values = np.frombuffer(join_planes(parts[1:], dtype, size), f"<u{size}")
+    out, position, used = np.zeros(symbols, f"<u{size}"), 0, 0
+    for gap in parts[0]:
+        position += gap
+        if gap < 255:
+            out[position] = values[used]
+            position, used = position + 1, used + 1
+    need(used == len(values), "values without gaps")
+    return out.tobytes()
+
+
+def join_planes(planes, dtype, size):
+    words = np.zeros(len(planes[0]), f"<u{size}")
+    for plane in planes:
+        words = (words << 8 if size > 1 else words) | np.frombuffer(plane, np.uint8)
+    if dtype in FLOATS:
+        words = words >> 1 | words << (8 * size - 1)
+    return words.astype(f"<u{size}").tobytes()
