@@ -1,4 +1,4 @@
-"""The server against raw ONNX Runtime, on the digits classifier: `python -m benchmarks.serving [--quick] [--json PATH]`.
+"""The server against raw ONNX Runtime on the digits classifier: `python -m benchmarks.serving [--quick] [--json PATH]`.
 
 One process serves a published pack; clients in this process send single images over kept connections, as prepared
 bytes on plain sockets, so that what is measured is the server. `onnxruntime` is the same graph called in this process
@@ -78,7 +78,10 @@ def _publish(store: Store, folder: Path, checkpoint: Checkpoint) -> str:
 def _server(store: Store) -> Iterator[tuple[str, int]]:
     command = [sys.executable, "-m", "modelpress.cli", "serve", "digits", "--port", "0", "--poll-seconds", "0.1"]
     process = subprocess.Popen(
-        [*command, "--threads", "1"], env=os.environ | {"MODELPRESS_STORE": store.uri}, stderr=subprocess.PIPE, text=True
+        [*command, "--threads", "1"],
+        env=os.environ | {"MODELPRESS_STORE": store.uri},
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         assert process.stderr
