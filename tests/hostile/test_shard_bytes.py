@@ -274,7 +274,7 @@ def test_mutated_shards_are_read_right_or_refused(pack: tuple[Manifest, dict[str
 def test_the_pack_that_all_this_is_done_to_is_sound(pack: tuple[Manifest, dict[str, bytes]]) -> None:
     manifest, blobs = pack
     read_all(manifest, blobs)
-    read_all(*with_shard(manifest, blobs, 0, edited(blobs[manifest.shards[0].sha256], lambda d: None)))
+    read_all(*with_shard(manifest, blobs, 0, edited(blobs[manifest.shards[0].sha256], dict.copy)))
 
 
 def test_a_stream_that_is_no_u8_tensor_is_refused(pack: tuple[Manifest, dict[str, bytes]]) -> None:
