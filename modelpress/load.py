@@ -32,7 +32,7 @@ from modelpress.store.local import local_errors
 
 Layout = Literal["checkpoint", "onnx"]
 MIN_PREFIX = 12
-PULLED_SHARD_BYTES = 2**30
+PULLED_SHARD_BYTES = 2**28
 """A pulled checkpoint starts a new safetensors file when one would grow beyond this."""
 MANIFEST_NAME = "modelpress.json"
 
@@ -165,7 +165,8 @@ def _write_checkpoint(manifest: Manifest, fetch: Callable[[str], bytes], folder:
     tensors: Iterator[tuple[str, Tensor]] = read_tensors(manifest, fetch)
     for file_name, group in zip(names, groups, strict=True):
         content = {name: tensor for _, (name, tensor) in zip(group, tensors, strict=False)}
-        safetensors.torch.save_file(content, folder / file_name, {"format": "pt"})
+        # Through bytes: the library's own writer turns a full disk into an error of no type.
+        (folder / file_name).write_bytes(safetensors.torch.save(content, {"format": "pt"}))
     if len(groups) > 1:
         weights = {name: file_name for file_name, group in zip(names, groups, strict=True) for name in group}
         total = sum(tensor.raw_bytes for tensor in manifest.tensors)
