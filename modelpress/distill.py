@@ -78,7 +78,7 @@ def distillation_loss(
         with torch.no_grad():
             target = teacher(**batch.inputs)
         output = student(**batch.inputs)
-        loss = output.new_zeros(())
+        loss: Tensor = output.new_zeros(())
         if config.alpha > 0:
             loss = loss + config.alpha * imitation_loss(output, target, workload.outputs, config.temperature)
         if config.alpha < 1 and batch.targets is not None:
@@ -104,7 +104,7 @@ def imitation_loss(output: Tensor, target: Tensor, outputs: Outputs, temperature
 
 
 def hidden_loss(taught: list[Tensor], learned: list[Tensor], mask: Tensor | None = None) -> Tensor:
-    """Mean squared difference of matched hidden states, (batch, …, dim); a `mask` (batch, length) leaves padding out."""
+    """Mean squared difference of matched hidden states, (batch, …, dim); `mask` (batch, length) omits padding."""
     total = learned[0].new_zeros(())
     for target, state in zip(taught, learned, strict=True):
         squares = (state - target).square()

@@ -1,0 +1,26 @@
+"""What a pruner did: the report's rows, and how to keep it so while weights are updated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from modelpress.reports import TensorChange
+
+
+def _nothing() -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Result of one method."""
+
+    eligible_parameters: int
+    """Parameters in the tensors that the method could touch."""
+    touched_parameters: int
+    """Parameters that the touched tensors had before."""
+    tensors: list[TensorChange]
+    """Each touched tensor."""
+    hold: Callable[[], None] = _nothing
+    """Restores the zeros; called after each update of a recovery."""
