@@ -45,7 +45,7 @@ def code_lengths(counts: Counts, max_bits: int = ZSTD_MAX_BITS) -> npt.NDArray[n
     if present.size < 2:
         lengths[present] = 1
         return lengths
-    leaves = sorted((int(counts[symbol]), (int(symbol),)) for symbol in present)
+    leaves: list[tuple[int, tuple[int, ...]]] = sorted((int(counts[symbol]), (int(symbol),)) for symbol in present)
     packages = leaves
     for _ in range(max_bits - 1):
         pairs = zip(packages[::2], packages[1::2], strict=False)
