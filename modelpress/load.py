@@ -216,9 +216,7 @@ def _fetcher(store: Store, manifest: Manifest, progress: Progress) -> Callable[[
     sizes = manifest.blobs()
     total, seen = sum(sizes.values()), set[str]()
     pack = f"{manifest.name}@{manifest.digest[:MIN_PREFIX]}"
-    parts = {
-        shard.sha256: f"shard {number} of {len(manifest.shards)}" for number, shard in enumerate(manifest.shards, 1)
-    }
+    parts = {shard.sha256: f"shard {number} ({shard.sha256})" for number, shard in enumerate(manifest.shards)}
     entries = [*manifest.files, *([manifest.reports] if manifest.reports else [])]
     parts |= {entry.stored_sha256: f"file {entry.name!r}" for entry in entries}
 

@@ -1,7 +1,7 @@
 """Publish and promote in child processes that are killed at every moment, and check what is visible after each.
 
-Run as a program: ``python -m tests.faults.killed_publisher STORE_URI FOLDER STRIDE`` (every STRIDE-th moment). Forking happens before any thread
-starts, and every child opens its own store.
+Run as a program, for every STRIDE-th moment: ``python -m tests.faults.killed_publisher STORE_URI FOLDER STRIDE``.
+Forking happens before any thread starts, and every child opens its own store.
 """
 
 from __future__ import annotations
@@ -54,35 +54,42 @@ def in_child(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def deliver(store: Store, pack: Pack) -> None:
+    pack.publish(store)
+    pointer.append(store, "demo", "champion", pack.digest, "promote", token=pack.digest)
+
+
+def check(store: Store, before: Pack, after: Pack, *, done: bool = False) -> None:
+    """Every manifest in sight verifies, and the log is the old one or the new one."""
+    names = [info.key for info in store.list("packs/demo/") if "/refs/" not in info.key]
+    visible = {name.rpartition("/")[2].removesuffix(".json") for name in names}
+    for digest in visible:
+        load.verify(store, "demo", digest)
+    log = [entry.pack for entry in pointer.history(store, "demo", "champion")]
+    assert before.digest in visible
+    assert log in ([before.digest], [before.digest, after.digest]), log
+    assert not done or log == [before.digest, after.digest]
+    assert not done or visible == {before.digest, after.digest}
+
+
 def main(uri: str, folder: Path, stride: int) -> int:
-    before, after = make_pack(folder / "before"), make_pack(folder / "after", name="demo", max_shard=20_000)
+    before, after = make_pack(folder / "before"), make_pack(folder / "after", max_shard=20_000)
     for moment in range(0, MOMENTS_MAX, stride):
         place = f"{uri}/{moment}"
 
-        def deliver(place: str = place, moment: int = MOMENTS_MAX * 2, pack: Pack = after) -> None:
-            store = dying(open_store(place, Settings()), moment)
-            pack.publish(store)
-            pointer.append(store, "demo", "champion", pack.digest, "promote", token=pack.digest)
+        def first_run(place: str = place, moment: int = moment) -> None:
+            deliver(open_store(place, Settings()), before)
+            deliver(dying(open_store(place, Settings()), moment), after)
 
-        def check(place: str = place, done: bool = False) -> None:
+        def second_run(place: str = place) -> None:
             store = open_store(place, Settings())
-            names = [info.key for info in store.list("packs/demo/") if "/refs/" not in info.key]
-            visible = {name.rpartition("/")[2].removesuffix(".json") for name in names}
-            assert before.digest in visible
-            for digest in visible:
-                load.verify(store, "demo", digest)
-            log = [entry.pack for entry in pointer.history(store, "demo", "champion")]
-            assert log in ([before.digest], [before.digest, after.digest]), log
-            assert not done or log == [before.digest, after.digest]
-            assert not done or visible == {before.digest, after.digest}
+            check(store, before, after)
+            deliver(store, after)
+            check(store, before, after, done=True)
 
-        assert in_child(lambda: deliver(pack=before)) == 0
-        code = in_child(lambda moment=moment: deliver(moment=moment))  # type: ignore[misc]
-        assert in_child(check) == 0, f"after a kill at moment {moment}"
-        assert in_child(deliver) == 0
-        assert in_child(lambda: check(done=True)) == 0, f"after the repair of moment {moment}"
-        if code == 0:
-            # The run ended before this moment: every earlier one was tried.
+        code = in_child(first_run)
+        assert in_child(second_run) == 0, f"after a kill at moment {moment}"
+        if code == 0:  # the run ended before this moment: every earlier one was tried
             print(f"killed up to moment {moment}")
             return 0
         assert code == -signal.SIGKILL, code
