@@ -6,7 +6,7 @@ are never given a new meaning.
 
 from __future__ import annotations
 
-from modelpress.codec.base import CODERS, Buffer, Bytes, Codec, Coder, Stream, check_streams, decode
+from modelpress.codec.base import Buffer, Bytes, Codec, Coder, Stream, check_streams, decode
 from modelpress.codec.entropy import bound_bytes, entropy_bits, histograms
 from modelpress.codec.plain import Raw, Zstd
 from modelpress.codec.planes import PlanesHuffman
@@ -16,7 +16,6 @@ CODECS: dict[str, Codec] = {codec.codec_id: codec for codec in (Raw(), Zstd(), P
 
 __all__ = [
     "CODECS",
-    "CODERS",
     "Buffer",
     "Bytes",
     "Codec",

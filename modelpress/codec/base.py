@@ -18,7 +18,6 @@ from modelpress.errors import CorruptionError
 Bytes = npt.NDArray[np.uint8]
 Buffer = bytes | memoryview
 Coder = Literal["raw", "zstd"]
-CODERS: tuple[Coder, ...] = ("raw", "zstd")
 
 
 @dataclass(frozen=True)

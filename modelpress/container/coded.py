@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,8 +79,3 @@ class Coded:
             raise CorruptionError(doing, found=f"{len(pieces)} tensors", expected=f"the {len(order)} that are listed")
         tensors = tuple(StoredTensor(pieces[name], digest, bound) for name, digest, bound in order)
         return cls(kind, tensors, files, own)
-
-
-def sha256(data: Buffer) -> str:
-    """Digest of bytes, hex."""
-    return hashlib.sha256(data).hexdigest()
