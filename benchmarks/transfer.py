@@ -1,0 +1,228 @@
+"""Upload and download against s5cmd and plain boto3 on one S3 server: `python -m benchmarks.transfer [--quick]`.
+
+The server is the one that MODELPRESS_TEST_S3_ENDPOINT names, else a Ceph RGW on loopback of this run's own (see
+`infra/s3/`), which shares the cores with the client. Each measurement is a process of its own; seconds of CPU are
+the client's, the start of Python and its imports left out. modelpress checks a sha256 of every object in both
+directions inside the measured time, the others do not. Where objects travel in both directions, every system has four
+in flight; s5cmd's own part concurrency is its default.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from benchmarks._report import Row, main
+
+ROOT = Path(__file__).parents[1]
+PREFIX = "MODELPRESS_TEST_S3_"
+MIB = 2**20
+IN_FLIGHT = 4
+SYSTEMS = ("modelpress", "boto3", "s5cmd")
+
+
+def measure(quick: bool) -> Iterator[Row]:
+    """Rows of all cases."""
+    repeats = 1 if quick else 5
+    cases = [("8 × 32 MiB", 8, 32)] if quick else [("16 × 64 MiB", 16, 64), ("1 × 1 GiB", 1, 1024)]
+    with _server() as environment, tempfile.TemporaryDirectory() as name:
+        for case, count, size in cases:
+            files = _files(Path(name), count, size)
+            yield from _case(case, files, Path(name), environment, repeats)
+            for file in files:
+                file.unlink()
+
+
+def _case(case: str, files: Sequence[Path], folder: Path, environment: dict[str, str], repeats: int) -> Iterator[Row]:
+    total = sum(file.stat().st_size for file in files)
+    digests = {file.name: _sha256(file) for file in files}
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for repeat in range(repeats):
+        # Each round starts with another system, so that none has the quiet moments to itself.
+        for system in SYSTEMS[repeat % len(SYSTEMS) :] + SYSTEMS[: repeat % len(SYSTEMS)]:
+            if system == "s5cmd" and _s5cmd() is None:
+                continue
+            target = f"s3://{environment['BENCHMARK_BUCKET']}/{uuid.uuid4().hex}"
+            back = folder / "back"
+            back.mkdir()
+            found.setdefault(("upload", system), []).append(_run(system, "upload", target, files, back, environment))
+            found.setdefault(("download", system), []).append(
+                _run(system, "download", target, files, back, environment)
+            )
+            if {file.name: _sha256(file) for file in back.iterdir()} != digests:
+                raise SystemExit(f"{system} brought back other bytes")
+            shutil.rmtree(back)
+            _run("boto3", "delete", target, files, back, environment)
+    for direction in ("upload", "download"):
+        for system in SYSTEMS:
+            runs = found.get((direction, system))
+            speed = statistics.median(total / MIB / wall for wall, _ in runs) if runs else None
+            cpu = statistics.median(seconds for _, seconds in runs) if runs else None
+            yield Row(f"{direction} {case}", system, "throughput", "MiB/s", speed)
+            yield Row(f"{direction} {case}", system, "client CPU", "s", cpu)
+
+
+def _run(
+    system: str, action: str, target: str, files: Sequence[Path], back: Path, environment: dict[str, str]
+) -> tuple[float, float]:
+    """Wall and CPU seconds of one transfer, in a process of its own."""
+    if system == "s5cmd" and action in ("upload", "download"):
+        return _run_s5cmd(action, target, files, back, environment)
+    task = json.dumps([system, action, target, [str(file) for file in files], str(back)])
+    code = f"from benchmarks.transfer import work; work({task!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True
+    )
+    wall, cpu = json.loads(done.stdout)
+    return wall, cpu
+
+
+def _run_s5cmd(
+    action: str, target: str, files: Sequence[Path], back: Path, environment: dict[str, str]
+) -> tuple[float, float]:
+    pairs = [
+        (str(file), f"{target}/{file.name}") if action == "upload" else (f"{target}/{file.name}", str(back / file.name))
+        for file in files
+    ]
+    commands = "".join(f'cp "{source}" "{destination}"\n' for source, destination in pairs)
+    command = [str(_s5cmd()), "--endpoint-url", environment["MODELPRESS_S3_ENDPOINT_URL"]]
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(
+        [*command, "--numworkers", str(IN_FLIGHT), "run"],
+        input=commands,
+        env=environment,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def work(task: str) -> None:
+    """One transfer in this process; prints its wall and CPU seconds as JSON."""
+    system, action, target, names, back = json.loads(task)
+    each = _modelpress(target, action) if system == "modelpress" else _boto3(target, action)
+    files = [Path(name) for name in names]
+    digests = {file: _sha256(file) for file in files}  # as the shard writer knows them
+    started, cpu = time.perf_counter(), time.process_time()
+    with ThreadPoolExecutor(IN_FLIGHT) as pool:
+        list(pool.map(lambda file: each(file, Path(back, file.name), digests[file]), files))
+    print(json.dumps([time.perf_counter() - started, time.process_time() - cpu]))
+
+
+def _modelpress(target: str, action: str) -> Callable[[Path, Path, str], None]:
+    from modelpress.store import open_store
+
+    store = open_store(target)
+
+    def upload(file: Path, back: Path, digest: str) -> None:
+        del back
+        store.put(file.name, file, sha256=digest)
+
+    def download(file: Path, back: Path, digest: str) -> None:
+        if store.download(file.name, back) != digest:
+            raise SystemExit(f"{file.name} came back with other bytes")
+
+    return upload if action == "upload" else download
+
+
+def _boto3(target: str, action: str) -> Callable[[Path, Path, str], None]:
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=os.environ["MODELPRESS_S3_ENDPOINT_URL"])
+    bucket, _, prefix = target.removeprefix("s3://").partition("/")
+
+    def transfer(file: Path, back: Path, digest: str) -> None:
+        del digest
+        key = f"{prefix}/{file.name}"
+        if action == "upload":
+            client.upload_file(str(file), bucket, key)
+        elif action == "download":
+            client.download_file(bucket, key, str(back))
+        else:
+            client.delete_object(Bucket=bucket, Key=key)
+
+    return transfer
+
+
+@contextlib.contextmanager
+def _server() -> Iterator[dict[str, str]]:
+    """The environment in which a process reaches the server and its bucket."""
+    if f"{PREFIX}ENDPOINT" in os.environ:
+        yield _environment(dict(os.environ))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "infra/s3/server.py"), "run", "--folder", f"{folder}/ceph"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            found = dict(os.environ)
+            while line := process.stdout.readline():
+                name, _, value = line.removeprefix("export ").strip().partition("=")
+                found[name] = value
+                if name == f"{PREFIX}READER_SECRET":
+                    break
+            try:
+                yield _environment(found)
+            finally:
+                process.stdin.close()
+
+
+def _environment(found: dict[str, str]) -> dict[str, str]:
+    import boto3
+
+    if f"{PREFIX}SECRET" not in found:
+        raise SystemExit(f"no S3 server: see above, or set {PREFIX}ENDPOINT, {PREFIX}KEY and {PREFIX}SECRET")
+    reach = {
+        "AWS_ACCESS_KEY_ID": found[f"{PREFIX}KEY"],
+        "AWS_SECRET_ACCESS_KEY": found[f"{PREFIX}SECRET"],
+        "AWS_DEFAULT_REGION": found.get(f"{PREFIX}REGION", "us-east-1"),
+        "AWS_REGION": found.get(f"{PREFIX}REGION", "us-east-1"),
+        "MODELPRESS_S3_ENDPOINT_URL": found[f"{PREFIX}ENDPOINT"],
+    }
+    bucket = found.get(f"{PREFIX}BUCKET")
+    if not bucket:
+        bucket = f"modelpress-benchmark-{uuid.uuid4().hex[:8]}"
+        session = boto3.session.Session(reach["AWS_ACCESS_KEY_ID"], reach["AWS_SECRET_ACCESS_KEY"])
+        client = session.client("s3", "us-east-1", endpoint_url=reach["MODELPRESS_S3_ENDPOINT_URL"])
+        client.create_bucket(Bucket=bucket)
+    return {**found, **reach, "BENCHMARK_BUCKET": bucket}
+
+
+def _files(folder: Path, count: int, size: int) -> list[Path]:
+    block = os.urandom(8 * MIB)
+    files = [folder / f"shard-{number:05d}.safetensors" for number in range(count)]
+    for number, file in enumerate(files):
+        with file.open("wb") as target:
+            for turn in range(size // 8):
+                cut = (number * 131 + turn * 17) % len(block)
+                target.write(block[cut:] + block[:cut])
+    return files
+
+
+def _s5cmd() -> str | None:
+    beside = Path(sys.executable).with_name("s5cmd")
+    return str(beside) if beside.exists() else shutil.which("s5cmd")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    main("transfer", measure)
