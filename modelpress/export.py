@@ -59,7 +59,6 @@ def export(module: nn.Module, workload: Workload, config: ExportConfig) -> tuple
                 dynamo=True,
                 dynamic_shapes=_dynamic_shapes(workload, example),
                 opset_version=config.opset,
-                output_names=[workload.output_name],
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
@@ -67,6 +66,7 @@ def export(module: nn.Module, workload: Workload, config: ExportConfig) -> tuple
     assert program is not None  # only with a file to write to does the exporter return nothing
     model = program.model_proto
     _name_after_modules(model)
+    _name_output(model, workload.output_name)
     checkpoint = graph.split(model)
     _check(checkpoint)
     difference = _largest_difference(module, checkpoint, workload, config.tolerance)
@@ -256,6 +256,20 @@ def _name_after_modules(model: ModelProto) -> None:
             node.input[index] = renamed.get(name, name)
     for name, initializer in initializers.items():
         initializer.name = renamed.get(name, name)
+
+
+def _name_output(model: ModelProto, name: str) -> None:
+    """Rename the first output. The exporter's own renaming clashes with inner values of that name (`embedding`)."""
+    old = model.graph.output[0].name
+    if any(one.name == name for one in model.graph.input):
+        raise WorkloadError("naming the graph's output", found=f"{name!r}, an input's name", expected="another name")
+    renamed = {old: name, name: f"{name}_inner"} if old != name else {}
+    for body in graph.graphs(model):
+        for node in body.node:
+            node.input[:] = [renamed.get(value, value) for value in node.input]
+            node.output[:] = [renamed.get(value, value) for value in node.output]
+        for one in (*body.initializer, *body.output):
+            one.name = renamed.get(one.name, one.name)
 
 
 def _is_counter(name: str) -> bool:

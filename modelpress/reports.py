@@ -209,7 +209,7 @@ class SensitivityRow(Report):
     disagreement: float
     """1 − agreement with the float graph, with this node alone quantized (or alone left in float)."""
     kept_float: bool
-    """Whether it computes in float; its weight is stored as integers all the same, an embedding table is not."""
+    """Whether it computes in float; its weight may be stored as integers all the same."""
 
 
 class QuantizeReport(Report):

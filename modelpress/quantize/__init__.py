@@ -2,7 +2,7 @@
 
 `dynamic` ranges activations per call, `static` by calibration. Each layer's sensitivity is measured by itself; the most
 sensitive compute in float until the graph agrees with the float one as closely as the config asks. Their weights are
-stored as integers all the same: it is the rounding of activations that costs, ten times more than that of weights.
+stored as integers all the same, where the budget allows it: mostly it is the rounding of activations that costs.
 """
 
 from __future__ import annotations
@@ -64,13 +64,7 @@ def quantize(
         sensitivity.Judge(model, _some(batches)),
         lambda done, node: progress(done - 1, total, f"sensitivity of {node}"),
     )
-    kept, quantized, disagreement = sensitivity.keep_in_float(
-        build,
-        [node for node, _ in ranked],
-        sensitivity.Judge(model, batches),
-        config.max_quality_drop,
-        lambda count, drop: progress(len(chosen), total, f"{count} layers in float: disagreement {drop:.4f}"),
-    )
+    kept, quantized, disagreement = _within_budget(build, model, ranked, batches, config, progress)
     made = graph.split(quantized)
     still_float = {one.name for one in graph.parse(made).graph.initializer}
     eligible = _elements(layers)
@@ -90,6 +84,27 @@ def quantize(
     progress(total, total, f"coverage {report.coverage:.1%}, agreement {report.agreement:.4f}")
     files = checkpoint.files | made.files
     return Checkpoint("onnx", made.tensors, files, checkpoint.metadata), report
+
+
+def _within_budget(
+    build: sensitivity.Build,
+    model: ModelProto,
+    ranked: Sequence[tuple[str, float]],
+    batches: Sequence[Inputs],
+    config: QuantizeConfig,
+    progress: Progress,
+) -> tuple[int, ModelProto, float]:
+    """Layers in float, the model and its disagreement; float layers have integer weights if that fits the budget."""
+    judge = sensitivity.Judge(model, batches)
+    nodes = [node for node, _ in ranked]
+
+    def note(kept: int, disagreement: float) -> None:
+        progress(len(nodes), len(nodes) + 1, f"{kept} layers in float: disagreement {disagreement:.4f}")
+
+    found = sensitivity.keep_in_float(build, nodes, judge, config.max_quality_drop, note)
+    if found[2] <= config.max_quality_drop:
+        return found
+    return sensitivity.keep_in_float(lambda some, _: build(some, []), nodes, judge, config.max_quality_drop, note)
 
 
 def _some(batches: Sequence[Inputs]) -> list[Inputs]:

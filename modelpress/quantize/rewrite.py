@@ -20,7 +20,8 @@ from modelpress.quantize.weights import quantize_symmetric, relative_error
 TABLE_TOLERANCE = 0.05
 """Relative rounding error above which an embedding table takes one scale per row instead of one in all."""
 
-_CODES, _SCALE = "_quantized", "_scale"
+_CODES, _UNSIGNED, _ROWS = "_quantized", "_unsigned", "_rows"
+_SCALE, _ZERO_POINT = "_scale", "_zero_point"
 
 
 def quantize_dynamic_(model: ModelProto, nodes: Collection[str], per_channel: bool) -> None:
@@ -108,7 +109,7 @@ def quantize_tables_(model: ModelProto, nodes: Collection[str]) -> None:
 
 
 def _range(value: str) -> NodeProto:
-    outputs = [value + _CODES, value + _SCALE, value + "_zero_point"]
+    outputs = [value + _UNSIGNED, value + _UNSIGNED + _SCALE, value + _UNSIGNED + _ZERO_POINT]
     return helper.make_node("DynamicQuantizeLinear", [value], outputs, f"{value}_range")
 
 
@@ -119,12 +120,12 @@ def _integer_product(node: NodeProto) -> list[NodeProto]:
     parts = [
         helper.make_node(
             "MatMulInteger",
-            [value + _CODES, weight + _CODES, value + "_zero_point"],
+            [value + _UNSIGNED, weight + _CODES, value + _UNSIGNED + _ZERO_POINT],
             [output + "_integer"],
             name,
         ),
         helper.make_node("Cast", [output + "_integer"], [output + "_float"], f"{name}_cast", to=TensorProto.FLOAT),
-        helper.make_node("Mul", [value + _SCALE, weight + _SCALE], [output + _SCALE], f"{name}_scales"),
+        helper.make_node("Mul", [value + _UNSIGNED + _SCALE, weight + _SCALE], [output + _SCALE], f"{name}_scales"),
         helper.make_node("Mul", [output + "_float", output + _SCALE], [product], f"{name}_scale"),
     ]
     if bias:
@@ -134,15 +135,15 @@ def _integer_product(node: NodeProto) -> list[NodeProto]:
 
 def _scaled_rows(node: NodeProto, by_row: bool) -> list[NodeProto]:
     table, indices, output, name = node.input[0], node.input[1], node.output[0], node.name
-    gather = helper.make_node("Gather", [table + _CODES, indices], [output + _CODES], name)
+    gather = helper.make_node("Gather", [table + _CODES, indices], [output + _ROWS], name)
     if not by_row:
-        dequantize = helper.make_node("DequantizeLinear", [output + _CODES, table + _SCALE], [output], f"{name}_scale")
+        dequantize = helper.make_node("DequantizeLinear", [output + _ROWS, table + _SCALE], [output], f"{name}_scale")
         return [gather, dequantize]
     return [
         gather,
-        helper.make_node("Gather", [table + _SCALE, indices], [output + _SCALE], f"{name}_scales"),
-        helper.make_node("Cast", [output + _CODES], [output + "_float"], f"{name}_cast", to=TensorProto.FLOAT),
-        helper.make_node("Mul", [output + "_float", output + _SCALE], [output], f"{name}_scale"),
+        helper.make_node("Gather", [table + _SCALE, indices], [output + _ROWS + _SCALE], f"{name}_scales"),
+        helper.make_node("Cast", [output + _ROWS], [output + _ROWS + "_float"], f"{name}_cast", to=TensorProto.FLOAT),
+        helper.make_node("Mul", [output + _ROWS + "_float", output + _ROWS + _SCALE], [output], f"{name}_scale"),
     ]
 
 
