@@ -5,6 +5,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from modelpress import graph
 from modelpress.checkpoint import Checkpoint
@@ -14,7 +15,7 @@ from modelpress.export import export
 from modelpress.quantize import quantize
 from modelpress.reports import QuantizeReport
 from modelpress.workload import Batch, Workload
-from tests.toys import CNN_WEIGHTS, ENCODER_WEIGHTS, ImageToy, TextToy, TinyEncoder
+from tests.toys import CNN_WEIGHTS, ENCODER_WEIGHTS, ImageToy, TextToy, TinyEncoder, Wrapped
 
 STATIC = [{"calibration": "minmax"}, {"calibration": "percentile"}, {"calibration": "entropy"}]
 
@@ -85,6 +86,22 @@ def test_dynamic_int8_counts_the_tables_it_was_asked_for(encoder, embeddings: bo
     assert {"DynamicQuantizeLinear", "MatMulInteger"} <= operators
 
 
+@pytest.mark.parametrize("method", ["dynamic", "static"])
+def test_a_weight_that_spoils_its_tensors_scale_is_found(method: str) -> None:
+    layers = [nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)]
+    torch.manual_seed(0)
+    module = Wrapped(nn.Sequential(*layers)).eval()
+    with torch.no_grad():
+        # Neuron 5 never fires, so that its outgoing weights may be as large as they like.
+        layers[1].weight[5], layers[1].bias[5] = 0, -1
+        layers[3].weight[:, 5] = 1000
+    workload = ImageToy(module)
+    checkpoint, _ = export(module, workload, ExportConfig())
+    _, report = quantize(checkpoint, workload, QuantizeConfig(method=method, per_channel=False))
+    assert [row.node for row in report.sensitivity if row.kept_float] == ["body.3.Gemm"]
+    assert report.quantized_weights == 64 * 32 + 32 * 10
+
+
 @pytest.mark.parametrize("options", [{"method": "dynamic", "embeddings": True}, {"calibration": "percentile"}], ids=str)
 def test_quantizing_is_deterministic_and_leaves_its_input_alone(cnn, encoder, options: dict) -> None:
     workload, checkpoint = encoder if "embeddings" in options else cnn
@@ -114,13 +131,12 @@ def with_outlier(module: TinyEncoder, compensated: bool) -> TinyEncoder:
     return module.eval()
 
 
-@pytest.mark.parametrize("method", ["dynamic", "static"])
 @pytest.mark.parametrize("compensated", [False, True])
-def test_the_layer_with_the_outlier_is_found_and_computes_in_float(method: str, compensated: bool) -> None:
+def test_the_layer_with_the_outlier_is_found_and_computes_in_float(compensated: bool) -> None:
     workload = TextToy(with_outlier(TinyEncoder(), compensated))
     checkpoint, _ = export(workload.module, workload, ExportConfig(tolerance=0.01))
     budget = 0.01
-    quantized, report = quantize(checkpoint, workload, QuantizeConfig(method=method, max_quality_drop=budget))
+    quantized, report = quantize(checkpoint, workload, QuantizeConfig(method="dynamic", max_quality_drop=budget))
     assert [(row.node, row.kept_float) for row in report.sensitivity] == [("down.MatMul", True), ("up.MatMul", False)]
     assert report.sensitivity[0].disagreement > 10 * report.sensitivity[1].disagreement
     assert 1 - report.agreement <= budget
