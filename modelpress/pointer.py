@@ -191,9 +191,12 @@ def _standing(entries: list[Pointer]) -> list[str]:
     """The packs that a rollback can return to, newest last: promotions push, rollbacks cut back."""
     packs: list[str] = []
     for entry in entries:
+        if packs and packs[-1] == entry.pack:
+            continue
         if entry.reason == ROLLBACK and entry.pack in packs:
-            del packs[packs.index(entry.pack) + 1 :]
-        elif not packs or packs[-1] != entry.pack:
+            while packs[-1] != entry.pack:
+                packs.pop()
+        else:
             packs.append(entry.pack)
     return packs
 

@@ -100,7 +100,7 @@ def test_rollback_to_a_named_pack(store: Store) -> None:
 
 
 @given(st.lists(st.sampled_from([A, B, C, "back"]), max_size=12))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_rollback_undoes_as_a_stack_does(tmp_path_factory: pytest.TempPathFactory, actions: list[str]) -> None:
     store = with_manifests(LocalStore(tmp_path_factory.mktemp("stack")))
     stack: list[str] = []
