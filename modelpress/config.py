@@ -49,7 +49,7 @@ class WorkloadConfig(Config):
     docstrings of installed Python sources), or a .jsonl with `query` and `document`."""
     factory: str = ""
     """For `custom`: import path `package.module:callable` that returns a `modelpress.workload.Workload`."""
-    options: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    options: dict[str, str | int | float | bool] = {}
     """For `custom`: keyword arguments of the factory."""
     train_samples: int = Field(default=0, ge=0)
     """At most this many training samples; 0 takes all."""
@@ -105,9 +105,9 @@ class DistillConfig(Config):
 
     student: Literal["layer-drop", "architecture"] = "architecture"
     """`layer-drop` copies chosen layers of the teacher; `architecture` starts from the workload's own smaller model."""
-    keep_layers: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    keep_layers: list[Annotated[int, Field(ge=0)]] = []
     """For `layer-drop`: teacher layers that the student keeps, in order, counted from 0."""
-    architecture: dict[str, int | float | str | bool | list[int]] = Field(default_factory=dict)
+    architecture: dict[str, int | float | str | bool | list[int]] = {}
     """For `architecture`: what the workload's `skeleton` takes (for `digits-cnn`: channels, hidden)."""
     temperature: float = Field(default=2.0, gt=0)
     """T: teacher and student logits are divided by it; the loss carries T²."""
@@ -136,13 +136,13 @@ class PruneConfig(Config):
     """`magnitude` sets the smallest weights to zero; `structured` removes channels, neurons and heads."""
     scope: Literal["layer", "global"] = "layer"
     """For `magnitude`: the threshold is found per tensor (exact sparsity in each), or over all of them."""
-    structures: list[Literal["channels", "neurons", "heads"]] = Field(default_factory=lambda: ["channels", "neurons"])
+    structures: list[Literal["channels", "neurons", "heads"]] = ["channels", "neurons"]
     """For `structured`: what may be removed."""
     sparsity: float = Field(default=0.5, gt=0, lt=1)
     """Fraction of zeros (`magnitude`), or of the structures removed in each layer (`structured`)."""
-    targets: list[str] = Field(default_factory=list)
+    targets: list[str] = []
     """Module names or globs (`encoder.layer.*.output.dense`); empty takes all that the method can prune."""
-    ignore: list[str] = Field(default_factory=list)
+    ignore: list[str] = []
     """Module names or globs that stay untouched."""
     repair: bool = True
     """For `structured`: re-fit the next layer by least squares on calibration data."""
@@ -174,9 +174,9 @@ class QuantizeConfig(Config):
     """One weight scale per output channel."""
     embeddings: bool = False
     """Quantize embedding tables (Gather) as well; their rows are stored as int8."""
-    targets: list[str] = Field(default_factory=list)
+    targets: list[str] = []
     """ONNX node names or globs; empty takes every MatMul, Gemm and Conv."""
-    ignore: list[str] = Field(default_factory=list)
+    ignore: list[str] = []
     """ONNX node names or globs that stay in float."""
     max_quality_drop: float = Field(default=0.01, ge=0)
     """Budget on calibration data: the most sensitive layers stay in float until the drop, measured as 1 − agreement
@@ -189,7 +189,7 @@ class CompressConfig(Config):
     """Lossless coding of tensors, each by whichever codec is smallest."""
 
     codecs: list[Literal["zstd", "planes-huffman", "rle-huffman"]] = Field(
-        default_factory=lambda: ["zstd", "planes-huffman", "rle-huffman"], min_length=1
+        default=["zstd", "planes-huffman", "rle-huffman"], min_length=1
     )
     """Codecs that are tried; `raw` always is."""
     zstd_level: int = Field(default=9, ge=1, le=22)
@@ -224,7 +224,7 @@ class EvaluateConfig(Config):
     larger, by the whole confidence interval."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """Confidence of the reported intervals."""
-    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [1, 32], min_length=1)
+    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(default=[1, 32], min_length=1)
     """Batch sizes at which latency and throughput are measured."""
     latency_seconds: float = Field(default=2.0, gt=0, le=600)
     """Time spent measuring each batch size."""

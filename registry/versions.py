@@ -14,7 +14,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
 
-from modelpress import keys, load
+from modelpress import keys
 from modelpress.errors import NotFoundError
 from modelpress.store.base import Store
 
@@ -105,6 +105,8 @@ def resolve(client: MlflowClient, store: Store, name: str, text: str) -> str:
         version = by_alias(client, name, text)
         if version is not None:
             return version.pack
+    from modelpress import load  # pulls in torch, which the forms do without
+
     return load.resolve(store, name, text)
 
 
@@ -126,8 +128,8 @@ def _source(uri: str) -> str:
     a folder's URI is given a scheme that says so. `s3://` stays as it is.
     """
     if uri.startswith("file://"):
-        return f"pack+{uri}"
-    return uri if "://" in uri else f"pack+file://{uri}"
+        return f"pack-{uri}"
+    return uri if "://" in uri else f"pack-file://{uri}"
 
 
 def _version(found: ModelVersion) -> Version:

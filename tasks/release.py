@@ -12,7 +12,7 @@ from modelpress.config import GateConfig
 from modelpress.reports import Report, UploadReport
 from modelpress.settings import Settings
 from modelpress.store.base import open_store
-from registry import promotion, runs, versions
+from registry import runs, versions
 from registry.gates import Decision
 from tasks.progress import StageProgress
 from tasks.runner import RunContext
@@ -51,6 +51,8 @@ def register(context: RunContext, published: UploadReport, tags: Mapping[str, st
 @task(name="promote", task_run_name="promote-{name}", cache_policy=NO_CACHE)
 def promote(name: str, pack: str, config: GateConfig | None = None) -> Decision:
     """Judge a published pack on its own bytes, freshly read, and move the alias if it passes."""
+    from registry import promotion
+
     settings = Settings()
     store = open_store(settings.store_uri, settings)
     with StageProgress("gate") as progress:
@@ -62,6 +64,8 @@ def promote(name: str, pack: str, config: GateConfig | None = None) -> Decision:
 @task(name="rollback", task_run_name="rollback-{name}", cache_policy=NO_CACHE)
 def rollback(name: str, alias: str, to: str | None) -> str:
     """Point the alias at an earlier pack, and return that pack's digest."""
+    from registry import promotion
+
     settings = Settings()
     store = open_store(settings.store_uri, settings)
     pack = promotion.rollback(store, runs.open_client(settings), name, alias, to)
