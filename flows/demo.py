@@ -35,6 +35,7 @@ QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
@@ -71,6 +72,7 @@ class Story(logging.Handler):
 def _prepare() -> None:
     """Point everything at `.modelpress/` and let only the story through; called before Prefect is imported."""
     home = Settings().home.absolute()
+    home.mkdir(parents=True, exist_ok=True)  # Prefect makes its own folder, but not the one around it
     for name, value in {**QUIET, "PREFECT_HOME": str(home / "prefect"), "MODELPRESS_HOME": str(home)}.items():
         os.environ.setdefault(name, value)
     warnings.simplefilter("ignore")

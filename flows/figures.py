@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -15,23 +15,22 @@ from modelpress.reports import CompressReport
 COLOURS = ("#2f5d8a", "#c8752d", "#4f8a5b", "#8a4f7d", "#999999")
 
 
-def draw(rows: Sequence[StageRow], compressed: CompressReport | None, folder: Path) -> None:
-    """Write `quality.png`, `bytes.png`, `throughput.png` and `codecs.png` into a folder."""
-    _save(folder / "quality.png", "Quality per stage", lambda axes: _quality(axes, rows))
-    _save(folder / "bytes.png", "Bytes per stage", lambda axes: _bytes(axes, rows))
-    _save(folder / "throughput.png", "Throughput per stage", lambda axes: _throughput(axes, rows))
-    if compressed is not None:
-        _save(folder / "codecs.png", "Bytes by codec", lambda axes: _codecs(axes, compressed))
-
-
-def _save(path: Path, title: str, fill: Callable[[Axes], None]) -> None:
-    figure = Figure(figsize=(7.0, 3.6), layout="constrained")
+def draw(rows: Sequence[StageRow], compressed: CompressReport | None, path: Path) -> None:
+    """Write the plots into one PNG."""
+    figure = Figure(figsize=(12.0, 7.0), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    fill(axes)
-    axes.set_title(title, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    axes = figure.subplots(2, 2).ravel()
+    _quality(axes[0], rows)
+    _bytes(axes[1], rows)
+    _throughput(axes[2], rows)
+    if compressed is not None:
+        _codecs(axes[3], compressed)
+    for title, one in zip(("quality", "bytes", "throughput", "bytes by codec"), axes, strict=True):
+        one.set_title(title, loc="left")
+        one.spines[["top", "right"]].set_visible(False)
+        one.tick_params(axis="x", labelrotation=20)
+    axes[3].set_visible(compressed is not None)
+    figure.savefig(path, dpi=100)
 
 
 def _quality(axes: Axes, rows: Sequence[StageRow]) -> None:

@@ -174,7 +174,8 @@ class Line:
         with tempfile.TemporaryDirectory(prefix="modelpress-") as folder:
             Path(folder, "report.md").write_text(text, encoding="utf-8")
             compressed = self.reports.get("compress")
-            figures.draw(self.rows, compressed if isinstance(compressed, CompressReport) else None, Path(folder))
+            shown = compressed if isinstance(compressed, CompressReport) else None
+            figures.draw(self.rows, shown, Path(folder, "stages.png"))
             self.run.folder(Path(folder))
 
     @property

@@ -1,0 +1,280 @@
+"""The whole line against a real Prefect server, a real MLflow server and a store in a folder."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from mlflow import MlflowClient
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+
+from flows.optimize import OptimizeResult, optimize
+from flows.promote import promote, rollback
+from modelpress import load, pointer
+from modelpress.config import GateConfig, OptimizeConfig, load_config
+from modelpress.errors import BudgetExceededError, CorruptionError, GateError, NotFoundError
+from modelpress.settings import Settings
+from modelpress.store.base import Store, open_store
+
+QUICK = load_config(Path(__file__).parents[2] / "configs" / "digits-quick.yaml")
+STAGES = {
+    "source",
+    "export-source",
+    "distill",
+    "prune",
+    "export",
+    "quantize",
+    "compress",
+    "shard",
+    "upload",
+    "register",
+}
+
+RUN = """
+from flows.optimize import optimize
+from modelpress.config import load_config
+optimize(load_config({recipe!r}))
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, prefect_server: str, mlflow_server: str) -> Iterator[Path]:
+    """A fresh place for stores; flows of this module read it from the environment."""
+    home = tmp_path_factory.mktemp("line")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MODELPRESS_HOME", str(home))
+        patch.setenv("MODELPRESS_TRACKING_URI", mlflow_server)
+        patch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
+        for name in ("MODELPRESS_STORE", "MODELPRESS_WORK"):
+            patch.delenv(name, raising=False)
+        yield home
+
+
+@pytest.fixture(scope="module")
+def first(home: Path) -> OptimizeResult:
+    """A run on empty stores."""
+    return optimize(QUICK)
+
+
+@pytest.fixture(scope="module")
+def store(first: OptimizeResult) -> Store:
+    return open_store(Settings().store_uri)
+
+
+@pytest.fixture(scope="module")
+def client(mlflow_server: str) -> MlflowClient:
+    return MlflowClient(mlflow_server, mlflow_server)
+
+
+def run_of(client: MlflowClient, result: OptimizeResult) -> Any:
+    return client.get_run(result.mlflow_run)
+
+
+def children(client: MlflowClient, parent: Any) -> dict[str, Any]:
+    query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    found = client.search_runs([parent.info.experiment_id], query)
+    return {run.data.tags["stage"]: run for run in found}
+
+
+def champion(store: Store) -> str:
+    entry = pointer.current(store, QUICK.name, "champion")
+    assert entry is not None
+    return entry.pack
+
+
+def test_a_first_run_delivers_a_verified_promoted_pack(first: OptimizeResult, store: Store) -> None:
+    assert {"source", "distill", "prune", "quantize", "upload", "register"} <= set(first.recomputed)
+    assert first.decision is not None
+    assert first.decision.promote, first.decision.line()
+    assert champion(store) == first.pack
+    report = load.verify(store, QUICK.name, "champion")
+    assert report.read_bytes == first.published_bytes
+    rows = {row.stage: row for row in first.stages}
+    assert list(rows) == [
+        *("source", "source (onnx)", "distill", "prune", "export", "quantize", "compress", "shard", "upload")
+    ]
+    assert rows["source"].quality is not None
+    assert rows["source"].quality.value > 0.8
+    assert rows["quantize"].quality is not None
+    assert rows["quantize"].quality.baseline == rows["source"].quality.value
+    assert rows["quantize"].runtime == "onnxruntime"
+
+
+def test_a_second_run_recomputes_nothing_and_says_so(
+    first: OptimizeResult, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    entries = len(pointer.history(store, QUICK.name, "champion"))
+    with caplog.at_level("INFO", logger="prefect"):
+        again = optimize(QUICK)
+    assert again.recomputed == []
+    assert all(row.reused for row in again.stages)
+    assert (again.pack, again.version) == (first.pack, first.version)
+    assert "everything reused, nothing recomputed" in caplog.text
+    assert len(pointer.history(store, QUICK.name, "champion")) == entries
+
+
+def test_mlflow_holds_the_run_tree(first: OptimizeResult, client: MlflowClient) -> None:
+    parent = run_of(client, first)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params["distill.train.epochs"] == str(QUICK.distill.train.epochs if QUICK.distill else 0)
+    assert parent.data.metrics["published_bytes"] == first.published_bytes
+    served = next(row for row in first.stages if row.stage == "quantize")
+    assert served.quality is not None
+    assert parent.data.metrics["served.quality.value"] == pytest.approx(served.quality.value)
+    assert any(key.startswith("system/") for key in parent.data.metrics)
+    found = children(client, parent)
+    assert set(found) >= STAGES
+    assert {"evaluate-source", "evaluate-distill", "evaluate-quantize"} <= set(found)
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    assert found["quantize"].data.metrics["coverage"] > 0
+    assert found["prune"].data.params["sparsity"] == "0.25"
+    assert found["evaluate-quantize"].data.metrics["latency.b32.p50_seconds"] > 0
+
+
+def test_mlflow_holds_the_artifacts_of_the_run_and_of_each_stage(first: OptimizeResult, client: MlflowClient) -> None:
+    parent = run_of(client, first)
+    names = {entry.path for entry in client.list_artifacts(first.mlflow_run)}
+    assert {"config.json", "result.json", "report.md", "stages.png"} <= names
+    child = children(client, parent)["quantize"]
+    report = json.loads(Path(client.download_artifacts(child.info.run_id, "report.json")).read_text())
+    assert report["method"] == "static"
+    assert report["sensitivity"] is not None
+
+
+def test_the_model_version_carries_the_packs_identity(first: OptimizeResult, client: MlflowClient) -> None:
+    version = client.get_model_version(QUICK.name, first.version)
+    assert version.tags["pack"] == first.pack
+    assert version.tags["pack_uri"] == first.uri
+    assert version.tags["flow_run_url"] == first.flow_run_url
+    assert version.tags["gate.verdict"] == "pass"
+    assert version.run_id == first.mlflow_run
+    assert first.uri in version.source
+    for alias in ("challenger", "champion"):
+        assert client.get_model_version_by_alias(QUICK.name, alias).version == version.version
+    stored = client.download_artifacts(first.mlflow_run, f"gate/version-{first.version}.json")
+    assert first.decision is not None
+    assert json.loads(Path(stored).read_text())["decision"] == first.decision.model_dump(mode="json")
+
+
+def test_prefect_and_mlflow_link_to_each_other(first: OptimizeResult, client: MlflowClient) -> None:
+    tags = run_of(client, first).data.tags
+    flow_run = UUID(tags["prefect.flow_run_id"])
+    assert tags["prefect.flow_run_url"].endswith(f"/runs/flow-run/{flow_run}")
+    with get_client(sync_client=True) as prefect:
+        found = prefect.read_flow_run(flow_run)
+        of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run]))
+        artifacts = prefect.read_artifacts(artifact_filter=of_run)
+    assert found.name == "optimize-digits-quick"
+    assert found.state is not None
+    assert found.state.is_completed()
+    by_key = {artifact.key: artifact for artifact in artifacts}
+    assert first.mlflow_run in str(by_key["digits-quick-mlflow"].data)
+    table = json.loads(str(by_key["digits-quick-stages"].data))
+    assert [row["stage"] for row in table] == [row.stage for row in first.stages]
+
+
+def variant(**changes: Any) -> OptimizeConfig:
+    return OptimizeConfig.model_validate({**QUICK.model_dump(mode="json"), **changes})
+
+
+def test_over_budget_stops_the_flow_and_publishes_nothing(
+    first: OptimizeResult, store: Store, client: MlflowClient
+) -> None:
+    before = {info.key for info in store.list()}
+    hasty = {**QUICK.model_dump(mode="json")["distill"], "architecture": {"channels": [1, 1], "hidden": 1}}
+    strict = {**QUICK.model_dump(mode="json")["evaluate"], "max_quality_drop": 0.05}
+    state = optimize(variant(distill=hasty, evaluate=strict), return_state=True)
+    assert state.is_failed()
+    assert state.message is not None
+    assert "BudgetExceededError" in state.message
+    assert "after distill" in state.message
+    with pytest.raises(BudgetExceededError, match=r"evaluate\.max_quality_drop, 0\.0500"):
+        state.result()
+    assert {info.key for info in store.list()} == before
+    experiment = run_of(client, first).info.experiment_id
+    newest = client.search_runs([experiment], "tags.prefect.flow_run_id != ''", max_results=1)[0]
+    assert newest.info.status == "FAILED"
+    assert newest.data.tags["error"].startswith("BudgetExceededError")
+    assert "report.md" in {entry.path for entry in client.list_artifacts(newest.info.run_id)}
+
+
+def test_a_refused_candidate_changes_nothing_but_challenger_and_a_rollback_returns(
+    first: OptimizeResult, store: Store, client: MlflowClient
+) -> None:
+    raw = optimize(variant(compress=None, promote=False))
+    assert set(raw.recomputed) == {"compress", "shard", "upload", "register"}
+    assert raw.decision is None
+    assert champion(store) == first.pack
+
+    impossible = GateConfig(margin=0.3, min_compression_ratio=100_000)
+    with pytest.raises(GateError, match=r"compression ratio: fail, .* at least 100000× is asked"):
+        promote(QUICK.name, raw.version, impossible)
+    assert champion(store) == first.pack
+    assert client.get_model_version_by_alias(QUICK.name, "champion").version == first.version
+    assert client.get_model_version_by_alias(QUICK.name, "challenger").version == raw.version
+    assert client.get_model_version(QUICK.name, raw.version).tags["gate.verdict"] == "fail"
+
+    decision = promote(QUICK.name, "challenger")
+    assert decision.promote
+    assert "quality against the champion" in {check.name for check in decision.checks}
+    assert champion(store) == raw.pack
+    assert client.get_model_version_by_alias(QUICK.name, "champion").version == raw.version
+
+    assert rollback(QUICK.name) == first.pack
+    assert champion(store) == first.pack
+    assert client.get_model_version_by_alias(QUICK.name, "champion").version == first.version
+    last = pointer.history(store, QUICK.name, "champion")[-1]
+    assert last.reason == "rollback"
+    with pytest.raises(NotFoundError, match="an earlier pack to go back to"):
+        rollback(QUICK.name)
+
+
+def test_damaged_published_bytes_are_never_promoted(first: OptimizeResult, store: Store, client: MlflowClient) -> None:
+    other = optimize(variant(shard={"max_shard_size": 24576}, promote=False))
+    manifest = load.load_manifest(store, QUICK.name, other.pack)
+    shard = manifest.shards[0]
+    key = f"blobs/sha256/{shard.sha256}"
+    good = store.get(key)
+    store.put(key, bytes([good[-1] ^ 1]) + good[1:])
+    try:
+        with pytest.raises(CorruptionError, match=rf"reading shard 0 \({shard.sha256}\)"):
+            promote(QUICK.name, other.pack)
+        assert champion(store) == first.pack
+    finally:
+        store.put(key, good)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("stage", ["source", "quantize"])
+def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_digest(
+    stage: str, first: OptimizeResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefect_server: str
+) -> None:
+    monkeypatch.setenv("MODELPRESS_HOME", str(tmp_path))
+    monkeypatch.setenv("PREFECT_API_URL", prefect_server)
+    recipe = Path(__file__).parents[2] / "configs" / "digits-quick.yaml"
+    process = subprocess.Popen([sys.executable, "-c", RUN.format(recipe=str(recipe))])
+    try:
+        records = tmp_path / "work" / "stages" / stage
+        end = time.monotonic() + 120
+        while not list(records.glob("*.json")) and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    assert not list((tmp_path / "store").rglob("packs/**/*.json")), "nothing is published before the end"
+
+    resumed = optimize(QUICK)
+    finished = {"source"} if stage == "source" else {"source", "distill", "prune", "export", "quantize"}
+    assert finished.isdisjoint(resumed.recomputed)
+    assert "upload" in resumed.recomputed
+    assert resumed.pack == first.pack
