@@ -1,0 +1,120 @@
+"""What the orchestration costs: a flow's time minus the time of the stage functions inside it.
+
+Each case runs in a process of its own, on empty stores: with Prefect's ephemeral server, and with a Prefect server that
+is up already. The ephemeral server's start is counted apart: a flow pays it once per process. `repeat` is the same flow
+again, with every stage reused: all of it is orchestration.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from benchmarks._report import Row, main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+START_SECONDS = 120
+QUIET = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(START_SECONDS),
+}
+CHILD = """
+import json, sys, time
+started = time.perf_counter()
+from prefect import flow
+from flows.optimize import optimize
+from modelpress.config import load_config
+imported = time.perf_counter()
+
+@flow
+def nothing():
+    pass
+
+nothing()
+ready = time.perf_counter()
+times = []
+for _ in range(2):
+    before = time.perf_counter()
+    result = optimize(load_config(sys.argv[1]))
+    spent = time.perf_counter() - before
+    times.append((spent, sum(row.seconds for row in result.stages if not row.reused), len(result.recomputed)))
+print("TIMES", json.dumps({"import": imported - started, "start": ready - imported, "times": times}))
+"""
+
+
+def measure(quick: bool) -> Iterable[Row]:
+    """Rows of both ways to run, for a short flow and, unless quick, for one of a minute or more."""
+    for recipe in ("digits-quick",) if quick else ("digits-quick", "digits"):
+        with tempfile.TemporaryDirectory(prefix="modelpress-") as folder:
+            yield from _case(f"{recipe}, ephemeral server", recipe, Path(folder), {})
+        with tempfile.TemporaryDirectory(prefix="modelpress-") as folder, _server(Path(folder)) as url:
+            yield from _case(f"{recipe}, own server", recipe, Path(folder), {"PREFECT_API_URL": url})
+
+
+def _case(case: str, recipe: str, home: Path, more: dict[str, str]) -> Iterator[Row]:
+    environment = {**os.environ, **QUIET, "PREFECT_HOME": str(home), "MODELPRESS_HOME": str(home), **more}
+    command = [sys.executable, "-c", CHILD, str(CONFIGS / f"{recipe}.yaml")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("TIMES ")), None)
+    if line is None:
+        raise RuntimeError(f"{case} failed:\n{done.stderr[-3000:]}")
+    found = json.loads(line.removeprefix("TIMES "))
+    (flow, stages, _), (again, _, recomputed) = found["times"]
+    if recomputed:
+        raise RuntimeError(f"{case}: the second run repeated {recomputed} stages")
+    for metric, unit, value in (
+        ("start", "s", found["start"]),
+        ("flow", "s", flow),
+        ("stages", "s", stages),
+        ("overhead", "s", flow - stages),
+        ("overhead share", "%", 100 * (flow - stages) / flow),
+        ("repeat", "s", again),
+    ):
+        yield Row(case, "modelpress", metric, unit, value)
+
+
+@contextmanager
+def _server(home: Path) -> Iterator[str]:
+    """A Prefect server on a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api"
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    environment = {**os.environ, **QUIET, "PREFECT_HOME": str(home / "server")}
+    (home / "server").mkdir()
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + START_SECONDS
+        while not _healthy(f"{url}/health"):
+            if process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError("the Prefect server did not become healthy")
+            time.sleep(0.2)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _healthy(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+if __name__ == "__main__":
+    main("orchestration", measure)
