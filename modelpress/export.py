@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import hashlib
 import logging
 import warnings
 from collections import Counter
@@ -66,6 +67,7 @@ def export(module: nn.Module, workload: Workload, config: ExportConfig) -> tuple
     assert program is not None  # only with a file to write to does the exporter return nothing
     model = program.model_proto
     _name_after_modules(model)
+    _share_weights(model)
     _name_output(model, workload.output_name)
     checkpoint = graph.split(model)
     _check(checkpoint)
@@ -256,6 +258,39 @@ def _name_after_modules(model: ModelProto) -> None:
             node.input[index] = renamed.get(name, name)
     for name, initializer in initializers.items():
         initializer.name = renamed.get(name, name)
+
+
+def _share_weights(model: ModelProto) -> None:
+    """Store once what stands there twice: folding constants copies, and often transposes, a tied weight.
+
+    A copy is replaced by the original, a transposed copy by a Transpose, which ONNX Runtime folds as it loads.
+    """
+    originals: dict[tuple[int, tuple[int, ...], bytes], str] = {}
+    replaced: dict[str, str] = {}
+    transposes: list[NodeProto] = []
+    for initializer in model.graph.initializer:
+        array = onnx.numpy_helper.to_array(initializer)
+        if array.nbytes < graph.INLINE_BELOW:
+            continue
+        found = originals.setdefault(_content(initializer.data_type, array), initializer.name)
+        turned = originals.get(_content(initializer.data_type, array.T)) if array.ndim == 2 else None
+        if found != initializer.name:
+            replaced[initializer.name] = found
+        elif turned is not None and turned != initializer.name:
+            replaced[initializer.name] = f"{initializer.name}_transposed"
+            node = onnx.helper.make_node(
+                "Transpose", [turned], [replaced[initializer.name]], f"{initializer.name}.Transpose", perm=[1, 0]
+            )
+            transposes.append(node)
+    for body in graph.graphs(model):
+        for node in body.node:
+            node.input[:] = [replaced.get(value, value) for value in node.input]
+    for node in reversed(transposes):
+        model.graph.node.insert(0, node)
+
+
+def _content(data_type: int, array: np.ndarray) -> tuple[int, tuple[int, ...], bytes]:
+    return data_type, array.shape, hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest()
 
 
 def _name_output(model: ModelProto, name: str) -> None:

@@ -85,13 +85,17 @@ def test_length_is_dynamic_by_name() -> None:
         np.testing.assert_allclose(graph.run(session, inputs), expected, atol=1e-5)
 
 
-def test_a_tied_weight_is_stored_once() -> None:
-    class Tied(TinyEncoder):
-        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-            return super().forward(ids, mask) + self.table(ids).mean(dim=1) + self.table.weight[ids[:, 0]]
+class TiedHead(TinyEncoder):
+    """Compares each token with all words: the table is read as rows, and transposed in a product."""
 
-    module = Tied().eval()
-    checkpoint, _ = export(module, TextToy(module), ExportConfig())
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        hidden = super().forward(ids, mask).unsqueeze(1) + self.table(ids)
+        return nn.functional.linear(hidden, self.table.weight).mean(dim=1) + self.table.weight[ids[:, 0]].sum()
+
+
+def test_a_tied_weight_is_stored_once() -> None:
+    module = TiedHead().eval()
+    checkpoint, _ = export(module, TextToy(module), ExportConfig(tolerance=1e-2))
     assert sum(tensor.numel() == 3200 for tensor in checkpoint.tensors.values()) == 1
 
 
