@@ -19,7 +19,9 @@ SCORES_FILE = "scores.safetensors"
 def dump(scores: Mapping[str, Scores], *, samples: str, metric: str) -> bytes:
     """Serialise named vectors of scores; `samples` is the digest of what they were measured on."""
     vectors = {name: np.ascontiguousarray(vector, dtype=np.float64) for name, vector in scores.items()}
-    return bytes(safetensors.numpy.save(vectors, {"samples": samples, "metric": metric}))
+    # One entry: safetensors writes several in any order, and the same scores must always be the same bytes.
+    measured = json.dumps({"metric": metric, "samples": samples}, sort_keys=True)
+    return bytes(safetensors.numpy.save(vectors, {"measured": measured}))
 
 
 def dump_scored(scored: Mapping[str, Scored]) -> bytes:
@@ -55,5 +57,5 @@ def load(data: bytes) -> dict[str, Scored]:
 
 
 def _metadata(header: bytes) -> dict[str, str]:
-    found: dict[str, str] = json.loads(header)["__metadata__"]
+    found: dict[str, str] = json.loads(json.loads(header)["__metadata__"]["measured"])
     return found

@@ -146,7 +146,7 @@ def test_mlflow_holds_the_artifacts_of_the_run_and_of_each_stage(first: Optimize
     assert {"config.json", "result.json", "report.md", "stages.png"} <= names
     child = children(client, parent)["quantize"]
     report = json.loads(Path(client.download_artifacts(child.info.run_id, "report.json")).read_text())
-    assert report["method"] == "static"
+    assert report["method"].startswith("static")
     assert report["sensitivity"] is not None
 
 
