@@ -21,7 +21,7 @@ from modelpress.workload import Workload
 TRACE_BATCH = 3
 """Samples of the traced example: a size that a model's own sizes are seldom equal to."""
 
-ROUNDS = 16
+ROUNDS = 4
 """Structures of a layer are removed in this many rounds, their costs computed anew before each."""
 
 
