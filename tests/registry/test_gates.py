@@ -13,6 +13,7 @@ from modelpress.config import GateConfig
 from registry.gates import Decision, Evidence, Scored, decide
 
 SAMPLES = 2_000
+SOURCE, CHAMPION = "quality against the source", "quality against the champion"
 GATE = GateConfig(margin=0.01, confidence=0.95, min_compression_ratio=4.0, min_speedup=2.0)
 
 
@@ -60,9 +61,9 @@ def test_all_conditions_met_promotes() -> None:
 @pytest.mark.parametrize(
     ("changes", "failing", "verdict"),
     [
-        pytest.param({"candidate": answers(140)}, "quality against the source", "fail", id="5 points worse"),
-        pytest.param({"champion": answers(0), "candidate": answers(90)}, "quality against the champion", "fail", id="champion better"),
-        pytest.param({"candidate": answers(55)}, "quality against the source", "inconclusive", id="0.75 points worse"),
+        pytest.param({"candidate": answers(140)}, SOURCE, "fail", id="5 points worse"),
+        pytest.param({"champion": answers(0), "candidate": answers(90)}, CHAMPION, "fail", id="champion better"),
+        pytest.param({"candidate": answers(55)}, SOURCE, "inconclusive", id="0.75 points worse"),
         pytest.param({"compression_ratio": 3.99}, "compression ratio", "fail", id="too many bytes"),
         pytest.param({"compression_ratio": None}, "compression ratio", "fail", id="bytes not measured"),
         pytest.param({"speedup": 1.99}, "speed-up", "fail", id="too slow"),
@@ -70,14 +71,18 @@ def test_all_conditions_met_promotes() -> None:
         pytest.param({"speedup": float("nan")}, "speed-up", "fail", id="speed is NaN"),
         pytest.param({"coverage": 0.0}, "quantization coverage", "fail", id="quantized nothing"),
         pytest.param({"coverage": None}, "quantization coverage", "fail", id="coverage not measured"),
-        pytest.param({"candidate": Scored(None, "same samples", "accuracy")}, "quality against the source", "fail", id="candidate not scored"),
-        pytest.param({"source": Scored(None, "same samples", "accuracy")}, "quality against the source", "fail", id="source not scored"),
-        pytest.param({"source": Scored(np.zeros(0), "same samples", "accuracy")}, "quality against the source", "fail", id="no samples"),
-        pytest.param({"source": replace(answers(40), metric="mrr")}, "quality against the source", "fail", id="other metric"),
-        pytest.param({"champion": replace(answers(41), samples="others")}, "quality against the champion", "inconclusive", id="other samples"),
-        pytest.param({"champion": answers(41, samples=1_000)}, "quality against the champion", "inconclusive", id="fewer samples"),
+        pytest.param(
+            {"candidate": Scored(None, "same samples", "accuracy")}, SOURCE, "fail", id="candidate not scored"
+        ),
+        pytest.param({"source": Scored(None, "same samples", "accuracy")}, SOURCE, "fail", id="source not scored"),
+        pytest.param({"source": Scored(np.zeros(0), "same samples", "accuracy")}, SOURCE, "fail", id="no samples"),
+        pytest.param({"source": replace(answers(40), metric="mrr")}, SOURCE, "fail", id="other metric"),
+        pytest.param(
+            {"champion": replace(answers(41), samples="others")}, CHAMPION, "inconclusive", id="other samples"
+        ),
+        pytest.param({"champion": answers(41, samples=1_000)}, CHAMPION, "inconclusive", id="fewer samples"),
     ],
-)  # fmt: skip
+)
 def test_one_condition_unmet_refuses(changes: dict[str, object], failing: str, verdict: str) -> None:
     decision = decide(evidence(**changes), GATE)
     assert not decision.promote

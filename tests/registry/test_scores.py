@@ -29,7 +29,8 @@ def test_a_round_trip_is_exact(values: list[float], samples: str, metric: str) -
 def test_the_same_scores_are_the_same_bytes_in_every_process() -> None:
     code = (
         "import sys, numpy, registry.scores as s;"
-        "sys.stdout.buffer.write(s.dump({'source': numpy.ones(3), 'candidate': numpy.zeros(3)}, samples='x', metric='y'))"
+        "vectors = {'source': numpy.ones(3), 'candidate': numpy.zeros(3)};"
+        "sys.stdout.buffer.write(s.dump(vectors, samples='x', metric='y'))"
     )
     written = {subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout for _ in range(4)}
     assert len(written) == 1
