@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from modelpress.config import OptimizeConfig, load_config
-from modelpress.errors import CorruptionError, ModelpressError, ServingError
+from modelpress.errors import CorruptionError, GateError, ModelpressError, ServingError
 from modelpress.settings import Settings
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "HF_HUB_OFFLINE": "1",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
     "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
 }
@@ -50,11 +52,14 @@ def main() -> None:
     started = time.monotonic()
     try:
         _prepare()
-        results = [_deliver(path) for path in RECIPES]
+        recipes = [load_config(path) for path in RECIPES]
+        results = [_deliver(config) for config in recipes]
         with _server(results) as url:
-            for result in results:
-                _predict(url, load_config(next(path for path in RECIPES if result.name in path)), result)
+            for config, result in zip(recipes, results, strict=True):
+                if _promoted(result):
+                    _predict(url, config, result)
         _summarise(results, time.monotonic() - started)
+        _refuse_if_refused(results)
     except ModelpressError as error:
         console.print(f"[bold red]error:[/] {error}", soft_wrap=True)
         sys.exit(error.exit_code)
@@ -86,16 +91,28 @@ def _prepare() -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
-def _deliver(path: str) -> OptimizeResult:
+def _deliver(config: OptimizeConfig) -> OptimizeResult:
     from flows.optimize import optimize
 
-    config = load_config(path)
-    console.print(f"\n[bold]{config.name}[/] ({path})")
+    console.print(f"\n[bold]{config.name}[/]")
     result: OptimizeResult = optimize(config)
-    again = "nothing was recomputed: every stage was taken from the earlier run" if not result.recomputed else ""
-    if again:
-        console.print(f"  [green]{again}[/]")
+    if not result.recomputed:
+        console.print("  [green]nothing was recomputed: every stage was taken from the earlier run[/]")
     return result
+
+
+def _promoted(result: OptimizeResult) -> bool:
+    return result.decision is not None and result.decision.promote
+
+
+def _refuse_if_refused(results: list[OptimizeResult]) -> None:
+    refused = [result for result in results if not _promoted(result)]
+    if refused:
+        raise GateError(
+            f"promoting {', '.join(result.name for result in refused)}",
+            found="; ".join(result.decision.line() for result in refused if result.decision),
+            expected="every check to pass",
+        )
 
 
 @contextmanager
@@ -106,7 +123,7 @@ def _server(results: list[OptimizeResult]) -> Iterator[str]:
     environment = {
         **os.environ,
         "MODELPRESS_SERVING_PORT": str(port),
-        "MODELPRESS_SERVING_MODELS": ",".join(result.name for result in results),
+        "MODELPRESS_SERVING_MODELS": ",".join(result.name for result in results if _promoted(result)),
     }
     console.print(f"\n[bold]serving[/] the champions on {url}")
     with log.open("wb") as output:

@@ -65,9 +65,8 @@ class StageProgress:
             self._publish(share, note)
             self._updated = now
         if self._bar is None and now - self._logged >= LOG_SECONDS:
-            left = (now - self._started) * (total - done) / done if done else 0.0
-            extra = {"stage": self._stage}
-            get_run_logger().info("%s: %.0f %%, about %.0f s left %s", self._stage, share, left, note, extra=extra)
+            left = f"{share:.0f} %, about {(now - self._started) * (total - done) / done:.0f} s left, " if done else ""
+            get_run_logger().info("%s: %s%s", self._stage, left, note, extra={"stage": self._stage})
             self._logged = now
 
     def _publish(self, share: float, note: str) -> None:
