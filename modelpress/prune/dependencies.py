@@ -29,7 +29,7 @@ KEEPING = {
 }
 """Operators that work on each channel apart and leave the shape's axes in place."""
 ELEMENTWISE = {"add", "add_", "sub", "mul", "mul_", "div"}
-RESHAPING = {"view", "reshape", "flatten", "_unsafe_view"}
+RESHAPING = {"view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "unsqueeze"}
 PRODUCTS = {"matmul", "bmm", "scaled_dot_product_attention"}
 
 

@@ -24,6 +24,9 @@ TRACE_BATCH = 3
 ROUNDS = 4
 """Structures of a layer are removed in this many rounds, their costs computed anew before each."""
 
+EQUAL_TOLERANCE = 1e-4
+"""Of the largest output: float32 sums in another order."""
+
 
 @dataclass(frozen=True)
 class _Reading:
@@ -53,12 +56,16 @@ def prune_structured_(module: nn.Module, workload: Workload, config: PruneConfig
         readers = list(dict.fromkeys(reader.name for group in chosen for reader in group.readers))
         moments = collect(module, readers, workload, progress)
         before = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
-        kept: dict[str, list[int]] = {}
+        keeps: list[list[int]] = []
         for index, group in enumerate(chosen):
             progress(index, len(chosen), f"removing {group.kind} of {group.producers[0]}")
-            keep = _decide(module, group, moments, config)
+            keeps.append(_decide_and_mask(module, group, moments, config))
+        example = workload.example(TRACE_BATCH)
+        masked = module(**example)
+        for group, keep in zip(chosen, keeps, strict=True):
             _shrink(module, group, keep)
-            kept |= {f"{name}.weight": keep for name in group.producers}
+        _check_equal(module, example, masked)
+    kept = {f"{name}.weight": keep for group, keep in zip(chosen, keeps, strict=True) for name in group.producers}
     return _outcome(module, before, kept, eligible)
 
 
@@ -104,8 +111,9 @@ def _count(group: Group, config: PruneConfig) -> int:
     return round(config.sparsity * group.size)
 
 
-def _decide(module: nn.Module, group: Group, moments: dict[str, Moments], config: PruneConfig) -> list[int]:
-    """Indices of the structures that stay; the readers' weights are repaired on the way if the config says so."""
+def _decide_and_mask(module: nn.Module, group: Group, moments: dict[str, Moments], config: PruneConfig) -> list[int]:
+    """Indices of the structures that stay. The readers' columns of the others become zero, and the rest is repaired
+    if the config says so."""
     readings = [
         _reading(module.get_submodule(reader.name), reader.block, moments[reader.name]) for reader in group.readers
     ]
@@ -126,9 +134,10 @@ def _decide(module: nn.Module, group: Group, moments: dict[str, Moments], config
         alive[removed] = False
         if config.repair:
             readings = [_remove(reading, removed) for reading in readings]
-    if config.repair:
-        for reading in readings:
-            _store(reading)
+    gone = (~alive).nonzero().flatten()
+    for reading in readings:
+        reading.weight[:, _features(gone, reading.block)] = 0.0
+        _store(reading)
     return alive.nonzero().flatten().tolist()
 
 
@@ -179,6 +188,27 @@ def _shrink(module: nn.Module, group: Group, keep: list[int]) -> None:
         _take(module.get_submodule(name), structures, axis=0)
     for reader in group.readers:
         _take(module.get_submodule(reader.name), _features(structures, reader.block), axis=1)
+
+
+def _check_equal(module: nn.Module, example: dict[str, Tensor], masked: Tensor) -> None:
+    """Prove that removing was the same as masking.
+
+    Raises:
+        StageError: it was not: the module's forward pass holds a size of its own, such as a number of heads.
+    """
+    try:
+        shrunk = module(**example)
+        found = f"outputs that differ by up to {float((shrunk - masked).abs().max()):.3g}"
+        equal = torch.allclose(shrunk, masked, rtol=EQUAL_TOLERANCE, atol=EQUAL_TOLERANCE * float(masked.abs().max()))
+    except RuntimeError as error:
+        equal, found = False, str(error)
+    if not equal:
+        raise StageError(
+            "comparing the pruned model with the masked one",
+            found=found,
+            expected="equal outputs: a forward pass that takes its sizes from the shapes",
+            fix="leave the structure out of prune.structures (most often: heads), or name its layers in prune.ignore",
+        )
 
 
 def _take(layer: nn.Module, index: Tensor, axis: int) -> None:
