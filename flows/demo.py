@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -44,7 +45,7 @@ QUIET = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
 }
 
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
 
 def main() -> None:
@@ -177,9 +178,11 @@ def _predict(url: str, config: OptimizeConfig, result: OptimizeResult) -> None:
             expected="the same numbers, bit for bit",
         )
     metadata = httpx.get(f"{url}/v2/models/{result.name}", timeout=60).json()
+    first = ", ".join(f"{number:.4f}" for number in found.ravel()[:3])
     console.print(
-        f"  {result.name}: {found.shape[-1]} numbers over HTTP, beginning {np.round(found.ravel()[:3], 4).tolist()}, "
-        f"[green]equal to the pipeline's own output[/]; served pack {metadata['versions'][0][:16]}…"
+        f"  {result.name}: {found.shape[-1]} numbers over HTTP, {first}, …: "
+        f"[green]equal to the pipeline's own output[/], by pack {metadata['versions'][0][:16]}…",
+        soft_wrap=True,
     )
 
 
@@ -198,9 +201,10 @@ def _summarise(results: list[OptimizeResult], seconds: float) -> None:
 
     for result in results:
         rows = table(result.stages)
-        drawn = Table(title=f"{result.name}, quality with its 95 % confidence interval", title_justify="left")
+        title = f"[bold]{result.name}[/], quality with its 95 % confidence interval"
+        drawn = Table(title=title, title_justify="left", title_style="", box=SIMPLE, padding=(0, 1))
         for head in rows[0]:
-            drawn.add_column(head, justify="left" if head == "stage" else "right", no_wrap=True)
+            drawn.add_column(head, justify="left" if head == "stage" else "right")
         for row in rows:
             drawn.add_row(*row.values())
         console.print(drawn)

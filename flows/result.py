@@ -78,8 +78,8 @@ def table(rows: Sequence[StageRow]) -> list[dict[str, Any]]:
             "stage": row.stage,
             "quality": format_quality(row.quality),
             "bytes": format_bytes(row.size_bytes),
-            **{f"p50 ms, batch {batch}": _p50(row, batch) for batch in batches},
-            **{f"per s, batch {batch}": _per_second(row, batch) for batch in batches[-1:]},
+            **{f"p50 ms b{batch}": _p50(row, batch) for batch in batches},
+            **{f"/s b{batch}": _per_second(row, batch) for batch in batches[-1:]},
             "seconds": f"{row.seconds:.1f}" + (" (reused)" if row.reused else ""),
         }
         for row in rows
