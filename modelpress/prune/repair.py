@@ -19,7 +19,7 @@ from modelpress.errors import StageError
 from modelpress.progress import Progress
 from modelpress.workload import Workload
 
-DAMPING = 1e-3
+DAMPING = 1e-2
 """ε as a share of H's mean diagonal: keeps the inverse finite where inputs depend on each other."""
 
 BATCH_SIZE = 32
