@@ -2,7 +2,7 @@
 
 Each case runs in a process of its own, on empty stores: with Prefect's ephemeral server, and with a Prefect server that
 is up already. `start` is counted apart: what a process pays once (the ephemeral server), a new database once (MLflow's
-tables), and plain functions pay as well (importing torch, loading the data). `repeat` is the same flow again, with every
+tables), and plain functions pay as well (importing torch, loading the data). `repeat` is the same flow again with every
 stage reused: all of it is orchestration.
 """
 
