@@ -141,7 +141,7 @@ class PruneConfig(Config):
     sparsity: float = Field(default=0.5, gt=0, lt=1)
     """Fraction of zeros (`magnitude`), or of the structures removed in each layer (`structured`)."""
     targets: list[str] = []
-    """Module names or globs (`encoder.layer.*.output.dense`); empty takes all that the method can prune."""
+    """Module names or globs (`*.layer.0.intermediate.dense`); a name also takes what is below it. Empty takes all."""
     ignore: list[str] = []
     """Module names or globs that stay untouched."""
     repair: bool = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -79,14 +80,15 @@ class SentenceEmbedding(Workload):
         from transformers import AutoModel
 
         try:
-            model = AutoModel.from_pretrained(
-                self.folder,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                attn_implementation="eager",  # the leaner ONNX graph
-                dtype=torch.float32,
-            )
+            with _quiet_loading():
+                model = AutoModel.from_pretrained(
+                    self.folder,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    attn_implementation="eager",  # the leaner ONNX graph
+                    dtype=torch.float32,
+                )
         except (OSError, ValueError, KeyError) as error:
             raise WorkloadError(
                 f"loading the encoder of {self.folder}",
@@ -214,6 +216,21 @@ class SentenceEmbedding(Workload):
         pairs = self.pairs["evaluation"]
         lengths = [len(pair.query) for pair in pairs] + [len(pair.document) for pair in pairs]
         return sorted(range(len(lengths)), key=lengths.__getitem__)
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Without transformers' own bar of a tenth of a second: progress is shown by who runs the stage."""
+    from transformers.utils import logging
+
+    bar: Any = logging
+    shown = bar.is_progress_bar_enabled()
+    bar.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bar.enable_progress_bar()
 
 
 def _encoder(model: nn.Module) -> SentenceEncoder:
