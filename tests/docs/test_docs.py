@@ -27,8 +27,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_named_commands_exist() -> None:
-    from modelpress.cli import app
     from typer.main import get_command
+
+    from modelpress.cli import app
 
     command = get_command(app)
     known = set(getattr(command, "commands", {}))
