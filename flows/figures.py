@@ -44,9 +44,12 @@ def _quality(axes: Axes, rows: Sequence[StageRow]) -> None:
 
 def _bytes(axes: Axes, rows: Sequence[StageRow]) -> None:
     sized = [(row.stage, row.size_bytes) for row in rows if row.size_bytes]
-    bars = axes.bar([stage for stage, _ in sized], [size for _, size in sized], color=COLOURS[0])
-    axes.bar_label(bars, labels=[f"{size:,}" for _, size in sized], fontsize=7)
+    # Points, not bars: on a logarithmic axis the length of a bar says nothing.
+    axes.plot([stage for stage, _ in sized], [size for _, size in sized], "o-", color=COLOURS[0])
+    for stage, size in sized:
+        axes.annotate(f"{size:,}", (stage, size), (0, 6), textcoords="offset points", ha="center", fontsize=7)
     axes.set_yscale("log")
+    axes.margins(y=0.15)
     axes.set_ylabel("bytes")
 
 
