@@ -3,11 +3,13 @@
 ::
 
     python infra/s3/server.py start     # installs (apt) if missing, starts, prints `export` lines; again: prints them
-    python infra/s3/server.py stop      # stops it and removes its data
+    python infra/s3/server.py stop      # stops it and removes its folder
     python infra/s3/server.py run       # start, print, stop when standard input closes (what the tests use)
 
 Data lies in memory (memstore) and is gone after `stop`. It listens on 127.0.0.1 alone, on ports that were free. Two
 keys: one that writes, one that may only read what the first wrote. It is a server for development and tests.
+
+Its folder is new or empty at the start; a marker file says that it is the server's, and without it nothing is removed.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ from pathlib import Path
 
 PROGRAMS = ("ceph", "ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph-authtool", "monmaptool")
 PACKAGES = ("radosgw", "ceph-mon", "ceph-osd")
-DAEMONS = ("rgw", "osd", "mon")
+DAEMONS = ("radosgw", "ceph-osd", "ceph-mon")
+MARKER = ".modelpress-s3"
+RUN_PREFIX = "modelpress-s3-"
 DEADLINE_SECONDS = 120.0
 DEFAULT_FOLDER = Path(os.environ.get("MODELPRESS_HOME", ".modelpress")) / "s3"
 
@@ -101,28 +105,37 @@ def install() -> None:
 
 
 def start(folder: Path, capacity: int) -> dict[str, str]:
-    """Start the server below `folder` and return its environment; one that runs there already is taken as it is."""
+    """Start the server below `folder` and return its environment; one that runs there already is taken as it is.
+
+    Raises:
+        StartError: it does not start, or the folder holds something that is not the server's. Whatever ends the start,
+            an interrupt too, leaves no daemon behind.
+    """
     folder = folder.absolute()
     state = folder / "environment.json"
-    if state.exists() and all(_pid(folder, daemon) for daemon in DAEMONS):
+    if state.exists() and set(DAEMONS) <= set(_running(folder).values()):
         return dict(json.loads(state.read_text()))
-    install()
     stop(folder)
-    folder.mkdir(parents=True)
+    install()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
     try:
         environment = _start(folder, capacity)
+        state.touch(mode=0o600)
+        state.write_text(json.dumps(environment))
     except (StartError, OSError) as error:
         logs = "".join(f"\n--- {log.name}\n{_tail(log)}" for log in sorted(folder.glob("*.log")))
         stop(folder)
         raise StartError(f"{error}{logs}") from error
-    state.touch(mode=0o600)
-    state.write_text(json.dumps(environment))
+    except BaseException:
+        stop(folder)
+        raise
     return environment
 
 
 def _start(folder: Path, capacity: int) -> dict[str, str]:
     # Sockets have short names (108 bytes), whatever the folder's length.
-    run = Path(tempfile.mkdtemp(prefix="modelpress-s3-"))
+    run = Path(tempfile.mkdtemp(prefix=RUN_PREFIX))
     (folder / "run").symlink_to(run)
     mon_port, port = _free_ports(2)
     fsid = str(uuid.uuid4())
@@ -163,17 +176,25 @@ def _make_users(folder: Path) -> dict[str, str]:
 
 
 def stop(folder: Path) -> None:
-    """Stop the daemons that were started below `folder` and remove it."""
+    """Stop the daemons that were started below `folder` and remove it; no folder, or an empty one, is left as it is.
+
+    Raises:
+        StartError: the folder holds something and no marker; nothing was touched.
+    """
     folder = folder.absolute()
-    pids = [pid for daemon in DAEMONS if (pid := _pid(folder, daemon))]
-    for pid in pids:  # nothing outlives them: the data is in their memory
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    if not (folder / MARKER).is_file():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise StartError(f"{folder} holds something and no {MARKER}: it is not the server's; choose a new folder")
+        return
     end = time.monotonic() + 10
-    while time.monotonic() < end and any(_runs(pid, folder) for pid in pids):
+    while (pids := _running(folder)) and time.monotonic() < end:
+        for pid in pids:  # nothing outlives them: the data is in their memory
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
-    with contextlib.suppress(OSError):
-        shutil.rmtree((folder / "run").resolve(strict=True))
+    run = folder / "run"
+    if run.is_symlink() and (sockets := Path(os.readlink(run))).name.startswith(RUN_PREFIX):
+        shutil.rmtree(sockets, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -237,20 +258,19 @@ def _wait(ready: Callable[[], bool], failure: str) -> None:
         time.sleep(0.05)
 
 
-def _pid(folder: Path, daemon: str) -> int | None:
-    """Process id of a daemon that runs from this folder; a recycled id is not taken for it."""
-    name = {"rgw": "client.rgw", "osd": "osd.0", "mon": "mon.a"}[daemon]
-    with contextlib.suppress(OSError, ValueError):
-        pid = int((folder / f"{name}.pid").read_text())
-        if _runs(pid, folder):
-            return pid
-    return None
+def _running(folder: Path) -> dict[int, str]:
+    """Ceph's processes that were started with this folder's configuration: process id → program.
 
-
-def _runs(pid: int, folder: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return str(folder / "ceph.conf").encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
-    return False
+    By what runs and not by process id files: a daemon that was interrupted while it started has written none.
+    """
+    found: dict[int, str] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            program, *arguments = (entry / "cmdline").read_bytes().split(b"\0")
+            name = os.path.basename(program).decode(errors="replace")
+            if name in PROGRAMS and str(folder / "ceph.conf").encode() in arguments:
+                found[int(entry.name)] = name
+    return found
 
 
 def _tail(log: Path) -> str:
@@ -264,19 +284,22 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="where it keeps its files")
     parser.add_argument("--capacity-bytes", type=int, default=8 * 2**30, help="memory for objects")
     arguments = parser.parse_args()
-    if arguments.command == "stop":
-        stop(arguments.folder)
-        return 0
+    # As on Ctrl-C: a start that is ended from outside must take its daemons with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        if arguments.command == "stop":
+            stop(arguments.folder)
+            return 0
         environment = start(arguments.folder, arguments.capacity_bytes)
     except StartError as error:
         print(f"no S3 server: {error}", file=sys.stderr)
         return 3
+    except KeyboardInterrupt:
+        return 130
     for name, value in environment.items():
         print(f"export {name}={value}")
     sys.stdout.flush()
     if arguments.command == "run":
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             sys.stdin.read()
         except KeyboardInterrupt:
