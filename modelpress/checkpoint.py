@@ -138,16 +138,26 @@ def fit_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Shrink `module` in place to the shapes in `tensors`: shorter `ModuleList`s, smaller layers.
 
     Linear, convolution, batch and layer normalisation and embedding layers take the shapes of their tensors; a
-    `ModuleList` keeps as many children as the tensors name. Values are left for `load_state_dict`.
+    `ModuleList` loses its last child as long as that has tensors and none of them is stored. Values are left for
+    `load_state_dict`.
     """
     for name, child in list(module.named_modules()):
-        if isinstance(child, nn.ModuleList) and len(child):
-            prefix = f"{name}."
-            numbers = {key[len(prefix) :].split(".")[0] for key in tensors if key.startswith(prefix)}
-            length = max((int(number) for number in numbers if number.isdecimal()), default=len(child)) + 1
-            del child[length:]
+        if isinstance(child, nn.ModuleList):
+            _fit_list(child, f"{name}." if name else "", tensors)
     for name, child in module.named_modules():
         _fit_layer(child, name, tensors)
+
+
+def _fit_list(layers: nn.ModuleList, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    """Drop the last children that are not stored; one without tensors, an activation, is never known to be gone."""
+    if not any(name.startswith(prefix) for name in tensors):
+        return  # another model's tensors, which `load_state_dict` refuses by name
+    while len(layers):
+        last = f"{prefix}{len(layers) - 1}."
+        owned = layers[-1].state_dict()
+        if not owned or any(last + name in tensors for name in owned):
+            return
+        del layers[-1]
 
 
 def _fit_layer(layer: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:

@@ -167,6 +167,35 @@ def test_a_narrower_module_is_rebuilt_from_a_wider_skeleton(make: Any, example: 
     assert repr(back) == repr(narrow)
 
 
+class Listed(nn.Module):
+    """Layers and activations in one list, called in turn."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_children_without_tensors_stay_at_the_end_of_a_list() -> None:
+    module = Listed(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2), nn.Tanh(), nn.Sigmoid()).eval()
+    back = to_module(
+        from_module(module), Bare(lambda: Listed(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2), nn.Tanh(), nn.Sigmoid()))
+    )
+    x = torch.randn(3, 4)
+    assert torch.equal(back(x), module(x))
+    assert repr(back) == repr(module)
+
+
+def test_tensors_of_another_model_are_refused_and_not_fitted_to() -> None:
+    checkpoint = Checkpoint("torch", {"other.weight": torch.ones(2)})
+    with pytest.raises(WorkloadError, match=r"layers\.0\.weight"):
+        to_module(checkpoint, Bare(lambda: Listed(nn.Linear(4, 3))))
+
+
 def test_rebuilding_leaves_the_global_random_state_alone() -> None:
     checkpoint = from_module(nn.Linear(3, 3))
     torch.manual_seed(1)
