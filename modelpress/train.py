@@ -49,11 +49,13 @@ def train_(
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not parameters:
         raise StageError("training", found="no parameter that requires a gradient", expected="at least one")
-    updates_per_epoch = sum(1 for _ in workload.batches("train", config.batch_size))
-    if not updates_per_epoch:
-        raise StageError("training", found="an empty training split", expected="at least one sample")
     devices = sorted({parameter.device.index or 0 for parameter in parameters if parameter.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
+        # With a seed, as the updates are made: a workload may cut seeded batches otherwise.
+        first_epoch = workload.batches("train", config.batch_size, epoch_seed(config, 0))
+        updates_per_epoch = sum(1 for _ in first_epoch)
+        if not updates_per_epoch:
+            raise StageError("training", found="an empty training split", expected="at least one sample")
         torch.manual_seed(config.seed)
         loop = _Loop(module, loss_fn, workload, config, progress, after_update, updates_per_epoch)
         report = loop.run()
@@ -117,7 +119,7 @@ class _Loop:
         """One pass over the training split; the mean loss per sample."""
         self.module.train()
         total, samples = 0.0, 0
-        for batch in self._batches("train", self.config.seed * SEED_STRIDE + epoch):
+        for batch in self._batches("train", epoch_seed(self.config, epoch)):
             loss = self._update(batch, epoch)
             total, samples = total + loss * len(batch), samples + len(batch)
             rate = self.updates / (time.monotonic() - self.started)
@@ -168,6 +170,11 @@ class _Loop:
         return loss
 
 
+def epoch_seed(config: TrainConfig, epoch: int) -> int:
+    """Seed of the order of an epoch's batches."""
+    return config.seed * SEED_STRIDE + epoch
+
+
 def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer that a config names; `momentum` is β₁ of Adam and AdamW."""
     rate, decay = config.learning_rate, config.weight_decay
@@ -180,12 +187,13 @@ def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch
 def schedule(config: TrainConfig, update: int, total: int) -> float:
     """Learning rate of an update (counted from 0) as a share of the peak: linear warm-up, then the schedule's decay.
 
-    The first update of a warm-up is not lost on a rate of 0, and a decay reaches 0 only after the last.
+    The first update of a warm-up is not lost on a rate of 0, and a decay reaches 0 only after the last; there it stays
+    where an epoch has more batches than the first had.
     """
     warmup = round(config.warmup_fraction * total)
     if update < warmup:
         return (update + 1) / (warmup + 1)
-    position = (update - warmup) / max(1, total - warmup)
+    position = min(1.0, (update - warmup) / max(1, total - warmup))
     if config.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * position))
     return 1.0 - position if config.schedule == "linear" else 1.0

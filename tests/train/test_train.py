@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from modelpress.config import TrainConfig
 from modelpress.errors import StageError
 from modelpress.train import make_optimizer, schedule, train_
-from modelpress.workload import Batch
+from modelpress.workload import Batch, Split
 from tests.train.toy import Toy, mlp
 
 
@@ -170,6 +171,28 @@ def test_schedules_rise_then_fall_and_stay_positive(total: int, warmup: float, n
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
     if peak < total:
         assert rates[peak] == 1
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_a_decay_stays_at_its_end(name: str) -> None:
+    config = TrainConfig(schedule=name)
+    assert [schedule(config, update, 10) for update in (10, 12, 25)] == [0, 0, 0]
+
+
+def test_updates_are_counted_on_the_batches_that_are_trained_on() -> None:
+    """Seeded batches are of whole pairs here, and more than the unseeded ones."""
+
+    class Paired(Toy):
+        def batches(self, split: Split, batch_size: int, seed: int | None = None) -> Iterator[Batch]:
+            return super().batches(split, batch_size if seed is None else batch_size // 2 * 2, seed)
+
+    workload = Paired()
+    totals: list[tuple[int, int]] = []
+    config = TrainConfig(epochs=2, batch_size=5)
+    report = train_(
+        workload.source(), task_loss(workload), workload, config, lambda done, total, _="": totals.append((done, total))
+    )
+    assert totals[-1] == (report.updates, report.updates) == (24, 24)
 
 
 def test_momentum_is_the_first_beta_of_adam() -> None:
