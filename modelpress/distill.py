@@ -67,6 +67,10 @@ def distillation_loss(
 ) -> LossFn:
     """α · (loss against the teacher's outputs) + (1 − α) · (the workload's own loss) + hidden-state matching.
 
+    A student in training mode always takes the workload's own loss. One in eval mode (early stop, on calibration
+    batches) takes it where the batch has targets, and is measured by the other terms alone where it has none: unseeded
+    batches need not have any.
+
     Args:
         teacher: frozen, in eval mode.
         workload: says what outputs are, and has the loss of the task.
@@ -81,7 +85,7 @@ def distillation_loss(
         loss: Tensor = output.new_zeros(())
         if config.alpha > 0:
             loss = loss + config.alpha * imitation_loss(output, target, workload.outputs, config.temperature)
-        if config.alpha < 1 and batch.targets is not None:
+        if config.alpha < 1 and (student.training or batch.targets is not None):
             loss = loss + (1 - config.alpha) * workload.loss(output, batch)
         if hidden is not None:
             loss = loss + config.hidden_weight * hidden_loss(*hidden, batch.inputs.get("attention_mask"))

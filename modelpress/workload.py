@@ -82,7 +82,12 @@ class Workload(abc.ABC):
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         """The task's own loss; default: cross-entropy with `batch.targets`."""
         if batch.targets is None:
-            raise WorkloadError(f"{type(self).__name__}.loss", found="no targets", fix="override `loss`")
+            raise WorkloadError(
+                f"computing the loss of {type(self).__name__}",
+                found="a batch without targets",
+                expected="class numbers for cross-entropy",
+                fix="give Batch.targets, override `loss`, or learn from the teacher alone: distill.alpha 1",
+            )
         return nn.functional.cross_entropy(output, batch.targets)
 
     def dynamic_axes(self) -> dict[str, dict[int, str]]:

@@ -211,11 +211,25 @@ def test_bad_students_are_refused() -> None:
         distill(flat.source(), flat, DistillConfig(architecture={"width": 16}))
 
 
-def test_a_batch_without_targets_is_imitated_only() -> None:
+def test_a_loss_that_needs_no_targets_counts_in_training() -> None:
+    class Unlabelled(Toy):
+        def loss(self, output: Tensor, batch: Batch) -> Tensor:
+            return (output - batch.inputs["x"][:, :3]).square().mean()
+
+    workload = Unlabelled()
+    teacher, student = workload.source(), workload.skeleton({"width": 5})
+    batch = Batch(next(workload.batches("train", 8)).inputs)
+    loss = distillation_loss(teacher, workload, DistillConfig(alpha=0.0))(student, batch)
+    assert float(loss.detach()) == pytest.approx(float(workload.loss(student(**batch.inputs), batch).detach()))
+
+
+def test_a_batch_without_targets_is_refused_in_training_and_imitated_only_in_early_stop() -> None:
     workload = Toy()
     teacher, student = workload.source(), workload.skeleton({"width": 5})
     inputs = next(workload.batches("train", 8)).inputs
-    loss = distillation_loss(teacher, workload, DistillConfig(alpha=0.5))(student, Batch(inputs))
-    assert float(loss) == pytest.approx(
+    loss_fn = distillation_loss(teacher, workload, DistillConfig(alpha=0.5))
+    with pytest.raises(WorkloadError, match=r"(?s)without targets.*distill\.alpha"):
+        loss_fn(student, Batch(inputs))
+    assert float(loss_fn(student.eval(), Batch(inputs))) == pytest.approx(
         0.5 * float(imitation_loss(student(**inputs), teacher(**inputs), "logits", 2.0))
     )
