@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from typing import Any
 
 from modelpress.errors import CorruptionError
@@ -18,7 +20,11 @@ def loads(data: bytes, doing: str) -> dict[str, Any]:
     """
     try:
         document = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_integer
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse,
+            parse_int=_integer,
+            parse_float=_finite,
         )
     except (ValueError, RecursionError) as error:
         raise CorruptionError(doing, found=str(error)[:200], expected="strict JSON") from error
@@ -30,9 +36,9 @@ def loads(data: bytes, doing: str) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document = dict(pairs)
     if len(document) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {twice!r} stands {keys.count(twice)} times")
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
+        raise ValueError(f"key {twice[:80]!r} stands {counts[twice]} times")
     return document
 
 
@@ -44,3 +50,10 @@ def _integer(digits: str) -> int:
     if len(digits) > MAX_NUMBER_DIGITS:
         raise ValueError(f"a number of {len(digits)} digits")
     return int(digits)
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:40]} is beyond the largest number")
+    return value
