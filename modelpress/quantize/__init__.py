@@ -1,8 +1,9 @@
 """From a float ONNX graph to one with integer weights and activations, within a quality budget.
 
-`dynamic` ranges activations per call, `static` by calibration. Each layer's sensitivity is measured by itself; the most
-sensitive compute in float until the graph agrees with the float one as closely as the config asks. Their weights are
-stored as integers all the same, where the budget allows it: mostly it is the rounding of activations that costs.
+`dynamic` ranges activations per call, `static` by calibration. Each layer's sensitivity is measured by itself, or
+together with those that share its weight; the most sensitive compute in float until the graph agrees with the float one
+as closely as the config asks. Their weights are stored as integers all the same, where the budget allows it: mostly it
+is the rounding of activations that costs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from modelpress.config import QuantizeConfig
 from modelpress.errors import CoverageError
 from modelpress.progress import Progress, silent
 from modelpress.quantize import rewrite, sensitivity, static
-from modelpress.quantize.selection import Layer, chosen_layers, eligible_layers
+from modelpress.quantize.selection import Layer, chosen_layers, eligible_layers, shared_weights
 from modelpress.reports import QuantizeReport, SensitivityRow
 from modelpress.workload import Workload
 
@@ -47,6 +48,7 @@ def quantize(
         CoverageError: nothing to quantize, an activation without a calibrated range, or less than `min_coverage` or
             no layer in integers within `max_quality_drop`.
         CorruptionError: no ONNX checkpoint.
+        StageError: a node that has no integer form, or nodes that need the weight they share in two forms.
     """
     model = graph.join(checkpoint)
     if config.method == "static":
@@ -57,10 +59,11 @@ def quantize(
     batches = [batch.inputs for batch in workload.batches("calibration", _BATCH)]
     build = _builder(model, chosen, batches, config, progress)
 
-    total = len(chosen) + 1
+    units = shared_weights(chosen)
+    total = len(units) + 1
     ranked = sensitivity.rank(
         build,
-        [layer.node for layer in chosen],
+        units,
         sensitivity.Judge(model, _some(batches)),
         lambda done, node: progress(done - 1, total, f"sensitivity of {node}"),
     )
@@ -77,7 +80,8 @@ def quantize(
         agreement=1.0 - disagreement,
         sensitivity=[
             SensitivityRow(node=node, disagreement=drop, kept_float=place < kept)
-            for place, (node, drop) in enumerate(ranked)
+            for place, (unit, drop) in enumerate(ranked)
+            for node in unit
         ],
     )
     _check_coverage(report, config)
@@ -89,22 +93,23 @@ def quantize(
 def _within_budget(
     build: sensitivity.Build,
     model: ModelProto,
-    ranked: Sequence[tuple[str, float]],
+    ranked: Sequence[tuple[sensitivity.Unit, float]],
     batches: Sequence[Inputs],
     config: QuantizeConfig,
     progress: Progress,
 ) -> tuple[int, ModelProto, float]:
-    """Layers in float, the model and its disagreement; float layers have integer weights if that fits the budget."""
+    """Units in float, the model and its disagreement; float layers have integer weights if that fits the budget."""
     judge = sensitivity.Judge(model, batches)
-    nodes = [node for node, _ in ranked]
+    units = [unit for unit, _ in ranked]
 
     def note(kept: int, disagreement: float) -> None:
-        progress(len(nodes), len(nodes) + 1, f"{kept} layers in float: disagreement {disagreement:.4f}")
+        in_float = sum(len(unit) for unit in units[:kept])
+        progress(len(units), len(units) + 1, f"{in_float} layers in float: disagreement {disagreement:.4f}")
 
-    found = sensitivity.keep_in_float(build, nodes, judge, config.max_quality_drop, note)
+    found = sensitivity.keep_in_float(build, units, judge, config.max_quality_drop, note)
     if found[2] <= config.max_quality_drop:
         return found
-    return sensitivity.keep_in_float(lambda some, _: build(some, []), nodes, judge, config.max_quality_drop, note)
+    return sensitivity.keep_in_float(lambda some, _: build(some, []), units, judge, config.max_quality_drop, note)
 
 
 def _some(batches: Sequence[Inputs]) -> list[Inputs]:

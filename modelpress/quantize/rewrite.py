@@ -28,7 +28,7 @@ def quantize_dynamic_(model: ModelProto, nodes: Collection[str], per_channel: bo
     """Rewrite the named MatMul and Gemm nodes in place; weights signed, activations unsigned, ranged per call.
 
     Raises:
-        StageError: a Gemm that scales or transposes its input.
+        StageError: a Gemm that scales or transposes its input, or two nodes that need one weight in two forms.
     """
     initializers = {one.name: one for one in model.graph.initializer}
     ranged: set[str] = set()
@@ -85,13 +85,17 @@ def quantize_tables_(model: ModelProto, nodes: Collection[str]) -> None:
     """Rewrite the named Gather nodes in place: their tables are stored as int8.
 
     One scale serves the whole table where its rounding error stays within `TABLE_TOLERANCE`: at equal error, codes of
-    one step size take fewer bits after entropy coding than codes whose step differs by row.
+    one step size take fewer bits after entropy coding than codes whose step differs by row. A table that is no
+    initializer any more stays as it is: a product that shares it has stored it as integers.
+
+    Raises:
+        StageError: a product needs the same table in another form.
     """
     initializers = {one.name: one for one in model.graph.initializer}
     by_row: dict[str, bool] = {}
     rewritten: list[NodeProto] = []
     for node in model.graph.node:
-        if node.name not in nodes:
+        if node.name not in nodes or node.input[0] not in initializers:
             rewritten.append(node)
             continue
         table = node.input[0]
@@ -167,8 +171,24 @@ def _gemm_transposes_weight(node: NodeProto) -> bool:
 
 
 def _add(model: ModelProto, name: str, array: np.ndarray) -> None:
-    if all(one.name != name for one in model.graph.initializer):
+    """Append an initializer; nodes that share a weight find it there.
+
+    Raises:
+        StageError: one of this name holds something else.
+    """
+    standing = next((one for one in model.graph.initializer if one.name == name), None)
+    if standing is None:
         model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        return
+    found = numpy_helper.to_array(standing)
+    if found.dtype != array.dtype or not np.array_equal(found, array):
+        raise StageError(
+            f"adding {name!r} to the graph",
+            found=f"other values of this name, {found.dtype} {list(found.shape)}: nodes that share a weight need it "
+            "in two forms",
+            expected=f"one form, {array.dtype} {list(array.shape)}",
+            fix="add one of the nodes that share it to quantize.ignore, or set quantize.embeddings to false",
+        )
 
 
 def _replace_nodes(model: ModelProto, nodes: Sequence[NodeProto]) -> None:

@@ -104,5 +104,14 @@ def chosen_layers(layers: Sequence[Layer], config: QuantizeConfig) -> list[Layer
     return chosen
 
 
+def shared_weights(layers: Sequence[Layer]) -> list[tuple[str, ...]]:
+    """Names of the layers' nodes, those that share a weight together, in the order of the first of each: a weight
+    that one node reads as integers and another in float would be stored twice."""
+    units: dict[str, list[str]] = {}
+    for layer in layers:
+        units.setdefault(layer.weight, []).append(layer.node)
+    return [tuple(nodes) for nodes in units.values()]
+
+
 def _matches(layer: Layer, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(layer.node, pattern) for pattern in patterns)

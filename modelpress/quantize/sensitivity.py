@@ -14,6 +14,9 @@ Build = Callable[[Sequence[str], Sequence[str]], ModelProto]
 """Makes the model in which the first named nodes compute in integers, the second ones in float from stored integers,
 and all others are as they were."""
 
+Unit = tuple[str, ...]
+"""Names of nodes that share one weight: all in integers, or all in float."""
+
 
 class Judge:
     """Compares models with the float model, on fixed inputs.
@@ -47,36 +50,38 @@ def mean_cosine(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.clip(cosines, -1.0, 1.0).mean())
 
 
-def rank(build: Build, nodes: Sequence[str], judge: Judge, note: Callable[[int, str], None]) -> list[tuple[str, float]]:
-    """Disagreement with each node alone in integers, the most sensitive first."""
+def rank(
+    build: Build, units: Sequence[Unit], judge: Judge, note: Callable[[int, str], None]
+) -> list[tuple[Unit, float]]:
+    """Disagreement with each unit alone in integers, the most sensitive first."""
     rows = []
-    for done, node in enumerate(nodes, start=1):
-        note(done, node)
-        rows.append((node, judge.disagreement(build([node], []))))
+    for done, unit in enumerate(units, start=1):
+        note(done, ", ".join(unit))
+        rows.append((unit, judge.disagreement(build(unit, []))))
     return sorted(rows, key=lambda row: (-row[1], row[0]))
 
 
 def keep_in_float(
-    build: Build, ranked: Sequence[str], judge: Judge, budget: float, note: Callable[[int, float], None]
+    build: Build, ranked: Sequence[Unit], judge: Judge, budget: float, note: Callable[[int, float], None]
 ) -> tuple[int, ModelProto, float]:
-    """Least number of the most sensitive nodes to leave in float so that the disagreement is within `budget`.
+    """Least number of the most sensitive units to leave in float so that the disagreement is within `budget`.
 
-    Found by bisection: the disagreement falls, but for noise, as more nodes stay in float.
+    Found by bisection: the disagreement falls, but for noise, as more units stay in float.
 
     Args:
         build: makes the models.
-        ranked: nodes, the most sensitive first.
+        ranked: units, the most sensitive first.
         judge: measures the disagreement.
         budget: largest disagreement allowed.
-        note: told the number of nodes in float and the disagreement, after each try.
+        note: told the number of units in float and the disagreement, after each try.
 
     Returns:
-        The number, the model and its disagreement. The number is that of all nodes where no other fits.
+        The number, the model and its disagreement. The number is that of all units where no other fits.
     """
     tried: dict[int, tuple[ModelProto, float]] = {}
 
     def measure(kept: int) -> float:
-        model = build(ranked[kept:], ranked[:kept])
+        model = build(_nodes(ranked[kept:]), _nodes(ranked[:kept]))
         tried[kept] = (model, judge.disagreement(model))
         note(kept, tried[kept][1])
         return tried[kept][1]
@@ -94,6 +99,10 @@ def keep_in_float(
     if enough not in tried:
         measure(enough)
     return enough, *tried[enough]
+
+
+def _nodes(units: Sequence[Unit]) -> list[str]:
+    return [node for unit in units for node in unit]
 
 
 def _rows(output: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from torch import nn
 from modelpress import graph
 from modelpress.checkpoint import Checkpoint
 from modelpress.config import ExportConfig, QuantizeConfig
-from modelpress.errors import ConfigError, CoverageError
+from modelpress.errors import ConfigError, CoverageError, StageError
 from modelpress.export import export
 from modelpress.quantize import quantize
 from modelpress.reports import QuantizeReport
@@ -246,3 +246,86 @@ def test_a_table_that_a_float_node_still_reads_counts_as_float() -> None:
     _, report = report_of(model, TextToy())
     assert report.eligible_weights == 3200 + 1024
     assert report.quantized_weights == 1024
+
+
+class Shared(nn.Module):
+    """One weight in two layers: the second reads a feature a thousand times the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.flatten = nn.Flatten()
+        self.first, self.second = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+        self.head = nn.Linear(64, 10)
+        with torch.no_grad():
+            self.first.weight[:, 3] = 0
+        self.second.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(self.flatten(x)).relu()
+        spike = nn.functional.one_hot(torch.tensor(3), 64) * 3000.0
+        return self.head(self.second(hidden + spike).relu())
+
+
+@pytest.mark.parametrize("ignored", [None, "second.Gemm", "second.Gemm_1"])
+@pytest.mark.parametrize("method", ["dynamic", "static"])
+def test_layers_that_share_a_weight_are_quantized_or_kept_together(method: str, ignored: str | None) -> None:
+    workload = ImageToy(Shared().eval())
+    checkpoint, _ = export(workload.module, workload, ExportConfig())
+    config = QuantizeConfig(method=method, ignore=[ignored] if ignored else [], min_coverage=0, max_quality_drop=0.02)
+    quantized, report = quantize(checkpoint, workload, config)
+    chosen = {"second.Gemm", "second.Gemm_1"} - {ignored}
+    assert chosen | {"head.Gemm"} == {row.node for row in report.sensitivity}
+    # The spike in its activations spoils the second call, and with it the weight for both.
+    assert {row.node for row in report.sensitivity if row.kept_float} == (
+        chosen if "second.Gemm_1" in chosen else set()
+    )
+    assert len({row.disagreement for row in report.sensitivity if row.node in chosen}) == 1
+    expected, found = outputs(checkpoint, workload), outputs(quantized, workload)
+    cosine = (expected * found).sum(1) / np.linalg.norm(expected, axis=1) / np.linalg.norm(found, axis=1)
+    assert cosine.mean() > 0.97
+
+
+@pytest.mark.parametrize("method", ["dynamic", "static"])
+def test_layers_that_share_a_weight_share_its_integers(method: str) -> None:
+    torch.manual_seed(0)
+    first, second = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+    second.weight = first.weight
+    workload = ImageToy(Wrapped(nn.Sequential(nn.Flatten(), first, nn.ReLU(), second)).eval())
+    checkpoint, _ = export(workload.module, workload, ExportConfig())
+    quantized, report = quantize(checkpoint, workload, QuantizeConfig(method=method, max_quality_drop=0.05))
+    assert report.eligible_weights == report.quantized_weights == integer_weights(quantized) == 64 * 64
+    assert float_weights(quantized) == 0
+    assert len(report.sensitivity) == 2
+
+
+def tied_table() -> onnx.ModelProto:
+    """Token embeddings, averaged and compared with the same table."""
+    table = np.random.default_rng(0).standard_normal((100, 32)).astype(np.float32)
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["rows"], "rows"),
+        helper.make_node("ReduceMean", ["rows", "second"], ["mean"], "pool", keepdims=0),
+        helper.make_node("Gemm", ["mean", "table"], ["y"], "product", transB=1),
+    ]
+    constants = [numpy_helper.from_array(table, "table"), numpy_helper.from_array(np.array([1]), "second")]
+    inputs = [helper.make_tensor_value_info("ids", TensorProto.INT64, ["n", "l"])]
+    output = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 100])]
+    body = helper.make_graph(nodes, "g", inputs, output, constants)
+    return helper.make_model(body, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def test_a_table_that_a_product_needs_in_another_form_is_refused() -> None:
+    workload, checkpoint = TextToy(), graph.split(tied_table())
+    config = QuantizeConfig(method="dynamic", embeddings=True, max_quality_drop=0.05, min_coverage=0)
+    with pytest.raises(StageError, match=r"(?s)'table_quantized'.*quantize\.ignore"):
+        quantize(checkpoint, workload, config)
+    ignoring = config.model_copy(update={"ignore": ["product"]})
+    quantized, _ = quantize(checkpoint, workload, ignoring)
+    assert np.abs(outputs(quantized, workload) - outputs(checkpoint, workload)).max() < 0.5
+
+
+def test_a_table_that_a_static_product_stored_is_read_from_its_integers() -> None:
+    workload, checkpoint = TextToy(), graph.split(tied_table())
+    quantized, report = quantize(checkpoint, workload, QuantizeConfig(embeddings=True, max_quality_drop=0.05))
+    assert report.quantized_weights == integer_weights(quantized) == 3200
+    assert float_weights(quantized) == 0
