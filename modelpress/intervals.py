@@ -132,6 +132,9 @@ def bootstrap_mean(values: Scores, confidence: float, *, resamples: int = RESAMP
 def mean(scores: Scores, confidence: float) -> Interval:
     """Interval of the mean of per-sample scores: `wilson` for 0/1 scores, `bootstrap_mean` for others.
 
+    The latter is never narrower than if the share of samples that as many equal ones leave open (`wilson`) scored the
+    least or the most that the metric gives (see `_range`): few samples, or equal ones, are no certainty.
+
     Args:
         scores: (samples,), float64.
         confidence: two-sided.
@@ -142,15 +145,19 @@ def mean(scores: Scores, confidence: float) -> Interval:
     scores = _checked(scores)
     if _is_binary(scores):
         return wilson(int(scores.sum()), scores.size, confidence)
-    return bootstrap_mean(scores, confidence)
+    found = bootstrap_mean(scores, confidence)
+    unseen = wilson(0, scores.size, confidence).high
+    least, most = _range(scores)
+    low, high = found.value - unseen * (found.value - least), found.value + unseen * (most - found.value)
+    return Interval(found.value, min(found.low, low), max(found.high, high))
 
 
 def paired_difference(scores: Scores, baseline: Scores, confidence: float) -> Interval:
     """Interval of mean(scores) − mean(baseline) over the same samples, in the same order.
 
     0/1 scores take `tango`. Others take `bootstrap_mean` of the differences, never narrower than what the same number
-    of samples without one disagreement would leave open on the range that the scores span: a bootstrap of differences
-    that are nearly all zero would otherwise be sure of what it never saw.
+    of samples without one disagreement would leave open on the metric's range (see `_range`): a bootstrap of
+    differences that are nearly all equal, or of a single one, would otherwise be sure of what it never saw.
 
     Args:
         scores: (samples,), float64.
@@ -168,8 +175,8 @@ def paired_difference(scores: Scores, baseline: Scores, confidence: float) -> In
         lost = int(np.count_nonzero(scores < baseline))
         return tango(gained, lost, scores.size, confidence)
     found = bootstrap_mean(scores - baseline, confidence)
-    both = np.concatenate([scores, baseline])
-    unseen = tango(0, 0, scores.size, confidence).high * float(both.max() - both.min())
+    least, most = _range(np.concatenate([scores, baseline]))
+    unseen = tango(0, 0, scores.size, confidence).high * (most - least)
     return Interval(found.value, min(found.low, found.value - unseen), max(found.high, found.value + unseen))
 
 
@@ -201,6 +208,11 @@ def _checked(scores: Scores) -> Scores:
     if not np.isfinite(scores).all():
         raise ValueError(f"{np.count_nonzero(~np.isfinite(scores))} of {scores.size} scores are not finite")
     return scores
+
+
+def _range(scores: Scores) -> tuple[float, float]:
+    """Least and largest score that the metric can give: 0 and 1, or what was seen where that lies beyond."""
+    return min(0.0, float(scores.min())), max(1.0, float(scores.max()))
 
 
 def _is_binary(scores: Scores) -> bool:

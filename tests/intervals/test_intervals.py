@@ -95,6 +95,23 @@ def test_scores_that_never_differ_are_not_taken_for_certainty() -> None:
     assert found.low < -0.05 < 0.05 < found.high
 
 
+@pytest.mark.parametrize("scores", [np.array([0.5]), np.full(20, 0.5), np.full(20, 7.0)], ids=["one", "equal", "above"])
+def test_equal_scores_and_single_ones_leave_as_much_open_as_their_number(scores: np.ndarray) -> None:
+    found = intervals.paired_difference(scores, scores, 0.95)
+    width = intervals.tango(0, 0, scores.size, 0.95).high * max(1.0, scores[0])
+    assert (found.low, found.high) == pytest.approx((-width, width))
+    alone = intervals.mean(scores, 0.95)
+    assert alone.low < 0.95 * scores[0] < scores[0] == alone.value <= alone.high
+
+
+def test_many_scores_are_as_the_bootstrap_has_them() -> None:
+    """The floor under the width binds few and equal scores only: reciprocal ranks of 1000 queries are wider."""
+    random = np.random.default_rng(0)
+    scores, baseline = (1.0 / random.geometric(0.8, size=1000) for _ in range(2))
+    assert intervals.mean(scores, 0.9) == intervals.bootstrap_mean(scores, 0.9)
+    assert intervals.paired_difference(scores, baseline, 0.9) == intervals.bootstrap_mean(scores - baseline, 0.9)
+
+
 def test_more_samples_narrow_the_interval() -> None:
     scores = np.linspace(0, 1, 40)
     few = intervals.paired_difference(scores, scores[::-1], 0.95)

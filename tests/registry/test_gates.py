@@ -120,6 +120,17 @@ def test_equal_models_pass_where_samples_suffice_and_are_inconclusive_where_they
     assert few.required_samples > 50
 
 
+@pytest.mark.parametrize("samples", [1, 50])
+@pytest.mark.parametrize("loss", [0.0, 0.02])
+def test_few_samples_of_a_continuous_score_are_inconclusive(samples: int, loss: float) -> None:
+    source = Scored(np.full(samples, 0.5), "same samples", "mrr")
+    candidate = Scored(np.full(samples, 0.5 - loss), "same samples", "mrr")
+    decision = decide(evidence(candidate=candidate, source=source, champion=None), GATE)
+    assert decision.verdict == "inconclusive"
+    assert decision.required_samples is not None
+    assert decision.required_samples > samples
+
+
 def test_a_failed_check_outweighs_an_inconclusive_one() -> None:
     decision = decide(evidence(candidate=answers(55), speedup=0.5), GATE)
     assert decision.verdict == "fail"
