@@ -33,6 +33,8 @@ MAX_SCALING = 0.1
 class ImageClassification(Workload):
     """A CNN trained in the run, on `digits` or an .npz with `images` (N, H, W[, C]) and `labels` (N,).
 
+    Images are uint8, or floats from 0 to 1.
+
     Samples that occur twice are taken once, so that the splits are disjoint by content. Shuffled training batches are
     rotated, scaled and shifted a little.
 
@@ -127,13 +129,24 @@ def _load_data(source: str) -> tuple[np.ndarray, np.ndarray]:
     if images.ndim == 3:
         images = images[..., None]
     fits = (
-        images.ndim == 4 and labels.ndim == 1 and len(images) == len(labels) and np.issubdtype(labels.dtype, np.integer)
+        images.ndim == 4
+        and images.size > 0
+        and labels.ndim == 1
+        and len(images) == len(labels)
+        and np.issubdtype(labels.dtype, np.integer)
     )
-    if not fits or not np.isfinite(images).all() or (len(labels) and labels.min() < 0):
+    if not fits or not np.isfinite(images).all() or labels.min() < 0:
         raise WorkloadError(
             f"reading images from {source}",
             found=f"images {images.shape} {images.dtype}, labels {labels.shape} {labels.dtype}",
-            expected="finite images (N, H, W) or (N, H, W, C), and as many integer labels from 0 up",
+            expected="finite images (N, H, W) or (N, H, W, C), at least one, and as many integer labels from 0 up",
+        )
+    if images.min() < 0 or images.max() > 1:
+        raise WorkloadError(
+            f"reading images from {source}",
+            found=f"floats from {images.min():g} to {images.max():g}",
+            expected="floats from 0 to 1, or uint8",
+            fix="divide them by the largest value that a pixel can have, or save them as uint8",
         )
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64)
 
@@ -148,8 +161,16 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
             found=str(error),
             expected="an .npz with arrays `images` and `labels`, without pickled objects",
         ) from error
-    scale = 255.0 if images.dtype == np.uint8 else 1.0
-    return images.astype(np.float32) / np.float32(scale), labels
+    if images.dtype == np.uint8:
+        return images.astype(np.float32) / np.float32(255.0), labels
+    if images.dtype != np.bool_ and not np.issubdtype(images.dtype, np.floating):
+        raise WorkloadError(
+            f"reading images from {path}",
+            found=f"images of {images.dtype}, whose largest value is not known",
+            expected="uint8, or floats from 0 to 1",
+            fix="divide them by the largest value that a pixel can have: images.astype('float32') / largest",
+        )
+    return images.astype(np.float32), labels
 
 
 def _distinct(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

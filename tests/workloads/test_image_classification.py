@@ -148,8 +148,17 @@ def test_images_of_ones_own(tmp_path: Path) -> None:
         (np.full((4, 8, 8), np.nan), np.zeros(4, int), "finite images"),
         (np.zeros((4, 8, 8)), np.zeros(4, int), "1 distinct"),
         (np.array([{}] * 4, dtype=object), np.zeros(4, int), "pickled"),
+        (np.zeros((0, 8, 8)), np.zeros(0, int), "at least one"),
+        (np.zeros((4, 0, 8)), np.zeros(4, int), "at least one"),
+        (np.zeros((4, 8, 8), np.uint16), np.zeros(4, int), "uint16"),
+        (np.zeros((4, 8, 8), np.int64), np.zeros(4, int), "int64"),
+        (np.arange(256.0).reshape(4, 8, 8), np.zeros(4, int), "from 0 to 255"),
+        (np.full((4, 8, 8), -0.5), np.zeros(4, int), "from -0.5 to -0.5"),
     ],
-    ids=["rank", "lengths", "float labels", "nan", "all equal", "pickled"],
+    ids=[
+        *("rank", "lengths", "float labels", "nan", "all equal", "pickled"),
+        *("none", "no pixels", "uint16", "int64", "0 to 255", "negative"),
+    ],
 )
 def test_bad_images_are_refused(tmp_path: Path, images: np.ndarray, labels: np.ndarray, message: str) -> None:
     with pytest.raises(WorkloadError, match=message):
