@@ -170,21 +170,25 @@ def history(store: Store, name: str, alias: str) -> list[Pointer]:
     return entries
 
 
-def rollback(store: Store, name: str, alias: str, to: str | None = None) -> Pointer:
+def rollback(store: Store, name: str, alias: str, to: str | None = None, *, token: str | None = None) -> Pointer:
     """Point `alias` back by one more entry: at pack `to`, or at the one that stood before the current pack.
 
-    Rollbacks in a row go further back, not to and fro: after A, B, C, the first returns to B and the second to A.
+    Rollbacks in a row go further back, not to and fro: after A, B, C, the first returns to B and the second to A. A
+    retry that carries the `token` of the first attempt meets its entry, and goes no further.
 
     Raises:
         NotFoundError: there is nothing to go back to.
         ConflictError: the alias was moved by someone else meanwhile.
     """
     entries = history(store, name, alias)
+    for entry in entries:
+        if token is not None and entry.token == token:
+            return entry
     standing = _standing(entries)
     if to is None and len(standing) < 2:
         found = f"only pack {standing[0]}" if standing else "an alias that was never set"
         raise NotFoundError(f"rolling back {name}@{alias}", found=found, expected="an earlier pack to go back to")
-    return append(store, name, alias, to or standing[-2], ROLLBACK, after=len(entries))
+    return append(store, name, alias, to or standing[-2], ROLLBACK, after=len(entries), token=token)
 
 
 def _standing(entries: list[Pointer]) -> list[str]:
@@ -224,7 +228,7 @@ def _read(store: Store, name: str, alias: str, number: int) -> Pointer:
                 doing, found=f"format version {version}", expected=f"at most {FORMAT_VERSION}", fix="update modelpress"
             )
         entry = Pointer.model_validate(document)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         found = str(error) if not isinstance(error, ValidationError) else str(error.errors(include_url=False)[0])
         raise CorruptionError(doing, found=found, expected="a pointer entry") from error
     if (entry.name, entry.alias, entry.number) != (name, alias, number) or entry.to_bytes() != data:

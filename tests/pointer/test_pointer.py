@@ -99,6 +99,16 @@ def test_rollback_to_a_named_pack(store: Store) -> None:
         pointer.rollback(store, "demo", "champion", to="0" * 64)
 
 
+def test_a_retried_rollback_meets_its_own_entry(store: Store) -> None:
+    for pack in (A, B, C):
+        pointer.append(store, "demo", "champion", pack, "promote")
+    first = pointer.rollback(store, "demo", "champion", token="run-1")
+    assert pointer.rollback(store, "demo", "champion", token="run-1") == first
+    assert first.pack == B
+    assert pointer.rollback(store, "demo", "champion", token="run-2").pack == A
+    assert pointer.rollback(store, "demo", "champion", token="run-1") == first
+
+
 @given(st.lists(st.sampled_from([A, B, C, "back"]), max_size=12))
 @settings(max_examples=60, deadline=None)
 def test_rollback_undoes_as_a_stack_does(tmp_path_factory: pytest.TempPathFactory, actions: list[str]) -> None:
@@ -165,7 +175,7 @@ def test_a_race_loses_no_entry(backend: str, request: pytest.FixtureRequest, tmp
     assert sorted(made, key=lambda entry: entry.number) == log
 
 
-@pytest.mark.parametrize("damage", ["pack", "number", "extra", "cut", "array", "spaces"])
+@pytest.mark.parametrize("damage", ["pack", "number", "extra", "cut", "array", "spaces", "deep"])
 def test_a_changed_entry_is_found_out(store: Store, damage: str) -> None:
     for pack in (A, B):
         pointer.append(store, "demo", "champion", pack, "promote")
@@ -178,6 +188,7 @@ def test_a_changed_entry_is_found_out(store: Store, damage: str) -> None:
         "cut": store.get(key)[:-1].decode(),
         "array": "[]",
         "spaces": json.dumps(document),
+        "deep": "[" * 100_000,
     }[damage]
     store.put(key, changed.encode())
     with pytest.raises(CorruptionError):
