@@ -84,9 +84,9 @@ def _prepare() -> None:
     warnings.simplefilter("ignore")
     console.print("[bold]modelpress demo[/]: two models through the whole line, then served")
     console.print("starting Prefect's ephemeral server, importing torch ...")
-    from prefect.logging.configuration import setup_logging
+    from flows.console import hide_expected_errors
 
-    setup_logging()
+    hide_expected_errors()
     logging.getLogger("prefect").addHandler(Story())
     for noisy in ("mlflow", "alembic", "onnxscript", "onnx_ir", "torch.onnx", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -159,10 +159,11 @@ def _predict(url: str, config: OptimizeConfig, result: OptimizeResult) -> None:
 
     from modelpress import graph
     from modelpress.reports import ArtifactRef
-    from tasks.runner import fetch_checkpoint, open_workload
+    from modelpress.workload import load_workload
+    from tasks.runner import fetch_checkpoint
 
     settings = Settings()
-    inputs = open_workload(config.workload).example(1)
+    inputs = load_workload(config.workload).example(1)
     reference = ArtifactRef(uri=f"{settings.work_uri}/blobs/sha256/{result.graph}", sha256=result.graph, size_bytes=0)
     session = graph.session(fetch_checkpoint(reference), config.evaluate.provider, config.evaluate.threads)
     expected = graph.run(session, inputs)

@@ -106,12 +106,14 @@ class Line:
             source_bytes=self.outputs["source"].size_bytes,
         )
 
+    def origin(self) -> dict[str, str]:
+        """The flow run that a new model version comes from: text by tag."""
+        return {"flow_run_id": str(flow_run.id), "flow_run_url": self.flow_run_url}
+
     def headline(self) -> dict[str, str]:
         """The measured numbers that the gate and people read from the model version: text by tag."""
         served, source = self.evaluations[self._served], self.evaluations["source (onnx)"]
         return {
-            "flow_run_id": str(flow_run.id),
-            "flow_run_url": self.flow_run_url,
             served.quality.metric: f"{served.quality.value:.6f}",
             "throughput_per_second": f"{throughput(served):.3f}",
             "source_throughput_per_second": f"{throughput(source):.3f}",

@@ -19,6 +19,10 @@ from modelpress.config import GateConfig
 from modelpress.reports import Report
 
 Verdict = Literal["pass", "fail", "inconclusive"]
+OTHER_SAMPLES = (
+    "the two were scored on other samples; run the reference's recipe again on the present ones, point the alias at "
+    "that pack with `modelpress rollback NAME --to DIGEST`, then promote this one again"
+)
 Scores = npt.NDArray[np.float64]
 
 
@@ -146,7 +150,7 @@ def _unpaired(candidate: Scored, reference: Scored) -> tuple[Verdict, str] | Non
     if candidate.metric != reference.metric:
         return "fail", f"the candidate is scored by {candidate.metric}, the reference by {reference.metric}"
     if candidate.samples != reference.samples or sizes[0] != sizes[1]:
-        return "inconclusive", "the two were scored on other samples; score both on the same ones"
+        return "inconclusive", OTHER_SAMPLES
     return None
 
 

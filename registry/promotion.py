@@ -2,31 +2,46 @@
 
 The pointer in the store is what servers follow, and the truth; MLflow's alias is its image for people. A promotion
 records the decision, sets MLflow's alias, then appends to the pointer's log on the condition that nobody moved it since
-the judgement. A crash in between leaves the old champion served; the same promotion, started again, ends the work. A
-rollback moves the pointer first: going back must not wait for MLflow.
+the judgement. A crash in between leaves the old champion served; the same promotion, started again, ends the work.
+Where the store refuses the move, MLflow's alias is set back. A rollback moves the pointer first: going back must not
+wait for MLflow, and does not fail with it.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from modelpress import keys, load, pointer
 from modelpress.config import GateConfig, parse_config
-from modelpress.errors import ConflictError, NotFoundError
+from modelpress.errors import ModelpressError, NotFoundError, SetupError, StoreError
 from modelpress.manifest import Manifest, read_reports, unpack_file
 from modelpress.progress import Progress, silent
 from modelpress.store.base import Store
-from registry import scores, versions
+from registry import runs, scores, versions
 from registry.gates import Decision, Evidence, Scored, decide
 from registry.versions import Version
 
 CHALLENGER = "challenger"
 """Alias of the version that was judged last."""
 UNMEASURED = Scored(None, samples="", metric="quality")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RolledBack:
+    """Where a rollback led."""
+
+    pack: str
+    """Digest that the pointer names from now on."""
+    lag: str | None
+    """Why MLflow's alias does not say so yet, and what mends it; None where it does."""
 
 
 def promote(
@@ -49,7 +64,10 @@ def promote(
         NotFoundError: no such pack, or no model version carries it.
         CorruptionError: the published bytes are not what the manifest says.
         ConflictError: someone else moved the alias meanwhile.
+        StoreError: the pointer could not be written; MLflow's alias is set back.
+        SetupError: MLflow does not answer.
     """
+    runs.check_server(client.tracking_uri)
     version = _registered(client, name, pack)
     load.verify(store, name, pack, progress)  # the published bytes themselves, every one of them
     manifest = load.load_manifest(store, name, pack)
@@ -63,27 +81,44 @@ def promote(
     if decision.promote:
         versions.set_alias(client, version, gate.alias)
         if champion != pack:
-            _move(store, client, name, gate.alias, pack, decision, after=standing.number if standing else 0)
+            _move(store, client, name, gate.alias, pack, decision, standing)
     return decision
 
 
-def rollback(store: Store, client: MlflowClient, name: str, alias: str, to: str | None = None) -> str:
-    """Point an alias back, in the store and then in MLflow, and return the digest it names now.
+def rollback(
+    store: Store, client: MlflowClient, name: str, alias: str, to: str | None = None, *, token: str | None = None
+) -> RolledBack:
+    """Point an alias back, in the store and then in MLflow.
+
+    Once the pointer has moved, what MLflow does about it is no failure of the rollback.
 
     Args:
         store: the publication store.
         client: MLflow.
         name: of the pack and of the registered model.
         alias: what goes back.
-        to: a pack's digest, or a prefix of it; None takes the pack that stood before the current one.
+        to: a pack's digest, or a prefix of it; None takes the pack that stood before the current one. The pack that
+            stands now moves nothing in the store, and lets MLflow's alias follow.
+        token: names the attempt: a retry that carries it goes no further back than the first attempt did.
 
     Raises:
         NotFoundError: there is nothing to go back to.
         ConflictError: someone else moved the alias meanwhile.
     """
-    entry = pointer.rollback(store, name, alias, load.resolve(store, name, to) if to else None)
-    follow_pointer(store, client, name, alias)
-    return entry.pack
+    target = load.resolve(store, name, to) if to else None
+    entry = pointer.current(store, name, alias)
+    if entry is None or entry.pack != target:
+        entry = pointer.rollback(store, name, alias, target, token=token)
+    try:
+        runs.check_server(client.tracking_uri)
+        follow_pointer(store, client, name, alias)
+    except (MlflowException, SetupError, NotFoundError) as error:
+        lag = (
+            f"{name}@{alias} is moved to pack {entry.pack}; the MLflow alias lags ({_first_line(error)}), run "
+            f"`modelpress rollback {name} --alias {alias} --to {entry.pack}` to mend"
+        )
+        return RolledBack(entry.pack, lag)
+    return RolledBack(entry.pack, None)
 
 
 def follow_pointer(store: Store, client: MlflowClient, name: str, alias: str) -> None:
@@ -96,13 +131,44 @@ def follow_pointer(store: Store, client: MlflowClient, name: str, alias: str) ->
 
 
 def _move(
-    store: Store, client: MlflowClient, name: str, alias: str, pack: str, decision: Decision, *, after: int
+    store: Store,
+    client: MlflowClient,
+    name: str,
+    alias: str,
+    pack: str,
+    decision: Decision,
+    standing: pointer.Pointer | None,
 ) -> None:
+    after = standing.number if standing else 0
     try:
         pointer.append(store, name, alias, pack, "promote", decision.model_dump(mode="json"), after=after)
-    except ConflictError:
-        follow_pointer(store, client, name, alias)
+    except StoreError:
+        _set_back(store, client, name, alias, standing.pack if standing else None)
         raise
+
+
+def _set_back(store: Store, client: MlflowClient, name: str, alias: str, before: str | None) -> None:
+    """Let MLflow's alias say what the pointer says; where the store no longer tells, what it said `before`.
+
+    The caller has an error of the store to raise, which matters more than MLflow's.
+    """
+    try:
+        entry = pointer.current(store, name, alias)
+        before = entry.pack if entry else None
+    except StoreError:
+        log.warning("the pointer of %s@%s can't be read; its MLflow alias goes back to %s", name, alias, before)
+    try:
+        version = versions.find(client, name, before) if before else None
+        if version is None:
+            client.delete_registered_model_alias(name, alias)
+        else:
+            versions.set_alias(client, version, alias)
+    except MlflowException as error:
+        log.warning("the MLflow alias %s of %s is ahead of the pointer: %s", alias, name, _first_line(error))
+
+
+def _first_line(error: Exception) -> str:
+    return (error.found or error.doing) if isinstance(error, ModelpressError) else str(error).partition("\n")[0][:300]
 
 
 def _record(client: MlflowClient, version: Version, gate: GateConfig, champion: str | None, decision: Decision) -> None:
@@ -141,7 +207,7 @@ def _gather(store: Store, manifest: Manifest, version: Version, champion: str | 
         source=candidate.get("source", UNMEASURED),
         champion=_champion(store, manifest.name, champion) if champion else None,
         compression_ratio=_compression_ratio(manifest, reports),
-        speedup=float(version.tags["speedup"]) if "speedup" in version.tags else None,
+        speedup=versions.measured_number(version, "speedup"),
         coverage=reports.get("quantize", {}).get("coverage"),
         quantized=manifest.config.get("quantize") is not None,
     )

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import httpx
+import requests  # MLflow's own client: some of its errors come through bare
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
@@ -22,11 +24,13 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
 
+from modelpress.errors import SetupError
 from modelpress.settings import Settings
 
 DEFAULT_UI = "http://127.0.0.1:5000"
 """Where `mlflow ui` shows a local database when nobody says otherwise."""
 MAX_TAG_LENGTH = 5000
+HEALTH_SECONDS = 5.0
 SYSTEM_METRICS_INTERVAL_SECONDS = 2.0
 """Between samples; MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL overrides it."""
 
@@ -70,19 +74,56 @@ def open_client(settings: Settings) -> MlflowClient:
     return MlflowClient(tracking_uri=settings.mlflow_uri, registry_uri=settings.mlflow_uri)
 
 
+def check_server(uri: str) -> None:
+    """See in seconds that an MLflow server answers: its own client asks a dead one for minutes.
+
+    Raises:
+        SetupError: it does not.
+    """
+    if not uri.startswith(("http://", "https://")):
+        return
+    try:
+        answer = httpx.get(f"{uri.rstrip('/')}/health", timeout=HEALTH_SECONDS, follow_redirects=True)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise _unreachable(uri, str(error)) from error
+    if answer.status_code >= 500:
+        raise _unreachable(uri, f"status {answer.status_code}")
+
+
+@contextmanager
+def named_errors(uri: str) -> Iterator[None]:
+    """What MLflow or the way to it refuses in this block becomes a `SetupError` with the address."""
+    try:
+        yield
+    except (MlflowException, requests.RequestException) as error:
+        raise _unreachable(uri, str(error)[:1000]) from error
+
+
+def _unreachable(uri: str, found: str) -> SetupError:
+    return SetupError(
+        f"talking to MLflow at {uri}",
+        found=found,
+        expected="a tracking server that answers",
+        fix="start it (mlflow server), mend MODELPRESS_TRACKING_URI, or unset it to keep runs in a local database; "
+        "`modelpress doctor` looks at it",
+    )
+
+
 @contextmanager
 def parent_run(
     settings: Settings, experiment: str, config: Mapping[str, Any], tags: Mapping[str, str]
 ) -> Iterator[Run]:
     """The run of one flow run: config as params, system metrics while it lasts, ended with the truth."""
+    check_server(settings.mlflow_uri)
     client = open_client(settings)
-    experiment_id = _experiment(client, settings, experiment)
-    created = client.create_run(experiment_id, tags=dict(tags), run_name=tags.get("prefect.flow_run_name"))
+    with named_errors(settings.mlflow_uri):
+        experiment_id = _experiment(client, settings, experiment)
+        created = client.create_run(experiment_id, tags=dict(tags), run_name=tags.get("prefect.flow_run_name"))
     run = Run(client, created.info.run_id, experiment_id)
     monitor = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
         run.id, sampling_interval=SYSTEM_METRICS_INTERVAL_SECONDS, tracking_uri=settings.mlflow_uri
     )
-    with ExitStack() as stack:
+    with named_errors(settings.mlflow_uri), ExitStack() as stack:
         stack.callback(monitor.finish)
         stack.push(partial(_end, run))
         monitor.start()  # type: ignore[no-untyped-call]

@@ -52,10 +52,12 @@ def load(data: bytes) -> dict[str, Scored]:
             name: Scored(vector.astype(np.float64), metadata["samples"], metadata["metric"])
             for name, vector in vectors.items()
         }
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise CorruptionError("reading per-sample scores", found=str(error), expected="a scores file") from error
 
 
 def _metadata(header: bytes) -> dict[str, str]:
     found: dict[str, str] = json.loads(json.loads(header)["__metadata__"]["measured"])
+    if not all(isinstance(found[key], str) for key in ("metric", "samples")):
+        raise ValueError("metric and samples are no text")
     return found

@@ -6,7 +6,7 @@ MLflow is the index for people; the bytes, and the pointer that servers follow, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlflow import MlflowClient
@@ -14,8 +14,8 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
 
-from modelpress import keys
-from modelpress.errors import NotFoundError
+from modelpress import keys, pointer
+from modelpress.errors import CorruptionError, NotFoundError
 from modelpress.store.base import Store
 
 TAG_PACK = "pack"
@@ -39,12 +39,24 @@ class Version:
 
 
 def register(
-    client: MlflowClient, name: str, *, pack: str, uri: str, run_id: str, tags: Mapping[str, str], description: str
+    client: MlflowClient,
+    name: str,
+    *,
+    pack: str,
+    uri: str,
+    run_id: str,
+    tags: Mapping[str, str],
+    measured: Mapping[str, str],
+    description: str,
 ) -> tuple[Version, bool]:
-    """The version that carries a pack; made if there is none. True: it was made now."""
+    """The version that carries a pack; made if there is none. True: it was made now.
+
+    Of a version that is there already, `tags` stay, and the `measured` ones become today's: the gate reads them.
+    """
     found = find(client, name, pack)
     if found is not None:
-        return found, False
+        annotate(client, found, {key: value for key, value in measured.items() if found.tags.get(key) != value})
+        return replace(found, tags={**found.tags, **measured}), False
     try:
         client.create_registered_model(name, description="Packs published by modelpress.")
     except MlflowException as error:
@@ -54,7 +66,7 @@ def register(
         name,
         source=_source(uri),
         run_id=run_id,
-        tags={TAG_PACK: pack, TAG_URI: uri, **tags},
+        tags={TAG_PACK: pack, TAG_URI: uri, **tags, **measured},
         description=description,
         await_creation_for=0,
     )
@@ -94,7 +106,9 @@ def by_number(client: MlflowClient, name: str, number: str) -> Version:
 
 
 def resolve(client: MlflowClient, store: Store, name: str, text: str) -> str:
-    """Digest of the pack that a version number, an alias in MLflow, or a digest (or its beginning) names.
+    """Digest of the pack that a version number, an alias, or a digest (or its beginning) names.
+
+    An alias that has a pointer in the store is what the pointer says; MLflow is asked for the others.
 
     Raises:
         NotFoundError: nothing is called so.
@@ -102,6 +116,9 @@ def resolve(client: MlflowClient, store: Store, name: str, text: str) -> str:
     if text.isdigit() and len(text) < SHORTEST_DIGEST:
         return by_number(client, name, text).pack
     if keys.is_alias(text):
+        entry = pointer.current(store, name, text)
+        if entry is not None:
+            return entry.pack
         version = by_alias(client, name, text)
         if version is not None:
             return version.pack
@@ -119,6 +136,24 @@ def annotate(client: MlflowClient, version: Version, tags: Mapping[str, str]) ->
     """Set tags of a version."""
     for key, value in tags.items():
         client.set_model_version_tag(version.name, version.number, key, value)
+
+
+def measured_number(version: Version, key: str) -> float | None:
+    """A measured tag as a number; None where the version has no such tag.
+
+    Raises:
+        CorruptionError: it is no number.
+    """
+    text = version.tags.get(key)
+    try:
+        return float(text) if text is not None else None
+    except ValueError as error:
+        raise CorruptionError(
+            f"reading tag {key!r} of version {version.number} of model {version.name!r} in MLflow",
+            found=repr(text),
+            expected="a number",
+            fix="run the optimize flow again with this recipe: it measures, and writes the tag anew",
+        ) from error
 
 
 def _source(uri: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import platform
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefect import task
@@ -35,7 +38,7 @@ def evaluate(
         from modelpress.evaluate import evaluate as run
         from registry import scores as files
 
-        workload = open_workload(context.workload)
+        workload = open_workload(context.workload, context.mlflow_run)
         before = files.load(load_artifact(baseline))["scores"].scores if baseline else None
         checkpoint = fetch_checkpoint(model)
         report, scores = run(checkpoint, workload, config, stage, before, model.size_bytes, progress)
@@ -50,8 +53,34 @@ def evaluate(
         inputs=[model, *([baseline] if baseline else [])],
         config=config,
         label=f"evaluate-{label}",
-        extra={"stage": stage},
+        extra={"stage": stage, "host": host_fingerprint()},
     )
+
+
+@functools.cache
+def host_fingerprint() -> dict[str, str | int]:
+    """What latencies hang on beside the model: two machines that share a work store each measure for themselves."""
+    import torch
+
+    from modelpress import graph
+
+    cuda = torch.cuda.is_available()
+    return {
+        "processor": _processor(),
+        "cores": graph.usable_cores(),
+        "accelerator": torch.cuda.get_device_name() if cuda else "none",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    """Model of the processor; what Python knows of it where the kernel does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, "") or platform.processor() or platform.machine()
 
 
 def samples_digest(workload: Workload) -> str:

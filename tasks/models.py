@@ -23,16 +23,17 @@ def source(context: RunContext) -> Finished[SourceReport]:
 
     def work(progress: Progress) -> tuple[Mapping[str, bytes], SourceReport]:
         from modelpress.checkpoint import from_module
-        from modelpress.workload import check_disjoint
 
-        workload = open_workload(context.workload)
-        check_disjoint(workload)
-        module = workload.source(progress)
+        module = open_workload(context.workload, context.mlflow_run).source(progress)
         data = from_module(module).to_bytes()
         parameters = sum(parameter.numel() for parameter in module.parameters())
         trained = context.workload.kind == "image-classification"
         return {"output": data}, SourceReport(parameters=parameters, size_bytes=len(data), trained=trained)
 
+    from modelpress.workload import check_disjoint
+
+    # On each run, also where the model is taken from an earlier one: data may change without `identity` saying so.
+    check_disjoint(open_workload(context.workload, context.mlflow_run))
     return run_stage(context, "source", SourceReport, work, config=context.workload)
 
 
@@ -44,7 +45,7 @@ def distill(context: RunContext, model: ArtifactRef, config: DistillConfig) -> F
         from modelpress.checkpoint import from_module, to_module
         from modelpress.distill import distill as run
 
-        workload = open_workload(context.workload)
+        workload = open_workload(context.workload, context.mlflow_run)
         student, report = run(to_module(fetch_checkpoint(model), workload), workload, config, progress)
         return {"output": from_module(student, report.architecture).to_bytes()}, report
 
@@ -59,7 +60,7 @@ def prune(context: RunContext, model: ArtifactRef, config: PruneConfig) -> Finis
         from modelpress.checkpoint import from_module, to_module
         from modelpress.prune import prune_
 
-        workload = open_workload(context.workload)
+        workload = open_workload(context.workload, context.mlflow_run)
         checkpoint = fetch_checkpoint(model)
         module = to_module(checkpoint, workload)
         report = prune_(module, workload, config, progress)
@@ -78,7 +79,7 @@ def export(
         from modelpress.checkpoint import to_module
         from modelpress.export import export as run
 
-        workload = open_workload(context.workload)
+        workload = open_workload(context.workload, context.mlflow_run)
         graph, report = run(to_module(fetch_checkpoint(model), workload), workload, config)
         return {"output": graph.to_bytes()}, report
 
@@ -92,7 +93,7 @@ def quantize(context: RunContext, graph: ArtifactRef, config: QuantizeConfig) ->
     def work(progress: Progress) -> tuple[Mapping[str, bytes], QuantizeReport]:
         from modelpress.quantize import quantize as run
 
-        workload = open_workload(context.workload)
+        workload = open_workload(context.workload, context.mlflow_run)
         quantized, report = run(fetch_checkpoint(graph), workload, config, progress)
         return {"output": quantized.to_bytes()}, report
 

@@ -103,7 +103,7 @@ def upload(
                 files,
                 config=config.model_dump(mode="json"),
                 lineage=provenance.lineage,
-                licence=open_workload(context.workload).licence(),
+                licence=open_workload(context.workload, context.mlflow_run).licence(),
                 reports={stage: Numbers.model_validate(found) for stage, found in provenance.reports.items()},
             )
             source_bytes = provenance.source_bytes
@@ -143,5 +143,9 @@ def _with_files(context: RunContext, coded: ArtifactRef, provenance: Provenance)
         name: scores.load(load_artifact(ref))["scores"]
         for name, ref in (("candidate", provenance.scores), ("source", provenance.source_scores))
     }
-    files = {**found.files, **open_workload(context.workload).files(), scores.SCORES_FILE: scores.dump_scored(vectors)}
+    files = {
+        **found.files,
+        **open_workload(context.workload, context.mlflow_run).files(),
+        scores.SCORES_FILE: scores.dump_scored(vectors),
+    }
     return replace(found, files=files)

@@ -1,16 +1,19 @@
 """Stage records: what makes a run that is started again recompute nothing that was finished.
 
 A record is `stages/<stage>/<key>.json` in the work store. Its key is the sha256 of everything that decides the output:
-the stage, the digests of its inputs, the config, the workload's identity, the library's version. It is written after
-the output, and created only if absent: of two runs that raced, both go on with the first one's.
+the stage, the digests of its inputs, the config, the workload's identity, the library's version and those of the
+libraries that make the bytes; of what is measured, the machine as well (`tasks/evaluation.py`). It is written after the
+output, and created only if absent: of two runs that raced, both go on with the first one's.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
@@ -21,6 +24,8 @@ from modelpress.reports import ArtifactRef, Report
 from modelpress.store.base import Store
 
 ReportT = TypeVar("ReportT", bound=Report)
+LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
+"""Other versions of these make other bytes of the same model."""
 
 
 class Record(Report):
@@ -59,7 +64,7 @@ class Finished(Generic[ReportT]):
 def stage_key(
     stage: str, *, inputs: Sequence[ArtifactRef], config: str, identity: str, extra: Mapping[str, Any] | None = None
 ) -> str:
-    """Key of a stage's output: sha256 (hex).
+    """Key of a stage's output: sha256 (hex). The versions of `LIBRARIES` count as well.
 
     Args:
         stage: the stage.
@@ -68,8 +73,28 @@ def stage_key(
         identity: `Workload.identity()`.
         extra: whatever else decides the output, as JSON values.
     """
-    parts = [stage, [ref.sha256 for ref in inputs], config, identity, dict(extra or {}), __version__]
+    parts = [
+        stage,
+        [ref.sha256 for ref in inputs],
+        config,
+        identity,
+        dict(extra or {}),
+        __version__,
+        library_versions(),
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@functools.cache
+def library_versions() -> dict[str, str | None]:
+    """Versions of the installed `LIBRARIES`; None for one that is not."""
+    found: dict[str, str | None] = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def find_record(store: Store, stage: str, key: str) -> Record | None:
@@ -84,12 +109,7 @@ def find_record(store: Store, stage: str, key: str) -> Record | None:
     try:
         record = Record.model_validate_json(store.get(place))
     except ValidationError as error:
-        raise CorruptionError(
-            f"reading the stage record {store.uri}/{place}",
-            found=str(error),
-            expected="a record written by this version",
-            fix="delete it, and the stage runs again",
-        ) from error
+        raise _damaged(store, place, error) from error
     # Outputs are found by content: a work store that was moved or copied keeps its worth.
     outputs = {name: _here(store, ref) for name, ref in record.outputs.items()}
     present = all(_present(store, ref) for ref in outputs.values())
@@ -110,6 +130,27 @@ def save_record(store: Store, record: Record, *, replace: bool) -> Record:
         return earlier
     store.put(place, data)  # the earlier one's outputs are gone
     return record
+
+
+def read_report(store: Store, record: Record, report_type: type[ReportT]) -> ReportT:
+    """The report in a record.
+
+    Raises:
+        CorruptionError: it is not of this type.
+    """
+    try:
+        return report_type.model_validate(record.report)
+    except ValidationError as error:
+        raise _damaged(store, _place(record.stage, record.key), error) from error
+
+
+def _damaged(store: Store, place: str, error: ValidationError) -> CorruptionError:
+    return CorruptionError(
+        f"reading the stage record {store.uri}/{place}",
+        found=str(error),
+        expected="a record written by this version",
+        fix="delete it, and the stage runs again",
+    )
 
 
 def _place(stage: str, key: str) -> str:

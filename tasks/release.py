@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
 
 from modelpress.config import GateConfig
 from modelpress.reports import Report, UploadReport
@@ -28,8 +29,10 @@ class Registered(Report):
 
 
 @task(name="register", task_run_name="register", cache_policy=NO_CACHE)
-def register(context: RunContext, published: UploadReport, tags: Mapping[str, str]) -> Registered:
-    """Register the pack as a model version; one that carries it already is left as it is."""
+def register(
+    context: RunContext, published: UploadReport, origin: Mapping[str, str], measured: Mapping[str, str]
+) -> Registered:
+    """Register the pack as a model version; one that carries it already keeps its origin and takes the numbers."""
     settings = Settings()
     with runs.child_run(settings, context.mlflow_run, "register", {}) as child:
         version, created = versions.register(
@@ -38,7 +41,8 @@ def register(context: RunContext, published: UploadReport, tags: Mapping[str, st
             pack=published.pack,
             uri=published.uri,
             run_id=context.mlflow_run,
-            tags={**tags, "compression_ratio": f"{published.compression_ratio:.4f}"},
+            tags={**origin, "compression_ratio": f"{published.compression_ratio:.4f}"},
+            measured=measured,
             description=f"Pack {published.pack}, {published.published_bytes:,} bytes.",
         )
         child.tag("model_version", version.number)
@@ -55,7 +59,7 @@ def promote(name: str, pack: str, config: GateConfig | None = None) -> Decision:
 
     settings = Settings()
     store = open_store(settings.store_uri, settings)
-    with StageProgress("gate") as progress:
+    with StageProgress("gate") as progress, runs.named_errors(settings.mlflow_uri):
         decision = promotion.promote(store, runs.open_client(settings), name, pack, config, progress)
     get_run_logger().info("gate: %s", decision.line(), extra={"stage": "gate"})
     return decision
@@ -63,14 +67,17 @@ def promote(name: str, pack: str, config: GateConfig | None = None) -> Decision:
 
 @task(name="rollback", task_run_name="rollback-{name}", cache_policy=NO_CACHE)
 def rollback(name: str, alias: str, to: str | None) -> str:
-    """Point the alias at an earlier pack, and return that pack's digest."""
+    """Point the alias at an earlier pack, and return that pack's digest; a retry of the flow run goes no further."""
     from registry import promotion
 
     settings = Settings()
     store = open_store(settings.store_uri, settings)
-    pack = promotion.rollback(store, runs.open_client(settings), name, alias, to)
-    get_run_logger().info("rollback: %s of %s is %s again", alias, name, pack, extra={"stage": "rollback"})
-    return pack
+    token = f"flow-run-{flow_run.id}" if flow_run.id else None
+    done = promotion.rollback(store, runs.open_client(settings), name, alias, to, token=token)
+    get_run_logger().info("rollback: %s of %s is %s again", alias, name, done.pack, extra={"stage": "rollback"})
+    if done.lag:
+        get_run_logger().warning("rollback: %s", done.lag, extra={"stage": "rollback"})
+    return done.pack
 
 
 @task(name="find", task_run_name="find-{name}", cache_policy=NO_CACHE)
@@ -78,4 +85,6 @@ def find_pack(name: str, candidate: str) -> str:
     """Digest of the pack that an alias, a version number or a digest names."""
     settings = Settings()
     store = open_store(settings.store_uri, settings)
-    return versions.resolve(runs.open_client(settings), store, name, candidate)
+    runs.check_server(settings.mlflow_uri)
+    with runs.named_errors(settings.mlflow_uri):
+        return versions.resolve(runs.open_client(settings), store, name, candidate)

@@ -17,7 +17,7 @@ from modelpress.store.artifacts import load_artifact, save_artifact
 from modelpress.store.base import Store, open_store
 from registry import runs
 from tasks.progress import StageProgress
-from tasks.records import Finished, Record, ReportT, find_record, save_record, stage_key
+from tasks.records import Finished, Record, ReportT, find_record, read_report, save_record, stage_key
 
 if TYPE_CHECKING:
     from modelpress.checkpoint import Checkpoint
@@ -67,29 +67,33 @@ def run_stage(
     settings, label = Settings(), label or stage
     store = open_store(settings.work_uri, settings)
     fingerprint = config.fingerprint() if config else ""
-    identity = open_workload(context.workload).identity()
+    identity = open_workload(context.workload, context.mlflow_run).identity()
     key = stage_key(stage, inputs=inputs, config=fingerprint, identity=identity, extra=extra)
     with runs.child_run(settings, context.mlflow_run, label, config.model_dump(mode="json") if config else {}) as child:
         record = find_record(store, stage, key) if settings.reuse else None
-        reused = record is not None and valid(report_type.model_validate(record.report))
-        if record is None or not reused:
+        report = read_report(store, record, report_type) if record is not None else None
+        reused = report is not None and valid(report)
+        if record is None or report is None or not reused:
             record = _work(store, stage, label, key, work, replace=record is not None or not settings.reuse)
-        report = report_type.model_validate(record.report)
+            report = read_report(store, record, report_type)
         finished = Finished(stage, record.outputs, report, record.seconds, reused)
         _log(child, label, finished)
     return finished
 
 
 @functools.lru_cache(maxsize=2)
-def _open_workload(config: str) -> Workload:
+def _open_workload(config: str, _run: str) -> Workload:
     from modelpress.workload import load_workload
 
     return load_workload(WorkloadConfig.model_validate_json(config))
 
 
-def open_workload(config: WorkloadConfig) -> Workload:
-    """The workload of a config; a process loads it once, however many stages it runs."""
-    return _open_workload(config.model_dump_json())
+def open_workload(config: WorkloadConfig, run: str = "") -> Workload:
+    """The workload of a config; a process loads it once for each `run`, however many stages that has.
+
+    The next flow run reads it afresh: data under the same path may have changed.
+    """
+    return _open_workload(config.model_dump_json(), run)
 
 
 def fetch_checkpoint(ref: ArtifactRef) -> Checkpoint:
@@ -103,7 +107,7 @@ def _work(store: Store, stage: str, label: str, key: str, work: Work[ReportT], *
     started = time.perf_counter()
     with StageProgress(label) as progress:
         outputs, report = work(progress)
-    saved = {name: save_artifact(store, data) for name, data in outputs.items()}
+    saved = {name: save_artifact(store, data, replace=replace) for name, data in outputs.items()}
     seconds = time.perf_counter() - started
     record = Record(stage=stage, key=key, outputs=saved, report=report.model_dump(mode="json"), seconds=seconds)
     return save_record(store, record, replace=replace)

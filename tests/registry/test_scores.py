@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -42,6 +43,19 @@ def test_scores_of_other_samples_are_not_packed_together() -> None:
         scores.dump_scored({"candidate": one, "source": other})
     with pytest.raises(ValueError, match="1 of 2 models"):
         scores.dump_scored({"candidate": one, "source": Scored(None, "these", "accuracy")})
+
+
+def with_metadata(text: str) -> bytes:
+    header = json.dumps({"__metadata__": {"measured": text}}).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
+@pytest.mark.parametrize(
+    "measured", ["[]", "3", "null", "[" * 50_000, '{"metric": "m"}', '{"metric": 1, "samples": []}']
+)
+def test_odd_metadata_is_refused(measured: str) -> None:
+    with pytest.raises(CorruptionError, match="reading per-sample scores"):
+        scores.load(with_metadata(measured))
 
 
 @pytest.mark.parametrize("data", [b"", b"\x10" * 40, scores.dump({"s": np.ones(2)}, samples="", metric="")[:-1]])

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from modelpress import keys
 from modelpress.errors import CorruptionError
-from modelpress.reports import ArtifactRef
+from modelpress.reports import ArtifactRef, SourceReport
 from modelpress.store.artifacts import load_artifact, save_artifact
 from modelpress.store.base import Store, open_store
 from tasks import records
-from tasks.records import Record, find_record, save_record, stage_key
+from tasks.records import Record, find_record, read_report, save_record, stage_key
 
 KEY = "a" * 64
 
@@ -53,6 +53,15 @@ def test_the_key_changes_with_the_library_and_not_with_the_place(monkeypatch: py
     moved = [reference.model_copy(update={"uri": "/elsewhere"}) for reference in PARTS["inputs"]]
     assert stage_key(**{**PARTS, "inputs": moved}) == before
     monkeypatch.setattr(records, "__version__", "9.9.9")
+    assert stage_key(**PARTS) != before
+
+
+@pytest.mark.parametrize("library", ["torch", "onnx", "onnxscript"])
+def test_the_key_changes_with_the_libraries_that_make_the_bytes(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, installed = stage_key(**PARTS), records.library_versions()
+    assert installed[library]
+    assert installed["onnxruntime"] or installed["onnxruntime-gpu"]
+    monkeypatch.setattr(records, "library_versions", lambda: installed | {library: "0.0.1"})
     assert stage_key(**PARTS) != before
 
 
@@ -103,6 +112,20 @@ def test_a_work_store_that_was_moved_keeps_its_worth(store: Store, tmp_path: Pat
     found = find_record(open_store(str(tmp_path / "moved")), "prune", KEY)
     assert found is not None
     assert load_artifact(found.outputs["output"]) == b"weights"
+
+
+def test_damage_in_an_output_is_named_with_the_way_out_and_mended(store: Store) -> None:
+    reference = save_artifact(store, b"weights")
+    store.put(keys.blob(reference.sha256), b"wEights")
+    with pytest.raises(CorruptionError, match=r"(?s)delete this object and run again.*MODELPRESS_REUSE=false"):
+        load_artifact(reference)
+    assert save_artifact(store, b"weights", replace=True) == reference
+    assert load_artifact(reference) == b"weights"
+
+
+def test_a_report_of_another_kind_is_an_error_with_the_way_out(store: Store) -> None:
+    with pytest.raises(CorruptionError, match=rf"(?s)stages/prune/{KEY}.*delete it, and the stage runs again"):
+        read_report(store, finished(store), SourceReport)
 
 
 def test_a_damaged_record_is_an_error_with_the_way_out(store: Store) -> None:
