@@ -67,9 +67,11 @@ def run(
 
     checked = load_config(config)  # before the orchestrator's seconds of start-up
     _export_store(store)
+    from flows.console import hide_expected_errors
     from flows.optimize import optimize
     from flows.result import table
 
+    hide_expected_errors()
     result = optimize(checked)
     if as_json:
         typer.echo(result.model_dump_json(indent=2))
@@ -150,8 +152,10 @@ def promote(
 ) -> None:
     """Judge a published pack on its own bytes, and move the alias if it passes."""
     _export_store(store)
+    from flows.console import hide_expected_errors
     from flows.promote import promote as flow
 
+    hide_expected_errors()
     decision = flow(name, candidate)
     _print(f"{name}: promoted; " + "; ".join(decision.reasons))
 
@@ -174,8 +178,10 @@ def rollback(
         pack = pointer.rollback(opened, name, alias, load.resolve(opened, name, to) if to else None).pack
     else:
         _export_store(store)
+        from flows.console import hide_expected_errors
         from flows.promote import rollback as flow
 
+        hide_expected_errors()
         pack = flow(name, alias, to)
     _print(f"{name}@{alias} is pack {pack} again")
 
