@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from modelpress import graph
 from modelpress.checkpoint import Checkpoint
 from modelpress.config import ExportConfig
-from modelpress.errors import ExportError, WorkloadError
+from modelpress.errors import CorruptionError, ExportError, WorkloadError
 from modelpress.reports import ExportReport
 from modelpress.workload import Workload
 
@@ -45,8 +45,8 @@ def export(module: nn.Module, workload: Workload, config: ExportConfig) -> tuple
 
     Raises:
         WorkloadError: the module does not take the workload's example inputs.
-        ExportError: a part of the module has no ONNX form (it is named), or the graph's outputs differ from the
-            module's by more than `config.tolerance`.
+        ExportError: a part of the module has no ONNX form (it is named) or none in `config.opset`, ONNX Runtime
+            refuses the graph, or its outputs differ from the module's by more than `config.tolerance`.
     """
     module = module.eval()
     example = workload.example(_EXAMPLE_BATCH)
@@ -66,14 +66,14 @@ def export(module: nn.Module, workload: Workload, config: ExportConfig) -> tuple
             raise _failure(module, example, error) from error
     assert program is not None  # only with a file to write to does the exporter return nothing
     model = program.model_proto
+    _check_opset(model, config.opset)
     _name_after_modules(model)
     _share_weights(model)
     _name_output(model, workload.output_name)
     checkpoint = graph.split(model)
     _check(checkpoint)
     difference = _largest_difference(module, checkpoint, workload, config.tolerance)
-    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    return checkpoint, ExportReport(opset=opset, nodes=len(model.graph.node), max_difference=difference)
+    return checkpoint, ExportReport(opset=config.opset, nodes=len(model.graph.node), max_difference=difference)
 
 
 def check_inputs(workload: Workload) -> Iterator[tuple[str, Inputs]]:
@@ -89,6 +89,18 @@ def check_inputs(workload: Workload) -> Iterator[tuple[str, Inputs]]:
                 if axis_name == name:
                     inputs[key] = inputs[key].narrow(axis, 0, max(1, inputs[key].shape[axis] // 2)).contiguous()
         yield f"batch {_CHECKED_BATCHES[-1]}, {name} halved", inputs
+
+
+def _check_opset(model: ModelProto, opset: int) -> None:
+    """The exporter only logs that it could not convert a graph to the operator set that was asked for."""
+    found = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
+    if found != opset:
+        raise ExportError(
+            "converting the exported graph to export.opset",
+            found=f"operator set {found}, with operators that cannot be converted",
+            expected=f"operator set {opset}",
+            fix=f"set export.opset to {found}, or a later one",
+        )
 
 
 def _check(checkpoint: Checkpoint) -> None:
@@ -107,7 +119,15 @@ def _check(checkpoint: Checkpoint) -> None:
 
 
 def _largest_difference(module: nn.Module, checkpoint: Checkpoint, workload: Workload, tolerance: float) -> float:
-    session = graph.session(checkpoint)
+    try:
+        session = graph.session(checkpoint)
+    except CorruptionError as error:
+        raise ExportError(
+            "loading the exported graph in ONNX Runtime",
+            found=error.found,
+            expected="operators of types that ONNX Runtime has",
+            fix="another export.opset, or float32 where the module computes in another type",
+        ) from error
     largest = 0.0
     for description, inputs in check_inputs(workload):
         expected = _run_torch(module, inputs).numpy()

@@ -115,6 +115,39 @@ def test_a_module_that_cannot_be_exported_is_named(broken: type[nn.Module], oper
     assert broken.__name__ in str(caught.value.fix)
 
 
+class NewOperator(nn.Module):
+    """Mish came with operator set 18."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.mish(x)
+
+
+def test_an_operator_set_that_cannot_be_had_is_refused() -> None:
+    module = Wrapped(nn.Sequential(nn.Flatten(), NewOperator())).eval()
+    with pytest.raises(ExportError, match=r"(?s)operator set 18.*expected: operator set 17.*export\.opset to 18"):
+        ExportError, match=r"(?s)found: operator set 18.*expected: operator set 17.*export\.opset to 18"
+    ):
+        export(module, ImageToy(module), ExportConfig(opset=17))
+    assert export(module, ImageToy(module), ExportConfig(opset=21))[1].opset == 21
+
+
+class DoubleConvolution(nn.Module):
+    """ONNX Runtime has no such kernel on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(1, 2, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.double()).float().flatten(1)
+
+
+def test_a_graph_that_the_runtime_refuses_is_no_corruption() -> None:
+    module = Wrapped(DoubleConvolution()).eval()
+    with pytest.raises(ExportError, match=r"(?s)loading the exported graph.*Conv"):
+        export(module, ImageToy(module), ExportConfig())
+
+
 def test_a_graph_that_computes_something_else_is_refused() -> None:
     module = Wrapped(nn.Sequential(nn.Flatten(), FrozenNoise())).eval()
     with pytest.raises(ExportError, match=r"batch 7|'body\.1'"):
