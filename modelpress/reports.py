@@ -186,6 +186,8 @@ class PruneReport(Report):
     """Zero weights after, in the touched tensors."""
     tensors: list[TensorChange]
     """Each tensor that changed."""
+    coverage: float | None = None
+    """touched ÷ eligible; None in the records of earlier versions."""
     recovery: TrainReport | None = None
     """The fine-tune that followed."""
 

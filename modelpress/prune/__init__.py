@@ -58,6 +58,7 @@ def prune_(module: nn.Module, workload: Workload, config: PruneConfig, progress:
         method=config.method,
         eligible_parameters=outcome.eligible_parameters,
         touched_parameters=outcome.touched_parameters,
+        coverage=outcome.touched_parameters / outcome.eligible_parameters,
         parameters_before=parameters_before,
         parameters_after=count_parameters(module),
         zeros_after=sum(change.zeros for change in outcome.tensors),

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from modelpress.errors import ExportError
+from modelpress.prune.repair import unreadable
 
 StructureKind = Literal["channels", "neurons", "heads"]
 
@@ -102,7 +103,7 @@ def find_groups(module: nn.Module, example: dict[str, Tensor]) -> tuple[list[Gro
             expected="a forward pass without branches on values",
             fix="use prune.method 'magnitude', which needs no trace",
         ) from error
-    tracer = _Tracer(program)
+    tracer = _Tracer(module, program)
     flows = [tracer.follow(node) for node in program.graph.nodes if _operator(node) in LAYERS]
     groups: list[Group] = []
     refused: dict[str, str] = {}
@@ -118,7 +119,8 @@ def find_groups(module: nn.Module, example: dict[str, Tensor]) -> tuple[list[Gro
 class _Tracer:
     """Follows outputs through one exported graph."""
 
-    def __init__(self, program: ExportedProgram) -> None:
+    def __init__(self, module: nn.Module, program: ExportedProgram) -> None:
+        self.module = module
         signature = program.graph_signature
         self.states = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
 
@@ -172,6 +174,10 @@ class _Tracer:
         fits = user.args[0] is node and name and place.axis == axis
         groups = 1 if is_linear else _groups(user)
         if fits and groups == 1:
+            obstacle = unreadable(self.module.get_submodule(name))
+            if obstacle:
+                flow.obstacle = f"{name}, which reads it, {obstacle}"
+                return False
             flow.readers.append(Reader(name, place.block))
             flow.sizes.add(place.size)
             return False

@@ -62,25 +62,31 @@ class Moments:
         return mean + torch.diag(damping)
 
 
+def unreadable(layer: nn.Module) -> str:
+    """Why the inputs of a layer cannot be judged; empty where they can."""
+    if isinstance(layer, nn.Linear):
+        return ""
+    if not isinstance(layer, nn.Conv2d):
+        return f"is a {type(layer).__name__}, no linear or 2-D convolution layer"
+    if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+        return f"pads by {layer.padding!r}, {layer.padding_mode}: only numbers and zeros are handled"
+    return ""
+
+
 def _columns(layer: nn.Module, inputs: Tensor) -> Tensor:
     """A layer's inputs as rows of what one output element sees, (positions, features)."""
+    obstacle = unreadable(layer)
+    if obstacle:
+        raise StageError(
+            "computing the moments of a layer's inputs",
+            found=f"one that {obstacle}",
+            fix="name what feeds it in prune.ignore",
+        )
     if isinstance(layer, nn.Conv2d):
-        if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
-            raise StageError(
-                "repairing a convolution",
-                found=f"padding {layer.padding!r}, {layer.padding_mode}",
-                expected="numbers and zeros",
-                fix="name what feeds it in prune.ignore",
-            )
+        assert not isinstance(layer.padding, str)
         patches = nn.functional.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
         return patches.transpose(1, 2).reshape(-1, patches.shape[1])
-    if isinstance(layer, nn.Linear):
-        return inputs.reshape(-1, inputs.shape[-1])
-    raise StageError(
-        f"repairing a {type(layer).__name__}",
-        found="no linear or 2-D convolution layer",
-        fix="name it, or what feeds it, in prune.ignore",
-    )
+    return inputs.reshape(-1, inputs.shape[-1])
 
 
 def flat_weight(layer: nn.Module) -> Tensor:

@@ -114,6 +114,7 @@ def test_targets_and_ignore_leave_the_rest_alone() -> None:
     assert torch.equal(module.body[6].weight, before["body.6.weight"])
     assert report.touched_parameters == 45 + 45 * 12
     assert report.eligible_parameters == 45 + 45 * 12 + 36
+    assert report.coverage == (45 + 45 * 12) / (45 + 45 * 12 + 36)
 
 
 def test_tied_weights_count_once() -> None:

@@ -198,6 +198,8 @@ def test_every_shrunken_tensor_is_reported(case: str) -> None:
     shrunk = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
     assert {change.name: (change.before, change.after) for change in report.tensors} == shrunk
     assert 0 < report.touched_parameters <= report.eligible_parameters
+    assert report.coverage == report.touched_parameters / report.eligible_parameters
+    assert report.metrics()["coverage"] == report.coverage
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -352,3 +354,39 @@ def test_a_layer_that_is_called_twice_is_left_alone() -> None:
     toy = Toy(Twice)
     groups, _ = find_groups(toy.source(), toy.example(3))
     assert [group.producers for group in groups] == [["body.b"]]
+
+
+def sequence() -> nn.Module:
+    """A 1-D convolution that another reads, and a linear layer behind it."""
+    layers = [nn.Conv1d(3, 6, 3), nn.ReLU(), nn.Conv1d(6, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8)]
+    return nn.Sequential(*layers, nn.ReLU(), nn.Linear(8, 3))
+
+
+def padded(**options: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        layers = [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 3, **options), nn.ReLU(), nn.Flatten()]
+        return nn.Sequential(*layers, nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 3))
+
+    return make
+
+
+@pytest.mark.parametrize("repair", [True, False])
+@pytest.mark.parametrize(
+    ("make", "shape", "reason"),
+    [
+        (sequence, (3, 8), r"body\.2, which reads it, is a Conv1d"),
+        (padded(padding="same"), (3, 8, 8), r"body\.2, which reads it, pads by 'same'"),
+        (padded(padding="valid"), (3, 8, 8), r"body\.2, which reads it, pads by 'valid'"),
+    ],
+    ids=["conv1d", "same", "valid"],
+)
+def test_what_an_unsupported_layer_reads_is_left_alone(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], reason: str, repair: bool
+) -> None:
+    toy = Toy(make, shape)
+    module = toy.source()
+    module(**toy.example(2))
+    prune_(module, toy, PruneConfig(sparsity=0.5, repair=repair))
+    assert (module.body[0].out_channels, module.body[2].out_channels, module.body[5].out_features) == (6, 2, 4)
+    with pytest.raises(ConfigError, match=reason):
+        prune_(module, toy, PruneConfig(targets=["body.0"], repair=repair))
