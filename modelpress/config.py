@@ -122,6 +122,8 @@ class DistillConfig(Config):
     def _check(self) -> DistillConfig:
         if self.student == "layer-drop" and not self.keep_layers:
             raise ValueError("distill.keep_layers is needed when distill.student is 'layer-drop'")
+        if self.student == "layer-drop" and self.architecture:
+            raise ValueError("distill.architecture needs distill.student 'architecture'")
         if self.student == "architecture" and (self.keep_layers or self.hidden_weight):
             raise ValueError("distill.keep_layers and distill.hidden_weight need distill.student 'layer-drop'")
         if len(set(self.keep_layers)) != len(self.keep_layers) or sorted(self.keep_layers) != list(self.keep_layers):

@@ -29,7 +29,8 @@ def distill(
 
     Raises:
         WorkloadError: the teacher has no such layers, or the workload no such architecture.
-        StageError: the student is not smaller than the teacher, or training fails (see `train_`).
+        StageError: the student is not smaller than the teacher, its outputs have another shape, or training fails (see
+            `train_`).
     """
     student = make_student(teacher, workload, config)
     teacher_parameters, student_parameters = count_parameters(teacher), count_parameters(student)
@@ -99,7 +100,18 @@ def imitation_loss(output: Tensor, target: Tensor, outputs: Outputs, temperature
 
     Logits, (batch, classes): T² · KL(softmax(target/T) ‖ softmax(output/T)); T² keeps the gradient's size when T
     changes. Embeddings, (batch, dim): 1 − cosine.
+
+    Raises:
+        StageError: the two differ in shape.
     """
+    if output.shape != target.shape:
+        raise StageError(
+            "comparing the student's outputs with the teacher's",
+            found=f"shape {list(output.shape)}, the teacher's {list(target.shape)}",
+            expected=f"equal shapes: {outputs} of the same width",
+            fix="leave the width of the output (such as hidden_size) out of distill.architecture, or learn without the "
+            "teacher: distill.alpha 0",
+        )
     if outputs == "embeddings":
         return (1 - nn.functional.cosine_similarity(output, target, dim=-1)).mean()
     student = nn.functional.log_softmax(output / temperature, dim=-1)

@@ -54,6 +54,10 @@ def test_typo_names_the_field_and_what_is_legal(change: dict[str, Any], field: s
         ({"shard": {"max_shard_size": 0}}, "shard.max_shard_size: Input should be greater than 0 (found 0)"),
         ({"distill": {"student": "layer-drop"}}, "distill.keep_layers is needed"),
         ({"distill": {"student": "layer-drop", "keep_layers": [3, 1]}}, "must rise and not repeat"),
+        (
+            {"distill": {"student": "layer-drop", "keep_layers": [0], "architecture": {"hidden": 8}}},
+            "distill.architecture needs distill.student 'architecture'",
+        ),
         ({"distill": {"hidden_weight": 1.0}}, "need distill.student 'layer-drop'"),
         ({"workload": {"kind": "custom"}}, "workload.factory must be"),
         ({"workload": {"kind": "sentence-embedding"}}, "workload.model and workload.data are needed"),

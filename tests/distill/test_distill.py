@@ -23,7 +23,7 @@ from modelpress.distill import (
     recorded,
 )
 from modelpress.errors import StageError, WorkloadError
-from modelpress.workload import Batch
+from modelpress.workload import Batch, Outputs
 from tests.train.toy import Toy, mlp
 
 
@@ -209,6 +209,17 @@ def test_bad_students_are_refused() -> None:
         make_student(flat.source(), flat, drop)
     with pytest.raises(StageError, match="smaller student"):
         distill(flat.source(), flat, DistillConfig(architecture={"width": 16}))
+
+
+@pytest.mark.parametrize("outputs", ["logits", "embeddings"])
+def test_a_student_of_another_width_is_refused(outputs: Outputs) -> None:
+    def make(width: int = 16, dim: int = 3) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, dim))
+
+    workload = Toy(make, outputs=outputs)
+    config = DistillConfig(architecture={"width": 4, "dim": 2}, alpha=1.0, train=TrainConfig(epochs=1))
+    with pytest.raises(StageError, match=r"(?s)\[48, 2\], the teacher's \[48, 3\].*distill\.architecture"):
+        distill(workload.source(), workload, config)
 
 
 def test_a_loss_that_needs_no_targets_counts_in_training() -> None:
