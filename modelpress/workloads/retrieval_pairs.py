@@ -12,10 +12,11 @@ import functools
 import hashlib
 import importlib.util
 import json
+import logging
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,11 @@ MIN_QUERY_WORDS, MIN_DOCUMENT_WORDS = 4, 8
 MAX_QUERY_WORDS, MAX_DOCUMENT_WORDS = 24, 32
 MAX_PARAMETERS = 4
 NEAR_DUPLICATE_CHARACTERS = 40
-"""Texts that begin with the same letters and digits, this many, are taken for one."""
+"""Docstrings that begin with the same letters and digits, this many, are taken for one."""
+MAX_REPEATED = 0.5
+"""Share of a file's pairs that may be dropped because they repeat a text."""
+
+log = logging.getLogger("modelpress.workloads")
 
 
 @dataclass(frozen=True)
@@ -46,28 +51,48 @@ class Pair:
 
 
 def load_pairs(data: str) -> tuple[Pair, ...]:
-    """Pairs of a source, in an order that depends on their text alone; near duplicates are left out.
+    """Pairs of a source, in an order that depends on their text alone.
+
+    Of docstrings, near duplicates are left out. Of a file, only lines of which a text stands in an earlier line, letter
+    for letter, or on both sides: a text in two splits would be known before it is judged. Their number is logged.
 
     Args:
         data: `docstrings`, or the path of a .jsonl with `query` and `document` on each line.
 
     Raises:
-        WorkloadError: the file cannot be read, or a line is not such a pair.
+        WorkloadError: the file cannot be read, a line is not such a pair, or more than `MAX_REPEATED` of the lines
+            repeat a text.
     """
-    return _docstring_pairs() if data == "docstrings" else _ordered(_read_jsonl(Path(data)))
+    return _docstring_pairs() if data == "docstrings" else _file_pairs(Path(data))
+
+
+def _file_pairs(path: Path) -> tuple[Pair, ...]:
+    found = list(_read_jsonl(path))
+    kept = _ordered(found, lambda text: text)
+    repeated = len(found) - len(kept)
+    if repeated > MAX_REPEATED * len(found):
+        raise WorkloadError(
+            f"reading retrieval pairs from {path}",
+            found=f"{repeated} of {len(found)} pairs with a text that stands in an earlier pair",
+            expected=f"at most {MAX_REPEATED:.0%}: each query with the one document that answers it",
+            fix="keep one pair per query and per document",
+        )
+    if repeated:
+        log.warning("%s: %d pairs, %d kept; the others repeat a text of an earlier one", path, len(found), len(kept))
+    return kept
 
 
 @functools.cache
 def _docstring_pairs() -> tuple[Pair, ...]:
-    return _ordered(_harvest())
+    return _ordered(_harvest(), _key)
 
 
-def _ordered(pairs: Iterable[Pair]) -> tuple[Pair, ...]:
-    """Drop near duplicates (the first stays), then sort by digest: a shuffle that needs no seed."""
+def _ordered(pairs: Iterable[Pair], key: Callable[[str], str]) -> tuple[Pair, ...]:
+    """Drop pairs with a text of an earlier key, then sort by digest: a shuffle that needs no seed."""
     seen: set[str] = set()
     kept: list[Pair] = []
     for pair in pairs:
-        keys = {_key(pair.query), _key(pair.document)}
+        keys = {key(pair.query), key(pair.document)}
         if len(keys) == 2 and not keys & seen:
             kept.append(pair)
             seen |= keys

@@ -20,7 +20,8 @@ from modelpress.distill import distill
 from modelpress.errors import WorkloadError
 from modelpress.prune import prune_
 from modelpress.workload import SPLITS, check_disjoint, load_workload
-from modelpress.workloads.retrieval_pairs import load_pairs, pair_of_docstring
+from modelpress.workloads import retrieval_pairs
+from modelpress.workloads.retrieval_pairs import Pair, load_pairs, pair_of_docstring
 from modelpress.workloads.sentence_embedding import SentenceEmbedding, resolve_folder
 
 WORDS = [f"word{index}" for index in range(60)]
@@ -238,11 +239,31 @@ def test_bad_pairs_are_refused(folder: Path, tmp_path: Path, text: str, message:
         workload_of(folder, data=str(tmp_path / "pairs.jsonl"))
 
 
-def test_near_duplicates_are_one_pair(tmp_path: Path) -> None:
-    lines = [("How to sort a list", "Use sorted."), ("how to SORT, a list!", "Other."), ("Third", "use Sorted")]
-    text = "\n".join(json.dumps({"query": q, "document": d}) for q, d in lines)
-    (tmp_path / "pairs.jsonl").write_text(text)
-    assert [pair.query for pair in load_pairs(str(tmp_path / "pairs.jsonl"))] == ["How to sort a list"]
+def write_pairs(path: Path, pairs: list[tuple[str, str]]) -> str:
+    file = path / "pairs.jsonl"
+    file.write_text("\n".join(json.dumps({"query": query, "document": document}) for query, document in pairs))
+    return str(file)
+
+
+def test_only_repeated_texts_of_a_file_are_dropped_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Texts that begin alike are other texts: a file says what it means."""
+    begin = "What is the opening time of the office in the city of "
+    kept = [(f"{begin}{city}?", f"{begin}{city}: nine.") for city in ("Bonn", "Bern", "bonn")]
+    dropped = [kept[0], (kept[1][0], "Another answer."), ("x", "x")]
+    pairs = load_pairs(write_pairs(tmp_path, kept + dropped))
+    assert {(pair.query, pair.document) for pair in pairs} == set(kept)
+    assert "6 pairs, 3 kept" in caplog.text
+    caplog.clear()
+    load_pairs(write_pairs(tmp_path, kept))
+    assert not caplog.records
+    with pytest.raises(WorkloadError, match=r"4 of 7 pairs(.|\n)*at most 50%"):
+        load_pairs(write_pairs(tmp_path, [*kept, *dropped, kept[2]]))
+
+
+def test_near_duplicates_of_docstrings_are_one_pair() -> None:
+    texts = [("How to sort a list", "Use sorted."), ("how to SORT, a list!", "Other."), ("Third", "use Sorted")]
+    pairs = retrieval_pairs._ordered([Pair(*text) for text in texts], retrieval_pairs._key)
+    assert [pair.query for pair in pairs] == ["How to sort a list"]
 
 
 @pytest.mark.parametrize(
