@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelpress.errors import AccessDeniedError, ConfigError, CorruptionError, StoreUnfitError
+from modelpress.errors import ConfigError, CorruptionError, StoreError, StoreUnfitError
 from modelpress.settings import Settings
 
 MAX_KEY_BYTES = 1024
@@ -88,6 +88,12 @@ class Store(abc.ABC):
         """All objects whose key begins with `prefix` (any string, not only whole segments), sorted by the UTF-8 of
         the key."""
 
+    def folders(self, prefix: str) -> Iterator[str]:
+        """The segments that follow `prefix` (which ends with `/`) in keys that go on behind them, sorted; where the
+        store can, without listing what lies below."""
+        found = {info.key.removeprefix(prefix) for info in self.list(prefix)}
+        yield from sorted({rest.partition("/")[0] for rest in found if "/" in rest}, key=str.encode)
+
     @abc.abstractmethod
     def delete(self, key: str) -> None:
         """Remove an object; none there is no error."""
@@ -99,12 +105,16 @@ class Store(abc.ABC):
             StoreUnfitError: a second conditional write succeeded, or what was written is not read back.
         """
         key = f"doctor/{uuid.uuid4().hex}"
-        created = self.put(key, b"first", if_absent=True)
-        created_again = self.put(key, b"second", if_absent=True)
-        content = self.get(key)
-        with contextlib.suppress(AccessDeniedError):  # a write-only-once policy may forbid it; the proof stands
-            self.delete(key)
-        if not created or created_again or content != b"first":
+        try:
+            # Refused does not mean that it failed: a retry after a lost answer meets its own write. The key is new,
+            # so the content tells.
+            self.put(key, b"first", if_absent=True)
+            created_again = self.put(key, b"second", if_absent=True)
+            content = self.get(key)
+        finally:
+            with contextlib.suppress(StoreError):  # a write-only-once policy may forbid it; the proof stands
+                self.delete(key)
+        if created_again or content != b"first":
             raise StoreUnfitError(
                 f"proving conditional creation on {self.uri}",
                 found=f"a second write under the same key {'succeeded' if created_again else 'was refused'}, and the "
@@ -113,6 +123,9 @@ class Store(abc.ABC):
                 fix="use a server with conditional writes (AWS S3, Ceph RGW, a local folder), and no proxy that drops "
                 "the If-None-Match header; `modelpress doctor` repeats this test",
             )
+
+    def close(self) -> None:  # noqa: B027  most stores hold nothing
+        """Let go of connections and threads, without waiting for calls that run. The store is not used after it."""
 
     def ensure_fit(self) -> None:
         """`check_fit`, once in the life of this object."""

@@ -101,6 +101,13 @@ class LocalStore(Store):
             found = sorted(self._walk(base, prefix), key=lambda info: info.key.encode())
         yield from found
 
+    def folders(self, prefix: str) -> Iterator[str]:
+        base = self.folder / check_key(prefix, prefix=True)
+        with local_errors(f"listing {base}"), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            yield from sorted(
+                (name for path in base.iterdir() if path.is_dir() and (name := path.name) != RESERVED), key=os.fsencode
+            )
+
     def delete(self, key: str) -> None:
         path = self._path(key)
         missing = (FileNotFoundError, NotADirectoryError, IsADirectoryError)

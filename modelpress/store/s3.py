@@ -14,9 +14,8 @@ import random
 import time
 import urllib.parse
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -42,6 +41,7 @@ from modelpress.settings import Settings
 from modelpress.store.base import ObjectInfo, Store, check_digest, check_key, check_range
 from modelpress.store.local import local_errors
 from modelpress.store.s3_errors import Where, code_of, status_of, translate
+from modelpress.store.threads import ClosedError, DaemonPool, ahead
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -53,7 +53,10 @@ PART_BYTES = 16 * 2**20
 """Least size of a part, and of a ranged read."""
 MAX_PARTS = 10_000
 PARTS_IN_FLIGHT = 4
-"""Per store object; memory for parts is bounded by this many and the reader's window."""
+"""Requests for parts at a time, per store object. Each `put`, `get` or `download` that runs holds at most this many
+parts in memory, so the calls that run at a time bound it."""
+LOST_UPLOAD = {"NoSuchUpload", "InvalidPart"}
+"""Another process was at the same upload: it completed or aborted it, or sent a part again."""
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -77,7 +80,7 @@ class S3Store(Store):
         self.bucket, self._prefix = bucket, f"{check_key(prefix)}/" if prefix else ""
         self._attempts = settings.s3_attempts
         self._client, self._where = _connect(bucket, settings)
-        self._pool = ThreadPoolExecutor(PARTS_IN_FLIGHT, thread_name_prefix="s3-part")
+        self._pool = DaemonPool(PARTS_IN_FLIGHT, "s3-part")
         self._bucket_seen = False
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
@@ -100,13 +103,12 @@ class S3Store(Store):
 
     def put(self, key: str, data: bytes | Path, *, if_absent: bool = False, sha256: str | None = None) -> bool:
         doing = f"storing {self.uri}/{check_key(key)}"
-        if isinstance(data, Path):
-            with local_errors(f"reading {data}"):
-                size = data.stat().st_size
-                if not if_absent and size > MULTIPART_BYTES:
-                    self._put_parts(key, data, size, sha256)
-                    return True
-                data = data.read_bytes()
+        with local_errors(f"reading {data}") if isinstance(data, Path) else contextlib.nullcontext():
+            size = data.stat().st_size if isinstance(data, Path) else len(data)
+            if not if_absent and size > MULTIPART_BYTES:
+                self._put_parts(key, data, size, sha256)
+                return True
+            data = data.read_bytes() if isinstance(data, Path) else data
         if sha256 is not None:
             check_digest(doing, hashlib.sha256(data).hexdigest(), sha256)
         if if_absent:
@@ -135,10 +137,22 @@ class S3Store(Store):
                 for item in page.get("Contents", []):
                     yield ObjectInfo(item["Key"].removeprefix(self._prefix), item["Size"])
 
+    def folders(self, prefix: str) -> Iterator[str]:
+        check_key(prefix, prefix=True)
+        with self._translated(f"listing {self.uri}/{prefix}"):
+            pages = self._client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self.bucket, Prefix=self._prefix + prefix, Delimiter="/"):
+                for item in page.get("CommonPrefixes", []):
+                    yield item["Prefix"].removeprefix(self._prefix + prefix).rstrip("/")
+
     def delete(self, key: str) -> None:
         check_key(key)
         with self._translated(f"deleting {self.uri}/{key}"):
             self._client.delete_object(Bucket=self.bucket, Key=self._prefix + key)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._client.close()
 
     # --- one object, conditionally
 
@@ -184,7 +198,7 @@ class S3Store(Store):
             return answer[0]
 
         offsets = iter(range(start + len(data), end, PART_BYTES))
-        yield from _ahead(self._pool, fetch, offsets)
+        yield from self._ahead(f"reading {self.uri}/{key}", fetch, offsets)
 
     def _check_end(self, key: str, end: int) -> None:
         info = self.info(key)
@@ -230,7 +244,7 @@ class S3Store(Store):
 
     # --- writing in parts
 
-    def _put_parts(self, key: str, path: Path, size: int, sha256: str | None) -> None:
+    def _put_parts(self, key: str, source: bytes | Path, size: int, sha256: str | None) -> None:
         """Multipart upload that continues where an earlier one stopped.
 
         Another process may be at the same upload (same key, so same bytes): when it completes first, ours is gone and
@@ -240,24 +254,29 @@ class S3Store(Store):
         for last in (False, True):
             upload, there = self._open_upload(key, size)
             try:
-                with self._translated(doing, passing="NoSuchUpload"):
-                    self._send_parts(key, upload, there, path, size, sha256)
+                with self._translated(doing, passing=LOST_UPLOAD):
+                    self._send_parts(key, upload, there, source, size, sha256)
                     return
             except (CorruptionError, StoreFullError):
                 with contextlib.suppress(BotoCoreError, ClientError):
                     self._client.abort_multipart_upload(Bucket=self.bucket, Key=self._prefix + key, UploadId=upload)
                 raise
-            except ClientError as error:  # NoSuchUpload: it was completed or aborted elsewhere
-                info = self.info(key)
+            except ClientError as error:
+                info = self.info(key) if code_of(error) == "NoSuchUpload" else None
                 if info is not None and info.size_bytes == size:
                     return
                 if last:
                     raise translate(doing, error, self._where) from error
 
     def _send_parts(
-        self, key: str, upload: str, there: dict[int, tuple[int, str]], path: Path, size: int, sha256: str | None
+        self,
+        key: str,
+        upload: str,
+        there: dict[int, tuple[int, str]],
+        source: bytes | Path,
+        size: int,
+        sha256: str | None,
     ) -> None:
-        part_bytes = part_size(size)
         full = self._prefix + key
         digest = hashlib.sha256()
 
@@ -270,15 +289,13 @@ class S3Store(Store):
             )["ETag"].strip('"')
 
         def parts() -> Iterator[tuple[int, bytes]]:
-            with local_errors(f"reading {path}"), path.open("rb") as file:
-                for number in itertools.count(1):
-                    if not (data := file.read(part_bytes)):
-                        return
-                    digest.update(data)
-                    yield number, data
+            for number, data in enumerate(_cut(source, part_size(size)), 1):
+                digest.update(data)
+                yield number, data
 
-        tags = list(_ahead(self._pool, send, parts()))
-        check_digest(f"storing {self.uri}/{key} from {path}", digest.hexdigest(), sha256)
+        tags = list(self._ahead(f"storing {self.uri}/{key}", send, parts()))
+        origin = f" from {source}" if isinstance(source, Path) else ""
+        check_digest(f"storing {self.uri}/{key}{origin}", digest.hexdigest(), sha256)
         listed: list[CompletedPartTypeDef] = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, 1)]
         self._client.complete_multipart_upload(
             Bucket=self.bucket, Key=full, UploadId=upload, MultipartUpload={"Parts": listed}
@@ -305,6 +322,12 @@ class S3Store(Store):
                 found |= {part["PartNumber"]: (part["Size"], part["ETag"].strip('"')) for part in page.get("Parts", [])}
         return found
 
+    def _ahead(self, doing: str, work: Callable[[S], T], items: Iterator[S]) -> Iterator[T]:
+        try:
+            yield from ahead(self._pool, work, items, PARTS_IN_FLIGHT)
+        except (CancelledError, ClosedError) as error:
+            raise StoreUnavailableError(doing, found="that the store was closed meanwhile") from error
+
     # --- errors
 
     def _see_bucket(self) -> None:
@@ -314,12 +337,12 @@ class S3Store(Store):
             self._bucket_seen = True
 
     @contextlib.contextmanager
-    def _translated(self, doing: str, *, passing: str = "") -> Iterator[None]:
-        """Turn the SDK's errors into the store's, except a refusal with the code `passing`."""
+    def _translated(self, doing: str, *, passing: Collection[str] = ()) -> Iterator[None]:
+        """Turn the SDK's errors into the store's, except refusals with the codes `passing`."""
         try:
             yield
         except ClientError as error:
-            if code_of(error) == passing:
+            if code_of(error) in passing:
                 raise
             raise translate(doing, error, self._where) from error
         except BotoCoreError as error:
@@ -330,6 +353,18 @@ def part_size(size: int) -> int:
     """Bytes of every part but the last: a function of the object's size alone, so that a later process cuts alike."""
     needed = -(-size // MAX_PARTS)
     return max(PART_BYTES, -(-needed // 2**20) * 2**20)
+
+
+def _cut(source: bytes | Path, part_bytes: int) -> Iterator[bytes]:
+    """The bytes in parts, one in memory at a time beside what was given."""
+    if isinstance(source, Path):
+        with local_errors(f"reading {source}"), source.open("rb") as file:
+            while data := file.read(part_bytes):
+                yield data
+    else:
+        view = memoryview(source)
+        for start in range(0, len(view), part_bytes):
+            yield bytes(view[start : start + part_bytes])
 
 
 def _connect(bucket: str, settings: Settings) -> tuple[S3Client, Where]:
@@ -363,21 +398,6 @@ def _connect(bucket: str, settings: Settings) -> tuple[S3Client, Where]:
 def _without_login(url: str) -> str:
     parts = urllib.parse.urlsplit(url)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-
-
-def _ahead(pool: ThreadPoolExecutor, work: Callable[[S], T], items: Iterator[S]) -> Iterator[T]:
-    """`map` in a pool, in order, with at most `PARTS_IN_FLIGHT` items taken ahead (so memory is bounded)."""
-    waiting: deque[Future[T]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) >= PARTS_IN_FLIGHT:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
 
 
 def _back_off(attempt: int) -> None:

@@ -91,7 +91,10 @@ def _refusal(doing: str, error: ClientError, where: Where) -> ModelpressError:
     if code in CLOCK:
         return AccessDeniedError(doing, found=found, expected="this machine's clock to be right", fix="set the clock")
     if code in DENIED or status in (401, 403):
-        fix = "give this key the right (s3:GetObject, s3:ListBucket to read; s3:PutObject, s3:DeleteObject to write)"
+        fix = (
+            "give this key the right (s3:GetObject, s3:ListBucket to read; s3:PutObject, s3:DeleteObject to write; "
+            "s3:ListBucketMultipartUploads, s3:ListMultipartUploadParts, s3:AbortMultipartUpload for large objects)"
+        )
         return AccessDeniedError(doing, found=found, expected="a key with this right", fix=fix)
     if status == 404:
         return NotFoundError(doing, found=found)

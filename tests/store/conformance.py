@@ -144,6 +144,14 @@ class StoreConformance:
             expected = sorted((key for key in keys if key.startswith(prefix)), key=str.encode)
             assert [info.key for info in store.list(prefix)] == expected
 
+    def test_folders(self, store: Store) -> None:
+        for key in ("p/b/1", "p/b/2/3", "p/a.json", "p/é/x", "p/c", "q/d/e", ".e/f"):
+            store.put(key, b"x")
+        assert list(store.folders("p/")) == ["b", "é"]
+        assert list(store.folders("p/b/")) == ["2"]
+        assert list(store.folders("none/")) == []
+        assert sorted(store.folders("")) == [".e", "p", "q"]
+
     def test_delete(self, store: Store) -> None:
         store.put("k", b"x")
         store.delete("k")

@@ -52,12 +52,12 @@ class Proxy:
     """A small gateway in front of the S3 server: a real server behind it that answers unfitly.
 
     With `drop_header`, requests go on without that header, signed anew (it is part of the signature). Of the answers
-    to ranged GETs, the first `cut` break off in the middle.
+    to ranged GETs, the first `cut` break off in the middle; of those to PUTs, the first `lost` never arrive.
     """
 
-    def __init__(self, server: S3Server, *, drop_header: str = "", cut: int = 0) -> None:
+    def __init__(self, server: S3Server, *, drop_header: str = "", cut: int = 0, lost: int = 0) -> None:
         upstream, proxy = urlsplit(server.endpoint).netloc, self
-        self.cut, self.gets = cut, 0
+        self.cut, self.gets, self.lost = cut, 0, lost
 
         def sign_anew(method: str, path: str, body: bytes, headers: dict[str, str]) -> dict[str, str]:
             kept = {
@@ -83,6 +83,10 @@ class Proxy:
                 connection.request(self.command, self.path, body, headers)
                 answer = connection.getresponse()
                 content = answer.read()
+                if self.command == "PUT" and proxy.lost:
+                    proxy.lost -= 1
+                    self.close_connection = True
+                    return
                 self.send_response(answer.status)
                 for name, value in answer.getheaders():
                     if name.lower() not in ("connection", "transfer-encoding", "content-length"):
@@ -232,6 +236,65 @@ def test_a_store_without_conditional_writes_is_unfit(
     direct = open_s3("writer")
     direct.check_fit()
     assert list(direct.list()) == []
+
+
+def test_a_lost_answer_makes_no_store_unfit(open_s3: OpenS3, s3_server: S3Server, proxies: list[Proxy]) -> None:
+    proxies.append(Proxy(s3_server, lost=1))
+    through = open_s3("writer", s3_endpoint_url=proxies[0].endpoint)
+    through.check_fit()  # its first write was sent twice, and the second time refused: by itself
+    assert proxies[0].lost == 0
+    assert list(open_s3("writer").list()) == []
+
+
+def test_a_failed_proof_leaves_nothing(open_s3: OpenS3, s3_server: S3Server, proxies: list[Proxy]) -> None:
+    proxies.append(Proxy(s3_server, cut=1000))
+    with pytest.raises(StoreUnavailableError):
+        open_s3("writer", s3_endpoint_url=proxies[0].endpoint, s3_attempts=1).check_fit()
+    assert list(open_s3("writer").list()) == []
+
+
+def test_large_bytes_go_in_parts(open_s3: OpenS3) -> None:
+    store = open_s3("writer")
+    sent: list[str] = []
+    for operation in ("PutObject", "UploadPart"):
+        store._client.meta.events.register(f"before-call.s3.{operation}", lambda model, **_: sent.append(model.name))
+    data = os.urandom(MIB) * (MULTIPART_BYTES // MIB) + b"rest"
+    with pytest.raises(CorruptionError):
+        store.put("large", data, sha256="0" * 64)
+    assert store.info("large") is None
+    assert unfinished(store) == {}
+    sent.clear()
+    assert store.put("large", data, sha256=hashlib.sha256(data).hexdigest())
+    assert sent == ["UploadPart"] * (MULTIPART_BYTES // PART_BYTES + 1)
+    assert store.get("large") == data
+
+
+@pytest.mark.faults
+def test_a_part_that_another_process_changed_is_sent_again(open_s3: OpenS3) -> None:
+    store = open_s3("writer")
+    data = os.urandom(MIB) * 65
+    client, changed = open_s3("writer")._client, list[str]()
+
+    def change(params: dict[str, object], **_: object) -> None:
+        if not changed:
+            (upload,) = unfinished(store)
+            changed.append(upload)
+            client.upload_part(
+                Bucket=store.bucket, Key=store._prefix + "large", UploadId=upload, PartNumber=2, Body=b"x" * PART_BYTES
+            )
+
+    store._client.meta.events.register("before-call.s3.CompleteMultipartUpload", change)
+    assert store.put("large", data, sha256=hashlib.sha256(data).hexdigest())
+    assert changed
+    assert store.get("large") == data
+
+
+def test_a_closed_store_waits_for_nobody(open_s3: OpenS3) -> None:
+    store = open_s3("writer")
+    store.put("k", b"x" * (PART_BYTES + 1))
+    store.close()
+    with pytest.raises(StoreUnavailableError, match="closed"):
+        store.get("k")
 
 
 def test_a_broken_stream_is_read_again(
