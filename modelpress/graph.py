@@ -45,7 +45,20 @@ _DTYPES: dict[int, torch.dtype] = {
 }
 """Element types that a tensor can hold; an initializer of any other type (int4) stays in the graph."""
 
-_REFUSALS = (native.Fail, native.InvalidArgument, native.InvalidGraph, native.InvalidProtobuf, native.NotImplemented)
+_REFUSALS = (
+    native.Fail,
+    native.InvalidArgument,
+    native.InvalidGraph,
+    native.InvalidProtobuf,
+    native.NoModel,
+    native.NoSuchFile,
+    native.NotFound,
+    native.NotImplemented,
+)
+LOST_DEVICE: tuple[type[Exception], ...] = (native.EngineError, native.EPFail)
+"""What ONNX Runtime says of a device out of order."""
+if hasattr(native, "DeviceReset"):  # not in 1.23
+    LOST_DEVICE += (native.DeviceReset,)
 
 
 class Session(onnxruntime.InferenceSession):  # type: ignore[misc]
@@ -123,19 +136,31 @@ def session(checkpoint: Checkpoint, provider: str = "CPUExecutionProvider", thre
         raise _provider_error(provider, f"this build of ONNX Runtime has {', '.join(available)}")
     model = parse(checkpoint)
     names = [initializer.name for initializer in _external(model)]
-    weights = [_to_value(initializer, _matching(initializer, checkpoint)) for initializer in _external(model)]
+    tensors = [_matching(initializer, checkpoint) for initializer in _external(model)]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or usable_cores()
     options.log_severity_level = 3
     if not _multiplies_bytes_exactly():
         options.add_session_config_entry("session.x64quantprecision", "1")
-    options.add_external_initializers(names, weights)
+    try:
+        weights = [_to_value(one, tensor) for one, tensor in zip(_external(model), tensors, strict=True)]
+        options.add_external_initializers(names, weights)
+    except (ValueError, RuntimeError) as error:  # two of one name, among others
+        raise CorruptionError(
+            "handing the weights to ONNX Runtime", found=str(error), expected="one tensor per initializer"
+        ) from error
     try:
         made = Session(checkpoint.files[GRAPH_FILE], options, provider, weights)
     except _REFUSALS as error:
         raise CorruptionError(
             "making an ONNX Runtime session", found=str(error), expected="a graph that ONNX Runtime accepts"
         ) from error
+    except (*LOST_DEVICE, native.RuntimeException) as error:
+        if provider == "CPUExecutionProvider":
+            raise CorruptionError(
+                "making an ONNX Runtime session", found=str(error), expected="a graph that the CPU runs"
+            ) from error
+        raise _provider_error(provider, str(error)) from error
     except (ValueError, RuntimeError) as error:
         raise _provider_error(provider, str(error)) from error
     # A provider that does not start is only logged by ONNX Runtime.

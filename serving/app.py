@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -23,19 +23,39 @@ from starlette.routing import Route
 
 from modelpress import __version__
 from modelpress.errors import ModelpressError
-from serving.protocol import NotReadyError, RequestError, TooLargeError, decode_request, encode_response
+from modelpress.store.threads import DaemonPool
+from serving.protocol import (
+    BusyError,
+    NotReadyError,
+    RequestError,
+    SlowBodyError,
+    TooLargeError,
+    decode_request,
+    encode_response,
+)
 from serving.repository import Loaded, Repository, ServedModel
 
 log = logging.getLogger("modelpress.serving")
 
 MAX_BODY_BYTES = 32 * 2**20
+MAX_QUEUE = 64
+BODY_SECONDS = 60.0
+"""How long a request for inference may take to send its body: it holds a place meanwhile."""
+SMALL_BODY_BYTES = 2**16
+"""Cap for requests that carry no tensors."""
+RETRY_SECONDS = 1
 CLOSED_BY_CLIENT = 499
 
 T = TypeVar("T")
 
 
 def create_app(
-    repository: Repository, *, poll_seconds: float, workers: int, max_body_bytes: int = MAX_BODY_BYTES
+    repository: Repository,
+    *,
+    poll_seconds: float,
+    workers: int,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    max_queue: int = MAX_QUEUE,
 ) -> Starlette:
     """The application over a started repository.
 
@@ -44,12 +64,14 @@ def create_app(
         poll_seconds: how often the pointers are read; 0 never reads them.
         workers: inferences at a time.
         max_body_bytes: a larger request is refused before it is read.
+        max_queue: requests for inference beside the `workers` that may be read and wait; more are refused unread. So
+            bodies take at most `(workers + max_queue) * max_body_bytes`.
     """
-    doors = _Doors(repository, workers, max_body_bytes)
+    poller = _Poller(repository, poll_seconds)
+    doors = _Doors(repository, poller, workers, workers + max_queue, max_body_bytes)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        poller = _Poller(repository, poll_seconds)
         poller.start()
         try:
             yield
@@ -69,11 +91,13 @@ def create_app(
 class _Doors:
     """The endpoints."""
 
-    def __init__(self, repository: Repository, workers: int, max_body_bytes: int) -> None:
-        self._repository, self._max_body_bytes = repository, max_body_bytes
+    def __init__(self, repository: Repository, poller: _Poller, workers: int, places: int, max_body_bytes: int) -> None:
+        self._repository, self._poller, self._max_body_bytes = repository, poller, max_body_bytes
+        self._free = places
+        """Requests for inference that may still come in; changed by the event loop alone."""
         self._inference = ThreadPoolExecutor(workers, thread_name_prefix="infer")
-        # Loading takes seconds and must not hold the threads that answer.
-        self._loading = ThreadPoolExecutor(1, thread_name_prefix="load")
+        # Loading takes seconds and must not hold the threads that answer; nor the end of the process.
+        self._loading = DaemonPool(1, "load")
 
     def routes(self) -> list[Route]:
         model, version = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
@@ -94,15 +118,17 @@ class _Doors:
         ]
 
     def close(self) -> None:
-        """Wait for what runs."""
-        self._inference.shutdown()
-        self._loading.shutdown(cancel_futures=True)
+        """Wait for inferences that run, and for nothing that waits on the store."""
+        self._loading.shutdown(wait=False, cancel_futures=True)
+        self._inference.shutdown(cancel_futures=True)
 
     async def server(self, _request: Request) -> Response:
         return _json({"name": "modelpress", "version": __version__, "extensions": ["model_repository"]})
 
     async def live(self, _request: Request) -> Response:
-        return _json({"live": True})
+        # A dead poller would serve old packs in silence; whoever watches this starts the process again.
+        live = not self._poller.died
+        return _json({"live": live}, 200 if live else 503)
 
     async def ready(self, _request: Request) -> Response:
         ready = self._repository.ready
@@ -124,18 +150,24 @@ class _Doors:
         model, version = self._model(request), request.path_params.get("version")
         if "inference-header-content-length" in request.headers:
             raise RequestError("body", found="binary tensor data", expected="JSON; the extension is not served")
-        body = await self._body(request)
+        if not self._free:
+            raise BusyError("inference", found="as many requests as this server takes in", expected="a later try")
+        self._free -= 1
+        try:
+            body = await self._body_in_time(request)
 
-        def answer() -> bytes:
-            # One look at what is loaded: the whole answer comes from one pack, whatever is swapped meanwhile.
-            engine = model.answering(version).engine
-            asked = decode_request(body, engine.inputs, engine.outputs)
-            return encode_response(model.name, engine.pack, asked.id, engine.infer(asked.inputs, asked.outputs))
+            def answer() -> bytes:
+                # One look at what is loaded: the whole answer comes from one pack, whatever is swapped meanwhile.
+                engine = model.answering(version).engine
+                asked = decode_request(body, engine.inputs, engine.outputs)
+                return encode_response(model.name, engine.pack, asked.id, engine.infer(asked.inputs, asked.outputs))
 
-        return _raw(await _in_thread(self._inference, answer))
+            return _raw(await _in_thread(self._inference, answer))
+        finally:
+            self._free += 1
 
     async def index(self, request: Request) -> Response:
-        body = await self._body(request)
+        body = await self._body(request, min(self._max_body_bytes, SMALL_BODY_BYTES))
         try:
             asked = orjson.loads(body) if body.strip() else {}
         except orjson.JSONDecodeError as error:
@@ -158,20 +190,27 @@ class _Doors:
     def _model(self, request: Request) -> ServedModel:
         return self._repository.model(request.path_params["name"])
 
-    async def _body(self, request: Request) -> bytes:
-        """The body, never more of it than the cap."""
+    async def _body_in_time(self, request: Request) -> bytes:
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                return await self._body(request, self._max_body_bytes)
+        except TimeoutError as error:
+            raise SlowBodyError("body", found=f"a part of it in {BODY_SECONDS:.0f} s", expected="all of it") from error
+
+    async def _body(self, request: Request, most: int) -> bytes:
+        """The body, never more of it than `most`."""
         announced = request.headers.get("content-length", "")
         size = int(announced) if announced.isdecimal() else 0
         chunks: list[bytes] = []
-        if size <= self._max_body_bytes:
+        if size <= most:
             size = 0
             async for chunk in request.stream():
                 size += len(chunk)
-                if size > self._max_body_bytes:
+                if size > most:
                     break
                 chunks.append(chunk)
-        if size > self._max_body_bytes:
-            raise TooLargeError("body", found=f"{size} bytes or more", expected=f"at most {self._max_body_bytes}")
+        if size > most:
+            raise TooLargeError("body", found=f"{size} bytes or more", expected=f"at most {most}")
         return b"".join(chunks)
 
 
@@ -187,17 +226,19 @@ class _Poller(threading.Thread):
         if not self._seconds:
             return
         while not self._stopped.wait(self._seconds):
-            try:
-                self._repository.poll()
-            except Exception:  # the server's last resort: a dead poller would serve old packs in silence
-                log.exception("polling the pointers")
+            self._repository.poll()
+
+    @property
+    def died(self) -> bool:
+        """Whether it should be polling and does not: an error that nobody foresaw ended it (and is in the log)."""
+        return self._seconds > 0 and not self._stopped.is_set() and not self.is_alive()
 
     def stop(self) -> None:
         """Ask it to end; a load that hangs in the store does not hold up the end of the process."""
         self._stopped.set()
 
 
-async def _in_thread(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+async def _in_thread(pool: Executor, work: Callable[[], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(pool, work)
 
 
@@ -223,7 +264,8 @@ def _metadata(model: ServedModel, loaded: Loaded) -> dict[str, Any]:
 async def _answer_known(request: Request, error: ModelpressError) -> Response:
     """What the client can mend is told in full; what the operator must mend is told by kind, and logged."""
     if isinstance(error, RequestError):
-        return _refusal(_one_line(error), error.status)
+        busy = {"Retry-After": str(RETRY_SECONDS)} if isinstance(error, BusyError) else None
+        return _refusal(_one_line(error), error.status, busy)
     name = request.path_params.get("name", "")
     return _refusal(f"model {name!r} can't be loaded ({type(error).__name__}); see /v2/repository/index", 503)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import threading
 import time
 from collections.abc import Mapping, Sequence
 
@@ -11,14 +13,18 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from modelpress import graph, load
-from modelpress.errors import ServingError
+from modelpress.errors import CorruptionError, ServingError
 from modelpress.store import Store
-from serving.protocol import DATATYPES, RequestError, TensorSpec
+from serving.protocol import DATATYPES, NotReadyError, RequestError, TensorSpec
 
 log = logging.getLogger("modelpress.serving")
 
 WARM_UP_SIZES = (1, 32, 256)
 """Tried in turn for axes other than the first that may differ per call: some models need more than one pixel."""
+MAX_WARM_UP_BYTES = 2**28
+"""Shapes are the pack's own word: an input that declares more is not made."""
+MAX_RANK = 32
+"""What every numpy can hold."""
 
 _ONNX_TYPES = {
     "bool": "BOOL",
@@ -27,13 +33,9 @@ _ONNX_TYPES = {
     "double": "FP64",
     **{name.lower(): name for name in DATATYPES if "INT" in name},
 }
-_REFUSALS = (
-    native.EPFail,
-    native.Fail,
-    native.InvalidArgument,
-    native.NotImplemented,
-    native.RuntimeException,
-)
+_FAILURES = (*graph.LOST_DEVICE, native.Fail, native.NotImplemented, native.RuntimeException)
+"""What may be the request's fault (sizes that don't fit) or the machine's (no memory, a lost device)."""
+_NO_MEMORY = ("allocat", "out of memory", "bad_alloc")
 
 
 class Engine:
@@ -49,39 +51,71 @@ class Engine:
         """Execution provider in use."""
         self.inputs = [_spec(node) for node in session.get_inputs()]
         self.outputs = [_spec(node) for node in session.get_outputs()]
+        self.broken = False
+        """It does not even answer what it answered at its warm-up: it must be loaded again."""
         self._session = session
+        self._known: dict[str, np.ndarray] = {}
+        self._probing = threading.Lock()
 
     def infer(self, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
         """Run the model on checked inputs.
 
         Raises:
             RequestError: the model can't run on these values (an index outside a table, sizes that don't fit).
+            NotReadyError: the machine can't run it, or not on so much.
         """
         try:
             found = self._session.run(list(outputs), dict(inputs))
-        except _REFUSALS as error:
-            # ONNX Runtime's own text names its source files: for the log, not for the client.
-            log.warning("pack %s refused a request: %s", self.pack[:12], error)
-            raise RequestError(
-                "running the model", found="values or sizes that it can't run on", expected="inputs like its examples"
-            ) from error
+        except native.InvalidArgument as error:
+            self._log_refusal(error)
+            raise _refused() from error
+        except (*_FAILURES, MemoryError) as error:
+            self._log_refusal(error)
+            self._probe()
+            if self.broken or _lacks_memory(error) or isinstance(error, graph.LOST_DEVICE):
+                found = "that its execution provider failed" if self.broken else "too little memory, or a busy device"
+                raise NotReadyError("running the model", found=found, expected="another try later") from error
+            raise _refused() from error
         return dict(zip(outputs, found, strict=True))
 
     def warm_up(self) -> None:
         """Run once on ones: first calls are slow, and a model that never runs must not become the one that answers.
 
         Raises:
-            ServingError: it runs on none of the sizes tried.
+            ServingError: it gives finite numbers for none of the sizes tried.
         """
-        names = [spec.name for spec in self.outputs]
-        refusal: RequestError | None = None
+        problem = f"inputs of more than {MAX_WARM_UP_BYTES} bytes"
         for size in WARM_UP_SIZES:
-            try:
-                self.infer({spec.name: _ones(spec, size) for spec in self.inputs}, names)
+            if sum(_ones_bytes(spec, size) for spec in self.inputs) > MAX_WARM_UP_BYTES:
+                break
+            self._known = {spec.name: _ones(spec, size) for spec in self.inputs}
+            found = self._failure()
+            if found is None:
                 return
-            except RequestError as error:
-                refusal = error
-        raise ServingError(f"warming up pack {self.pack}", found=str(refusal), expected="an answer") from refusal
+            problem = found
+        raise ServingError(f"warming up pack {self.pack}", found=problem, expected="an answer of finite numbers")
+
+    def _failure(self) -> str | None:
+        """What is wrong with the answer to the known inputs; None: nothing."""
+        try:
+            answers = self._session.run(None, self._known)
+        except (native.InvalidArgument, *_FAILURES, MemoryError) as error:
+            return str(error) or type(error).__name__
+        for spec, answer in zip(self.outputs, answers, strict=True):
+            if answer.dtype.kind == "f" and not np.isfinite(answer).all():
+                return f"NaN or infinity in output {spec.name!r}"
+        return None
+
+    def _probe(self) -> None:
+        """Find out whether a failure was the request's or ours: a request must not take a sound model down."""
+        with self._probing:
+            if not self.broken and (failure := self._failure()) is not None:
+                log.error("pack %s does not run any more: %s", self.pack[:12], failure)
+                self.broken = True
+
+    def _log_refusal(self, error: Exception) -> None:
+        # ONNX Runtime's own text names its source files: for the log, not for the client.
+        log.warning("pack %s refused a request: %s", self.pack[:12], error)
 
 
 def load_engine(store: Store, name: str, pack: str, provider: str, threads: int) -> Engine:
@@ -93,7 +127,10 @@ def load_engine(store: Store, name: str, pack: str, provider: str, threads: int)
     """
     started = time.perf_counter()
     _, checkpoint = load.load_checkpoint(store, name, pack)
-    engine = Engine(pack, graph.session(checkpoint, provider, threads))
+    try:
+        engine = Engine(pack, graph.session(checkpoint, provider, threads))
+    except UnicodeDecodeError as error:
+        raise CorruptionError(f"reading the signature of pack {pack}", found=str(error), expected="UTF-8") from error
     engine.warm_up()
     log.info("loaded %s, pack %s, in %.2f s", name, pack[:12], time.perf_counter() - started)
     return engine
@@ -105,10 +142,33 @@ def _spec(node: onnxruntime.NodeArg) -> TensorSpec:
         raise ServingError(
             f"reading the type of {node.name!r}", found=node.type, expected=f"a tensor of {', '.join(_ONNX_TYPES)}"
         )
-    return TensorSpec(node.name, datatype, tuple(node.shape))
+    shape = tuple(node.shape)
+    if len(shape) > MAX_RANK:
+        raise ServingError(
+            f"reading the shape of {node.name!r}", found=f"{len(shape)} axes", expected=f"at most {MAX_RANK}"
+        )
+    return TensorSpec(node.name, datatype, shape)
+
+
+def _refused() -> RequestError:
+    return RequestError(
+        "running the model", found="values or sizes that it can't run on", expected="inputs like its examples"
+    )
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """ONNX Runtime has no type of its own for it."""
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in _NO_MEMORY)
 
 
 def _ones(spec: TensorSpec, size: int) -> np.ndarray:
+    return np.ones(_sizes(spec, size), DATATYPES[spec.datatype])
+
+
+def _ones_bytes(spec: TensorSpec, size: int) -> int:
+    return math.prod(_sizes(spec, size)) * DATATYPES[spec.datatype].itemsize
+
+
+def _sizes(spec: TensorSpec, size: int) -> list[int]:
     batch = [length if isinstance(length, int) else 1 for length in spec.shape[:1]]
-    rest = [length if isinstance(length, int) else size for length in spec.shape[1:]]
-    return np.ones(batch + rest, DATATYPES[spec.datatype])
+    return batch + [length if isinstance(length, int) else size for length in spec.shape[1:]]

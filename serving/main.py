@@ -21,7 +21,7 @@ from modelpress.doctor import check_provider
 from modelpress.errors import ConfigError, ModelpressError, SetupError
 from modelpress.settings import Settings
 from modelpress.store import open_store
-from serving.app import MAX_BODY_BYTES, create_app
+from serving.app import MAX_BODY_BYTES, MAX_QUEUE, create_app
 from serving.repository import Repository
 
 log = logging.getLogger("modelpress.serving")
@@ -30,7 +30,7 @@ BACKLOG = 2048
 
 
 class ServingSettings(BaseSettings):
-    """Read from ``MODELPRESS_SERVING_*`` variables; `modelpress serve` has an option for each."""
+    """Read from ``MODELPRESS_SERVING_*`` variables; `modelpress serve` has an option for most."""
 
     model_config = SettingsConfigDict(
         env_prefix="MODELPRESS_SERVING_", frozen=True, extra="ignore", use_attribute_docstrings=True
@@ -54,8 +54,14 @@ class ServingSettings(BaseSettings):
     """Inferences at a time; 0 takes the cores that this process may use."""
     max_body_bytes: int = Field(default=MAX_BODY_BYTES, ge=1)
     """A larger request is refused."""
+    max_queue: int = Field(default=MAX_QUEUE, ge=0)
+    """Requests for inference that may wait beside the `workers` that run; more get 503 with Retry-After, unread.
+    Bodies take at most (workers + max_queue) x max_body_bytes of memory."""
+    max_connections: int = Field(default=1024, ge=1)
+    """Connections at a time; more get 503."""
     drain_seconds: int = Field(default=30, ge=1)
-    """On SIGTERM, how long running requests may take to end."""
+    """On SIGTERM, how long running requests may take to end. Then inferences that run are finished; nothing that waits
+    on the store is."""
 
 
 def read_settings(**given: Any) -> ServingSettings:
@@ -77,30 +83,39 @@ def read_settings(**given: Any) -> ServingSettings:
 def run(settings: Settings, serving: ServingSettings) -> None:
     """Serve until SIGTERM or SIGINT, then answer what runs and return.
 
+    A load that a silent store holds up is abandoned: it is in daemon threads, which the interpreter does not wait for.
+
     Raises:
         SetupError: the port is in use, or the execution provider is not.
         ModelpressError: a named model can't be loaded.
     """
     check_provider(serving.provider)
     names = [name.strip() for name in serving.models.split(",") if name.strip()]
+    store = open_store(settings.store_uri, settings)
     repository = Repository(
-        open_store(settings.store_uri, settings),
+        store,
         names,
         provider=serving.provider,
         threads=serving.threads,
         retry_seconds=max(serving.poll_seconds, 1.0),
     )
-    with _bound(serving.host, serving.port) as listener:
+    with contextlib.closing(store), _bound(serving.host, serving.port) as listener:
         repository.start()
         app = create_app(
             repository,
             poll_seconds=serving.poll_seconds,
             workers=serving.workers or graph.usable_cores(),
             max_body_bytes=serving.max_body_bytes,
+            max_queue=serving.max_queue,
         )
         # Our own handlers and log; uvicorn's access log costs more than a small inference.
         config = uvicorn.Config(
-            app, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=serving.drain_seconds
+            app,
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            limit_concurrency=serving.max_connections + 1,  # uvicorn refuses the last one
+            timeout_graceful_shutdown=serving.drain_seconds,
         )
         listener.listen(BACKLOG)
         log.info("listening on http://%s:%d/v2", *listener.getsockname()[:2])

@@ -63,6 +63,18 @@ class NotReadyError(RequestError):
     status = 503
 
 
+class BusyError(RequestError):
+    """As many requests as may wait are waiting; worth another try soon."""
+
+    status = 503
+
+
+class SlowBodyError(RequestError):
+    """The body did not arrive in time."""
+
+    status = 408
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """One input or output of a model: v2 datatype and shape, with axes that may differ per call by name (or None)."""

@@ -16,6 +16,7 @@ from modelpress.errors import (
     CorruptionError,
     ModelpressError,
     NotFoundError,
+    ServingError,
     SetupError,
     StoreUnavailableError,
     UnsupportedFormatError,
@@ -28,10 +29,17 @@ from serving.protocol import NotReadyError, NotServedError
 log = logging.getLogger("modelpress.serving")
 
 CHAMPION = "champion"
+BROKEN = "its execution provider failed; it is loaded again at the next poll"
 MAX_RETRY_SECONDS = 300.0
 """Longest wait before a pack that could not be loaded is fetched again."""
 
+
+class LogCutError(CorruptionError):
+    """The pointer's log lost, or changed, an entry that was loaded."""
+
+
 _PUBLIC_REASONS: list[tuple[type[ModelpressError], str]] = [
+    (LogCutError, "the pointer's log lost or changed an entry that was loaded"),
     (CorruptionError, "its bytes are not what the manifest says"),
     (UnsupportedFormatError, "it was written by a newer modelpress"),
     (NotFoundError, "the pointer, or an object of the pack, is missing"),
@@ -65,6 +73,8 @@ class ServedModel:
     def __init__(self, name: str, alias: str) -> None:
         self.name, self.alias = name, alias
         self.loaded: Loaded | None = None
+        self.newest: Pointer | None = None
+        """The newest entry that was loaded; what stands in the store may not be older. Forgotten at an unload."""
         self.failure: Failure | None = None
         self.unloaded = False
         """Taken out by request: stays out until it is asked in again."""
@@ -74,19 +84,21 @@ class ServedModel:
     @property
     def ready(self) -> bool:
         """Whether it answers, or was taken out on purpose."""
-        return self.loaded is not None or self.unloaded
+        return self.unloaded or (self.loaded is not None and not self.loaded.engine.broken)
 
     def answering(self, version: str | None = None) -> Loaded:
         """What answers now, for any version or for a digest (whole, or its first 12 digits and more).
 
         Raises:
-            NotReadyError: nothing is loaded.
+            NotReadyError: nothing is loaded, or it broke.
             NotServedError: another version is.
         """
         loaded = self.loaded
         if loaded is None:
             reason = self.failure.reason if self.failure else "it is not loaded"
             raise NotReadyError(f"model {self.name!r}", found=reason, expected="a loaded pack")
+        if loaded.engine.broken:
+            raise NotReadyError(f"model {self.name!r}", found=BROKEN, expected="a loaded pack")
         pack = loaded.engine.pack
         if version is not None and not (len(version) >= 12 and pack.startswith(version)):
             raise NotServedError(f"model {self.name!r}: version", found=version[:80], expected=pack)
@@ -186,7 +198,7 @@ class Repository:
         """
         model = self.model(name)
         with model.lock:
-            model.unloaded, model.loaded, model.failure = True, None, None
+            model.unloaded, model.loaded, model.newest, model.failure = True, None, None, None
         log.info("unloaded %s", name)
 
     @property
@@ -201,12 +213,23 @@ class Repository:
     def _discover(self) -> None:
         if not self._discovers:
             return
-        owners = {keys.pointer_owner(info.key) for info in self._store.list(keys.PACKS)}
-        for name in sorted(owner[0] for owner in owners if owner and owner[1] == CHAMPION):
-            self._models.setdefault(name, ServedModel(name, CHAMPION))
+        for name in self._store.folders(keys.PACKS):
+            if name not in self._models and self._has_champion(name):
+                self._models.setdefault(name, ServedModel(name, CHAMPION))
+
+    def _has_champion(self, name: str) -> bool:
+        try:
+            log = keys.pointers(name, CHAMPION)
+        except ConfigError:  # a folder that publishing did not make
+            return False
+        return any(keys.pointer_owner(info.key) for info in self._store.list(log))
 
     def _update(self, model: ServedModel, *, force: bool = False) -> None:
-        """Make the pointer's pack the one that answers; on any failure everything stays as it was."""
+        """Make the pointer's pack the one that answers; on any failure everything stays as it was.
+
+        Raises:
+            ModelpressError: it can't be; also where the memory does not suffice.
+        """
         with model.lock:
             if model.unloaded and not force:
                 return
@@ -222,14 +245,21 @@ class Repository:
                 number = entry.number
                 if not force and _waits(model.failure, number):
                     return
+                _check_newer(model, entry)
+                if model.loaded and model.loaded.engine.broken:
+                    model.loaded = None  # its memory is needed for the next
                 model.loaded = Loaded(self._engine(model, entry), entry)
-                model.failure, model.unloaded = None, False
+                model.newest, model.failure, model.unloaded = entry, None, False
+            except MemoryError as error:
+                known = ServingError(f"loading {model.name}@{model.alias}", found="not enough memory")
+                self._failed(model, number, known)
+                raise known from error
             except ModelpressError as error:
                 self._failed(model, number, error)
                 raise
 
     def _engine(self, model: ServedModel, entry: Pointer) -> Engine:
-        if model.loaded and model.loaded.engine.pack == entry.pack:
+        if model.loaded and model.loaded.engine.pack == entry.pack:  # and it is not broken: see `_update`
             return model.loaded.engine
         engine = load_engine(self._store, model.name, entry.pack, self._provider, self._threads)
         log.info("%s@%s: pack %s answers from now on (pointer %d)", model.name, model.alias, entry.pack, entry.number)
@@ -247,6 +277,23 @@ class Repository:
             log.error("%s@%s: %s; %s\n  %s", model.name, model.alias, what, kept, error)
 
 
+def _check_newer(model: ServedModel, entry: Pointer) -> None:
+    """A log only grows: one that was cut or overwritten must not swap packs.
+
+    Raises:
+        LogCutError: the entry is older than the one that was loaded, or another one of its number.
+    """
+    newest = model.newest
+    if newest and (entry.number < newest.number or (entry.number == newest.number and entry.digest != newest.digest)):
+        raise LogCutError(
+            f"following the log of {model.name}@{model.alias}",
+            found=f"entry {entry.number} (sha256 {entry.digest}) as the newest",
+            expected=f"entry {newest.number} (sha256 {newest.digest}), which was loaded, or a later one",
+            fix="restore the entry, or append a new one (modelpress promote, modelpress rollback); unloading and "
+            "loading the model, or a restart, takes the log as it is",
+        )
+
+
 def _waits(failure: Failure | None, number: int) -> bool:
     return failure is not None and failure.number == number and time.monotonic() < failure.retry_at
 
@@ -261,8 +308,12 @@ def _public_reason(error: ModelpressError) -> str:
 
 def _index_row(model: ServedModel) -> dict[str, Any]:
     loaded, failure = model.loaded, model.failure
-    row: dict[str, Any] = {"name": model.name, "state": "READY" if loaded else "UNAVAILABLE"}
+    row: dict[str, Any] = {
+        "name": model.name,
+        "state": "READY" if loaded and not loaded.engine.broken else "UNAVAILABLE",
+    }
     if loaded:
         row["version"] = loaded.engine.pack
-    reason = failure.reason if failure else "unloaded by request" if model.unloaded else ""
+    broken = BROKEN if loaded and loaded.engine.broken else ""
+    reason = failure.reason if failure else broken or ("unloaded by request" if model.unloaded else "")
     return row | ({"reason": reason} if reason else {})

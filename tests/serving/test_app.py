@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -32,8 +33,10 @@ def anyio_backend() -> str:
 
 
 @asynccontextmanager
-async def client_of(repository: Repository, poll_seconds: float = 0.0) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(repository, poll_seconds=poll_seconds, workers=2, max_body_bytes=CAP)
+async def client_of(
+    repository: Repository, poll_seconds: float = 0.0, workers: int = 2, max_queue: int = 64
+) -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(repository, poll_seconds=poll_seconds, workers=workers, max_body_bytes=CAP, max_queue=max_queue)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
@@ -183,21 +186,80 @@ async def test_an_unforeseen_error_shows_nothing(client: httpx.AsyncClient, monk
     check_error(await client.post(INFER, content=encode_request(ones())), 500, "internal error")
 
 
-async def test_the_poller_outlives_what_nobody_foresaw(
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_a_server_whose_poller_died_is_not_alive(
     press: Call, repository: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     press(scale_model(2.0))
     models = repository("scale")
-    calls = []
+    polled = asyncio.Event()
+    loop = asyncio.get_running_loop()
 
-    def broken() -> None:
-        calls.append(1)
-        raise ZeroDivisionError
+    def poll() -> None:
+        loop.call_soon_threadsafe(polled.set)
+        if broken:
+            raise ZeroDivisionError
 
-    monkeypatch.setattr(models, "poll", broken)
+    broken = False
+    monkeypatch.setattr(models, "poll", poll)
     async with client_of(models, poll_seconds=0.01) as client:
-        while len(calls) < 3:
-            assert (await client.get("/v2/health/live")).status_code == 200
+        await asyncio.wait_for(polled.wait(), 10)
+        assert (await client.get("/v2/health/live")).status_code == 200
+        broken = True
+        async with asyncio.timeout(10):
+            while (await client.get("/v2/health/live")).status_code == 200:
+                await asyncio.sleep(0.01)
+        answer = await client.get("/v2/health/live")
+        assert (answer.status_code, answer.json()) == (503, {"live": False})
+
+
+async def test_a_request_too_many_is_refused_unread(press: Call, repository: Call) -> None:
+    press(scale_model(2.0))
+    body, entered, go_on = encode_request(ones()), [0], asyncio.Event()
+
+    async def held() -> AsyncIterator[bytes]:
+        yield body[:10]
+        entered[0] += 1
+        await go_on.wait()
+        yield body[10:]
+
+    read = []
+
+    async def never() -> AsyncIterator[bytes]:
+        read.append(1)
+        yield body
+
+    async with client_of(repository("scale"), workers=1, max_queue=1) as client:
+        for _ in range(3):  # places come back after answers, and after refusals
+            go_on.clear()
+            entered[0] = 0
+            first = [asyncio.ensure_future(client.post(INFER, content=held())) for _ in range(2)]
+            async with asyncio.timeout(10):
+                while entered[0] < 2:
+                    await asyncio.sleep(0.01)
+            refused = await client.post(INFER, content=never())
+            check_error(refused, 503, "a later try")
+            assert refused.headers["Retry-After"] == "1"
+            assert read == []
+            go_on.set()
+            assert [answer.status_code for answer in await asyncio.gather(*first)] == [200, 200]
+            check_error(await client.post(INFER, content=b"{"), 400)
+
+
+async def test_a_body_that_does_not_come_gives_up_its_place(
+    press: Call, repository: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    press(scale_model(2.0))
+    monkeypatch.setattr("serving.app.BODY_SECONDS", 0.05)
+
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield b""
+            await asyncio.sleep(0.01)
+
+    async with client_of(repository("scale"), workers=1, max_queue=0) as client:
+        check_error(await client.post(INFER, content=endless()), 408)
+        assert (await client.post(INFER, content=encode_request(ones()))).status_code == 200
 
 
 @given(body=st.binary(max_size=200) | st.text(max_size=200).map(str.encode))

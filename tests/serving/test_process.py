@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ from collections.abc import Callable
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
@@ -23,13 +26,16 @@ import torch
 from modelpress import keys, load, pointer
 from modelpress.store import Store
 from serving.protocol import decode_response, encode_request
-from tests.serving.conftest import CLASSES, WIDTH, Server, scale_model
+from tests.conftest import OpenS3, S3Server
+from tests.serving.conftest import CLASSES, WIDTH, Server, publish_pack, scale_model
 
 Call = Callable[..., Any]
 
 INFER = "/v2/models/scale/infer"
 CLIENTS, PROMOTIONS, BATCH = 4, 8, 32
 DEADLINE_SECONDS = 30.0
+END_SECONDS = 10.0
+"""From SIGTERM to the end with a drain of 1 s; a request to the store may take 5 attempts of 30 s each."""
 
 
 class Client(threading.Thread):
@@ -137,6 +143,62 @@ def test_sigterm_answers_what_runs(press: Call, serve: Call) -> None:
     assert decode_response(answer.read())["y"][0, 0] == 2 * WIDTH
     connection.close()
     assert server.process.wait(30) == 0
+
+
+class Gateway:
+    """Passes bytes to a real S3 server, until it falls silent: then it takes all and answers nothing."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.silent = threading.Event()
+        target = urlsplit(endpoint)
+        gateway = self
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                with socket.create_connection((target.hostname or "", target.port or 80)) as upstream:
+                    back = threading.Thread(target=gateway.pump, args=(upstream, self.request), daemon=True)
+                    back.start()
+                    gateway.pump(self.request, upstream)
+
+        self.server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def pump(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if not self.silent.is_set():
+                    target.sendall(data)
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.socket.close()
+
+
+@pytest.mark.s3
+def test_a_silent_store_does_not_hold_up_the_end(
+    open_s3: OpenS3, s3_server: S3Server, serve: Call, tmp_path: Path
+) -> None:
+    store = open_s3("writer")
+    publish_pack(store, tmp_path, scale_model(2.0), "scale")
+    with contextlib.closing(Gateway(s3_server.endpoint)) as gateway:
+        environment = s3_server.environment() | {
+            "MODELPRESS_STORE": store.uri,
+            "MODELPRESS_S3_ENDPOINT_URL": gateway.endpoint,
+            "MODELPRESS_SERVING_DRAIN_SECONDS": "1",
+        }
+        server: Server = serve("scale", **environment)
+        gateway.silent.set()
+        host, port = server.url.removeprefix("http://").split(":")
+        load_request = HTTPConnection(host, int(port), timeout=30)
+        load_request.request("POST", "/v2/repository/models/scale/load")
+        time.sleep(0.5)  # the poller and the load wait for the store now
+        answer = server.client.post(INFER, content=encode_request({"x": np.ones((1, WIDTH), np.float32)}))
+        assert answer.status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(END_SECONDS) == 0
+        load_request.close()
 
 
 def listens(host: str, port: int) -> bool:
