@@ -27,11 +27,12 @@ from modelpress.errors import ConfigError, CorruptionError, NotFoundError
 from modelpress.manifest import Manifest, read_files, read_reports
 from modelpress.progress import Progress, silent
 from modelpress.reports import VerifyReport
-from modelpress.store.base import Store
+from modelpress.store.base import Store, get_capped
 from modelpress.store.local import local_errors
 
 Layout = Literal["checkpoint", "onnx"]
 MIN_PREFIX = 12
+MAX_MANIFEST_BYTES = 2**28
 PULLED_SHARD_BYTES = 2**28
 """A pulled checkpoint starts a new safetensors file when one would grow beyond this."""
 MANIFEST_NAME = "modelpress.json"
@@ -71,14 +72,11 @@ def load_manifest(store: Store, name: str, digest: str) -> Manifest:
 
     Raises:
         NotFoundError: no such pack.
-        CorruptionError: its bytes do not have this digest, or it names another pack.
+        CorruptionError: its bytes do not have this digest, are more than `MAX_MANIFEST_BYTES`, or name another pack.
         UnsupportedFormatError: written by a newer modelpress.
     """
     key = keys.manifest(name, digest)
-    try:
-        data = store.get(key)
-    except NotFoundError as error:
-        raise NotFoundError(f"loading pack {name}@{digest[:MIN_PREFIX]}", found=error.found or error.doing) from error
+    data = get_capped(store, key, MAX_MANIFEST_BYTES, f"loading pack {name}@{digest[:MIN_PREFIX]}")
     manifest = Manifest.parse(data, digest)
     if manifest.name != name:
         raise CorruptionError(f"loading {store.uri}/{key}", found=f"a pack named {manifest.name}", expected=name)

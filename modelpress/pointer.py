@@ -2,7 +2,8 @@
 
 Every entry is its own object, created only if absent, so that a store needs no conditional overwrite (not every S3
 server has it) and the log is the audit. The highest number is current. Each entry carries the digest of the one
-before it: an entry that was changed or removed later is found out.
+before it: `history` finds out an entry that was changed or removed later, unless it was the newest, and `current`
+reads the newest alone. The newest is missed by whoever saw it before: a server refuses a log that got shorter.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from modelpress import keys
-from modelpress.errors import ConflictError, CorruptionError, NotFoundError, UnsupportedFormatError
-from modelpress.store.base import Store
+from modelpress import keys, strictjson
+from modelpress.errors import ConfigError, ConflictError, CorruptionError, NotFoundError, UnsupportedFormatError
+from modelpress.store.base import Store, get_capped
 
 FORMAT_VERSION = 1
+MAX_ENTRY_BYTES = 2**20
 MAX_RACES = 20
 ROLLBACK = "rollback"
 
@@ -94,6 +96,7 @@ def append(
     Raises:
         NotFoundError: no manifest of this digest is published under `name`.
         ConflictError: `after` is not the last entry any more, or the race was lost too often.
+        ConfigError: the entry, with its decision, is larger than `MAX_ENTRY_BYTES`.
     """
     if store.info(keys.manifest(name, pack)) is None:
         raise NotFoundError(
@@ -209,6 +212,10 @@ def _create(store: Store, entry: Pointer) -> bool:
     """Create the entry's object; True also when it is there already, byte for byte: our own write, whose answer was
     lost and which the client sent again."""
     key, data = keys.pointer(entry.name, entry.alias, entry.number), entry.to_bytes()
+    if len(data) > MAX_ENTRY_BYTES:
+        raise ConfigError(
+            f"writing {key}", found=f"{len(data)} bytes", expected=f"at most {MAX_ENTRY_BYTES}: a shorter decision"
+        )
     return store.put(key, data, if_absent=True) or store.get(key) == data
 
 
@@ -219,19 +226,21 @@ def _numbers(store: Store, name: str, alias: str) -> list[int]:
 
 def _read(store: Store, name: str, alias: str, number: int) -> Pointer:
     key = keys.pointer(name, alias, number)
-    doing, data = f"reading pointer {store.uri}/{key}", store.get(key)
+    doing = f"reading pointer {store.uri}/{key}"
+    data = get_capped(store, key, MAX_ENTRY_BYTES, doing)
+    document = strictjson.loads(data, doing)
     try:
-        document = json.loads(data)
         version = document["format_version"]
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise UnsupportedFormatError(
                 doing, found=f"format version {version}", expected=f"at most {FORMAT_VERSION}", fix="update modelpress"
             )
         entry = Pointer.model_validate(document)
+        same = entry.to_bytes() == data
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         found = str(error) if not isinstance(error, ValidationError) else str(error.errors(include_url=False)[0])
         raise CorruptionError(doing, found=found, expected="a pointer entry") from error
-    if (entry.name, entry.alias, entry.number) != (name, alias, number) or entry.to_bytes() != data:
+    if (entry.name, entry.alias, entry.number) != (name, alias, number) or not same:
         raise CorruptionError(
             doing, found=f"entry {entry.number} of {entry.name}@{entry.alias}", expected="the entry that the key names"
         )

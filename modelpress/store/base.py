@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelpress.errors import ConfigError, CorruptionError, StoreError, StoreUnfitError
+from modelpress.errors import ConfigError, CorruptionError, NotFoundError, StoreError, StoreUnfitError
 from modelpress.settings import Settings
 
 MAX_KEY_BYTES = 1024
@@ -178,6 +178,21 @@ def check_range(key: str, start: int, length: int | None) -> None:
     """
     if start < 0 or (length is not None and length < 0):
         raise ConfigError(f"reading {key}", found=f"start {start}, length {length}", expected="numbers from 0 up")
+
+
+def get_capped(store: Store, key: str, most: int, doing: str) -> bytes:
+    """An object of at most `most` bytes; a larger one is refused before anything is allocated for it.
+
+    Raises:
+        NotFoundError: no such object.
+        CorruptionError: it is larger.
+    """
+    info = store.info(key)
+    if info is None:
+        raise NotFoundError(doing, found=f"no object {store.uri}/{key}")
+    if info.size_bytes > most:
+        raise CorruptionError(doing, found=f"{info.size_bytes} bytes", expected=f"at most {most} bytes")
+    return store.get(key, 0, info.size_bytes)
 
 
 def check_digest(doing: str, found: str, expected: str | None) -> None:

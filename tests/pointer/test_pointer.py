@@ -209,3 +209,32 @@ def test_a_newer_entry_is_refused(store: Store) -> None:
     store.put(key, json.dumps(json.loads(store.get(key)) | {"format_version": 2, "new": 1}).encode())
     with pytest.raises(UnsupportedFormatError, match="update modelpress"):
         pointer.current(store, "demo", "champion")
+
+
+def nested(depth: int) -> bytes:
+    return b'{"x":' * depth + b"1" + b"}" * depth
+
+
+@pytest.mark.parametrize(
+    ("decision", "said"),
+    [
+        (nested(300), "expected"),
+        (nested(100_000), "expected"),
+        (b'{"a":1,"a":2}', "stands 2 times"),
+        (b'{"a":NaN}', "NaN"),
+        (b'{"a":"' + b"x" * pointer.MAX_ENTRY_BYTES + b'"}', f"at most {pointer.MAX_ENTRY_BYTES} bytes"),
+    ],
+    ids=["deep", "deeper", "twice", "nan", "large"],
+)
+def test_a_hostile_entry_is_refused(store: Store, decision: bytes, said: str) -> None:
+    pointer.append(store, "demo", "champion", A, "promote", {"a": 0})
+    key = keys.pointer("demo", "champion", 1)
+    store.put(key, store.get(key).replace(b'{"a":0}', decision))
+    with pytest.raises(CorruptionError, match=said):
+        pointer.current(store, "demo", "champion")
+
+
+def test_an_entry_that_nobody_could_read_is_not_written(store: Store) -> None:
+    with pytest.raises(ConfigError, match="shorter decision"):
+        pointer.append(store, "demo", "champion", A, "promote", {"a": "x" * pointer.MAX_ENTRY_BYTES})
+    assert pointer.current(store, "demo", "champion") is None
