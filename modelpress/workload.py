@@ -72,7 +72,8 @@ class Workload(abc.ABC):
     def score(self, outputs: np.ndarray) -> np.ndarray:
         """Per-sample scores, float64, from the model's outputs on the evaluation split in fixed order.
 
-        Their mean is the metric. Outputs: (samples of the split, …), float32.
+        Their mean is the metric. Intervals take its range for 0 to 1, or for that of the scores where they lie beyond.
+        Outputs: (samples of the split, …), float32.
         """
 
     @abc.abstractmethod
