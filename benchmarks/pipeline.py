@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,9 +34,10 @@ def measure(quick: bool) -> Iterable[Row]:
     for recipe in ("digits-quick",) if quick else ("digits", "minilm"):
         with tempfile.TemporaryDirectory(prefix="modelpress-") as home:
             result = _run(recipe, Path(home))
+            parameters = _parameters(Path(home))
         for stage in result.stages:
             yield from _stage(recipe, stage)
-        yield from _published(recipe, result)
+        yield from _published(recipe, result, parameters)
 
 
 def _run(recipe: str, home: Path) -> OptimizeResult:
@@ -46,6 +48,12 @@ def _run(recipe: str, home: Path) -> OptimizeResult:
     if line is None:
         raise RuntimeError(f"{recipe} failed:\n{done.stderr[-3000:]}")
     return OptimizeResult.model_validate(json.loads(line.removeprefix("RESULT ")))
+
+
+def _parameters(home: Path) -> int:
+    """Parameters of the source model, from the source stage's record in the work store."""
+    (record,) = (home / "work" / "stages" / "source").glob("*.json")
+    return int(json.loads(record.read_text())["report"]["parameters"])
 
 
 def _stage(recipe: str, stage: StageRow) -> Iterator[Row]:
@@ -63,17 +71,28 @@ def _stage(recipe: str, stage: StageRow) -> Iterator[Row]:
     yield Row(case, system, "time", "s", stage.seconds)
 
 
-def _published(recipe: str, result: OptimizeResult) -> Iterator[Row]:
+def _published(recipe: str, result: OptimizeResult, parameters: int) -> Iterator[Row]:
     case = f"{recipe}: published against the source"
     served = [row.quality for row in result.stages if row.quality is not None][-1]
+    yield Row(case, "modelpress", "source parameters", "", float(parameters))
     yield Row(case, "modelpress", "bytes", "B", float(result.published_bytes))
     yield Row(case, "modelpress", "compression ratio", "×", result.compression_ratio)
     yield Row(case, "modelpress", "throughput ratio", "×", result.speedup)
     yield Row(case, "modelpress", f"{served.metric} difference", "", served.difference)
     quality = _check(result, "quality against the source")
+    low, high = _bounds(quality)
+    yield Row(case, "modelpress", f"{served.metric} difference low, one-sided", "", low)
+    yield Row(case, "modelpress", f"{served.metric} difference high, one-sided", "", high)
+    yield Row(case, "modelpress", "samples", "", float(served.samples))
     yield Row(
         case, "modelpress", "non-inferior (1 yes, 0 no)", "", float(quality.verdict == "pass") if quality else None
     )
+
+
+def _bounds(check: Check | None) -> tuple[float | None, float | None]:
+    """The gate's one-sided bounds of the paired difference, which it states only in words."""
+    found = re.search(r"difference \S+ \[(\S+), (\S+)\] on ", check.reason) if check else None
+    return (float(found[1]), float(found[2])) if found else (None, None)
 
 
 def _check(result: OptimizeResult, name: str) -> Check | None:
