@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Gigabytes come: show them to whoever watches, and keep logs short.
+QUIET := $(shell [ -t 2 ] || echo --quiet --quiet)
 
 # Closed networks and quiet terminals: no telemetry from the tools that we start.
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
@@ -22,9 +24,9 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "modelpress needs Python 3.11 or newer; found $$($(PYTHON) --version). Say which: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 3; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install $(QUIET) --disable-pip-version-check --upgrade pip
 	@echo "Installing modelpress and what it needs (a few minutes, a few GB) ..."
-	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable '.[demo,dev]'
+	$(BIN)/python -m pip install $(QUIET) --disable-pip-version-check --editable '.[demo,dev]'
 	@touch $@
 
 demo: venv ## run the whole line on two real models, and answer a prediction from the published packs
@@ -46,5 +48,6 @@ format: venv ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove the demo's stores, databases and caches; keeps .venv
+clean: ## stop the S3 server, remove the demo's stores, databases and caches; keeps .venv
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) infra/s3/server.py stop --folder .modelpress/s3
 	rm -rf .modelpress .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
