@@ -26,6 +26,14 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not missing
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_named_paths_exist(page: Path) -> None:
+    """What stands in backticks and begins with a folder of the repository is there; names with capitals are made up."""
+    folders = "|".join(folder.name for folder in ROOT.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    named = re.findall(rf"`((?:{folders})/[a-z0-9_./-]*)(?::\w+)?`", page.read_text())
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
 def test_named_commands_exist() -> None:
     from typer.main import get_command
 
