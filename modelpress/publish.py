@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from modelpress.manifest import Manifest
 from modelpress.progress import Progress, silent
 from modelpress.reports import UploadReport
 from modelpress.store.base import Store
+from modelpress.store.threads import DaemonPool
 
 if TYPE_CHECKING:
     from modelpress.shard import ShardFile
@@ -37,6 +38,8 @@ def publish(
     progress: Progress = silent,
 ) -> UploadReport:
     """Send what the store lacks of a pack, then commit its manifest.
+
+    Memory beside what is given: up to 64 MiB for each of the `config.concurrency` objects that travel at once.
 
     Args:
         store: the publication store; it is proved fit first, once.
@@ -58,16 +61,9 @@ def publish(
     sources = _sources(manifest, shards, blobs)
     store.ensure_fit()
     upload = _Upload(store, sum(sizes.values()), progress)
-    with ThreadPoolExecutor((config or UploadConfig()).concurrency, thread_name_prefix="publish") as pool:
-        # Large ones first: the last thread is not left alone with the largest.
-        order = sorted(sizes, key=lambda digest: (-sizes[digest], digest))
-        futures = [pool.submit(upload.send, digest, sizes[digest], sources[digest]) for digest in order]
-        wait(futures, return_when=FIRST_EXCEPTION)
-        for future in futures:
-            future.cancel()
-    for future in futures:
-        if not future.cancelled():
-            future.result()
+    # Large ones first: the last thread is not left alone with the largest.
+    order = sorted(sizes, key=lambda digest: (-sizes[digest], digest))
+    _send_all(upload, [(digest, sizes[digest], sources[digest]) for digest in order], config or UploadConfig())
     _commit(store, manifest)
     published = manifest.published_bytes
     return UploadReport(
@@ -81,6 +77,21 @@ def publish(
         compression_ratio=source_bytes / published,
         seconds=time.perf_counter() - started,
     )
+
+
+def _send_all(upload: _Upload, blobs: Sequence[tuple[str, int, bytes | Path]], config: UploadConfig) -> None:
+    """Send blobs in parallel; after the first error nothing new is begun, and what is on its way is awaited."""
+    pool = DaemonPool(config.concurrency, "publish")
+    awaits = False
+    try:
+        futures = [pool.submit(upload.send, *blob) for blob in blobs]
+        wait(futures, return_when=FIRST_EXCEPTION)
+        awaits = True
+    finally:  # an interrupt awaits nothing: what is cut off is sent by the next run
+        pool.shutdown(wait=awaits, cancel_futures=True)
+    for future in futures:
+        if not future.cancelled():
+            future.result()
 
 
 class _Upload:

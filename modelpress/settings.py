@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from modelpress.errors import ConfigError
 
 
 class Settings(BaseSettings):
@@ -52,3 +54,23 @@ class Settings(BaseSettings):
     def mlflow_uri(self) -> str:
         """The MLflow server, with its default filled in."""
         return self.tracking_uri or f"sqlite:///{(self.home / 'mlflow.db').absolute()}"
+
+
+def read_settings() -> Settings:
+    """Settings from the environment.
+
+    Raises:
+        ConfigError: a value is not legal; the variable is named.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise ConfigError("reading the settings", found=problems(error, "MODELPRESS_")) from error
+
+
+def problems(error: ValidationError, prefix: str) -> str:
+    """What is wrong with which variable, for a settings class with this prefix."""
+    return "; ".join(
+        f"{prefix}{str(one['loc'][0]).upper()}={one['input']!r}: {one['msg']}"
+        for one in error.errors(include_url=False)
+    )

@@ -16,7 +16,7 @@ import uvicorn
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from modelpress import graph
+from modelpress import graph, settings
 from modelpress.doctor import check_provider
 from modelpress.errors import ConfigError, ModelpressError, SetupError
 from modelpress.settings import Settings
@@ -73,14 +73,11 @@ def read_settings(**given: Any) -> ServingSettings:
     try:
         return ServingSettings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
-        problems = [
-            f"{one['loc'][0]} (MODELPRESS_SERVING_{str(one['loc'][0]).upper()}): {one['msg']}, found {one['input']!r}"
-            for one in error.errors(include_url=False)
-        ]
-        raise ConfigError("reading the server's settings", found="; ".join(problems)) from error
+        found = settings.problems(error, "MODELPRESS_SERVING_")
+        raise ConfigError("reading the server's settings", found=found) from error
 
 
-def run(settings: Settings, serving: ServingSettings) -> None:
+def run(base: Settings, serving: ServingSettings) -> None:
     """Serve until SIGTERM or SIGINT, then answer what runs and return.
 
     A load that a silent store holds up is abandoned: it is in daemon threads, which the interpreter does not wait for.
@@ -91,7 +88,7 @@ def run(settings: Settings, serving: ServingSettings) -> None:
     """
     check_provider(serving.provider)
     names = [name.strip() for name in serving.models.split(",") if name.strip()]
-    store = open_store(settings.store_uri, settings)
+    store = open_store(base.store_uri, base)
     repository = Repository(
         store,
         names,
@@ -128,7 +125,7 @@ def main() -> None:
     """`python -m serving`: everything from the environment."""
     configure_log()
     try:
-        run(Settings(), read_settings())
+        run(settings.read_settings(), read_settings())
     except ModelpressError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)

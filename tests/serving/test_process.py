@@ -290,3 +290,17 @@ def test_the_module_is_the_same_server(store: Store, press: Call, tmp_path: Path
     )
     assert done.returncode == 8
     assert "nobody@champion" in done.stderr
+
+
+def test_the_module_names_a_bad_variable() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "serving"],
+        env=os.environ | {"MODELPRESS_S3_ATTEMPTS": "many"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "MODELPRESS_S3_ATTEMPTS='many'" in done.stderr
+    assert "Traceback" not in done.stderr

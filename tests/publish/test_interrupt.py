@@ -1,0 +1,49 @@
+"""Ctrl-C during a publish ends it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.packs import make_pack
+
+SECONDS_PER_BLOB = 4.0
+
+PUBLISH = """
+import sys, time
+from pathlib import Path
+from modelpress.config import UploadConfig
+from modelpress.publish import publish
+from modelpress.store.local import LocalStore
+from tests.packs import make_pack
+
+class Slow(LocalStore):
+    def put(self, key, data, **options):
+        if key.startswith("blobs/"):
+            print("sending", flush=True)
+            time.sleep(float(sys.argv[2]))
+        return super().put(key, data, **options)
+
+folder = Path(sys.argv[1])
+pack = make_pack(folder / "shards")
+publish(Slow(folder / "store"), pack.manifest, pack.shards, pack.blobs, config=UploadConfig(concurrency=1),
+        source_bytes=1)
+"""
+
+
+def test_an_interrupt_ends_a_publish_at_once(tmp_path: Path) -> None:
+    assert len(make_pack(tmp_path / "other").manifest.blobs()) > 3
+    command = [sys.executable, "-c", PUBLISH, str(tmp_path), str(SECONDS_PER_BLOB)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "sending\n"
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        rest, errors = process.communicate(timeout=60)
+    assert "KeyboardInterrupt" in errors
+    assert time.monotonic() - started < SECONDS_PER_BLOB / 2
+    assert rest == ""
+    assert list((tmp_path / "store").rglob("packs")) == []
