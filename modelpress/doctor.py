@@ -89,7 +89,8 @@ def _guarded(check: str, work: Callable[[], Finding]) -> Finding:
     try:
         return work()
     except ModelpressError as error:
-        return Finding(check, "fail", error.found or error.doing, error.fix or "")
+        fix = error.fix or (f"expected: {error.expected}" if error.expected else str(error))
+        return Finding(check, "fail", error.found or error.doing, fix)
 
 
 def _python() -> Finding:

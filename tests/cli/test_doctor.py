@@ -16,6 +16,9 @@ from modelpress import cli
 from modelpress.doctor import GIB, Finding, _amount, check_provider, examine
 from modelpress.errors import SetupError
 from modelpress.settings import Settings
+from tests.integration.conftest import mlflow_server, prefect_server
+
+__all__ = ["mlflow_server", "prefect_server"]
 
 
 @pytest.fixture
@@ -82,7 +85,9 @@ def test_a_store_that_is_none(home: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_a_store_address_that_is_none(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODELPRESS_STORE", "ftp://somewhere")
-    assert finding("store") == Finding("store", "fail", "ftp://somewhere", "")
+    found = finding("store")
+    assert (found.status, found.found) == ("fail", "ftp://somewhere")
+    assert "s3://" in found.fix
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
@@ -115,12 +120,28 @@ def test_a_server_that_is_down(
 
 @pytest.mark.parametrize(
     ("answering", "status"),
-    [(200, "ok"), (401, "warn"), (403, "warn"), (404, "fail"), (500, "fail")],
+    [(401, "warn"), (403, "warn"), (404, "fail"), (500, "fail")],
     indirect=["answering"],
 )
 def test_a_server_that_answers(home: Path, monkeypatch: pytest.MonkeyPatch, answering: str, status: str) -> None:
     monkeypatch.setenv("MODELPRESS_TRACKING_URI", answering)
     assert finding("MLflow").status == status
+
+
+@pytest.mark.parametrize(
+    ("variable", "check", "server"),
+    [("MODELPRESS_TRACKING_URI", "MLflow", "mlflow_server"), ("PREFECT_API_URL", "Prefect", "prefect_server")],
+)
+def test_a_real_server_that_answers(
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    variable: str,
+    check: str,
+    server: str,
+) -> None:
+    monkeypatch.setenv(variable, request.getfixturevalue(server))
+    assert finding(check).status == "ok"
 
 
 @pytest.mark.parametrize(("have", "status"), [(20 * GIB, "ok"), (5 * GIB, "warn"), (GIB // 2, "fail")])
