@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 from modelpress.errors import ModelpressError
 
@@ -16,12 +17,16 @@ class ExpectedErrors(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """False for records of a `ModelpressError`, and for the failed state that repeats it."""
         error = record.exc_info[1] if record.exc_info else None
-        repeated = record.levelno >= logging.ERROR and record.getMessage().startswith("Finished in state Failed")
+        repeated = record.getMessage().startswith("Finished in state Failed")
         return not (isinstance(error, ModelpressError) or repeated)
 
 
-def hide_expected_errors() -> None:
-    """Set up Prefect's logging, and put the filter on every handler that writes to the terminal."""
+def quiet() -> None:
+    """Set up Prefect's logging, and put the filter on every handler that writes to the terminal.
+
+    MLflow's own lines about its pages go: they would stand in what `--json` prints.
+    """
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from prefect.logging.configuration import setup_logging
 
     setup_logging()

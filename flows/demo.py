@@ -84,9 +84,9 @@ def _prepare() -> None:
     warnings.simplefilter("ignore")
     console.print("[bold]modelpress demo[/]: two models through the whole line, then served")
     console.print("starting Prefect's ephemeral server, importing torch ...")
-    from flows.console import hide_expected_errors
+    from flows.console import quiet
 
-    hide_expected_errors()
+    quiet()
     logging.getLogger("prefect").addHandler(Story())
     for noisy in ("mlflow", "alembic", "onnxscript", "onnx_ir", "torch.onnx", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

@@ -25,6 +25,7 @@ from modelpress.reports import (
     UploadReport,
 )
 from modelpress.settings import Settings
+from modelpress.store.local import local_errors
 from registry import runs
 from registry.gates import Decision
 from tasks.evaluation import evaluate
@@ -173,11 +174,12 @@ class Line:
         create_table_artifact(table(self.rows), key=f"{key}-stages", description=f"Stages of `{self.config.name}`")
         text = f"# {self.config.name}\n\n{markdown(self.rows)}\n\n[MLflow run]({self.mlflow_url})\n"
         create_markdown_artifact(text, key=f"{key}-report", description=f"Report of `{self.config.name}`")
+        compressed = self.reports.get("compress")
+        shown = compressed if isinstance(compressed, CompressReport) else None
         with tempfile.TemporaryDirectory(prefix="modelpress-") as folder:
-            Path(folder, "report.md").write_text(text, encoding="utf-8")
-            compressed = self.reports.get("compress")
-            shown = compressed if isinstance(compressed, CompressReport) else None
-            figures.draw(self.rows, shown, Path(folder, "stages.png"))
+            with local_errors(f"writing the report into {folder}", writing=True):
+                Path(folder, "report.md").write_text(text, encoding="utf-8")
+                figures.draw(self.rows, shown, Path(folder, "stages.png"))
             self.run.folder(Path(folder))
 
     @property

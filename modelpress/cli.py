@@ -67,11 +67,11 @@ def run(
 
     checked = load_config(config)  # before the orchestrator's seconds of start-up
     _export_store(store)
-    from flows.console import hide_expected_errors
+    from flows.console import quiet
     from flows.optimize import optimize
     from flows.result import table
 
-    hide_expected_errors()
+    quiet()
     result = optimize(checked)
     if as_json:
         typer.echo(result.model_dump_json(indent=2))
@@ -152,10 +152,10 @@ def promote(
 ) -> None:
     """Judge a published pack on its own bytes, and move the alias if it passes."""
     _export_store(store)
-    from flows.console import hide_expected_errors
+    from flows.console import quiet
     from flows.promote import promote as flow
 
-    hide_expected_errors()
+    quiet()
     decision = flow(name, candidate)
     _print(f"{name}: promoted; " + "; ".join(decision.reasons))
 
@@ -178,10 +178,10 @@ def rollback(
         pack = pointer.rollback(opened, name, alias, load.resolve(opened, name, to) if to else None).pack
     else:
         _export_store(store)
-        from flows.console import hide_expected_errors
+        from flows.console import quiet
         from flows.promote import rollback as flow
 
-        hide_expected_errors()
+        quiet()
         pack = flow(name, alias, to)
     _print(f"{name}@{alias} is pack {pack} again")
 

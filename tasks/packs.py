@@ -19,6 +19,7 @@ from modelpress.reports import ArtifactRef, CompressReport, Report, ShardReport,
 from modelpress.settings import Settings
 from modelpress.store.artifacts import load_artifact
 from modelpress.store.base import open_store
+from modelpress.store.local import local_errors
 from tasks.records import Finished
 from tasks.runner import RunContext, fetch_checkpoint, open_workload, run_stage
 
@@ -71,7 +72,9 @@ def shard(context: RunContext, coded: ArtifactRef, config: ShardConfig) -> Finis
         from modelpress.shard import write_shards
 
         with tempfile.TemporaryDirectory(prefix="modelpress-") as folder:
-            shards, report = write_shards(Coded.from_bytes(load_artifact(coded)), config, Path(folder), progress)
+            tensors = Coded.from_bytes(load_artifact(coded))
+            with local_errors(f"writing shards into {folder}", writing=True):
+                shards, report = write_shards(tensors, config, Path(folder), progress)
             outputs = {shard.path.name: shard.path.read_bytes() for shard in shards}
         index = {shard.path.name: list(shard.tensors) for shard in shards}
         return {**outputs, INDEX: json.dumps(index).encode()}, report
@@ -128,7 +131,9 @@ def _shard_files(shards: Mapping[str, ArtifactRef], folder: Path) -> list[ShardF
     files = []
     for name, tensors in index.items():
         path = folder / name
-        path.write_bytes(load_artifact(shards[name]))
+        data = load_artifact(shards[name])
+        with local_errors(f"writing {path}", writing=True):
+            path.write_bytes(data)
         files.append(ShardFile(path, shards[name].sha256, shards[name].size_bytes, tuple(tensors)))
     return files
 
