@@ -1,0 +1,59 @@
+"""A small workload by import path: a good one, and the ways in which a user's own goes wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modelpress.progress import Progress, silent
+from modelpress.workload import Batch, Split, Workload
+
+WIDTH, CLASSES = 32, 16
+
+
+class Net(nn.Module):
+    """Two layers; `branching` asks the data which way to go, which no graph can hold."""
+
+    def __init__(self, branching: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.branching = nn.Linear(WIDTH, 128), nn.Linear(128, CLASSES), branching
+
+    def forward(self, input: Tensor) -> Tensor:
+        hidden = self.first(input)
+        if self.branching and float(hidden.sum()) > 0:
+            hidden = hidden * 2
+        return self.second(torch.relu(hidden))
+
+
+class Small(Workload):
+    """Random numbers in three splits; with `overlap` the evaluation split holds a calibration sample."""
+
+    metric = "accuracy"
+
+    def __init__(self, overlap: bool = False, branching: bool = False) -> None:
+        x = torch.randn(600, WIDTH, generator=torch.Generator().manual_seed(0))
+        self.rows = {"train": x[:100], "calibration": x[100:200], "evaluation": x[200:]}
+        if overlap:
+            self.rows["evaluation"] = x[199:]
+        self.overlap, self.branching = overlap, branching
+
+    def skeleton(self, architecture: Mapping[str, Any]) -> nn.Module:
+        return Net(self.branching)
+
+    def source(self, progress: Progress = silent) -> nn.Module:
+        return self.skeleton({}).eval()
+
+    def batches(self, split: Split, batch_size: int, seed: int | None = None) -> Iterator[Batch]:
+        for part in self.rows[split].split(batch_size):
+            yield Batch({"input": part}, torch.zeros(len(part), dtype=torch.long))
+
+    def score(self, outputs: np.ndarray) -> np.ndarray:
+        return (outputs.argmax(1) == 0).astype(np.float64)
+
+    def identity(self) -> str:
+        return f"small {self.overlap} {self.branching}"
