@@ -190,14 +190,14 @@ class QuantizeConfig(Config):
 class CompressConfig(Config):
     """Lossless coding of tensors, each by whichever codec is smallest."""
 
-    codecs: list[Literal["zstd", "planes-huffman", "rle-huffman"]] = Field(
-        default=["zstd", "planes-huffman", "rle-huffman"], min_length=1
+    codecs: list[Literal["zstd", "planes-huffman", "rle-huffman", "mask-huffman"]] = Field(
+        default=["zstd", "planes-huffman", "rle-huffman", "mask-huffman"], min_length=1
     )
     """Codecs that are tried; `raw` always is."""
     zstd_level: int = Field(default=9, ge=1, le=22)
     """Level of the `zstd` codec."""
     min_decode_bytes_per_second: float = Field(default=200e6, ge=0)
-    """Decode-speed floor, in raw bytes per second on one core; a slower codec is not chosen. 0 switches it off."""
+    """Decode-speed floor, in raw bytes per second on one core; a codec known to be slower is not chosen. 0: none."""
     chunk_symbols: int = Field(default=131_072, ge=4_096, le=16_777_216)
     """Symbols (elements) per independently decodable chunk."""
 

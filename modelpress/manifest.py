@@ -20,12 +20,12 @@ from modelpress.dtypes import DTYPES, raw_size
 from modelpress.errors import ConfigError, CorruptionError, UnsupportedFormatError
 from modelpress.strictjson import loads
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 MAX_MANIFEST_BYTES = 256 * 2**20
 MAX_FILE_BYTES = 2**31
 MAX_RANK = 64
 MAX_EXPANSION = 2**16
-"""No codec of this version makes a tensor smaller by more (a zstd block of 128 KiB takes at least 4 bytes)."""
+"""A tensor that claims more raw bytes for its stored bytes is refused, and `compress` makes none."""
 REPORTS_NAME = "reports.json"
 FILE_LEVEL = 19
 
@@ -97,7 +97,7 @@ class FileEntry(Entry):
 class Manifest(Entry):
     """Everything that a reader needs to fetch, verify, rebuild and explain a published model."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1, 2] = FORMAT_VERSION
     """Version of the pack format."""
     name: PackName
     """Pack name."""
@@ -208,7 +208,7 @@ class Manifest(Entry):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"]) or "manifest"
-            raise CorruptionError(doing, found=f"{where}: {first['msg']}", expected="a manifest of format 1") from error
+            raise CorruptionError(doing, found=f"{where}: {first['msg']}", expected="a manifest as in FORMAT.md") from error
         if manifest.to_bytes() != data:
             raise CorruptionError(doing, found="another spelling", expected="canonical JSON, as FORMAT.md says")
         return manifest

@@ -6,16 +6,19 @@ are never given a new meaning.
 
 from __future__ import annotations
 
-from modelpress.codec.base import Buffer, Bytes, Codec, Coder, Stream, check_streams, decode
-from modelpress.codec.entropy import bound_bytes, entropy_bits, histograms
+from modelpress.codec.base import Bounds, Buffer, Bytes, Codec, Coder, Stream, check_streams, decode
+from modelpress.codec.entropy import bound_bytes, entropy_bits
 from modelpress.codec.plain import Raw, Zstd
 from modelpress.codec.planes import PlanesHuffman
-from modelpress.codec.runlength import RleHuffman
+from modelpress.codec.sparse import MaskHuffman, RleHuffman
 
-CODECS: dict[str, Codec] = {codec.codec_id: codec for codec in (Raw(), Zstd(), PlanesHuffman(), RleHuffman())}
+CODECS: dict[str, Codec] = {
+    codec.codec_id: codec for codec in (Raw(), Zstd(), PlanesHuffman(), RleHuffman(), MaskHuffman())
+}
 
 __all__ = [
     "CODECS",
+    "Bounds",
     "Buffer",
     "Bytes",
     "Codec",
@@ -25,5 +28,4 @@ __all__ = [
     "check_streams",
     "decode",
     "entropy_bits",
-    "histograms",
 ]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import abc
+import itertools
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,31 +18,74 @@ from modelpress.dtypes import DType
 from modelpress.errors import CorruptionError
 
 Bytes = npt.NDArray[np.uint8]
+Bounds = npt.NDArray[np.int64]
 Buffer = bytes | memoryview
-Coder = Literal["raw", "zstd"]
+Coder = Literal["raw", "zstd", "huffman"]
+
+WORDS: dict[int, np.dtype[np.unsignedinteger[Any]]] = {
+    1: np.dtype("<u1"),
+    2: np.dtype("<u2"),
+    4: np.dtype("<u4"),
+    8: np.dtype("<u8"),
+}
+"""Unsigned integers by their bytes."""
+MIN_PARALLEL_BYTES = 2**20
+"""Tensors under this size are decoded by one thread: starting others would take longer."""
 
 
-@dataclass(frozen=True)
+class ChunkError(ValueError):
+    """A chunk's parts contradict each other; `chunk` counts from the stream's begin."""
+
+    def __init__(self, chunk: int, message: str) -> None:
+        super().__init__(message)
+        self.chunk = chunk
+
+
+@dataclass(frozen=True, eq=False)
 class Stream:
     """One part of a coded tensor, cut into chunks; chunk i of every stream together give the i-th run of symbols.
 
-    `coder` says what a chunk is: its bytes as they are, or one standard zstandard frame with its content size.
+    `coder` says what a chunk is: its bytes as they are (`raw`), one standard zstandard frame with its content size
+    (`zstd`), or a chunk of our Huffman coder (`huffman`, see `container/FORMAT.md`). Chunk i lies at
+    `body[bounds[i]:bounds[i + 1]]`, and `bounds[0]` is 0.
     """
 
     name: str
     coder: Coder
-    chunks: Sequence[Buffer]
+    body: Buffer
+    bounds: Bounds
+
+    @classmethod
+    def of(cls, name: str, coder: Coder, chunks: Sequence[Buffer]) -> Stream:
+        """Join chunks."""
+        bounds = np.cumsum([0, *(len(chunk) for chunk in chunks)], dtype=np.int64)
+        return cls(name, coder, chunks[0] if len(chunks) == 1 else b"".join(chunks), bounds)
+
+    @property
+    def chunks(self) -> list[memoryview]:
+        """The chunks, as views of the body."""
+        view = memoryview(self.body)
+        return [view[begin:end] for begin, end in itertools.pairwise(self.bounds.tolist())]
 
     @property
     def size_bytes(self) -> int:
         """Length of all chunks."""
-        return sum(len(chunk) for chunk in self.chunks)
+        return int(self.bounds[-1])
+
+    def cut(self, first: int, last: int) -> Stream:
+        """Chunks `[first, last)`; nothing is copied."""
+        begin, end = int(self.bounds[first]), int(self.bounds[last])
+        bounds = self.bounds[first : last + 1] - begin
+        return Stream(self.name, self.coder, memoryview(self.body)[begin:end], bounds)
 
 
 class Codec(abc.ABC):
     """A lossless codec. Instances hold no state and are safe to share between threads."""
 
     codec_id: ClassVar[str]
+    decode_bytes_per_second: ClassVar[float]
+    """Raw bytes that one core decodes per second, at least, on the machine of `benchmarks/results`; the decode-speed
+    floor is judged by this figure, so that the same input gives the same bytes on every machine."""
 
     @abc.abstractmethod
     def suits(self, raw: Bytes, dtype: DType) -> bool:
@@ -55,11 +100,15 @@ class Codec(abc.ABC):
         """Code a tensor's bytes, (elements · itemsize,) uint8, in chunks of `config.chunk_symbols` elements."""
 
     @abc.abstractmethod
-    def decode_chunk(self, parts: Sequence[Bytes], dtype: DType, out: Bytes) -> None:
-        """Rebuild one chunk into `out`, (symbols · itemsize,) uint8, from its decompressed parts in layout's order.
+    def decode_into(
+        self, streams: Sequence[Stream], dtype: DType, symbols: int, chunk_symbols: int, out: Bytes
+    ) -> None:
+        """Rebuild a run of `symbols` elements, whole chunks but for the last, into `out`, (symbols · itemsize,) uint8.
+
+        Memory beyond `out` is that of one chunk. `out` is aligned to the element.
 
         Raises:
-            ValueError: the parts contradict each other.
+            ChunkError: a chunk is not what the codec writes.
         """
 
 
@@ -71,32 +120,58 @@ def decode(
     chunk_symbols: int,
     *,
     doing: str,
+    out: Bytes | None = None,
+    threads: int = 1,
     consumed: Callable[[Buffer], None] | None = None,
 ) -> Bytes:
     """Rebuild a run of `symbols` elements from its streams: (symbols · itemsize,) uint8.
 
-    All lengths are checked before the result is allocated; `consumed` sees every coded chunk in decoding order.
+    All lengths are checked before the result is allocated. `consumed` sees every coded chunk in decoding order.
+
+    Args:
+        codec: what wrote the streams.
+        streams: its streams, in its order.
+        dtype: of the elements.
+        symbols: number of elements.
+        chunk_symbols: elements per chunk.
+        doing: what to say in an error.
+        out: where to put the result, (symbols · itemsize,) uint8, contiguous; allocated if None.
+        threads: that decode at the same time, each some of the chunks.
+        consumed: called with each coded chunk.
 
     Raises:
         CorruptionError: the streams are not what the codec writes for so many symbols.
     """
     check_streams(codec, streams, dtype, symbols, chunk_symbols, doing)
-    out = np.empty(symbols * dtype.itemsize, np.uint8)
-    decompressor = zstandard.ZstdDecompressor()
-    limits = [width or 1 for width in codec.layout(dtype).values()]
-    for index, start in enumerate(range(0, symbols, chunk_symbols)):
-        count = min(chunk_symbols, symbols - start)
-        parts = []
-        for stream, limit in zip(streams, limits, strict=True):
-            chunk = stream.chunks[index]
-            if consumed is not None:
+    if consumed is not None:
+        for together in zip(*(stream.chunks for stream in streams), strict=True):
+            for chunk in together:
                 consumed(chunk)
-            parts.append(_decode_part(decompressor, stream, chunk, limit * count, f"{doing}, chunk {index}"))
+    size = symbols * dtype.itemsize
+    if out is not None and (out.size != size or not out.flags.c_contiguous):
+        raise ValueError(f"`out` has {out.size} bytes, the elements have {size}")
+    target = out if out is not None and not out.ctypes.data % dtype.itemsize else np.empty(size, np.uint8)
+    chunks = -(-symbols // chunk_symbols)
+    runs = _runs(chunks, threads if size >= MIN_PARALLEL_BYTES else 1)
+
+    def work(run: tuple[int, int]) -> None:
+        first, last = run
+        part = [stream.cut(first, last) for stream in streams] if run != (0, chunks) else streams
+        start, end = first * chunk_symbols, min(last * chunk_symbols, symbols)
+        into = target[start * dtype.itemsize : end * dtype.itemsize]
         try:
-            codec.decode_chunk(parts, dtype, out[start * dtype.itemsize : (start + count) * dtype.itemsize])
-        except ValueError as error:
-            raise CorruptionError(f"{doing}, chunk {index}", found=str(error)) from error
-    return out
+            codec.decode_into(part, dtype, end - start, chunk_symbols, into)
+        except ChunkError as error:
+            raise CorruptionError(f"{doing}, chunk {first + error.chunk}", found=str(error)) from error
+
+    if len(runs) > 1:
+        with ThreadPoolExecutor(len(runs), thread_name_prefix="decode") as pool:
+            list(pool.map(work, runs))
+    elif runs:
+        work(runs[0])
+    if out is not None and target is not out:
+        out[:] = target
+    return target if out is None else out
 
 
 def check_streams(
@@ -114,14 +189,16 @@ def check_streams(
     for stream in streams:
         where, width = f"{doing}, stream {stream.name!r}", layout[stream.name]
         if stream.coder == "raw" and width is None:
-            raise CorruptionError(where, found="coder 'raw'", expected="coder 'zstd': its chunks vary in length")
-        if len(stream.chunks) != chunks:
+            raise CorruptionError(where, found="coder 'raw'", expected="another coder: its chunks vary in length")
+        if stream.coder == "huffman" and width not in (1, None):
+            raise CorruptionError(where, found="coder 'huffman'", expected="another coder: its symbols are wide")
+        if stream.bounds.size != chunks + 1:
             raise CorruptionError(
-                where, found=f"{len(stream.chunks)} chunks", expected=f"{chunks} for {symbols} symbols"
+                where, found=f"{stream.bounds.size - 1} chunks", expected=f"{chunks} for {symbols} symbols"
             )
         for index, chunk in enumerate(stream.chunks):
             limit = min(chunk_symbols, symbols - index * chunk_symbols) * (width or 1)
-            size = len(chunk) if stream.coder == "raw" else frame_size(chunk, f"{where}, chunk {index}")
+            size = _claimed_size(stream.coder, chunk, f"{where}, chunk {index}")
             if size > limit or (width is not None and size != limit):
                 bound = f"at most {limit}" if width is None else str(limit)
                 raise CorruptionError(f"{where}, chunk {index}", found=f"{size} bytes", expected=f"{bound} bytes")
@@ -139,13 +216,13 @@ def frame_size(frame: Buffer, doing: str) -> int:
         raise CorruptionError(doing, found=str(error), expected="a zstandard frame") from error
 
 
-def _decode_part(
-    decompressor: zstandard.ZstdDecompressor, stream: Stream, chunk: Buffer, limit: int, doing: str
-) -> Bytes:
-    if stream.coder == "raw":
-        return np.frombuffer(chunk, np.uint8)
-    try:
-        data = decompressor.decompress(chunk, max_output_size=limit, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise CorruptionError(f"{doing}, stream {stream.name!r}", found=str(error)) from error
-    return np.frombuffer(data, np.uint8)
+def _claimed_size(coder: Coder, chunk: memoryview, doing: str) -> int:
+    if coder == "zstd":
+        return frame_size(chunk, doing)
+    return int.from_bytes(chunk[:4], "little") if coder == "huffman" else len(chunk)
+
+
+def _runs(chunks: int, threads: int) -> list[tuple[int, int]]:
+    """Chunks in so many neighbouring runs of nearly equal length."""
+    cuts = [chunks * index // threads for index in range(threads + 1)]
+    return [(first, last) for first, last in itertools.pairwise(cuts) if last > first]

@@ -1,43 +1,209 @@
-"""The two ways in which chunks become zstandard frames: entropy coding alone, and matches as well."""
+"""Between streams and planes: the calls into the compiled loops, and zstandard's frames.
+
+`kernels` is imported where it is called: importing numba takes longer than most uses of modelpress take in all.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import zstandard
 
-from modelpress.codec.base import Bytes, Stream
+from modelpress.codec.base import WORDS, Bytes, ChunkError, Coder, Stream
+from modelpress.dtypes import DType
 
-
-def huffman_compressor() -> zstandard.ZstdCompressor:
-    """A zstandard compressor that practically never finds a match, so that it is a Huffman coder.
-
-    Its frames are standard (RFC 8878, literals sections). A minimal match of 7 bytes, the smallest hash table and the
-    fast strategy leave byte planes of weights to the literals' Huffman code, at several times the speed of a search.
-    Blocks that the code would not shrink are stored as they are.
-    """
-    parameters = zstandard.ZstdCompressionParameters.from_level(
-        1, strategy=zstandard.STRATEGY_FAST, hash_log=6, min_match=7, target_length=0, window_log=17
-    )
-    return zstandard.ZstdCompressor(compression_params=parameters)
-
-
-def huffman_stream(name: str, chunks: Sequence[Bytes], *, or_raw: bool) -> Stream:
-    """Huffman code chunks; with `or_raw`, keep them as they are where that is no larger in all."""
-    compressor = huffman_compressor()
-    coded = Stream(name, "zstd", [compressor.compress(np.ascontiguousarray(chunk).data) for chunk in chunks])
-    if or_raw and coded.size_bytes >= sum(chunk.size for chunk in chunks):
-        return Stream(name, "raw", [np.ascontiguousarray(chunk).data for chunk in chunks])
-    return coded
-
-
-def zstd_stream(name: str, chunks: Sequence[Bytes], level: int) -> Stream:
-    """Compress chunks with zstandard at `level`."""
-    compressor = zstandard.ZstdCompressor(level=level)
-    return Stream(name, "zstd", [compressor.compress(chunk.data) for chunk in chunks])
+WRONG = (
+    "",
+    "a table that is no complete Huffman code",
+    "lengths that do not add up to the chunk",
+    "positions and values that do not fit the chunk",
+)
+"""What a status of the compiled loops means."""
 
 
 def cut(raw: Bytes, bytes_per_chunk: int) -> list[Bytes]:
     """Consecutive views of `bytes_per_chunk` bytes; the last may be shorter."""
     return [raw[start : start + bytes_per_chunk] for start in range(0, raw.size, bytes_per_chunk)]
+
+
+def is_rotated(dtype: DType) -> bool:
+    """Whether a dtype's words are rotated left by a bit before they are cut, so that planes begin with the exponent."""
+    return dtype.is_float and dtype.itemsize > 1
+
+
+def words_of(raw: Bytes, dtype: DType) -> npt.NDArray[Any]:
+    """(elements · itemsize,) bytes as (elements,) unsigned integers, aligned and contiguous."""
+    raw = np.ascontiguousarray(raw)
+    return (raw.copy() if raw.ctypes.data % dtype.itemsize else raw).view(WORDS[dtype.itemsize])
+
+
+def count_planes(raw: Bytes, dtype: DType, every: int = 1) -> npt.NDArray[np.int64]:
+    """Counts of every byte value in every plane, of every so manieth segment: (itemsize, 256) int64."""
+    from modelpress.codec import kernels
+
+    counts = np.zeros((dtype.itemsize, 256), np.int64)
+    kernels.count_planes(words_of(raw, dtype).view(np.uint8), dtype.itemsize, is_rotated(dtype), every, counts)
+    return counts
+
+
+def encode_planes(
+    raw: Bytes, dtype: DType, chunk_symbols: int, names: Sequence[str], coded: Sequence[bool]
+) -> list[Stream]:
+    """Byte planes as streams, each Huffman coded or as it is."""
+    from modelpress.codec import kernels
+
+    symbols = raw.size // dtype.itemsize
+    chunks = -(-symbols // chunk_symbols)
+    bodies = [np.empty(kernels.coded_capacity(symbols, chunks) if huffman else symbols, np.uint8) for huffman in coded]
+    bounds = np.zeros((len(names), chunks + 1), np.int64)
+    words = words_of(raw, dtype).view(np.uint8)
+    kernels.encode_planes(
+        words, dtype.itemsize, is_rotated(dtype), chunk_symbols, np.array(coded), *_places(bodies), bounds
+    )
+    return _streams(names, ["huffman" if huffman else "raw" for huffman in coded], bodies, bounds)
+
+
+def encode_sparse(raw: Bytes, dtype: DType, chunk_symbols: int, names: Sequence[str], *, by_mask: bool) -> list[Stream]:
+    """Where the values are, as a mask or as gaps, and the values' planes; all Huffman coded."""
+    from modelpress.codec import kernels
+
+    words = words_of(raw, dtype)
+    chunks = -(-words.size // chunk_symbols)
+    values = int(np.count_nonzero(words))
+    index = words.size // 8 + chunks if by_mask else values + words.size // kernels.SKIP
+    capacities = [kernels.coded_capacity(index, chunks), *[kernels.coded_capacity(values, chunks)] * dtype.itemsize]
+    bodies = [np.empty(capacity, np.uint8) for capacity in capacities]
+    bounds = np.zeros((len(names), chunks + 1), np.int64)
+    kernels.encode_sparse(words, dtype.itemsize, is_rotated(dtype), chunk_symbols, by_mask, *_places(bodies), bounds)
+    return _streams(names, ["huffman"] * len(names), bodies, bounds)
+
+
+def decode_planes(streams: Sequence[Stream], dtype: DType, symbols: int, chunk_symbols: int, out: Bytes) -> None:
+    """Undo `encode_planes`; zstandard frames are opened one chunk at a time.
+
+    Raises:
+        ChunkError: a chunk is not what `encode_planes` writes.
+    """
+    from modelpress.codec import kernels
+
+    def run(parts: Sequence[Stream], first: int, count: int, into: Bytes) -> None:
+        is_coded = np.array([part.coder == "huffman" for part in parts])
+        sources, limits, bounds = _inputs(parts)
+        result = kernels.decode_planes(sources, limits, bounds, is_coded, count, chunk_symbols, is_rotated(dtype), into)
+        _check(result, parts, first)
+
+    if all(stream.coder != "zstd" for stream in streams):
+        run(streams, 0, symbols, out)
+        return
+    for chunk in range(-(-symbols // chunk_symbols)):
+        start = chunk * chunk_symbols
+        count = min(chunk_symbols, symbols - start)
+        parts = [_opened(stream, chunk, count) for stream in streams]
+        run(parts, chunk, count, out[start * dtype.itemsize : (start + count) * dtype.itemsize])
+
+
+def decode_sparse(
+    streams: Sequence[Stream], dtype: DType, symbols: int, chunk_symbols: int, out: Bytes, *, by_mask: bool
+) -> None:
+    """Undo `encode_sparse`.
+
+    Raises:
+        ChunkError: a chunk is not what `encode_sparse` writes.
+    """
+    from modelpress.codec import kernels
+
+    words = out.view(WORDS[dtype.itemsize])
+    if all(stream.coder == "huffman" for stream in streams):
+        result = kernels.decode_sparse(*_inputs(streams), symbols, chunk_symbols, is_rotated(dtype), by_mask, words)
+        _check(result, streams, 0)
+        return
+    place = kernels.place_by_mask if by_mask else kernels.place_by_gaps
+    for chunk in range(-(-symbols // chunk_symbols)):
+        target = words[chunk * chunk_symbols : (chunk + 1) * chunk_symbols]
+        index, *planes = (chunk_bytes(stream, chunk, target.size) for stream in streams)
+        if len({plane.size for plane in planes}) > 1:
+            raise ChunkError(chunk, f"values of {[plane.size for plane in planes]} bytes")
+        values = np.empty(planes[0].size * dtype.itemsize, np.uint8)
+        bodies = [Stream.of("", "raw", [plane.data]) for plane in planes]
+        decode_planes(bodies, dtype, planes[0].size, max(planes[0].size, 1), values)
+        _check((place(index, values.view(words.dtype), target), 0, 0), streams, chunk)
+
+
+def chunk_bytes(stream: Stream, chunk: int, limit: int) -> Bytes:
+    """What one chunk holds, at most `limit` bytes: (bytes,) uint8.
+
+    Raises:
+        ChunkError: it is damaged, or holds more.
+    """
+    part = _opened(stream, chunk, limit)
+    if part.coder == "raw":
+        return np.frombuffer(part.body, np.uint8)
+    size = int.from_bytes(bytes(part.body[:4]), "little")
+    if size > limit:
+        raise ChunkError(chunk, f"stream {stream.name!r} holds {size} symbols, at most {limit} fit")
+    out = np.empty(size, np.uint8)
+    from modelpress.codec import kernels
+
+    result = kernels.decode_planes(*_inputs([part]), np.array([True]), size, max(size, 1), False, out)
+    _check(result, [part], chunk)
+    return out
+
+
+def zstd_stream(name: str, chunks: Sequence[Bytes], level: int) -> Stream:
+    """Compress chunks with zstandard at `level`."""
+    compressor = zstandard.ZstdCompressor(level=level)
+    return Stream.of(name, "zstd", [compressor.compress(chunk.data) for chunk in chunks])
+
+
+def decompress(frame: bytes | memoryview, limit: int, chunk: int) -> bytes:
+    """Open one zstandard frame of at most `limit` bytes.
+
+    Raises:
+        ChunkError: it is damaged.
+    """
+    try:
+        return zstandard.ZstdDecompressor().decompress(frame, max_output_size=limit, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise ChunkError(chunk, str(error)) from error
+
+
+def _opened(stream: Stream, chunk: int, limit: int) -> Stream:
+    """One chunk as a stream of its own, without the frame of zstandard."""
+    part = stream.cut(chunk, chunk + 1)
+    if stream.coder != "zstd":
+        return part
+    return Stream.of(stream.name, "raw", [decompress(part.body, limit, chunk)])
+
+
+def _inputs(streams: Sequence[Stream]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Addresses, readable bytes and bounds of the bodies; the streams must outlive the call."""
+    arrays = [np.frombuffer(stream.body, np.uint8) for stream in streams]
+    sources = np.array([array.ctypes.data for array in arrays], np.uint64)
+    limits = np.array([array.size for array in arrays], np.int64)
+    return sources, limits, np.stack([stream.bounds for stream in streams])
+
+
+def _places(bodies: Sequence[Bytes]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
+    return (
+        np.array([body.ctypes.data for body in bodies], np.uint64),
+        np.array([body.size for body in bodies], np.int64),
+    )
+
+
+def _streams(
+    names: Sequence[str], coders: Sequence[Coder], bodies: Sequence[Bytes], bounds: npt.NDArray[np.int64]
+) -> list[Stream]:
+    # What was reserved and not written was never touched, and takes no memory.
+    return [
+        Stream(name, coder, body[: int(own[-1])].data, own)
+        for name, coder, body, own in zip(names, coders, bodies, bounds, strict=True)
+    ]
+
+
+def _check(result: tuple[int, int, int], streams: Sequence[Stream], first: int) -> None:
+    status, chunk, which = result
+    if status:
+        raise ChunkError(first + chunk, f"stream {streams[which].name!r}: {WRONG[status]}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
-from modelpress.codec import CODECS, Buffer, Bytes, decode
+from modelpress.codec import CODECS, Buffer, Bytes, check_streams, decode
 from modelpress.container.safetensors_file import read
 from modelpress.container.stored import Piece, read_pieces
 from modelpress.container.tensors import from_bytes
@@ -17,46 +18,56 @@ from modelpress.errors import CorruptionError, UnsupportedFormatError
 from modelpress.manifest import Manifest, TensorEntry
 
 
-def read_tensors(manifest: Manifest, fetch: Callable[[str], bytes]) -> Iterator[tuple[str, torch.Tensor]]:
+def read_tensors(
+    manifest: Manifest, fetch: Callable[[str], bytes], *, threads: int | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of a pack, verified, in the manifest's order.
 
-    `fetch` gives the bytes of the shard with a sha256; one shard is held at a time, and of a tensor that is split the
-    pieces read so far. Tensors own their memory.
+    `fetch` gives the bytes of the shard with a sha256; one shard is held at a time, and the tensor being read. Tensors
+    own their memory. `threads` decode at the same time; by default as many as this process may use cores.
 
     Raises:
         CorruptionError: a shard, a coded tensor or a decoded tensor is not what the manifest says.
         UnsupportedFormatError: a codec or a format version that this release does not know.
     """
-    begun: list[Piece] = []
-    parts: list[Bytes] = []
-    digest = hashlib.sha256()
+    threads = threads or usable_cores()
     waiting = iter(manifest.tensors)
     entry = next(waiting, None)
+    begun = _Begun(entry) if entry else None
     for position in range(len(manifest.shards)):
         pieces = {piece.name: piece for piece in _read_shard(manifest, position, fetch)}
-        while entry is not None and position in entry.shards:
-            piece = pieces.pop(entry.name, None)
+        while entry is not None and begun is not None and position in entry.shards:
             doing = f"reading tensor {entry.name!r} from shard {manifest.shards[position].sha256}"
-            if piece is None:
-                raise CorruptionError(doing, found="no such tensor in the shard", expected=_describe(entry))
-            _check_piece(piece, entry, sum(earlier.count for earlier in begun), doing)
-            parts.append(decode_piece(piece, doing, consumed=digest.update))
-            begun.append(piece)
+            begun.add(pieces.pop(entry.name, None), doing, threads)
             if position != entry.shards[-1]:
                 break
-            yield entry.name, _finish(entry, begun, parts, digest.hexdigest(), doing)
-            begun, parts, digest = [], [], hashlib.sha256()
+            yield entry.name, begun.finish(doing)
             entry = next(waiting, None)
+            begun = _Begun(entry) if entry else None
         if pieces:
             raise CorruptionError(
                 f"reading shard {manifest.shards[position].sha256}",
                 found=f"tensor {next(iter(pieces))!r}",
                 expected="only the tensors that the manifest puts there, in its order",
             )
+        del pieces  # the next shard is fetched when this one is let go
+    if entry is not None:
+        raise CorruptionError(
+            f"reading pack {manifest.name}",
+            found=f"the shards end before tensor {entry.name!r}",
+            expected=f"all {len(manifest.tensors)} tensors, in the order of their shards",
+        )
 
 
-def decode_piece(piece: Piece, doing: str, consumed: Callable[[Buffer], None] | None = None) -> Bytes:
-    """Decode a piece: (count · itemsize,) uint8, in memory of its own.
+def decode_piece(
+    piece: Piece,
+    doing: str,
+    *,
+    out: Bytes | None = None,
+    threads: int = 1,
+    consumed: Callable[[Buffer], None] | None = None,
+) -> Bytes:
+    """Decode a piece: (count · itemsize,) uint8, into `out` or memory of its own; see `modelpress.codec.decode`.
 
     Raises:
         CorruptionError: its streams do not give so many elements.
@@ -68,8 +79,72 @@ def decode_piece(piece: Piece, doing: str, consumed: Callable[[Buffer], None] | 
         piece.count,
         piece.chunk_symbols,
         doing=doing,
+        out=out,
+        threads=threads,
         consumed=consumed,
     )
+
+
+def check_piece(piece: Piece, doing: str) -> None:
+    """Refuse a piece whose streams claim other lengths than its elements need, before anything is allocated.
+
+    Raises:
+        CorruptionError: they do; both numbers are given.
+    """
+    check_streams(CODECS[piece.codec], piece.streams, piece.dtype, piece.count, piece.chunk_symbols, doing)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Begun:
+    """A tensor of which the first pieces have been read: its memory, filled so far, and what was seen of it."""
+
+    def __init__(self, entry: TensorEntry) -> None:
+        self._entry = entry
+        self._raw: Bytes | None = None
+        self._elements = self._stored_bytes = 0
+        self._digest = hashlib.sha256()
+
+    def add(self, piece: Piece | None, doing: str, threads: int) -> None:
+        """Decode the next piece to its place."""
+        entry = self._entry
+        if piece is None:
+            raise CorruptionError(doing, found="no such tensor in the shard", expected=_describe(entry))
+        _check_piece(piece, entry, self._elements, doing)
+        size = piece.dtype.itemsize
+        if (self._elements + piece.count) * size > entry.raw_bytes:
+            found = f"{self._elements + piece.count} elements"
+            raise CorruptionError(doing, found=found, expected=f"{entry.raw_bytes // size} for {_describe(entry)}")
+        if piece.count == piece.elements:
+            self._raw = decode_piece(piece, doing, threads=threads, consumed=self._digest.update)
+        else:
+            if self._raw is None:
+                check_piece(piece, doing)
+                self._raw = np.empty(entry.raw_bytes, np.uint8)
+            out = self._raw[self._elements * size : (self._elements + piece.count) * size]
+            decode_piece(piece, doing, out=out, threads=threads, consumed=self._digest.update)
+        self._elements += piece.count
+        self._stored_bytes += piece.stored_bytes
+
+    def finish(self, doing: str) -> torch.Tensor:
+        """The whole tensor, if every digest agrees."""
+        entry, coded, stored = self._entry, self._digest.hexdigest(), self._stored_bytes
+        if coded != entry.stored_sha256 or stored != entry.stored_bytes:
+            raise CorruptionError(
+                doing,
+                found=f"{stored} coded bytes, sha256 {coded}",
+                expected=f"{entry.stored_bytes} bytes, sha256 {entry.stored_sha256}",
+            )
+        size = self._elements * DTYPES[entry.dtype].itemsize
+        if self._raw is None or size != entry.raw_bytes:
+            raise CorruptionError(doing, found=f"{size} bytes", expected=f"{entry.raw_bytes} for {_describe(entry)}")
+        found = hashlib.sha256(self._raw.data).hexdigest()
+        if found != entry.raw_sha256:
+            raise CorruptionError(doing, found=f"decoded sha256 {found}", expected=f"sha256 {entry.raw_sha256}")
+        return from_bytes(self._raw, DTYPES[entry.dtype], entry.shape)
 
 
 def _read_shard(manifest: Manifest, position: int, fetch: Callable[[str], bytes]) -> list[Piece]:
@@ -96,23 +171,6 @@ def _check_piece(piece: Piece, entry: TensorEntry, start: int, doing: str) -> No
         raise CorruptionError(doing, found=_words(*found), expected=_describe(entry))
     if piece.start != start:
         raise CorruptionError(doing, found=f"elements from {piece.start}", expected=f"elements from {start}")
-
-
-def _finish(entry: TensorEntry, pieces: Sequence[Piece], parts: list[Bytes], coded: str, doing: str) -> torch.Tensor:
-    stored = sum(piece.stored_bytes for piece in pieces)
-    if coded != entry.stored_sha256 or stored != entry.stored_bytes:
-        raise CorruptionError(
-            doing,
-            found=f"{stored} coded bytes, sha256 {coded}",
-            expected=f"{entry.stored_bytes} bytes, sha256 {entry.stored_sha256}",
-        )
-    raw = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    if raw.size != entry.raw_bytes:
-        raise CorruptionError(doing, found=f"{raw.size} bytes", expected=f"{entry.raw_bytes} for {_describe(entry)}")
-    found = hashlib.sha256(raw.data).hexdigest()
-    if found != entry.raw_sha256:
-        raise CorruptionError(doing, found=f"decoded sha256 {found}", expected=f"sha256 {entry.raw_sha256}")
-    return from_bytes(raw, DTYPES[entry.dtype], entry.shape)
 
 
 def _describe(entry: TensorEntry) -> str:

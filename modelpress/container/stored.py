@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Annotated, Any, Final
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from modelpress.codec import CODECS, Buffer, Coder, Stream
@@ -97,12 +97,11 @@ class Piece:
                 (start - self.start) * self.dtype.itemsize,
                 (start - self.start + count) * self.dtype.itemsize,
             )
-            streams = [Stream(RAW, RAW, [memoryview(self.streams[0].chunks[0])[first:last]])]
+            streams = [Stream.of(RAW, RAW, [memoryview(self.streams[0].body)[first:last]])]
         else:
-            chunks = slice(
-                (start - self.start) // self.chunk_symbols, -(-(start - self.start + count) // self.chunk_symbols)
-            )
-            streams = [Stream(stream.name, stream.coder, stream.chunks[chunks]) for stream in self.streams]
+            begin = (start - self.start) // self.chunk_symbols
+            end = -(-(start - self.start + count) // self.chunk_symbols)
+            streams = [stream.cut(begin, end) for stream in self.streams]
         return Piece(
             self.name, self.dtype, self.shape, self.codec, self.raw_sha256, self.chunk_symbols, start, count, streams
         )
@@ -123,11 +122,11 @@ class Piece:
     def entries(self) -> list[Entry]:
         """Its tensors in the file."""
         if self.is_plain:
-            return [Entry(self.name, self.dtype.name, self.shape, self.streams[0].chunks)]
+            return [Entry(self.name, self.dtype.name, self.shape, [self.streams[0].body])]
         if self.codec == RAW:
-            return [Entry(stream_key(self.name, RAW), self.dtype.name, (self.count,), self.streams[0].chunks)]
+            return [Entry(stream_key(self.name, RAW), self.dtype.name, (self.count,), [self.streams[0].body])]
         return [
-            Entry(stream_key(self.name, stream.name), "U8", (stream.size_bytes,), stream.chunks)
+            Entry(stream_key(self.name, stream.name), "U8", (stream.size_bytes,), [stream.body])
             for stream in self.streams
         ]
 
@@ -203,7 +202,7 @@ def read_pieces(entries: Mapping[str, Entry], metadata: Mapping[str, str], doing
                 max(elements, 1),
                 0,
                 elements,
-                [Stream(RAW, RAW, chunks)],
+                [Stream.of(RAW, RAW, chunks)],
             )
         )
     return pieces
@@ -212,7 +211,7 @@ def read_pieces(entries: Mapping[str, Entry], metadata: Mapping[str, str], doing
 def _describe_stream(stream: Stream) -> dict[str, Any]:
     info: dict[str, Any] = {"name": stream.name, "coder": stream.coder}
     if stream.coder != "raw":
-        info["lengths"] = [len(chunk) for chunk in stream.chunks]
+        info["lengths"] = np.diff(stream.bounds).tolist()
     return info
 
 
@@ -287,17 +286,18 @@ def _read_stream(
     chunks = -(-piece.count // chunk_symbols)
     if stream.coder == "raw":
         if stream.lengths is not None or width is None:
-            raise CorruptionError(f"{doing}, stream {key!r}", found="coder 'raw'", expected="coder 'zstd' with lengths")
+            raise CorruptionError(f"{doing}, stream {key!r}", found="coder 'raw'", expected="another, with lengths")
         size = piece.count * width
-        bounds = [min(index * chunk_symbols * width, size) for index in range(chunks + 1)] if len(body) == size else []
+        count = chunks
     else:
         lengths = stream.lengths or ()
-        size = sum(lengths)
-        if len(lengths) != chunks:
-            raise CorruptionError(f"{doing}, stream {key!r}", found=f"{len(lengths)} chunks", expected=f"{chunks}")
-        bounds = [0]
-        for length in lengths:
-            bounds.append(bounds[-1] + length)
+        size, count = sum(lengths), len(lengths)
+    if count != chunks:
+        raise CorruptionError(f"{doing}, stream {key!r}", found=f"{count} chunks", expected=f"{chunks}")
     if len(body) != size:
         raise CorruptionError(f"{doing}, stream {key!r}", found=f"{len(body)} bytes", expected=f"{size}")
-    return Stream(stream.name, stream.coder, [body[a:b] for a, b in itertools.pairwise(bounds)])
+    if stream.coder == "raw":
+        bounds = np.minimum(np.arange(chunks + 1, dtype=np.int64) * (chunk_symbols * (width or 1)), size)
+    else:
+        bounds = np.cumsum([0, *lengths], dtype=np.int64)
+    return Stream(stream.name, stream.coder, body, bounds)

@@ -8,16 +8,11 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelpress.codec import bound_bytes, entropy_bits
-from modelpress.codec.coders import cut, huffman_stream
+from modelpress.codec import entropy_bits
 from modelpress.codec.huffman import SYMBOLS, build, canonical, code_lengths, decode, encode, size_bits
-from modelpress.codec.planes import split
-from modelpress.container.tensors import to_bytes
-from modelpress.dtypes import DTYPES
 
 histograms = st.dictionaries(st.integers(0, 255), st.integers(1, 10**6), min_size=1, max_size=256).map(
     lambda counts: np.array([counts.get(symbol, 0) for symbol in range(SYMBOLS)], np.int64)
@@ -89,16 +84,3 @@ def test_bits_that_end_early_are_refused() -> None:
 def test_too_many_symbols_for_the_limit_are_refused() -> None:
     with pytest.raises(ValueError, match="256 symbols do not fit in codes of 7 bits"):
         code_lengths(np.ones(SYMBOLS, np.int64), 7)
-
-
-@pytest.mark.parametrize(("name", "scale"), [("BF16", 0.02), ("F16", 0.05), ("F32", 1.0), ("I8", 20.0)])
-def test_the_production_coder_is_as_good_as_the_oracle(name: str, scale: float) -> None:
-    """One code per block of 128 Ki symbols, at most 2 % above the oracle's bits, and never under the entropy."""
-    weights = torch.randn(1 << 18, generator=torch.Generator().manual_seed(3)) * scale
-    dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I8": torch.int8}[name]
-    plane = split(to_bytes(weights.to(dtype)), DTYPES[name])[0]
-    chunks = cut(plane, 1 << 17)
-    oracle = sum(size_bits(np.bincount(chunk, minlength=SYMBOLS), build(chunk)) for chunk in chunks) / 8
-    produced = huffman_stream("plane0", chunks, or_raw=False).size_bytes
-    assert bound_bytes(plane, DTYPES["U8"]) <= oracle
-    assert oracle <= produced <= 1.02 * oracle

@@ -80,10 +80,10 @@ def test_other_bytes_than_asked_for_are_refused() -> None:
         Manifest.parse(data, ONE)
 
 
-@pytest.mark.parametrize("version", [2, 99])
+@pytest.mark.parametrize("version", [3, 99])
 def test_a_newer_version_is_refused(version: int) -> None:
     data = canonical_json(document(format_version=version, unheard_of={}))
-    with pytest.raises(UnsupportedFormatError, match=rf"format version {version}\n.*at most 1\n.*update modelpress"):
+    with pytest.raises(UnsupportedFormatError, match=rf"format version {version}\n.*at most 2\n.*update modelpress"):
         Manifest.parse(data)
 
 

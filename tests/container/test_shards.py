@@ -19,7 +19,7 @@ from modelpress.config import CompressConfig, ShardConfig
 from modelpress.container import Coded, read_tensors
 from modelpress.container.tensors import to_bytes
 from modelpress.errors import ConfigError, CorruptionError, StageError
-from modelpress.manifest import Manifest
+from modelpress.manifest import MAX_EXPANSION, Manifest
 from modelpress.reports import ShardReport
 from modelpress.shard import ShardFile, draft_manifest, layer_of, write_shards
 
@@ -96,19 +96,29 @@ def test_the_smallest_codec_wins_and_every_one_is_of_use(tmp_path: Path) -> None
     assert all(tensor.stored_bytes <= tensor.raw_bytes for tensor in manifest.tensors)
 
 
-def test_an_unreachable_floor_leaves_large_tensors_raw() -> None:
-    tensors = {"large": weights(600_000), "small": weights(6000)}
-    coded, report = compress(Checkpoint("torch", tensors), CompressConfig(min_decode_bytes_per_second=1e15))
-    assert {tensor.name: tensor.piece.codec for tensor in coded.tensors} == {"large": "raw", "small": "planes-huffman"}
-    assert 0 < report.coded_share < 0.02
+def test_the_floor_leaves_out_codecs_that_decode_more_slowly() -> None:
+    repeated = torch.arange(50).repeat(2000)
+    chosen = {}
+    for floor in (0.0, 0.8e9, 1e15):
+        coded, _ = compress(Checkpoint("torch", {"a": repeated}), CompressConfig(min_decode_bytes_per_second=floor))
+        chosen[floor] = coded.tensors[0].piece.codec
+    assert chosen == {0.0: "zstd", 0.8e9: "planes-huffman", 1e15: "raw"}
+
+
+def test_nothing_is_chosen_that_a_reader_would_refuse() -> None:
+    zeros = torch.zeros(1 << 24)
+    config = CompressConfig(codecs=["rle-huffman", "mask-huffman"], chunk_symbols=1 << 24)
+    coded, _ = compress(Checkpoint("torch", {"zeros": zeros}), config)
+    stored = coded.tensors[0].piece.stored_bytes
+    assert zeros.nbytes <= stored * MAX_EXPANSION
 
 
 def test_a_codec_that_changes_a_bit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from modelpress import codec
 
     class Lossy(type(codec.CODECS["zstd"])):  # type: ignore[misc]
-        def decode_chunk(self, parts: Any, dtype: Any, out: Any) -> None:
-            super().decode_chunk(parts, dtype, out)
+        def decode_into(self, streams: Any, dtype: Any, symbols: int, chunk_symbols: int, out: Any) -> None:
+            super().decode_into(streams, dtype, symbols, chunk_symbols, out)
             out[-1] ^= 1
 
     monkeypatch.setitem(codec.CODECS, "zstd", Lossy())

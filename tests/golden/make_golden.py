@@ -1,4 +1,4 @@
-"""Makes the golden pack of the current format version, once: `python -m tests.golden.make_golden tests/golden/v1`.
+"""Makes the golden pack of the current format version, once: `python -m tests.golden.make_golden tests/golden/v2`.
 
 A pack that is committed is never made again: it proves that old bytes stay readable. A new format version gets a
 new folder.
@@ -17,6 +17,7 @@ from modelpress import keys
 from modelpress.checkpoint import Checkpoint
 from modelpress.compress import compress
 from modelpress.config import CompressConfig, ShardConfig
+from modelpress.manifest import FORMAT_VERSION
 from modelpress.reports import Report, ShardReport
 from modelpress.shard import draft_manifest, write_shards
 
@@ -36,8 +37,32 @@ def bell(count: int, seed: int) -> np.ndarray:
     return (sum(parts) - 4 * 65536) / 2**21
 
 
-def tensors() -> dict[str, torch.Tensor]:
-    """What the golden pack of version 1 holds: every codec, every dtype, odd shapes and odd values."""
+def tensors(version: int) -> dict[str, torch.Tensor]:
+    """What the golden pack of a version holds: every codec, every dtype, odd shapes and odd values."""
+    return tensors_1() if version == 1 else tensors_1() | tensors_2()
+
+
+def tensors_2() -> dict[str, torch.Tensor]:
+    """What came with version 2: masks, pairs of nibbles, indices of a codebook, chunks with codes of their own."""
+    weights = torch.from_numpy(bell(9000, 50))
+    order = torch.from_numpy((noise(2250, 60) % np.uint64(6)).astype(np.int64))
+    pattern = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]])
+    kept = pattern[order].reshape(-1).bool()
+    nibbles = (weights * 40).round().clamp(-8, 7).to(torch.int8) + 8
+    shifted = weights.bfloat16()
+    shifted[4500:] = shifted[4500:] * 1024
+    return {
+        "semi.weight": torch.where(kept, weights, torch.zeros((), dtype=weights.dtype)).bfloat16().reshape(90, 100),
+        "semi.mask": kept,
+        "packed.int4": (nibbles[::2] | nibbles[1::2] << 4).to(torch.uint8),
+        "codebook.index": (weights * 60).round().clamp(-16, 15).add(16).to(torch.uint8),
+        "shifted.weight": shifted,
+        "constant.weight": torch.full((5000,), 0.5, dtype=torch.float16),
+    }
+
+
+def tensors_1() -> dict[str, torch.Tensor]:
+    """What the golden pack of version 1 holds."""
     weights = torch.from_numpy(bell(9000, 1))
     sparse = weights.clone()
     sparse[torch.from_numpy(noise(9000, 20) % np.uint64(10) != 0)] = 0
@@ -66,7 +91,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 def make(folder: Path) -> str:
     """Write the pack as a store's objects; returns its digest."""
-    checkpoint = Checkpoint("torch", tensors(), {"labels.txt": b"zero\none\n" * 40, "raw.bin": b"\0\1"}, {"a": None})
+    checkpoint = Checkpoint("torch", tensors(FORMAT_VERSION), {"labels.txt": b"zero\none\n" * 40, "raw.bin": b"\0\1"}, {"a": None})
     coded, report = compress(checkpoint, CompressConfig(chunk_symbols=4096, min_decode_bytes_per_second=0))
     with tempfile.TemporaryDirectory() as temporary:
         shards, shard_report = write_shards(coded, ShardConfig(max_shard_size=20_000), Path(temporary))

@@ -23,7 +23,7 @@ FLOATS = {"F16", "BF16", "F32", "F64"}
 
 
 class Refused(Exception):
-    """The bytes are not a pack of format version 1."""
+    """The bytes are not a pack of format version 1 or 2."""
 
 
 def need(condition, message):
@@ -48,7 +48,7 @@ def read_pack(store: Path, name: str, digest: str):
     data = (store / "packs" / name / f"{digest}.json").read_bytes()
     need(sha256(data) == digest, "manifest digest")
     manifest = strict_json(data)
-    need(manifest["format_version"] == 1, "format version")
+    need(manifest["format_version"] in (1, 2), "format version")
     shards = [read_shard(blob(store, shard["sha256"], shard["size_bytes"])) for shard in manifest["shards"]]
     tensors = {entry["name"]: read_tensor(entry, shards) for entry in manifest["tensors"]}
     need(len(tensors) == len(manifest["tensors"]), "duplicate tensor")
@@ -89,7 +89,7 @@ def read_shard(data):
         entries[key], position = (info["dtype"], info["shape"], body[start:end]), end
     need(position == len(body), "bytes at the end")
     described = strict_json(metadata.get("modelpress", '{"format_version":1,"tensors":{}}'))
-    need(described["format_version"] == 1, "format version of the shard")
+    need(described["format_version"] in (1, 2), "format version of the shard")
     return entries, described["tensors"]
 
 
@@ -119,7 +119,7 @@ def read_chunks(name, piece, entries, size):
     """Yields (coded bytes of all streams, decoded elements) of each chunk."""
     codec, dtype, count = piece["codec"], piece["dtype"], piece["count"]
     step = count if codec == "raw" else piece["chunk_symbols"]
-    width = {"raw": size, "zstd": size, "planes-huffman": 1, "rle-huffman": 1}[codec]
+    width = {"raw": size, "zstd": size}.get(codec, 1)
     positions = [0] * len(piece["streams"])
     for index in range(-(-count // step)):
         symbols = min(step, count - index * step)
@@ -130,9 +130,50 @@ def read_chunks(name, piece, entries, size):
             chunk = body[positions[which] : positions[which] + length]
             positions[which] += length
             coded += chunk
-            exact = codec != "rle-huffman"
-            parts.append(chunk if stream["coder"] == "raw" else frame(chunk, symbols * width, exact))
+            exact = codec not in ("rle-huffman", "mask-huffman")
+            parts.append(CODERS[stream["coder"]](chunk, symbols * width, exact))
         yield coded, decode(codec, dtype, parts, symbols, size)
+
+
+def huffman(chunk, size, exact):
+    """Symbols, table, lengths of the segments of 4096 symbols, their bits; see "Coder huffman" in FORMAT.md."""
+    symbols, first, last = int.from_bytes(chunk[:4], "little"), chunk[4], chunk[5]
+    need(symbols == size if exact else symbols <= size, f"chunk of {symbols}, not {size}")
+    need(first <= last, "table")
+    if first == last:
+        need(not any(chunk[6:]), "bits of a single symbol")
+        return bytes([first]) * symbols
+    table, at, length, lengths = int.from_bytes(chunk[6:200], "little"), 0, 11, {}
+    for symbol in range(first, last + 1):
+        step, at = table >> at & 3, at + 2
+        if step == 3:
+            length, at = table >> at & 15, at + 4
+        else:
+            length += (0, 1, -1)[step]
+        lengths[symbol] = length
+    after = 6 + -(-at // 8)
+    codes, word, bits = {}, 0, 0
+    for length, symbol in sorted((length, symbol) for symbol, length in lengths.items() if length):
+        word, bits = word << (length - bits), length
+        codes[format(word, f"0{bits}b")], word = symbol, word + 1
+    need(bits <= 11 and word == 1 << bits, "an incomplete code")
+    segments = -(-symbols // 4096)
+    position, out = after + 2 * segments, bytearray()
+    for number in range(segments):
+        length = int.from_bytes(chunk[after + 2 * number :][:2], "little")
+        data, word, until = chunk[position : position + length], "", min(symbols, 4096 * (number + 1))
+        for bit in (byte >> i & 1 for byte in data for i in range(8)):
+            word += "01"[bit]
+            if word in codes and len(out) < until:
+                out.append(codes[word])
+                word = ""
+        need(len(out) == until, "a segment that ends early")
+        position += length
+    need(position == len(chunk), "a chunk's length")
+    return bytes(out)
+
+
+CODERS = {"raw": lambda chunk, size, exact: chunk, "zstd": frame, "huffman": huffman}
 
 
 def decode(codec, dtype, parts, symbols, size):
@@ -140,9 +181,15 @@ def decode(codec, dtype, parts, symbols, size):
         return parts[0]
     if codec == "planes-huffman":
         return join_planes(parts, dtype, size)
-    need(codec == "rle-huffman", f"codec {codec}")
+    need(codec in ("rle-huffman", "mask-huffman"), f"codec {codec}")
     values = np.frombuffer(join_planes(parts[1:], dtype, size), f"<u{size}")
     out, position, used = np.zeros(symbols, f"<u{size}"), 0, 0
+    if codec == "mask-huffman":
+        mask = np.unpackbits(np.frombuffer(parts[0], np.uint8), bitorder="little")
+        need(len(parts[0]) == -(-symbols // 8) and not mask[symbols:].any(), "mask")
+        need(mask.sum() == len(values), "values that do not match the mask")
+        out[mask[:symbols] == 1] = values
+        return out.tobytes()
     for gap in parts[0]:
         position += gap
         if gap < 255:

@@ -175,7 +175,7 @@ def test_a_lying_description_is_refused(pack: tuple[Manifest, dict[str, bytes]],
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda d: d.update(format_version=2), "format version 2"),
+        (lambda d: d.update(format_version=3), "format version 3"),
         (lambda d: piece(d).update(codec="planes-ans"), r"a.dense.*\n  found: codec 'planes-ans'\n.*raw, zstd"),
     ],
 )

@@ -80,7 +80,7 @@ def test_a_manifest_under_another_name(store: Store, pack: Pack) -> None:
 def test_a_newer_manifest_is_refused(store: Store) -> None:
     import hashlib
 
-    data = json.dumps({"format_version": 2, "something": "new"}).encode()
+    data = json.dumps({"format_version": 99, "something": "new"}).encode()
     digest = hashlib.sha256(data).hexdigest()
     store.put(keys.manifest("demo", digest), data)
     with pytest.raises(UnsupportedFormatError, match="update modelpress"):
