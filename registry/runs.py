@@ -6,6 +6,7 @@ number of metrics.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -100,9 +101,11 @@ def named_errors(uri: str) -> Iterator[None]:
 
 
 def _unreachable(uri: str, found: str) -> SetupError:
+    secret = re.search("//([^/@]*@)", uri)  # a user and a password
+    private = secret[1] if secret else ""
     return SetupError(
-        f"talking to MLflow at {uri}",
-        found=found,
+        f"talking to MLflow at {uri.replace(private, '')}",
+        found=found.replace(private, ""),
         expected="a tracking server that answers",
         fix="start it (mlflow server), mend MODELPRESS_TRACKING_URI, or unset it to keep runs in a local database; "
         "`modelpress doctor` looks at it",

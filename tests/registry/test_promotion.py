@@ -45,11 +45,11 @@ def store(tmp_path: Path) -> Store:
     return LocalStore(tmp_path / "store")
 
 
-def publish(store: Store, client: MlflowClient, folder: Path, seed: int) -> str:
-    """A registered pack that passes `GATE`."""
+def publish(store: Store, client: MlflowClient, folder: Path, seed: int, samples: str = "the same") -> str:
+    """A registered pack that passes `GATE` where the champion was scored on the same samples."""
     checkpoint = torch_checkpoint(seed)
     equal = {who: np.ones(50) for who in ("candidate", "source")}
-    file = {scores.SCORES_FILE: scores.dump(equal, samples="the same", metric="accuracy")}
+    file = {scores.SCORES_FILE: scores.dump(equal, samples=samples, metric="accuracy")}
     pack = make_pack(folder / str(seed), replace(checkpoint, files=checkpoint.files | file))
     pack.publish(store)
     register(client, pack.digest)
@@ -111,6 +111,9 @@ def test_a_dead_mlflow_stops_a_promotion_before_anything_moves(
     with pytest.raises(SetupError, match="MODELPRESS_TRACKING_URI") as found:
         promotion.promote(store, dead, NAME, packs[0], GATE)
     assert dead.tracking_uri in str(found.value)
+    with pytest.raises(SetupError) as found:
+        runs.check_server(dead.tracking_uri.replace("http://", "http://user:secret@"))
+    assert "secret" not in str(found.value)
     assert len(pointer.history(store, NAME, "champion")) == 3
 
 
@@ -170,6 +173,18 @@ def test_the_pointer_and_not_mlflow_says_who_is_champion(packs: list[str], store
     versions.set_alias(client, ahead, "candidate")
     assert versions.resolve(client, store, NAME, "candidate") == packs[0]
     assert versions.resolve(client, store, NAME, ahead.number) == packs[0]
+
+
+def test_the_way_out_of_a_champion_that_was_scored_on_other_samples(
+    packs: list[str], store: Store, client: MlflowClient, tmp_path: Path
+) -> None:
+    candidate, champion = (publish(store, client, tmp_path, seed, "new ones") for seed in (8, 9))
+    decision = promotion.promote(store, client, NAME, candidate, GATE)
+    assert decision.verdict == "inconclusive"
+    assert "`modelpress rollback NAME --to DIGEST`, then promote this one again" in decision.line()
+    assert promotion.rollback(store, client, NAME, "champion", champion).pack == champion
+    assert promotion.promote(store, client, NAME, candidate, GATE).promote
+    assert named(client) == candidate
 
 
 def test_registering_again_brings_the_numbers_up_to_date_and_keeps_the_origin(client: MlflowClient) -> None:
