@@ -215,6 +215,24 @@ def test_a_body_over_the_cap_is_refused_on_the_wire(press: Call, serve: Call) ->
     assert server.client.get("/v2/health/live").status_code == 200
 
 
+def test_a_full_server_refuses_a_large_body_on_the_wire(press: Call, serve: Call) -> None:
+    press(scale_model(2.0))
+    server: Server = serve(MODELPRESS_SERVING_WORKERS="1", MODELPRESS_SERVING_MAX_QUEUE="0")
+    body = encode_request({"x": np.ones((1, WIDTH), np.float32)})
+    held = HTTPConnection(server.url.removeprefix("http://"), timeout=30)
+    held.putrequest("POST", INFER)
+    held.putheader("Content-Length", str(len(body)))
+    held.endheaders()
+    held.send(body[:10])
+    server.client.get("/v2/health/live")  # by its answer the half request was read as well
+    answer = server.client.post(INFER, content=b" " * 1_000_000)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    held.send(body[10:])
+    assert held.getresponse().status == 200
+    held.close()
+    assert server.client.post(INFER, content=body).status_code == 200
+
+
 def failing(store: Store, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "modelpress.cli", "serve", *arguments],
