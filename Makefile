@@ -27,6 +27,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install $(QUIET) --disable-pip-version-check --upgrade pip
 	@echo "Installing modelpress and what it needs (a few minutes, a few GB) ..."
 	$(BIN)/python -m pip install $(QUIET) --disable-pip-version-check --editable '.[demo,dev]'
+	$(BIN)/python -m modelpress.codec
 	@touch $@
 
 demo: venv ## run the whole line on two real models, and answer a prediction from the published packs

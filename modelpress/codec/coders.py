@@ -77,7 +77,9 @@ def encode_sparse(raw: Bytes, dtype: DType, chunk_symbols: int, names: Sequence[
     capacities = [kernels.coded_capacity(index, chunks), *[kernels.coded_capacity(values, chunks)] * dtype.itemsize]
     bodies = [np.empty(capacity, np.uint8) for capacity in capacities]
     bounds = np.zeros((len(names), chunks + 1), np.int64)
-    kernels.encode_sparse(words, dtype.itemsize, is_rotated(dtype), chunk_symbols, by_mask, *_places(bodies), bounds)
+    kernels.encode_sparse(
+        words.view(np.uint8), dtype.itemsize, is_rotated(dtype), chunk_symbols, by_mask, *_places(bodies), bounds
+    )
     return _streams(names, ["huffman"] * len(names), bodies, bounds)
 
 
@@ -115,21 +117,21 @@ def decode_sparse(
     """
     from modelpress.codec import kernels
 
-    words = out.view(WORDS[dtype.itemsize])
     if all(stream.coder == "huffman" for stream in streams):
-        result = kernels.decode_sparse(*_inputs(streams), symbols, chunk_symbols, is_rotated(dtype), by_mask, words)
+        result = kernels.decode_sparse(*_inputs(streams), symbols, chunk_symbols, is_rotated(dtype), by_mask, out)
         _check(result, streams, 0)
         return
-    place = kernels.place_by_mask if by_mask else kernels.place_by_gaps
     for chunk in range(-(-symbols // chunk_symbols)):
-        target = words[chunk * chunk_symbols : (chunk + 1) * chunk_symbols]
-        index, *planes = (chunk_bytes(stream, chunk, target.size) for stream in streams)
+        count = min(chunk_symbols, symbols - chunk * chunk_symbols)
+        target = out[chunk * chunk_symbols * dtype.itemsize :][: count * dtype.itemsize]
+        index, *planes = (chunk_bytes(stream, chunk, count) for stream in streams)
         if len({plane.size for plane in planes}) > 1:
             raise ChunkError(chunk, f"values of {[plane.size for plane in planes]} bytes")
         values = np.empty(planes[0].size * dtype.itemsize, np.uint8)
         bodies = [Stream.of("", "raw", [plane.data]) for plane in planes]
         decode_planes(bodies, dtype, planes[0].size, max(planes[0].size, 1), values)
-        _check((place(index, values.view(words.dtype), target), 0, 0), streams, chunk)
+        status = kernels.place(index, by_mask, values, dtype.itemsize, target)
+        _check((status, 0, 0), streams, chunk)
 
 
 def chunk_bytes(stream: Stream, chunk: int, limit: int) -> Bytes:

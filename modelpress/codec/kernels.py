@@ -18,6 +18,10 @@ Arguments are trusted: callers check lengths, and nothing here reads or writes b
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from typing import Any
+
 import numba
 import numpy as np
 from llvmlite import ir
@@ -46,7 +50,16 @@ ROW = SEGMENT + SLACK
 OK, BAD_TABLE, BAD_LENGTHS, BAD_POSITION = 0, 1, 2, 3
 """What a decoder returns: all is well; a table that is no code; lengths, or zeros and values, that do not fit."""
 
-_jit = numba.njit(cache=True, nogil=True, boundscheck=False, error_model="numpy")
+_log = logging.getLogger(__name__)
+
+
+def _jit(function: Callable[..., Any]) -> Any:
+    options = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError as error:  # numba found no folder that it may write to
+        _log.warning("%s is compiled again in each process: %s; set NUMBA_CACHE_DIR", function.__name__, error)
+        return numba.njit(**options)(function)
 
 
 @intrinsic
@@ -842,22 +855,34 @@ def _mask(words, mask, kept):
 
 
 @_jit
-def encode_sparse(words, planes, rotated, chunk_symbols, by_mask, bodies, capacities, bounds):
-    """Write where the values are, as gaps or as a mask, and the planes of the values; all coded.
+def _find(words, by_mask, index, kept):
+    return _mask(words, index, kept) if by_mask else _gaps(words, index, kept)
 
-    `words`: (symbols,) unsigned integers; the other arguments as for `encode_planes`, the index being the first stream.
+
+@_jit
+def encode_sparse(raw, planes, rotated, chunk_symbols, by_mask, bodies, capacities, bounds):
+    """Write where the elements are that are not zero, as a mask or as gaps, and the planes of their values; all coded.
+
+    Arguments are as for `encode_planes`, the index being the first stream.
     """
-    streams = planes + 1
-    most = min(chunk_symbols, words.size)
-    index, kept = np.empty(most + most // SKIP + 1, np.uint8), np.empty(most + 1, words.dtype)
+    streams, symbols = planes + 1, raw.size // planes
+    most = min(chunk_symbols, symbols)
+    index, kept = np.empty(most + most // SKIP + 1, np.uint8), np.empty((most + 1) * planes, np.uint8)
     scratch = np.empty((planes, most), np.uint8)
     lengths = np.zeros((streams, 256), np.int64)
     codes = np.zeros((streams, 256), np.uint64)
     bounds[:, 0] = 0
     for chunk in range(bounds.shape[1] - 1):
-        part = words[chunk * chunk_symbols : min(words.size, (chunk + 1) * chunk_symbols)]
-        filled, values = _mask(part, index, kept) if by_mask else _gaps(part, index, kept)
-        _split(kept[:values].view(np.uint8), planes, rotated, scratch)
+        part = raw[chunk * chunk_symbols * planes : min(symbols, (chunk + 1) * chunk_symbols) * planes]
+        if planes == 1:
+            filled, values = _find(part, by_mask, index, kept)
+        elif planes == 2:
+            filled, values = _find(part.view(np.uint16), by_mask, index, kept.view(np.uint16))
+        elif planes == 4:
+            filled, values = _find(part.view(np.uint32), by_mask, index, kept.view(np.uint32))
+        else:
+            filled, values = _find(part.view(np.uint64), by_mask, index, kept.view(np.uint64))
+        _split(kept[: values * planes], planes, rotated, scratch)
         for stream in range(streams):
             data = index[:filled] if stream == 0 else scratch[stream - 1, :values]
             bounds[stream, chunk + 1] = _encode_chunk(
@@ -899,7 +924,7 @@ def _decode_bytes(source, limit, begin, end, built, table, rows, tail, target):
 
 
 @_jit
-def place_by_gaps(gaps, values, out):
+def _place_by_gaps(gaps, values, out):
     """Undo `_gaps` into `out`, (count,) words: OK, or BAD_POSITION."""
     out[:] = 0
     position, used = 0, 0
@@ -917,7 +942,7 @@ def place_by_gaps(gaps, values, out):
 
 
 @_jit
-def place_by_mask(mask, values, out):
+def _place_by_mask(mask, values, out):
     """Undo `_mask` into `out`, (count,) words: OK, or BAD_POSITION."""
     if mask.size != (out.size + 7) // 8:
         return BAD_POSITION
@@ -948,8 +973,25 @@ def _ones(byte):
 
 
 @_jit
+def _place(index, by_mask, values, out):
+    return _place_by_mask(index, values, out) if by_mask else _place_by_gaps(index, values, out)
+
+
+@_jit
+def place(index, by_mask, values, planes, out):
+    """Put values where a chunk's mask or gaps say: OK, or BAD_POSITION. `values`, `out`: bytes, aligned to elements."""
+    if planes == 1:
+        return _place(index, by_mask, values, out)
+    if planes == 2:
+        return _place(index, by_mask, values.view(np.uint16), out.view(np.uint16))
+    if planes == 4:
+        return _place(index, by_mask, values.view(np.uint32), out.view(np.uint32))
+    return _place(index, by_mask, values.view(np.uint64), out.view(np.uint64))
+
+
+@_jit
 def decode_sparse(sources, limits, bounds, symbols, chunk_symbols, rotated, by_mask, out):
-    """Decode what `encode_sparse` wrote into `out`, (symbols,) words; arguments and result as for `decode_planes`."""
+    """Undo `encode_sparse` into `out`, (symbols · planes,) uint8, aligned; otherwise as `decode_planes`."""
     streams = sources.size
     planes = streams - 1
     tables, built = np.empty((streams, 1 << MAX_BITS), np.uint64), np.zeros((streams, MAX_TABLE_BYTES + 2), np.uint8)
@@ -957,7 +999,7 @@ def decode_sparse(sources, limits, bounds, symbols, chunk_symbols, rotated, by_m
     tail = np.zeros(LANES * SEGMENT * MAX_BITS // 8 + 16, np.uint8)
     most = min(chunk_symbols, symbols)
     index, parts = np.empty(most + most // SKIP + 1, np.uint8), np.empty((planes, most), np.uint8)
-    values = np.empty(most, out.dtype)
+    values = np.empty(most * planes, np.uint8)
     places = np.empty(planes, np.uint64)
     for plane in range(planes):
         places[plane] = parts[plane].ctypes.data
@@ -985,12 +1027,9 @@ def decode_sparse(sources, limits, bounds, symbols, chunk_symbols, rotated, by_m
                 return BAD_POSITION, chunk, stream
             else:
                 used = got
-        _merge(places, used, rotated, values[:used].view(np.uint8))
-        target = out[chunk * chunk_symbols : min(symbols, (chunk + 1) * chunk_symbols)]
-        if by_mask:
-            status = place_by_mask(index[:filled], values[:used], target)
-        else:
-            status = place_by_gaps(index[:filled], values[:used], target)
+        _merge(places, used, rotated, values[: used * planes])
+        target = out[chunk * chunk_symbols * planes : min(symbols, (chunk + 1) * chunk_symbols) * planes]
+        status = place(index[:filled], by_mask, values[: used * planes], planes, target)
         if status != OK:
             return status, chunk, 0
     return OK, 0, 0
