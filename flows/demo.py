@@ -25,7 +25,7 @@ from rich.table import Table
 
 from modelpress.config import OptimizeConfig, load_config
 from modelpress.errors import CorruptionError, GateError, ModelpressError, ServingError
-from modelpress.settings import Settings
+from modelpress.settings import read_settings
 
 if TYPE_CHECKING:
     from flows.result import OptimizeResult
@@ -77,7 +77,7 @@ class Story(logging.Handler):
 
 def _prepare() -> None:
     """Point everything at `.modelpress/` and let only the story through; called before Prefect is imported."""
-    home = Settings().home.absolute()
+    home = read_settings().home.absolute()
     home.mkdir(parents=True, exist_ok=True)  # Prefect makes its own folder, but not the one around it
     for name, value in {**QUIET, "PREFECT_HOME": str(home / "prefect"), "MODELPRESS_HOME": str(home)}.items():
         os.environ.setdefault(name, value)
@@ -120,7 +120,7 @@ def _refuse_if_refused(results: list[OptimizeResult]) -> None:
 def _server(results: list[OptimizeResult]) -> Iterator[str]:
     """The serving process on a free port, from its start to a graceful end."""
     port = _free_port()
-    url, log = f"http://127.0.0.1:{port}", Settings().home / "serving.log"
+    url, log = f"http://127.0.0.1:{port}", read_settings().home / "serving.log"
     environment = {
         **os.environ,
         "MODELPRESS_SERVING_PORT": str(port),
@@ -162,7 +162,7 @@ def _predict(url: str, config: OptimizeConfig, result: OptimizeResult) -> None:
     from modelpress.workload import load_workload
     from tasks.runner import fetch_checkpoint
 
-    settings = Settings()
+    settings = read_settings()
     inputs = load_workload(config.workload).example(1)
     reference = ArtifactRef(uri=f"{settings.work_uri}/blobs/sha256/{result.graph}", sha256=result.graph, size_bytes=0)
     session = graph.session(fetch_checkpoint(reference), config.evaluate.provider, config.evaluate.threads)
@@ -224,7 +224,7 @@ def _summarise(results: list[OptimizeResult], seconds: float) -> None:
 
 
 def _print_lines() -> None:
-    settings, python = Settings(), Path(sys.executable).parent
+    settings, python = read_settings(), Path(sys.executable).parent
     console.print(
         f"  Prefect UI   PREFECT_HOME={os.environ['PREFECT_HOME']} {python}/prefect server start", soft_wrap=True
     )

@@ -24,7 +24,7 @@ from modelpress.reports import (
     Stage,
     UploadReport,
 )
-from modelpress.settings import Settings
+from modelpress.settings import Settings, read_settings
 from modelpress.store.local import local_errors
 from registry import runs
 from registry.gates import Decision
@@ -198,7 +198,7 @@ class Line:
 @contextmanager
 def tracked(config: OptimizeConfig) -> Iterator[Line]:
     """The MLflow run of this flow run, linked both ways; it ends as the flow ends."""
-    settings = Settings()
+    settings = read_settings()
     url = url_for("flow-run", obj_id=flow_run.id, default_base_url=DEFAULT_UI) or ""
     tags = {
         "prefect.flow_run_id": str(flow_run.id),

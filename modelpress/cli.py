@@ -277,9 +277,9 @@ def _parse_pack(text: str) -> tuple[str, str]:
 
 def _settings(store: str | None) -> Settings:
     _export_store(store)
-    from modelpress.settings import Settings
+    from modelpress.settings import read_settings
 
-    return Settings()
+    return read_settings()
 
 
 def _export_store(store: str | None) -> None:

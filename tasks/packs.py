@@ -16,7 +16,7 @@ from modelpress import keys
 from modelpress.config import CompressConfig, OptimizeConfig, ShardConfig
 from modelpress.progress import Progress
 from modelpress.reports import ArtifactRef, CompressReport, Report, ShardReport, UploadReport
-from modelpress.settings import Settings
+from modelpress.settings import read_settings
 from modelpress.store.artifacts import load_artifact
 from modelpress.store.base import open_store
 from modelpress.store.local import local_errors
@@ -91,7 +91,7 @@ def upload(
     provenance: Provenance,
 ) -> Finished[UploadReport]:
     """Publish shards and files, and the manifest last."""
-    settings = Settings()
+    settings = read_settings()
     store = open_store(settings.store_uri, settings)
 
     def work(progress: Progress) -> tuple[Mapping[str, bytes], UploadReport]:

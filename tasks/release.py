@@ -11,7 +11,7 @@ from prefect.runtime import flow_run
 
 from modelpress.config import GateConfig
 from modelpress.reports import Report, UploadReport
-from modelpress.settings import Settings
+from modelpress.settings import read_settings
 from modelpress.store.base import open_store
 from registry import runs, versions
 from registry.gates import Decision
@@ -33,7 +33,7 @@ def register(
     context: RunContext, published: UploadReport, origin: Mapping[str, str], measured: Mapping[str, str]
 ) -> Registered:
     """Register the pack as a model version; one that carries it already keeps its origin and takes the numbers."""
-    settings = Settings()
+    settings = read_settings()
     with runs.child_run(settings, context.mlflow_run, "register", {}) as child:
         version, created = versions.register(
             child.client,
@@ -57,7 +57,7 @@ def promote(name: str, pack: str, config: GateConfig | None = None) -> Decision:
     """Judge a published pack on its own bytes, freshly read, and move the alias if it passes."""
     from registry import promotion
 
-    settings = Settings()
+    settings = read_settings()
     store = open_store(settings.store_uri, settings)
     with StageProgress("gate") as progress, runs.named_errors(settings.mlflow_uri):
         decision = promotion.promote(store, runs.open_client(settings), name, pack, config, progress)
@@ -70,7 +70,7 @@ def rollback(name: str, alias: str, to: str | None) -> str:
     """Point the alias at an earlier pack, and return that pack's digest; a retry of the flow run goes no further."""
     from registry import promotion
 
-    settings = Settings()
+    settings = read_settings()
     store = open_store(settings.store_uri, settings)
     token = f"flow-run-{flow_run.id}" if flow_run.id else None
     done = promotion.rollback(store, runs.open_client(settings), name, alias, to, token=token)
@@ -83,7 +83,7 @@ def rollback(name: str, alias: str, to: str | None) -> str:
 @task(name="find", task_run_name="find-{name}", cache_policy=NO_CACHE)
 def find_pack(name: str, candidate: str) -> str:
     """Digest of the pack that an alias, a version number or a digest names."""
-    settings = Settings()
+    settings = read_settings()
     store = open_store(settings.store_uri, settings)
     runs.check_server(settings.mlflow_uri)
     with runs.named_errors(settings.mlflow_uri):

@@ -12,7 +12,7 @@ from prefect.logging import get_run_logger
 from modelpress.config import Config, WorkloadConfig
 from modelpress.progress import Progress
 from modelpress.reports import ArtifactRef, Report
-from modelpress.settings import Settings
+from modelpress.settings import read_settings
 from modelpress.store.artifacts import load_artifact, save_artifact
 from modelpress.store.base import Store, open_store
 from registry import runs
@@ -64,7 +64,7 @@ def run_stage(
         extra: whatever else decides the output.
         valid: whether what an earlier report speaks of still stands.
     """
-    settings, label = Settings(), label or stage
+    settings, label = read_settings(), label or stage
     store = open_store(settings.work_uri, settings)
     fingerprint = config.fingerprint() if config else ""
     identity = open_workload(context.workload, context.mlflow_run).identity()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modelpress.errors import ConfigError, CorruptionError, NotFoundError, StoreError, StoreUnfitError
-from modelpress.settings import Settings
+from modelpress.settings import Settings, read_settings
 
 MAX_KEY_BYTES = 1024
 MAX_SEGMENT_BYTES = 255
@@ -216,7 +216,7 @@ def open_store(uri: str, settings: Settings | None = None) -> Store:
     if uri.startswith("s3://"):
         from modelpress.store.s3 import S3Store
 
-        return S3Store(uri, settings or Settings())
+        return S3Store(uri, settings or read_settings())
     from modelpress.store.local import LocalStore
 
     if uri.startswith("file://"):
