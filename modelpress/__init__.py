@@ -4,4 +4,4 @@ Importing this package is free of effects and of heavy imports; each stage is im
 (``from modelpress.prune import prune_``).
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
