@@ -71,6 +71,8 @@ def measure(quick: bool) -> Iterable[Row]:
             return
         with tempfile.TemporaryDirectory(prefix="modelpress-") as folder, _server(Path(folder)) as url:
             yield from _case(f"{recipe}, own server", recipe, Path(folder), {"PREFECT_API_URL": url})
+    with tempfile.TemporaryDirectory(prefix="modelpress-") as folder:
+        yield from _case("minilm, ephemeral server", "minilm", Path(folder), {})
 
 
 def _case(case: str, recipe: str, home: Path, more: dict[str, str]) -> Iterator[Row]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 
-from modelpress.errors import ModelpressError
+from modelpress.errors import ModelpressError, SetupError
+
+START_SECONDS = 120
 
 
 class ExpectedErrors(logging.Filter):
@@ -19,6 +23,31 @@ class ExpectedErrors(logging.Filter):
         error = record.exc_info[1] if record.exc_info else None
         repeated = record.getMessage().startswith("Finished in state Failed")
         return not (isinstance(error, ModelpressError) or repeated)
+
+
+@contextlib.contextmanager
+def terminal() -> Iterator[None]:
+    """What a flow that is started from a terminal needs around it; enter it before a flow is imported.
+
+    Prefect's own server, started where none is configured, gets two minutes instead of 20 seconds: on a busy machine,
+    with a new database, it needs them.
+
+    Raises:
+        SetupError: that server did not start.
+    """
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", str(START_SECONDS))
+    quiet()
+    try:
+        yield
+    except RuntimeError as error:
+        if "ephemeral Prefect API server" not in str(error):
+            raise
+        raise SetupError(
+            "starting a Prefect server for this run",
+            found=f"no answer from it within {os.environ['PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS']} s",
+            fix="try again when the machine is less busy, raise PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, or "
+            "start one with 'prefect server start' and set PREFECT_API_URL",
+        ) from error
 
 
 def quiet() -> None:

@@ -67,12 +67,13 @@ def run(
 
     checked = load_config(config)  # before the orchestrator's seconds of start-up
     _export_store(store)
-    from flows.console import quiet
-    from flows.optimize import optimize
-    from flows.result import table
+    from flows.console import terminal
 
-    quiet()
-    result = optimize(checked)
+    with terminal():
+        from flows.optimize import optimize
+        from flows.result import table
+
+        result = optimize(checked)
     if as_json:
         typer.echo(result.model_dump_json(indent=2))
     else:
@@ -152,11 +153,12 @@ def promote(
 ) -> None:
     """Judge a published pack on its own bytes, and move the alias if it passes."""
     _export_store(store)
-    from flows.console import quiet
-    from flows.promote import promote as flow
+    from flows.console import terminal
 
-    quiet()
-    decision = flow(name, candidate)
+    with terminal():
+        from flows.promote import promote as flow
+
+        decision = flow(name, candidate)
     _print(f"{name}: promoted; " + "; ".join(decision.reasons))
 
 
@@ -178,11 +180,12 @@ def rollback(
         pack = pointer.rollback(opened, name, alias, load.resolve(opened, name, to) if to else None).pack
     else:
         _export_store(store)
-        from flows.console import quiet
-        from flows.promote import rollback as flow
+        from flows.console import terminal
 
-        quiet()
-        pack = flow(name, alias, to)
+        with terminal():
+            from flows.promote import rollback as flow
+
+            pack = flow(name, alias, to)
     _print(f"{name}@{alias} is pack {pack} again")
 
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
+
+from tests.encoders import make_encoder_folder
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("modelpress/**/*.md")])
@@ -58,26 +64,59 @@ def test_own_model_is_under_forty_lines() -> None:
     assert len(code.splitlines()) < 40
 
 
+def in_folder(folder: Path) -> tuple[list[str], dict[str, Any]]:
+    """The command line, and how to call it in `folder` with everything of its own."""
+    environment = os.environ | {"PYTHONPATH": str(folder), "MODELPRESS_HOME": str(folder / "home"), "NO_COLOR": "1"}
+    environment |= {"PREFECT_HOME": str(folder / "prefect"), "COLUMNS": "160"}
+    return [sys.executable, "-m", "modelpress.cli"], {"cwd": folder, "env": environment, "text": True}
+
+
 def test_own_model_runs_as_printed(tmp_path: Path) -> None:
-    """The page's class and recipe, by the page's command, to a published and promoted pack."""
+    """The page's class and recipe, by the page's commands, to a published, promoted and served pack."""
     (code,) = blocks(OWN_MODEL, "python")
     recipe = next(block for block in blocks(OWN_MODEL, "yaml") if block.startswith("name: cells"))
     (tmp_path / "cells.py").write_text(code)
     (tmp_path / "cells.yaml").write_text(recipe)
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "MODELPRESS_HOME": str(tmp_path / "home"), "NO_COLOR": "1"}
-    environment |= {"PREFECT_HOME": str(tmp_path / "prefect"), "COLUMNS": "160"}
-    command = [sys.executable, "-m", "modelpress.cli"]
-    done = subprocess.run(
-        [*command, "run", "cells.yaml"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    command, options = in_folder(tmp_path)
+    done = subprocess.run([*command, "run", "cells.yaml"], capture_output=True, check=False, **options)
     assert done.returncode == 0, done.stdout + done.stderr
-    shown = subprocess.run(
-        [*command, "inspect", "cells@champion"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    shown = subprocess.run([*command, "inspect", "cells@champion"], capture_output=True, check=False, **options)
     assert shown.returncode == 0, shown.stdout + shown.stderr
     assert "int8" in shown.stdout.lower() or "i8" in shown.stdout.lower()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with subprocess.Popen([*command, "serve", "cells", "--port", str(port)], **options) as server:
+        try:
+            assert_answers(f"http://127.0.0.1:{port}/v2/models/cells", server)
+        finally:
+            server.terminate()
+        assert server.wait(30) == 0
+
+
+def assert_answers(model: str, server: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            if httpx.get(f"{model}/ready").status_code == 200:
+                break
+        except httpx.TransportError:
+            time.sleep(0.1)
+    tensor = {"name": "input", "shape": [2, 30], "datatype": "FP32", "data": [0.0] * 60}
+    answer = httpx.post(f"{model}/infer", json={"inputs": [tensor]})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["outputs"][0]["shape"] == [2, 2]
+
+
+def test_a_folder_of_an_encoder_runs_as_printed(tmp_path: Path) -> None:
+    """The page's first recipe, with a folder and pairs that are there, to a promoted pack."""
+    make_encoder_folder(tmp_path / "our-encoder", pairs=2000)
+    recipe = next(block for block in blocks(OWN_MODEL, "yaml") if block.startswith("name: our-encoder"))
+    recipe = recipe.replace("/models/our-encoder", str(tmp_path / "our-encoder"))
+    recipe = recipe.replace("/data/pairs.jsonl", str(tmp_path / "our-encoder" / "pairs.jsonl"))
+    (tmp_path / "our-encoder.yaml").write_text(recipe)
+    command, options = in_folder(tmp_path)
+    done = subprocess.run([*command, "run", "our-encoder.yaml"], capture_output=True, check=False, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    checked = subprocess.run([*command, "verify", "our-encoder@champion"], capture_output=True, check=False, **options)
+    assert checked.returncode == 0, checked.stdout + checked.stderr

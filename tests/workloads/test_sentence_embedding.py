@@ -12,7 +12,6 @@ import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import BertConfig, BertModel
 
 from modelpress.checkpoint import Checkpoint, from_module, to_module
 from modelpress.config import DistillConfig, PruneConfig, TrainConfig, WorkloadConfig
@@ -24,33 +23,13 @@ from modelpress.workloads import retrieval_pairs
 from modelpress.workloads.encoder_folder import resolve_folder
 from modelpress.workloads.retrieval_pairs import Pair, load_pairs, pair_of_docstring
 from modelpress.workloads.sentence_embedding import SentenceEmbedding
-
-WORDS = [f"word{index}" for index in range(60)]
+from tests.encoders import make_encoder_folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder of a tiny encoder with a word-level tokenizer, and forty pairs."""
-    path = tmp_path_factory.mktemp("encoder")
-    config = BertConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=3, num_attention_heads=4, intermediate_size=24,
-        max_position_embeddings=20,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    BertModel(config).save_pretrained(path)
-    vocabulary = {"[PAD]": 0, "[UNK]": 1, **{word: index + 2 for index, word in enumerate(WORDS)}}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.save(str(path / "tokenizer.json"))
-    (path / "sentence_bert_config.json").write_text('{"max_seq_length": 12}')
-    (path / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n")
-    random = np.random.default_rng(0)
-    lines = []
-    for _ in range(40):
-        topic = random.choice(WORDS, 3).tolist()
-        lines.append({"query": " ".join(topic), "document": " ".join(topic + random.choice(WORDS, 5).tolist())})
-    (path / "pairs.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    return path
+    return make_encoder_folder(tmp_path_factory.mktemp("encoder"), pairs=40)
 
 
 def workload_of(folder: Path, **changes: object) -> SentenceEmbedding:
