@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from importlib import metadata
+from math import prod
 from typing import Annotated, Any, Final, Literal, Self
 
 import zstandard
@@ -143,6 +145,8 @@ class Manifest(Entry):
             raise ValueError(f"{where}: pieces in shards {list(tensor.shards)}, not in neighbouring ones")
         if tensor.shards[-1] >= len(self.shards):
             raise ValueError(f"{where}: shard {tensor.shards[-1]} of {len(self.shards)}")
+        if prod(max(size, 1) for size in tensor.shape) * DTYPES[tensor.dtype].itemsize >= 2**63:
+            raise ValueError(f"{where}: shape {list(tensor.shape)} is beyond any memory")
         room = sum(self.shards[position].size_bytes for position in tensor.shards)
         if tensor.stored_bytes > room:
             raise ValueError(f"{where}: {tensor.stored_bytes} stored bytes in shards of {room} bytes")
@@ -208,8 +212,16 @@ class Manifest(Entry):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"]) or "manifest"
-            raise CorruptionError(doing, found=f"{where}: {first['msg']}", expected="a manifest as in FORMAT.md") from error
-        if manifest.to_bytes() != data:
+            raise CorruptionError(
+                doing, found=f"{where}: {first['msg']}", expected="a manifest as in FORMAT.md"
+            ) from error
+        try:
+            spelled = manifest.to_bytes()
+        except (ConfigError, ValueError) as error:  # surrogates, or objects nested too deep to be written
+            raise CorruptionError(
+                doing, found=str(error)[:200], expected="canonical JSON, as FORMAT.md says"
+            ) from error
+        if spelled != data:
             raise CorruptionError(doing, found="another spelling", expected="canonical JSON, as FORMAT.md says")
         return manifest
 
@@ -324,8 +336,8 @@ def _decompress(doing: str, stored: bytes, size: int) -> bytes:
 
 def _unique(what: str, names: list[str]) -> None:
     if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{what}: {twice!r} stands {names.count(twice)} times")
+        twice, times = Counter(names).most_common(1)[0]
+        raise ValueError(f"{what}: {twice!r} stands {times} times")
 
 
 def _check_file(file: FileEntry) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -64,8 +64,13 @@ class Stream:
     @property
     def chunks(self) -> list[memoryview]:
         """The chunks, as views of the body."""
+        return list(self.each_chunk())
+
+    def each_chunk(self) -> Iterator[memoryview]:
+        """The chunks, one view at a time: a list of them all may take 200 times the bytes of a hostile body."""
         view = memoryview(self.body)
-        return [view[begin:end] for begin, end in itertools.pairwise(self.bounds.tolist())]
+        for begin, end in itertools.pairwise(self.bounds):
+            yield view[int(begin) : int(end)]
 
     @property
     def size_bytes(self) -> int:
@@ -83,6 +88,8 @@ class Codec(abc.ABC):
     """A lossless codec. Instances hold no state and are safe to share between threads."""
 
     codec_id: ClassVar[str]
+    coders: ClassVar[tuple[Coder, ...]]
+    """What its chunks may be; another coder's would pass the checks of lengths and mean something else."""
     decode_bytes_per_second: ClassVar[float]
     """Raw bytes that one core decodes per second, at least, on the machine of `benchmarks/results`; the decode-speed
     floor is judged by this figure, so that the same input gives the same bytes on every machine."""
@@ -144,7 +151,7 @@ def decode(
     """
     check_streams(codec, streams, dtype, symbols, chunk_symbols, doing)
     if consumed is not None:
-        for together in zip(*(stream.chunks for stream in streams), strict=True):
+        for together in zip(*(stream.each_chunk() for stream in streams), strict=True):
             for chunk in together:
                 consumed(chunk)
     size = symbols * dtype.itemsize
@@ -188,15 +195,13 @@ def check_streams(
     chunks = -(-symbols // chunk_symbols)
     for stream in streams:
         where, width = f"{doing}, stream {stream.name!r}", layout[stream.name]
-        if stream.coder == "raw" and width is None:
-            raise CorruptionError(where, found="coder 'raw'", expected="another coder: its chunks vary in length")
-        if stream.coder == "huffman" and width not in (1, None):
-            raise CorruptionError(where, found="coder 'huffman'", expected="another coder: its symbols are wide")
+        if stream.coder not in codec.coders:
+            raise CorruptionError(where, found=f"coder {stream.coder!r}", expected=" or ".join(codec.coders))
         if stream.bounds.size != chunks + 1:
             raise CorruptionError(
                 where, found=f"{stream.bounds.size - 1} chunks", expected=f"{chunks} for {symbols} symbols"
             )
-        for index, chunk in enumerate(stream.chunks):
+        for index, chunk in enumerate(stream.each_chunk()):
             limit = min(chunk_symbols, symbols - index * chunk_symbols) * (width or 1)
             size = _claimed_size(stream.coder, chunk, f"{where}, chunk {index}")
             if size > limit or (width is not None and size != limit):

@@ -22,6 +22,7 @@ class Raw(Codec):
     """The tensor's bytes as they are, in one chunk."""
 
     codec_id = "raw"
+    coders = ("raw",)
     decode_bytes_per_second = float("inf")
 
     def suits(self, raw: Bytes, dtype: DType) -> bool:  # noqa: ARG002
@@ -52,6 +53,7 @@ class Zstd(Codec):
     """The tensor's bytes through zstandard, matches and all: wins where content repeats."""
 
     codec_id = "zstd"
+    coders = ("zstd",)
     decode_bytes_per_second = 0.5e9
 
     def suits(self, raw: Bytes, dtype: DType) -> bool:
@@ -77,6 +79,6 @@ class Zstd(Codec):
     ) -> None:
         """See `Codec.decode_into`."""
         size = chunk_symbols * dtype.itemsize
-        for chunk, frame in enumerate(streams[0].chunks):
+        for chunk, frame in enumerate(streams[0].each_chunk()):
             target = out[chunk * size : min((chunk + 1) * size, symbols * dtype.itemsize)]
             target[:] = np.frombuffer(decompress(frame, target.size, chunk), np.uint8)

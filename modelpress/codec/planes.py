@@ -33,6 +33,7 @@ class PlanesHuffman(Codec):
     """Byte planes, each Huffman coded or raw."""
 
     codec_id = "planes-huffman"
+    coders = ("raw", "huffman", "zstd")
     decode_bytes_per_second = 1e9
 
     def suits(self, raw: Bytes, dtype: DType) -> bool:  # noqa: ARG002

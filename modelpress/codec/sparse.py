@@ -23,6 +23,7 @@ from modelpress.dtypes import DType
 
 
 class _Sparse(Codec):
+    coders = ("huffman", "zstd")
     index: ClassVar[str]
     min_zeros: ClassVar[float]
     """Share of zeros under which plain planes are smaller; not worth a try."""

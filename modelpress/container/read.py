@@ -169,6 +169,8 @@ def _check_piece(piece: Piece, entry: TensorEntry, start: int, doing: str) -> No
     found = (piece.dtype.name, piece.shape, piece.codec)
     if found != (entry.dtype, entry.shape, entry.codec):
         raise CorruptionError(doing, found=_words(*found), expected=_describe(entry))
+    if piece.raw_sha256 not in (None, entry.raw_sha256):
+        raise CorruptionError(doing, found=f"sha256 {piece.raw_sha256}", expected=f"sha256 {entry.raw_sha256}")
     if piece.start != start:
         raise CorruptionError(doing, found=f"elements from {piece.start}", expected=f"elements from {start}")
 

@@ -87,7 +87,7 @@ class Piece:
 
     def ordered_chunks(self) -> Iterator[Buffer]:
         """Coded bytes in decoding order: chunk by chunk, in each chunk stream by stream."""
-        for chunks in zip(*(stream.chunks for stream in self.streams), strict=True):
+        for chunks in zip(*(stream.each_chunk() for stream in self.streams), strict=True):
             yield from chunks
 
     def cut(self, start: int, count: int) -> Piece:
@@ -297,7 +297,9 @@ def _read_stream(
     if len(body) != size:
         raise CorruptionError(f"{doing}, stream {key!r}", found=f"{len(body)} bytes", expected=f"{size}")
     if stream.coder == "raw":
-        bounds = np.minimum(np.arange(chunks + 1, dtype=np.int64) * (chunk_symbols * (width or 1)), size)
+        bounds = np.arange(chunks + 1, dtype=np.int64)
+        bounds *= chunk_symbols * (width or 1)
+        np.minimum(bounds, size, out=bounds)
     else:
         bounds = np.cumsum([0, *lengths], dtype=np.int64)
     return Stream(stream.name, stream.coder, body, bounds)

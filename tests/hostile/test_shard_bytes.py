@@ -155,6 +155,7 @@ def piece(description: dict[str, Any]) -> dict[str, Any]:
         (lambda d: piece(d)["streams"].reverse(), "streams"),
         (lambda d: piece(d)["streams"][0].update(coder="lzma"), "coder"),
         (lambda d: piece(d)["streams"][0].update(coder="raw"), "coder 'raw'"),
+        (lambda d: piece(d).update(sha256="0" * 64), "sha256 0{64}\n  expected: sha256 "),
         (lambda d: piece(d)["streams"][0]["lengths"].append(1), "chunks"),
         (lambda d: piece(d)["streams"][0].update(lengths=[2**62] * 6), "chunks|bytes"),
         (lambda d: piece(d).update(codec="rle-huffman"), "streams"),
@@ -194,7 +195,7 @@ def test_a_small_shard_that_claims_terabytes_is_refused(pack: tuple[Manifest, di
     bomb = zstandard.ZstdCompressor(level=19).compress(bytes(2**20))
     streams = [{"name": "data", "coder": "zstd", "lengths": [len(bomb)] * 8}]
     count = 8 * 2**24
-    shape = {"dtype": "F64", "shape": [count], "codec": "zstd", "sha256": "0" * 64}
+    shape = {"dtype": "F64", "shape": [count], "codec": "zstd", "sha256": manifest.tensors[0].raw_sha256}
     info = shape | {"chunk_symbols": 2**24, "start": 0, "count": count, "streams": streams}
     body = bomb * 8
     header = {
