@@ -13,7 +13,7 @@ export DO_NOT_TRACK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo test test-faults lint format clean
+.PHONY: help venv demo test test-faults fuzz lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,6 +38,12 @@ test: lint ## lint, then the whole suite against real Prefect, MLflow and S3 ser
 
 test-faults: venv ## only the tests that kill processes, fill disks and break bytes
 	$(BIN)/python -m pytest -m faults $(PYTEST_ARGS)
+
+fuzz: venv ## feed the reader mutated packs for FUZZ_SECONDS (600), memory capped; a finding ends it (Linux)
+	$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install $(QUIET) --disable-pip-version-check 'atheris>=3'
+	mkdir -p .modelpress/fuzz/findings
+	$(BIN)/python -m tests.fuzz.fuzz_reader .modelpress/fuzz/corpus -max_total_time=$(or $(FUZZ_SECONDS),600) \
+	  -artifact_prefix=.modelpress/fuzz/findings/ -print_final_stats=1
 
 lint: venv ## ruff, mypy --strict and the import contracts
 	$(BIN)/ruff check .
