@@ -24,15 +24,18 @@ from benchmarks._report import Row
 PANELS = ("encoder bf16", "encoder int8, 90 % zeros")
 OURS, PEER, COPY = "#c8752d", "#2f5d8a", "#999999"
 FONT_SIZE = 8.5
-RADII = (7, 13, 20, 28, 37, 47, 58, 70)
+RADII = (7, 9, 12, 16, 20, 25, 30, 36, 43, 50, 60, 70)
 ANGLES = tuple(range(0, 360, 15))
 """Where a label may stand: points from its dot, tried from near to far."""
+FAR, CROWDED, SAME = 10, 30, 4
+"""Points: a label that is further gets a line; a label that is further may be nearer to another dot; one place."""
+Spot = tuple[float, float]
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Write the picture as SVG; what was not measured is left out."""
     with rc_context({"svg.hashsalt": "codecs", "svg.fonttype": "path"}):
-        figure = Figure(figsize=(12.0, 5.4), layout="constrained")
+        figure = Figure(figsize=(12.0, 6.2), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.subplots(1, 2)
         for one, case in zip(axes, PANELS, strict=True):
@@ -52,7 +55,7 @@ def _panel(axes: Axes, case: str, rows: Sequence[Row]) -> None:
         ratio, decode = values.get((system, "ratio")), values.get((system, "decode"))
         if ratio is not None and decode is not None:
             ours = system == "modelpress"
-            axes.plot(decode, ratio, "D" if ours else "o", color=OURS if ours else PEER, label=system, zorder=3)
+            axes.plot(decode, ratio, "D" if ours else "o", color=OURS if ours else PEER, label=system, zorder=3 + ours)
     bound, copy = values.get(("order-0 bound", "ratio")), values.get(("memcpy", "decode"))
     if bound is not None:
         axes.axhline(bound, color=COPY, linewidth=1, linestyle=":", zorder=1)
@@ -75,43 +78,49 @@ def _label(axes: Axes) -> None:
     """Name every dot, each label at the nearest place where it meets no dot, no other label and no edge."""
     scale = axes.figure.dpi / 72
     dots = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
-    spots = [axes.transData.transform(_at(line)) for line in dots]
-    frame = axes.get_window_extent()
-    taken = [Bbox.from_extents(x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale) for x, y in spots]
+    spots: list[Spot] = [(float(x), float(y)) for x, y in axes.transData.transform([_at(line) for line in dots])]
+    taken = [Bbox.from_bounds(x - 5 * scale, y - 5 * scale, 10 * scale, 10 * scale) for x, y in spots]
     taken += [text.get_window_extent() for text in axes.texts]
-    taken += [line.get_window_extent().padded(1) for line in axes.lines if line not in dots]
+    taken += [
+        line.get_window_extent().padded(1) for line in axes.lines if line not in dots and line.get_linestyle() == "--"
+    ]
+    # The crowd is to the right: it chooses first.
     for line, (x, y) in sorted(zip(dots, spots, strict=True), key=lambda one: -one[1][0]):
-        text = axes.annotate(str(line.get_label()), (x, y), (0, 0), xycoords="figure pixels",
-                             textcoords="offset points", fontsize=FONT_SIZE, color=line.get_color())  # fmt: skip
+        text = axes.annotate(str(line.get_label()), _at(line), (0, 0), textcoords="offset points", fontsize=FONT_SIZE,
+                             fontweight="bold" if line.get_label() == "modelpress" else "normal",
+                             color=line.get_color())  # fmt: skip
         size = text.get_window_extent()
-        for radius in RADII:
-            for angle in ANGLES:
-                dx, dy = radius * math.cos(math.radians(angle)), radius * math.sin(math.radians(angle))
-                # The side of the label that looks at the dot is at the offset.
-                left = x + dx * scale - size.width * (1 - math.cos(math.radians(angle))) / 2
-                low = y + dy * scale - size.height * (1 - math.sin(math.radians(angle))) / 2
-                box = Bbox.from_bounds(left, low, size.width, size.height)
-                inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
-                if inside and not any(box.overlaps(other) for other in taken):
-                    break
-            else:
-                continue
-            break
+        box = _place(axes, (x, y), (size.width, size.height), taken, spots)
         taken.append(box)
-        text.remove()
-        far = radius > RADII[1]
-        axes.annotate(
-            str(line.get_label()),
-            _at(line),
-            ((left - x) / scale, (low - y) / scale + 2),
-            textcoords="offset points",
-            fontsize=FONT_SIZE,
-            color=line.get_color(),
-            fontweight="bold" if line.get_label() == "modelpress" else "normal",
-            arrowprops={"arrowstyle": "-", "color": COPY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
-            if far
-            else None,
-        )
+        text.set_position(((box.x0 - size.x0) / scale, (box.y0 - size.y0) / scale))
+        if _gap(box, (x, y)) > FAR * scale:
+            near = min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)
+            axes.annotate("", _at(line), near, xycoords="data", textcoords="figure pixels",
+                          arrowprops={"arrowstyle": "-", "color": COPY, "linewidth": 0.7, "shrinkB": 3})  # fmt: skip
+
+
+def _place(axes: Axes, spot: Spot, size: Spot, taken: Sequence[Bbox], spots: Sequence[Spot]) -> Bbox:
+    """Where a label of this size stands best, in pixels: free, and nearer to its own dot than to any other."""
+    scale, frame, (x, y), (width, height) = axes.figure.dpi / 72, axes.get_window_extent(), spot, size
+    box = Bbox.from_bounds(x, y, width, height)
+    for radius in RADII:
+        for angle in map(math.radians, ANGLES):
+            # The side of the label that looks at the dot is at the offset.
+            left = x + radius * scale * math.cos(angle) - width * (1 - math.cos(angle)) / 2
+            low = y + radius * scale * math.sin(angle) - height * (1 - math.sin(angle)) / 2
+            box = Bbox.from_bounds(left, low, width, height)
+            inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
+            # Two dots at nearly one place share what is near to them.
+            others = [other for other in spots if math.dist(other, spot) > SAME * scale]
+            clear = all(_gap(box, other) > 1.3 * _gap(box, spot) for other in others) or radius >= CROWDED
+            if inside and clear and not any(box.overlaps(other) for other in taken):
+                return box
+    return box
+
+
+def _gap(box: Bbox, spot: Spot) -> float:
+    """Distance from a point to a box, in pixels."""
+    return math.hypot(max(box.x0 - spot[0], spot[0] - box.x1, 0.0), max(box.y0 - spot[1], spot[1] - box.y1, 0.0))
 
 
 def _at(line: Line2D) -> tuple[float, float]:

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks._peer import PeerError
-from modelpress.codec.base import WORDS
 from modelpress.dtypes import DTYPES
 
 GRAPHS = ("Huffman", "FSE", "auto")
@@ -94,7 +93,7 @@ def _graph(zl: Any, compressor: Any, name: str, dtype: str) -> Any:
 
 def _serve(name: str, dtype: str, path: str) -> None:
     zl = importlib.import_module("openzl.ext")
-    data = np.fromfile(path, WORDS[DTYPES[dtype].itemsize])
+    data = np.fromfile(path, f"<u{DTYPES[dtype].itemsize}")
     kind = zl.Type.Serial if data.itemsize == 1 and name != "auto" else zl.Type.Numeric
     compressor = zl.Compressor()
     compressor.set_parameter(zl.CParam.FormatVersion, FORMAT_VERSION)

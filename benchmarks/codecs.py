@@ -41,7 +41,8 @@ counts. Three are slow and run in two rounds: `openzl auto`, and dahuffman and c
 `modelpress` is the codec that `compress` chooses, its encoder and decoder alone; `whole stage` adds trying all codecs,
 hashing and the proof by decoding, once. `decode` goes into memory that the system allocates, as with all peers;
 `decode, given` into memory that was touched before, as a loader does. `memcpy` copies into such memory. `order-0 bound`
-is the entropy of the byte planes; who sees zeros or repeats can go under it. `bits` are per weight.
+is the entropy of the byte planes of the whole array; a coder with a table per chunk, or that sees zeros or repeats, can
+go under it. `bits` are per weight.
 """
 FIGURE = Path(__file__).parents[1] / "docs" / "img" / "codecs.svg"
 QUICK_WEIGHTS = 600_000

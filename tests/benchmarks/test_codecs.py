@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from benchmarks._codec_cases import Case, cases, codebook_indices, int4, mask_2_of_4, pruned
-from benchmarks._codec_figure import PANELS, draw
+from benchmarks._codec_figure import PANELS, _label, _panel, draw
 from benchmarks._codec_peers import Coder, Peer, enter, enter_openzl, peers
 from benchmarks._openzl import GRAPHS, Worker
 from benchmarks._peer import Entrant, PeerError, race
@@ -155,3 +157,21 @@ def test_the_figure_names_who_was_measured(tmp_path: Path) -> None:
     draw(rows, tmp_path / "new" / "codecs.svg")
     text = (tmp_path / "new" / "codecs.svg").read_text()
     assert [f"<!-- peer {index} -->" in text for index in range(8)] == [True] * 7 + [False]
+
+
+def test_labels_of_a_crowd_do_not_overlap() -> None:
+    figure = Figure(figsize=(6, 6))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    rates = {"modelpress": 1.06, "memcpy": 10.0} | {f"a rather long name {index}": 1 + index / 50 for index in range(9)}
+    rows = [Row(PANELS[0], system, "decode", "GB/s", rate) for system, rate in rates.items()]
+    rows += [Row(PANELS[0], system, "ratio", "", 1.5 + rate / 1000) for system, rate in rates.items() if rate < 10]
+    _panel(axes, PANELS[0], rows)
+    figure.draw_without_rendering()
+    _label(axes)
+    labels = {text.get_text(): text.get_window_extent() for text in axes.texts if text.get_text()}
+    assert labels.keys() == rates.keys()
+    frame = axes.get_window_extent()
+    for (name, one), (other_name, other) in itertools.combinations(labels.items(), 2):
+        assert not one.overlaps(other), f"{name} and {other_name}"
+    assert all(frame.x0 < box.x0 and box.x1 < frame.x1 for box in labels.values())
