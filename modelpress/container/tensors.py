@@ -51,6 +51,8 @@ def to_bytes(tensor: torch.Tensor) -> Bytes:
     """(elements · itemsize,) uint8; shares memory where the tensor is contiguous and on the CPU."""
     _need_little_endian()
     flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # of one element at most: contiguous by torch's word, and yet no view as bytes
+        flat = flat.clone(memory_format=torch.contiguous_format)
     return cast(Bytes, flat.view(torch.uint8).numpy())
 
 

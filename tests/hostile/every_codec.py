@@ -60,8 +60,8 @@ def make(folder: Path) -> list[Pack]:
     return [pack_of(folder / str(number), group) for number, group in enumerate(groups)]
 
 
-def pack_of(folder: Path, stored: list[StoredTensor]) -> Pack:
+def pack_of(folder: Path, stored: list[StoredTensor], most_bytes: int = MOST_BYTES) -> Pack:
     """Sharded, with a manifest."""
     coded = Coded("torch", tuple(stored))
-    shards, _ = write_shards(coded, ShardConfig.model_construct(max_shard_size=MOST_BYTES), folder)
+    shards, _ = write_shards(coded, ShardConfig.model_construct(max_shard_size=most_bytes), folder)
     return draft_manifest("pack", coded, shards)[0], {shard.sha256: shard.path.read_bytes() for shard in shards}
