@@ -94,15 +94,14 @@ def _label(axes: Axes) -> None:
         taken.append(box)
         text.set_position(((box.x0 - size.x0) / scale, (box.y0 - size.y0) / scale))
         if _gap(box, (x, y)) > FAR * scale:
-            near = min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)
-            axes.annotate("", _at(line), near, xycoords="data", textcoords="figure pixels",
+            axes.annotate("", _at(line), _nearest(box, (x, y)), xycoords="data", textcoords="figure pixels",
                           arrowprops={"arrowstyle": "-", "color": COPY, "linewidth": 0.7, "shrinkB": 3})  # fmt: skip
 
 
 def _place(axes: Axes, spot: Spot, size: Spot, taken: Sequence[Bbox], spots: Sequence[Spot]) -> Bbox:
     """Where a label of this size stands best, in pixels: free, and nearer to its own dot than to any other."""
     scale, frame, (x, y), (width, height) = axes.figure.dpi / 72, axes.get_window_extent(), spot, size
-    box = Bbox.from_bounds(x, y, width, height)
+    box, spare = Bbox.from_bounds(x, y, width, height), None
     for radius in RADII:
         for angle in map(math.radians, ANGLES):
             # The side of the label that looks at the dot is at the offset.
@@ -112,15 +111,31 @@ def _place(axes: Axes, spot: Spot, size: Spot, taken: Sequence[Bbox], spots: Seq
             inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
             # Two dots at nearly one place share what is near to them.
             others = [other for other in spots if math.dist(other, spot) > SAME * scale]
-            clear = all(_gap(box, other) > 1.3 * _gap(box, spot) for other in others) or radius >= CROWDED
-            if inside and clear and not any(box.overlaps(other) for other in taken):
+            clear = all(_gap(box, other) > 1.3 * _gap(box, spot) for other in others)
+            clear |= radius >= CROWDED and not any(_is_on_way(spot, box, other, 3 * scale) for other in others)
+            if not inside or any(box.overlaps(other) for other in taken):
+                continue
+            if clear:
                 return box
-    return box
+            spare = spare or box
+    return spare or box
+
+
+def _nearest(box: Bbox, spot: Spot) -> Spot:
+    return min(max(spot[0], box.x0), box.x1), min(max(spot[1], box.y0), box.y1)
 
 
 def _gap(box: Bbox, spot: Spot) -> float:
     """Distance from a point to a box, in pixels."""
-    return math.hypot(max(box.x0 - spot[0], spot[0] - box.x1, 0.0), max(box.y0 - spot[1], spot[1] - box.y1, 0.0))
+    return math.dist(_nearest(box, spot), spot)
+
+
+def _is_on_way(spot: Spot, box: Bbox, other: Spot, width: float) -> bool:
+    """Whether the line from a dot to its label would touch another dot."""
+    begin = complex(*spot)
+    line, to_other = complex(*_nearest(box, spot)) - begin, complex(*other) - begin
+    along = min(max((to_other * line.conjugate()).real / abs(line) ** 2, 0.0), 1.0)
+    return abs(to_other - along * line) < width
 
 
 def _at(line: Line2D) -> tuple[float, float]:
