@@ -943,33 +943,28 @@ def _place_by_gaps(gaps, values, out):
 
 @_jit
 def _place_by_mask(mask, values, out):
-    """Undo `_mask` into `out`, (count,) words: OK, or BAD_POSITION."""
+    """Undo `_mask` into `out`, (count,) words: OK, or BAD_POSITION. One word behind `values` must be readable."""
     if mask.size != (out.size + 7) // 8:
         return BAD_POSITION
-    used, beyond = 0, values.size
+    used = 0
     for at in range(mask.size):
         byte = np.int64(mask[at])
-        if used + 8 > beyond and used + _ones(byte) > beyond:
-            return BAD_POSITION
-        if 8 * at + 8 > out.size and byte >> (out.size - 8 * at):
+        if used + _ones(byte) > values.size or (8 * at + 8 > out.size and byte >> (out.size - 8 * at)):
             return BAD_POSITION
         for index in range(8 * at, min(8 * at + 8, out.size)):
-            present = byte >> (index - 8 * at) & 1
-            if present:
-                out[index] = values[used]
-            else:
-                out[index] = 0
+            present = byte & 1
+            byte >>= 1
+            out[index] = values[used] * present  # without a branch, which nobody could predict
             used += present
-    return OK if used == beyond else BAD_POSITION
+    return OK if used == values.size else BAD_POSITION
 
 
-@_jit
-def _ones(byte):
-    ones = 0
-    while byte:
-        byte &= byte - 1
-        ones += 1
-    return ones
+@intrinsic
+def _ones(typing, word):
+    def generate(context, builder, signature, arguments):
+        return builder.ctpop(arguments[0])
+
+    return types.int64(types.int64), generate
 
 
 @_jit
@@ -979,7 +974,8 @@ def _place(index, by_mask, values, out):
 
 @_jit
 def place(index, by_mask, values, planes, out):
-    """Put values where a chunk's mask or gaps say: OK, or BAD_POSITION. `values`, `out`: bytes, aligned to elements."""
+    """Put values where a chunk's mask or gaps say: OK, or BAD_POSITION. `values`, `out`: bytes, aligned to
+    elements; one element behind `values` must be readable."""
     if planes == 1:
         return _place(index, by_mask, values, out)
     if planes == 2:
@@ -999,7 +995,7 @@ def decode_sparse(sources, limits, bounds, symbols, chunk_symbols, rotated, by_m
     tail = np.zeros(LANES * SEGMENT * MAX_BITS // 8 + 16, np.uint8)
     most = min(chunk_symbols, symbols)
     index, parts = np.empty(most + most // SKIP + 1, np.uint8), np.empty((planes, most), np.uint8)
-    values = np.empty(most * planes, np.uint8)
+    values = np.empty((most + 1) * planes, np.uint8)
     places = np.empty(planes, np.uint64)
     for plane in range(planes):
         places[plane] = parts[plane].ctypes.data
