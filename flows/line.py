@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.logging import get_run_logger
@@ -218,7 +219,12 @@ def tracked(config: OptimizeConfig) -> Iterator[Line]:
         yield line
 
 
-def _timeless(report: Report) -> dict[str, float]:
-    """The numbers of a report without those that differ when the same work is done again."""
+def _timeless(report: Report) -> dict[str, Any]:
+    """The numbers of a report without those that differ when the same work is done again; of coded tensors, each."""
     drop: tuple[str, ...] = ("seconds", "per_second", "memory")
-    return {key: value for key, value in report.metrics().items() if not any(word in key for word in drop)}
+    numbers: dict[str, Any] = {
+        key: value for key, value in report.metrics().items() if not any(word in key for word in drop)
+    }
+    if isinstance(report, CompressReport):
+        numbers["tensors"] = [row.model_dump(mode="json", exclude={"decode_seconds"}) for row in report.tensors]
+    return numbers

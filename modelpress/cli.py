@@ -127,19 +127,33 @@ def verify(pack: PackArgument, store: StoreOption = None, as_json: JsonOption = 
 
 
 @app.command()
-def inspect(pack: PackArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Show what a pack holds: tensors, codecs, bytes, bits per weight against the entropy bound, files."""
-    from modelpress import load
+def inspect(
+    pack: PackArgument,
+    tensor: Annotated[str | None, typer.Option(help="One tensor in full: its streams, and why this codec.")] = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a pack holds: tensors, codecs, bits per weight against the entropy bound, which codec lost, files."""
+    from modelpress import explain, load
 
     name, ref = _parse_pack(pack)
     opened = _open_store(store)
     digest = load.resolve(opened, name, ref)
     manifest = load.load_manifest(opened, name, digest)
+    fetch = load.fetcher(opened, manifest)
+    entry = explain.find_tensor(manifest, tensor) if tensor is not None else None
+    choices = explain.read_choices(manifest, fetch)
+    if entry is not None:
+        found = explain.describe(manifest, entry, choices.get(entry.name), fetch)
+        typer.echo(json.dumps({"pack": digest} | found, indent=2) if as_json else "\n".join(explain.lines(found)))
+        return
     if as_json:
-        typer.echo(json.dumps({"pack": digest, "manifest": manifest.model_dump(mode="json")}, indent=2))
+        chosen = {row: choice.model_dump(mode="json", exclude={"decode_seconds"}) for row, choice in choices.items()}
+        document = {"pack": digest, "manifest": manifest.model_dump(mode="json"), "choices": chosen}
+        typer.echo(json.dumps(document, indent=2))
         return
     _print(f"{name} {digest}, {manifest.kind}, format {manifest.format_version}, licence {manifest.licence}")
-    _print(_tensor_table(manifest))
+    _print(_rows_table(explain.table(manifest, choices)))
     _print(_blob_table(manifest))
     ratio = manifest.raw_bytes / manifest.published_bytes
     _print(f"{manifest.raw_bytes:,} bytes raw, {manifest.published_bytes:,} published: compression ratio {ratio:.2f}")
@@ -314,29 +328,6 @@ def _rows_table(rows: Sequence[dict[str, str]]) -> Table:
     for row in rows:
         table.add_row(*row.values())
     return table
-
-
-def _tensor_table(manifest: Manifest) -> Table:
-    import math
-
-    rows = [
-        {
-            "tensor": tensor.name,
-            "dtype": tensor.dtype,
-            "shape": "×".join(map(str, tensor.shape)) or "scalar",
-            "codec": tensor.codec,
-            "raw bytes": f"{tensor.raw_bytes:,}",
-            "stored bytes": f"{tensor.stored_bytes:,}",
-            "bits/weight": _bits(tensor.stored_bytes, math.prod(tensor.shape)),
-            "entropy bound": _bits(tensor.entropy_bound_bytes, math.prod(tensor.shape)),
-        }
-        for tensor in manifest.tensors
-    ]
-    return _rows_table(rows or [{"tensor": "none"}])
-
-
-def _bits(size_bytes: int, weights: int) -> str:
-    return f"{8 * size_bytes / weights:.3f}" if weights else "–"
 
 
 def _blob_table(manifest: Manifest) -> Table:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -27,10 +27,14 @@ __all__ = ["Coded", "compress", "natural_key"]
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class _Choice:
     piece: Piece
-    cost: int
-    """Coded bytes, and what describing them adds to the shard's header."""
+    seconds: float | None = None
+    """CPU time of decoding it."""
+    costs: dict[str, int] = field(default_factory=dict)
+    """By codec: coded bytes, and what describing them adds to the shard's header."""
+    too_slow: list[str] = field(default_factory=list)
+    not_tried: list[str] = field(default_factory=list)
 
 
 def compress(
@@ -56,9 +60,9 @@ def compress(
         plain = Piece(name, dtype, shape, "raw", None, max(tensor.numel(), 1), 0, tensor.numel(), _raw_streams(raw))
         bound = bound_bytes(raw, dtype)
         digest = hashlib.sha256(raw.data).hexdigest()
-        piece, seconds = _choose(raw, dtype, plain, digest, config) if config else (plain, 0.0)
-        stored.append(StoredTensor(piece, digest, math.ceil(bound)))
-        rows.append(_row(piece, raw.size, bound, seconds))
+        choice = _choose(raw, dtype, plain, digest, config) if config else _Choice(plain)
+        stored.append(StoredTensor(choice.piece, digest, math.ceil(bound)))
+        rows.append(_row(choice, raw.size, bound))
     progress(len(names), len(names))
     return Coded(checkpoint.kind, tuple(stored), dict(checkpoint.files), dict(checkpoint.metadata)), _report(rows)
 
@@ -69,24 +73,31 @@ def natural_key(name: str) -> tuple[tuple[tuple[int, int, str], ...], str]:
     return tuple((0, int(part), "") if re.fullmatch("[0-9]{1,9}", part) else (1, 0, part) for part in parts), name
 
 
-def _choose(raw: Bytes, dtype: DType, plain: Piece, digest: str, config: CompressConfig) -> tuple[Piece, float]:
-    """The cheapest candidate that decodes to the same bytes within the floor, and its CPU seconds."""
-    candidates = []
+def _choose(raw: Bytes, dtype: DType, plain: Piece, digest: str, config: CompressConfig) -> _Choice:
+    """The cheapest candidate that decodes to the same bytes within the floor, and what the others would have cost."""
+    pieces: list[Piece] = []
+    too_slow: list[str] = []
+    not_tried: list[str] = []
     for codec_id in config.codecs if raw.size else ():
         codec = CODECS[codec_id]
-        fast = codec.decode_bytes_per_second >= config.min_decode_bytes_per_second
-        if fast and codec.suits(raw, dtype):
+        if codec.decode_bytes_per_second < config.min_decode_bytes_per_second:
+            too_slow.append(codec_id)
+        elif not codec.suits(raw, dtype):
+            not_tried.append(codec_id)
+        else:
             streams = codec.encode(raw, dtype, config)
-            piece = Piece(
-                plain.name, dtype, plain.shape, codec_id, digest, config.chunk_symbols, 0, plain.elements, streams
+            pieces.append(
+                Piece(
+                    plain.name, dtype, plain.shape, codec_id, digest, config.chunk_symbols, 0, plain.elements, streams
+                )
             )
-            candidates.append(_Candidate(piece, _cost(piece)))
-    for candidate in sorted(candidates, key=lambda candidate: candidate.cost):
-        if candidate.cost >= _cost(plain):
+    costs = {piece.codec: _cost(piece) for piece in [*pieces, plain]}
+    for piece in sorted(pieces, key=lambda piece: costs[piece.codec]):
+        if costs[piece.codec] >= costs[plain.codec]:
             break
-        if raw.size <= MAX_EXPANSION * candidate.piece.stored_bytes:  # beyond, a reader refuses the claim
-            return candidate.piece, _prove(candidate.piece, raw)
-    return plain, 0.0
+        if raw.size <= MAX_EXPANSION * piece.stored_bytes:  # beyond, a reader refuses the claim
+            return _Choice(piece, _prove(piece, raw), costs, too_slow, not_tried)
+    return _Choice(plain, None, costs, too_slow, not_tried)
 
 
 def _prove(piece: Piece, raw: Bytes) -> float:
@@ -116,7 +127,8 @@ def _raw_streams(raw: Bytes) -> list[Stream]:
     return [Stream.of("raw", "raw", [raw.data] if raw.size else [])]
 
 
-def _row(piece: Piece, raw_bytes: int, bound: float, seconds: float) -> CodedTensor:
+def _row(choice: _Choice, raw_bytes: int, bound: float) -> CodedTensor:
+    piece = choice.piece
     return CodedTensor(
         name=piece.name,
         dtype=piece.dtype.name,
@@ -125,7 +137,10 @@ def _row(piece: Piece, raw_bytes: int, bound: float, seconds: float) -> CodedTen
         raw_bytes=raw_bytes,
         stored_bytes=piece.stored_bytes,
         entropy_bound_bytes=bound,
-        decode_seconds=seconds,
+        decode_seconds=choice.seconds,
+        candidates=choice.costs,
+        too_slow=choice.too_slow,
+        not_tried=choice.not_tried,
     )
 
 

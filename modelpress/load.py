@@ -92,7 +92,7 @@ def load_checkpoint(store: Store, name: str, digest: str, progress: Progress = s
         UnsupportedFormatError: written by a newer modelpress.
     """
     manifest = load_manifest(store, name, digest)
-    fetch = _fetcher(store, manifest, progress)
+    fetch = fetcher(store, manifest, progress)
     tensors = dict(read_tensors(manifest, fetch))
     return manifest, Checkpoint(manifest.kind, tensors, read_files(manifest, fetch), dict(manifest.metadata))
 
@@ -106,7 +106,7 @@ def verify(store: Store, name: str, ref: str, progress: Progress = silent) -> Ve
     started = time.perf_counter()
     digest = resolve(store, name, ref)
     manifest = load_manifest(store, name, digest)
-    fetch = _fetcher(store, manifest, progress)
+    fetch = fetcher(store, manifest, progress)
     tensors = sum(1 for _ in read_tensors(manifest, fetch))
     files = len(read_files(manifest, fetch))
     read_reports(manifest, fetch)
@@ -147,7 +147,7 @@ def pull(
             raise ConfigError(doing, found="something there already", expected="a new or empty folder")
         try:
             partial.mkdir(parents=True)
-            _WRITERS[layout](manifest, _fetcher(store, manifest, progress), partial)
+            _WRITERS[layout](manifest, fetcher(store, manifest, progress), partial)
             (partial / MANIFEST_NAME).write_bytes(manifest.to_bytes())
             partial.rename(folder)
         finally:
@@ -209,7 +209,7 @@ def _grouped(manifest: Manifest) -> list[list[str]]:
     return groups
 
 
-def _fetcher(store: Store, manifest: Manifest, progress: Progress) -> Callable[[str], bytes]:
+def fetcher(store: Store, manifest: Manifest, progress: Progress = silent) -> Callable[[str], bytes]:
     """Read a blob of the pack by its sha256, never more bytes than the manifest says; errors name the pack's part."""
     sizes = manifest.blobs()
     total, seen = sum(sizes.values()), set[str]()

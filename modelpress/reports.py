@@ -248,8 +248,14 @@ class CodedTensor(Report):
     """Bytes after."""
     entropy_bound_bytes: float
     """Order-0 entropy bound of the planes, in bytes."""
-    decode_seconds: float
-    """Measured at write time, when the result was proved."""
+    decode_seconds: float | None = None
+    """CPU time of decoding, measured when the result was proved; None: stored raw. It stays out of the manifest."""
+    candidates: dict[str, int] = Field(default_factory=dict)
+    """Bytes in a shard, the description's among them, by codec that was tried, and of `raw`."""
+    too_slow: list[str] = Field(default_factory=list)
+    """Codecs left out because they decode more slowly than `min_decode_bytes_per_second`."""
+    not_tried: list[str] = Field(default_factory=list)
+    """Codecs left out at a look: too few zeros, nothing that repeats."""
 
 
 class CompressReport(Report):

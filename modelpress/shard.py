@@ -107,7 +107,10 @@ def draft_manifest(
     licence: str = "unknown",
     reports: Mapping[str, Report] | None = None,
 ) -> tuple[Manifest, dict[str, bytes]]:
-    """The manifest of a pack, and the blobs of its files by their sha256; with the shards, all that is published."""
+    """The manifest of a pack, and the blobs of its files by their sha256; with the shards, all that is published.
+
+    Measured times (`..._seconds`, `..._per_second`) are left out of the reports.
+    """
     blobs: dict[str, bytes] = {}
     files: list[FileEntry] = []
     for file_name, data in sorted(coded.files.items()):
@@ -116,7 +119,9 @@ def draft_manifest(
         files.append(entry)
     reports_entry = None
     if reports:
-        reports_entry, blob = pack_reports({stage: report.model_dump(mode="json") for stage, report in reports.items()})
+        reports_entry, blob = pack_reports(
+            {stage: _timeless(report.model_dump(mode="json")) for stage, report in reports.items()}
+        )
         blobs[reports_entry.stored_sha256] = blob
     where = {
         tensor.name: tuple(i for i, s in enumerate(shards) if tensor.name in set(s.tensors)) for tensor in coded.tensors
@@ -135,6 +140,13 @@ def draft_manifest(
         reports=reports_entry,
     )
     return manifest, blobs
+
+
+def _timeless(value: Any) -> Any:
+    """A report without measured times: the same bytes made again are the same pack."""
+    if isinstance(value, dict):
+        return {key: _timeless(item) for key, item in value.items() if not key.endswith(("seconds", "per_second"))}
+    return [_timeless(item) for item in value] if isinstance(value, list) else value
 
 
 def _tensor_entry(tensor: StoredTensor, shards: tuple[int, ...]) -> TensorEntry:

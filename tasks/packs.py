@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -40,8 +40,8 @@ class Provenance(Report):
 
     lineage: dict[str, str]
     """sha256 of each stage's output."""
-    reports: dict[str, dict[str, float]]
-    """Numbers of each stage, without times."""
+    reports: dict[str, dict[str, Any]]
+    """Numbers of each stage, without times; of compress, how each tensor's codec was chosen."""
     scores: ArtifactRef
     """Per-sample scores of the served graph."""
     source_scores: ArtifactRef

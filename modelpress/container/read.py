@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -57,6 +57,30 @@ def read_tensors(
             found=f"the shards end before tensor {entry.name!r}",
             expected=f"all {len(manifest.tensors)} tensors, in the order of their shards",
         )
+
+
+def pieces_of(manifest: Manifest, name: str, fetch: Callable[[str], bytes]) -> list[Piece]:
+    """One tensor of a pack as it is stored, in element order; its shards are verified.
+
+    Raises:
+        CorruptionError: a shard is not what the manifest says.
+        UnsupportedFormatError: a codec or a format version that this release does not know.
+    """
+    (entry,) = (entry for entry in manifest.tensors if entry.name == name)
+    read_shards = (_read_shard(manifest, position, fetch) for position in entry.shards)
+    return [piece for pieces in read_shards for piece in pieces if piece.name == name]
+
+
+def decode_tensor(entry: TensorEntry, pieces: Sequence[Piece], *, threads: int = 1) -> torch.Tensor:
+    """The tensor that `pieces_of` found, verified.
+
+    Raises:
+        CorruptionError: the pieces are not what the manifest says.
+    """
+    doing, begun = f"reading tensor {entry.name!r}", _Begun(entry)
+    for piece in pieces:
+        begun.add(piece, doing, threads)
+    return begun.finish(doing)
 
 
 def decode_piece(

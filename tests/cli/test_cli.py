@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,8 +15,14 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 
 from modelpress import cli, errors, keys, load, pointer
+from modelpress.checkpoint import Checkpoint
+from modelpress.compress import compress
+from modelpress.config import CompressConfig, ShardConfig
+from modelpress.publish import publish
+from modelpress.shard import draft_manifest, write_shards
 from modelpress.store import Store, open_store
 from tests.serving.conftest import CLASSES, WIDTH, publish_pack, scale_model
 
@@ -78,6 +85,90 @@ def test_inspect_gives_json(packs: list[str], run: Run) -> None:
     assert code == 0
     assert document["pack"] == packs[0]
     assert document["manifest"]["tensors"][0]["name"] == "weight"
+
+
+@pytest.fixture
+def explained(store: Store, tmp_path: Path) -> str:
+    """A pack that carries the report of how its codecs were chosen; `deep.0.cut` lies in several shards."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(200, 100, generator=generator) * 0.02
+    tensors = {
+        "deep.0.dense": weights.bfloat16(),
+        "deep.0.sparse": weights * (torch.rand(200, 100, generator=generator) < 0.1),
+        "deep.0.cut": torch.randn(90_000, generator=generator).bfloat16(),
+        "noise": torch.randint(0, 256, (500,), dtype=torch.uint8, generator=generator),
+    }
+    config = CompressConfig(chunk_symbols=4096, min_decode_bytes_per_second=0.8e9)
+    coded, report = compress(Checkpoint("torch", tensors), config)
+    shards, _ = write_shards(coded, ShardConfig(max_shard_size=80_000), tmp_path / "explained")
+    manifest, blobs = draft_manifest("explained", coded, shards, reports={"compress": report})
+    pack = publish(store, manifest, shards, blobs, source_bytes=report.raw_bytes).pack
+    pointer.append(store, "explained", "champion", pack, "promote")
+    return pack
+
+
+def test_inspect_says_what_won_and_what_lost(explained: str, store: Store, run: Run) -> None:
+    code, out, _ = run("inspect", "explained")
+    manifest = load.load_manifest(store, "explained", explained)
+    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert code == 0
+    assert "rle-huffman" in lines["deep.0.sparse"]
+    assert "planes-huffman +" in lines["deep.0.sparse"]
+    assert "raw +" in lines["deep.0.dense"]
+    stored = sum(tensor.stored_bytes for tensor in manifest.tensors)
+    assert f"{stored:,}" in lines["total"]
+    assert "1 rle-huffman" in lines["total"]
+    assert len(out.splitlines()) == 1 + 1 + 4 + 1 + 1 + len(manifest.shards) + 1 + 1
+
+
+def test_inspect_shows_one_tensor_in_full(explained: str, store: Store, run: Run) -> None:
+    code, out, _ = run("inspect", "explained", "--tensor", "deep.0.sparse")
+    entry = next(t for t in load.load_manifest(store, "explained", explained).tensors if t.name == "deep.0.sparse")
+    assert code == 0
+    assert re.search(r"stream gaps: huffman, [\d,]+ bytes", out)
+    assert re.search(
+        rf"80,000 → {entry.stored_bytes:,} bytes, {8 * entry.stored_bytes / 20_000:.3f} bits per weight", out
+    )
+    costs = {
+        codec: int(cost.replace(",", "")) for codec, cost in re.findall(r"^    (\S+) ([\d,]+): ", out, re.MULTILINE)
+    }
+    assert set(costs) == {"rle-huffman", "planes-huffman", "raw"}
+    assert entry.stored_bytes < costs["rle-huffman"] < costs["planes-huffman"] < costs["raw"]
+    assert "rle-huffman" in re.search(r".*: chosen", out)[0]  # type: ignore[index]
+    assert f"{costs['raw'] - costs['rle-huffman']:,} more" in out
+    for slow in ("zstd", "mask-huffman"):
+        assert f"{slow}: decodes more slowly than compress.min_decode_bytes_per_second" in out
+    assert re.search(r"decoded and checked here by one thread in 0\.\d+ s", out)
+
+
+def test_inspect_of_a_tensor_in_several_shards_gives_json(explained: str, store: Store, run: Run) -> None:
+    entry = next(t for t in load.load_manifest(store, "explained", explained).tensors if t.name == "deep.0.cut")
+    document = json.loads(run("inspect", "explained", "--tensor", "deep.0.cut", "--json")[1])
+    assert len(document["shards"]) == len(entry.shards) > 1
+    assert sum(stream["stored_bytes"] for stream in document["streams"]) == entry.stored_bytes
+    assert [stream["coder"] for stream in document["streams"]] == ["huffman", "raw"]
+    assert document["decode_seconds"] > 0
+    assert document["not_tried"] == ["rle-huffman"]
+    choices = json.loads(run("inspect", "explained", "--json")[1])["choices"]
+    assert choices["deep.0.cut"]["candidates"] == document["candidates"]
+
+
+def test_inspect_of_a_damaged_or_unknown_tensor(explained: str, store: Store, run: Run) -> None:
+    code, _, err = run("inspect", "explained", "--tensor", "deep.0.dens")
+    assert code == errors.ConfigError.exit_code
+    assert "such as deep.0.dense" in err
+    shard = load.load_manifest(store, "explained", explained).shards[0].sha256
+    data = bytearray(store.get(keys.blob(shard)))
+    data[-1] ^= 1
+    store.put(keys.blob(shard), bytes(data))
+    outcomes = {run("inspect", "explained", "--tensor", name)[0] for name in ("deep.0.cut", "noise")}
+    assert outcomes == {0, errors.FormatError.exit_code}
+
+
+def test_inspect_of_a_pack_without_reports_says_so(packs: list[str], run: Run) -> None:
+    code, out, _ = run("inspect", "scale", "--tensor", "weight")
+    assert code == 0
+    assert "the pack's reports do not say" in out
 
 
 def test_verify_reads_everything(packs: list[str], store: Store, run: Run) -> None:

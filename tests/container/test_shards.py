@@ -19,7 +19,7 @@ from modelpress.config import CompressConfig, ShardConfig
 from modelpress.container import Coded, read_tensors
 from modelpress.container.tensors import to_bytes
 from modelpress.errors import ConfigError, CorruptionError, StageError
-from modelpress.manifest import MAX_EXPANSION, Manifest
+from modelpress.manifest import MAX_EXPANSION, Manifest, read_reports
 from modelpress.reports import ShardReport
 from modelpress.shard import ShardFile, draft_manifest, layer_of, write_shards
 
@@ -103,6 +103,38 @@ def test_the_floor_leaves_out_codecs_that_decode_more_slowly() -> None:
         coded, _ = compress(Checkpoint("torch", {"a": repeated}), CompressConfig(min_decode_bytes_per_second=floor))
         chosen[floor] = coded.tensors[0].piece.codec
     assert chosen == {0.0: "zstd", 0.8e9: "planes-huffman", 1e15: "raw"}
+
+
+def test_the_report_tells_the_contest() -> None:
+    sparse = weights(300, 100)
+    sparse[sparse.abs() < 0.03] = 0
+    tensors = {"dense": weights(100, 100), "sparse": sparse, "empty": torch.zeros(0)}
+    _, report = compress(Checkpoint("torch", tensors), CompressConfig(min_decode_bytes_per_second=0.8e9))
+    dense, empty, found = report.tensors
+    assert found.codec == min(found.candidates, key=found.candidates.__getitem__) == "rle-huffman"
+    assert set(found.candidates) == {"rle-huffman", "planes-huffman", "raw"}
+    assert found.too_slow == dense.too_slow == ["zstd", "mask-huffman"]
+    assert (dense.not_tried, found.not_tried) == (["rle-huffman"], [])
+    assert found.candidates[found.codec] > found.stored_bytes
+    assert (found.decode_seconds or 0) > 0
+    assert (empty.codec, set(empty.candidates), empty.decode_seconds) == ("raw", {"raw"}, None)
+    _, plain = compress(Checkpoint("torch", tensors), None)
+    assert all(not row.candidates and row.decode_seconds is None for row in plain.tensors)
+
+
+def test_a_packs_digest_knows_no_time(tmp_path: Path) -> None:
+    """The report of compress holds measured seconds; the manifest that carries it is the same all the same."""
+    digests = set()
+    for run in range(3):
+        coded, report = compress(Checkpoint("torch", model()), SMALL)
+        assert sum(row.decode_seconds or 0 for row in report.tensors) > 0
+        shards, _ = write_shards(coded, ShardConfig(), tmp_path / str(run))
+        manifest, blobs = draft_manifest("test", coded, shards, reports={"compress": report})
+        rows = read_reports(manifest, blobs.__getitem__)["compress"]["tensors"]
+        assert [row["candidates"] for row in rows] == [row.candidates for row in report.tensors]
+        assert not any("seconds" in key for row in rows for key in row)
+        digests.add(manifest.digest)
+    assert len(digests) == 1
 
 
 def test_nothing_is_chosen_that_a_reader_would_refuse() -> None:
