@@ -123,6 +123,7 @@ def _nvcomp(weights: torch.Tensor, rounds: int, form: str) -> tuple[float, float
     codec = nvcomp.Codec(algorithm="ANS", data_type="|u1" if form == EXPONENTS else form)
     coded = codec.encode(nvcomp.as_array(given.cuda()))
     decoded = torch.as_tensor(codec.decode(coded), device="cuda").view(torch.uint8)
+    torch.cuda.synchronize()  # nvCOMP works on a stream of its own
     if not torch.equal(decoded.cpu(), given):
         raise ArithmeticError("it decodes to other bytes")
     # The second plane is as long as the first, and stays as it is.
