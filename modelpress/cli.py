@@ -154,6 +154,7 @@ def inspect(
         return
     _print(f"{name} {digest}, {manifest.kind}, format {manifest.format_version}, licence {manifest.licence}")
     _print(_rows_table(explain.table(manifest, choices)))
+    _print(explain.codec_counts(manifest))
     _print(_blob_table(manifest))
     ratio = manifest.raw_bytes / manifest.published_bytes
     _print(f"{manifest.raw_bytes:,} bytes raw, {manifest.published_bytes:,} published: compression ratio {ratio:.2f}")

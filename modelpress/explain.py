@@ -67,10 +67,14 @@ def table(manifest: Manifest, choices: dict[str, CodedTensor]) -> list[dict[str,
         }
         for tensor in manifest.tensors
     ]
-    codecs = Counter(tensor.codec for tensor in manifest.tensors).most_common()
-    total = {"tensor": f"total of {len(rows)}", "dtype": "", "shape": ""}
-    counted = ", ".join(f"{count} {codec}" for codec, count in codecs)
-    return [*rows, total | {"codec": counted, **_sizes(manifest.tensors), "next best": ""}]
+    total = {"tensor": f"total of {len(rows)}", "dtype": "", "shape": "", "codec": ""}
+    return [*rows, total | {**_sizes(manifest.tensors), "next best": ""}]
+
+
+def codec_counts(manifest: Manifest) -> str:
+    """How many tensors each codec won."""
+    counted = Counter(tensor.codec for tensor in manifest.tensors).most_common()
+    return "codecs: " + (", ".join(f"{count} {codec}" for codec, count in counted) or "none")
 
 
 def describe(manifest: Manifest, entry: TensorEntry, choice: CodedTensor | None, fetch: Fetch) -> dict[str, Any]:
