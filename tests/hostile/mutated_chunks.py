@@ -51,8 +51,8 @@ class Fenced:
 def damaged(body: bytes, source: np.random.Generator) -> bytes:
     """Heads, tables, lengths or bits changed; cut short; or longer."""
     changed = bytearray(body)
+    reach = min(len(changed), int(source.choice([4, 6, 12, 80, len(changed), len(changed)])))
     for _ in range(int(source.integers(1, 5))):
-        reach = min(len(changed), int(source.choice([4, 6, 12, 80, len(changed)])))
         if reach:
             changed[int(source.integers(reach))] = int(source.choice([0, 1, 2, 127, 128, 254, 255, *source.bytes(4)]))
     kind = source.integers(6)
