@@ -23,6 +23,9 @@ from modelpress.manifest import MAX_EXPANSION
 from modelpress.progress import Progress, silent
 from modelpress.reports import CodedTensor, CompressReport
 
+TIE = 1.001
+"""Of two codecs whose bytes differ by less, the one that decodes faster is taken."""
+
 __all__ = ["Coded", "compress", "natural_key"]
 
 
@@ -92,7 +95,14 @@ def _choose(raw: Bytes, dtype: DType, plain: Piece, digest: str, config: Compres
                 )
             )
     costs = {piece.codec: _cost(piece) for piece in [*pieces, plain]}
-    for piece in sorted(pieces, key=lambda piece: costs[piece.codec]):
+    enough = TIE * min(costs.values())
+
+    def rank(piece: Piece) -> tuple[float, int]:
+        """By bytes; of those that are as good as the smallest, the one that decodes fastest."""
+        cost = costs[piece.codec]
+        return (-CODECS[piece.codec].decode_bytes_per_second if cost <= enough else 0.0, cost)
+
+    for piece in sorted(pieces, key=rank):
         if costs[piece.codec] >= costs[plain.codec]:
             break
         if raw.size <= MAX_EXPANSION * piece.stored_bytes:  # beyond, a reader refuses the claim

@@ -64,7 +64,7 @@ class Zstd(Codec):
         step = max(PROBE_BYTES, raw.size // PROBES // dtype.itemsize * dtype.itemsize)
         probe = np.concatenate([raw[start : start + PROBE_BYTES] for start in range(0, raw.size, step)] or [raw])
         bound = sum(entropy_bits(plane) for plane in count_planes(probe, dtype)) / 8
-        return len(zstandard.ZstdCompressor(level=PROBE_LEVEL).compress(probe.data)) < 1.05 * bound + 64
+        return len(zstandard.ZstdCompressor(level=PROBE_LEVEL).compress(probe.data)) < bound + 32
 
     def layout(self, dtype: DType) -> dict[str, int | None]:
         """The elements."""
