@@ -15,7 +15,7 @@ from math import prod
 from typing import Annotated, Any, Final, Literal, Self
 
 import zstandard
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, ValidationError, model_validator
 
 from modelpress.config import PackName
 from modelpress.dtypes import DTYPES, raw_size
@@ -70,7 +70,7 @@ class TensorEntry(Entry):
     """Length of its coded bytes."""
     entropy_bound_bytes: Size
     """Order-0 entropy bound of its byte planes, rounded up."""
-    shards: tuple[Size, ...] = Field(min_length=1)
+    shards: Annotated[tuple[Size, ...], FailFast()] = Field(min_length=1)
     """Positions in `Manifest.shards` of its pieces, in element order."""
 
     @property
@@ -107,11 +107,11 @@ class Manifest(Entry):
     """What the tensors are: a state dict, or the initializers of the graph in the file `model.onnx`."""
     metadata: dict[str, Any] = Field(default_factory=dict)
     """The checkpoint's own metadata (how to rebuild the module)."""
-    shards: tuple[ShardEntry, ...]
+    shards: Annotated[tuple[ShardEntry, ...], FailFast()]
     """Every shard, in reading order."""
-    tensors: tuple[TensorEntry, ...]
+    tensors: Annotated[tuple[TensorEntry, ...], FailFast()]
     """Every tensor, in reading order."""
-    files: tuple[FileEntry, ...]
+    files: Annotated[tuple[FileEntry, ...], FailFast()]
     """Every file, by name."""
     config: dict[str, Any] = Field(default_factory=dict)
     """The configuration of the run that made it."""

@@ -9,7 +9,7 @@ from math import prod
 from typing import Annotated, Any, Final
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, ValidationError
 
 from modelpress.codec import CODECS, Buffer, Coder, Stream
 from modelpress.container.safetensors_file import MAX_RANK, Entry, compact
@@ -33,7 +33,7 @@ class StreamInfo(BaseModel):
 
     name: str
     coder: Coder
-    lengths: tuple[Size, ...] | None = None
+    lengths: Annotated[tuple[Size, ...] | None, FailFast()] = None
     """Bytes of each chunk; absent for coder `raw`, whose chunks have a fixed number of bytes per symbol."""
 
 

@@ -128,3 +128,23 @@ def test_an_empty_tensor_of_a_great_shape_is_read(tmp_path: Path) -> None:
     """What is refused above is refused for its strides, not for its axes."""
     found, blobs = pack_of(tmp_path, [store_as("a", torch.zeros(2**40, 0), "raw"), store_as("b", torch.ones(2), "raw")])
     assert dict(read_tensors(Manifest.parse(found.to_bytes()), blobs.__getitem__))["a"].shape == (2**40, 0)
+
+
+def test_many_wrong_lengths_are_one_refusal() -> None:
+    """A validator that lists every fault would take a thousand times the bytes of the file."""
+    stream = {"name": "data", "coder": "zstd", "lengths": [-1] * 100_000}
+    data = shard("zstd", [100], [(stream, frame(100))])
+    tracemalloc.start()
+    with pytest.raises(CorruptionError, match=r"streams\.0\.lengths\.0"):
+        decoded(data)
+    assert tracemalloc.get_traced_memory()[1] < 20 * len(data)
+    tracemalloc.stop()
+
+
+def test_many_wrong_tensors_of_a_manifest_are_one_refusal(manifest: dict[str, Any]) -> None:
+    data = spelled(manifest, tensors=[{}] * 100_000, shards=[{}] * 100_000, files=[0] * 100_000)
+    tracemalloc.start()
+    with pytest.raises(CorruptionError, match=r"shards\.0\.sha256"):
+        Manifest.parse(data)
+    assert tracemalloc.get_traced_memory()[1] < 100 * len(data)
+    tracemalloc.stop()
