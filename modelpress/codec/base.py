@@ -29,7 +29,7 @@ WORDS: dict[int, np.dtype[np.unsignedinteger[Any]]] = {
     8: np.dtype("<u8"),
 }
 """Unsigned integers by their bytes."""
-MIN_PARALLEL_BYTES = 2**20
+MIN_PARALLEL_BYTES = 2**22
 """Tensors under this size are decoded by one thread: starting others would take longer."""
 
 
@@ -172,8 +172,10 @@ def decode(
             raise CorruptionError(f"{doing}, chunk {first + error.chunk}", found=str(error)) from error
 
     if len(runs) > 1:
-        with ThreadPoolExecutor(len(runs), thread_name_prefix="decode") as pool:
-            list(pool.map(work, runs))
+        with ThreadPoolExecutor(len(runs) - 1, thread_name_prefix="decode") as pool:
+            others = pool.map(work, runs[1:])
+            work(runs[0])
+            list(others)
     elif runs:
         work(runs[0])
     if out is not None and target is not out:

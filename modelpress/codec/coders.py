@@ -127,7 +127,7 @@ def decode_sparse(
         index, *planes = (chunk_bytes(stream, chunk, count) for stream in streams)
         if len({plane.size for plane in planes}) > 1:
             raise ChunkError(chunk, f"values of {[plane.size for plane in planes]} bytes")
-        values = np.empty((planes[0].size + 1) * dtype.itemsize, np.uint8)[: planes[0].size * dtype.itemsize]
+        values = np.empty(planes[0].size * dtype.itemsize, np.uint8)
         bodies = [Stream.of("", "raw", [plane.data]) for plane in planes]
         decode_planes(bodies, dtype, planes[0].size, max(planes[0].size, 1), values)
         status = kernels.place(index, by_mask, values, dtype.itemsize, target)

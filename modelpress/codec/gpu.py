@@ -266,7 +266,7 @@ class _Tables:
         size = int(kernels._read_lengths(np.uint64(body.ctypes.data), at, end, lengths))
         coded = body[at : at + size].tobytes()
         if coded and coded not in self._known:
-            table = np.full(1 << kernels.MAX_BITS, coded[0], np.uint16)
+            table = np.full(1 << kernels.MAX_BITS, int(coded[0]) << 8, np.uint16)
             if size > 2 and not kernels.build_single_table(lengths, table):
                 return b"", 0
             self._known[coded] = len(self.built)

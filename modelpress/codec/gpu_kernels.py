@@ -34,7 +34,7 @@ def decode_segments(
 
     Args:
         words: the coded bytes, uint32; 4-byte aligned.
-        tables: (tables, 2**MAX_BITS) uint16: a symbol, and above it the bits that it takes (0 to MAX_BITS).
+        tables: (tables, 2**MAX_BITS) uint16: the bits that a symbol takes (0 to MAX_BITS), and above them the symbol.
         begins: (jobs,) int64, where each segment begins in `words`, in bytes.
         lengths: (jobs,) int32, its bytes.
         table_of: (jobs,) int32, its table.
@@ -71,9 +71,9 @@ def decode_segments(
                 have += tl.where(short, 32, 0)
                 at += tl.where(short, 1, 0)
             entry = tl.load(row + (window & ((1 << MAX_BITS) - 1)).to(tl.int64)).to(tl.uint64)
-            packed |= (entry & 255) << (8 * step)
-            window >>= entry >> 8
-            have -= (entry >> 8).to(tl.int32)
+            packed |= (entry >> 8) << (8 * step)
+            window >>= entry & 255
+            have -= (entry & 255).to(tl.int32)
         tl.store(place + word, packed, mask=word * 8 < count)
 
 

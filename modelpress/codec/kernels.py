@@ -205,7 +205,10 @@ def build_table(lengths, table):
 
 @_jit
 def build_single_table(lengths, table):
-    """Decoding table with one symbol per entry, (2**MAX_BITS,) uint16: the symbol, then the bits it takes."""
+    """Decoding table with one symbol per entry, (2**MAX_BITS,) uint16: the bits it takes, and above them the symbol.
+
+    The bits are lowest, where a shift takes them from without another instruction in the chain of look-ups.
+    """
     words = np.zeros(256, np.int64)
     if not canonical(lengths, words):
         return False
@@ -213,7 +216,7 @@ def build_single_table(lengths, table):
         bits = lengths[symbol]
         if bits:
             for index in range(words[symbol], 1 << MAX_BITS, 1 << bits):
-                table[index] = symbol | bits << 8
+                table[index] = bits | symbol << 8
     return True
 
 
@@ -281,8 +284,8 @@ def _decode_lanes(source, ends, counts, rows, table):
 @_jit
 def _look_up_single(word, place, table):
     entry = _load16(table, (word & np.uint64((1 << MAX_BITS) - 1)) << np.uint64(1))
-    _store8(place, entry)
-    return word >> np.uint64(entry >> np.uint16(8))
+    _store8(place, entry >> np.uint16(8))
+    return word >> (np.uint64(entry) & np.uint64(63))
 
 
 @_jit
@@ -943,20 +946,39 @@ def _place_by_gaps(gaps, values, out):
 
 @_jit
 def _place_by_mask(mask, values, out):
-    """Undo `_mask` into `out`, (count,) words: OK, or BAD_POSITION. One word behind `values` must be readable."""
+    """Undo `_mask` into `out`, (count,) words: OK, or BAD_POSITION. Goes from set bit to set bit, 64 at a time."""
     if mask.size != (out.size + 7) // 8:
         return BAD_POSITION
-    used = 0
-    for at in range(mask.size):
-        byte = np.int64(mask[at])
-        if used + _ones(byte) > values.size or (8 * at + 8 > out.size and byte >> (out.size - 8 * at)):
-            return BAD_POSITION
-        for index in range(8 * at, min(8 * at + 8, out.size)):
-            present = byte & 1
-            byte >>= 1
-            out[index] = values[used] * present  # without a branch, which nobody could predict
-            used += present
+    if out.size % 8 and mask[-1] >> (out.size % 8):
+        return BAD_POSITION
+    out[:] = 0
+    used, whole = 0, mask.size - mask.size % 8
+    base = np.uint64(mask.ctypes.data)
+    for at in range(0, whole, 8):
+        used = _place_bits(_load64(base, np.uint64(at)), 8 * at, values, used, out)
+    for at in range(whole, mask.size):
+        used = _place_bits(np.uint64(mask[at]), 8 * at, values, used, out)
     return OK if used == values.size else BAD_POSITION
+
+
+@_jit
+def _place_bits(bits, start, values, used, out):
+    """Place a value for each bit that is set; −1 if there are too few."""
+    if used < 0 or used + _ones(np.int64(bits)) > values.size:
+        return -1
+    while bits:
+        out[start + np.int64(_trailing_zeros(bits))] = values[used]
+        used += 1
+        bits &= bits - np.uint64(1)
+    return used
+
+
+@intrinsic
+def _trailing_zeros(typing, word):
+    def generate(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.uint64(types.uint64), generate
 
 
 @intrinsic
@@ -974,8 +996,7 @@ def _place(index, by_mask, values, out):
 
 @_jit
 def place(index, by_mask, values, planes, out):
-    """Put values where a chunk's mask or gaps say: OK, or BAD_POSITION. `values`, `out`: bytes, aligned to
-    elements; one element behind `values` must be readable."""
+    """Put values where a chunk's mask or gaps say: OK, or BAD_POSITION. `values`, `out`: bytes, aligned."""
     if planes == 1:
         return _place(index, by_mask, values, out)
     if planes == 2:
@@ -995,7 +1016,7 @@ def decode_sparse(sources, limits, bounds, symbols, chunk_symbols, rotated, by_m
     tail = np.zeros(LANES * SEGMENT * MAX_BITS // 8 + 16, np.uint8)
     most = min(chunk_symbols, symbols)
     index, parts = np.empty(most + most // SKIP + 1, np.uint8), np.empty((planes, most), np.uint8)
-    values = np.empty((most + 1) * planes, np.uint8)
+    values = np.empty(most * planes, np.uint8)
     places = np.empty(planes, np.uint64)
     for plane in range(planes):
         places[plane] = parts[plane].ctypes.data

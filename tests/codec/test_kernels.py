@@ -106,7 +106,7 @@ def test_a_table_entry_is_what_the_bits_spell(counts: np.ndarray) -> None:
                 symbols.append(by_word[word])
                 used, word = position + 1, ""
         first = int(single[index])
-        assert (first & 255, first >> 8) == (symbols[0], int(lengths[symbols[0]]))
+        assert (first >> 8, first & 255) == (symbols[0], int(lengths[symbols[0]]))
         entry = int(table[index])
         assert (entry >> 56 & 15, entry >> 60) == (len(symbols), used)
         assert [entry >> (8 * at) & 255 for at in range(len(symbols))] == symbols
