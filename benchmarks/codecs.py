@@ -153,7 +153,7 @@ def _copying(raw: Bytes) -> Entrant:
 
 
 def thread_rows(case: Case, rounds: int) -> Iterator[Row]:
-    """Wall time of decoding and of a copy by several threads: the array, and four of it, where starting them costs less.
+    """Wall time of decoding and of a copy by several threads: the array, and four of it (starting threads costs less).
 
     The copy says what the memory gives: where two threads copy no faster than one, it is nearly used up by one.
     """
