@@ -28,8 +28,8 @@ from modelpress.codec import CODECS, Bytes, bound_bytes
 from modelpress.compress import compress
 from modelpress.config import CompressConfig
 from modelpress.container import Piece, decode_piece
-from modelpress.container.read import usable_cores
 from modelpress.container.tensors import dtype_of, to_bytes
+from modelpress.cores import usable_cores
 from modelpress.dtypes import DType
 
 NOTE = """\

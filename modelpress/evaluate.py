@@ -20,6 +20,7 @@ from torch import Tensor
 from modelpress import graph, intervals
 from modelpress.checkpoint import Checkpoint, to_module
 from modelpress.config import EvaluateConfig
+from modelpress.cores import usable_cores
 from modelpress.errors import BudgetExceededError, WorkloadError
 from modelpress.progress import Progress, silent
 from modelpress.reports import EvaluationReport, LatencyReport, QualityReport, Stage
@@ -158,7 +159,7 @@ def measure_latency(run: Runner, inputs: Mapping[str, Tensor], batch_size: int, 
 
 @contextlib.contextmanager
 def _runner(checkpoint: Checkpoint, workload: Workload, config: EvaluateConfig) -> Iterator[Runner]:
-    threads = config.threads or graph.usable_cores()
+    threads = config.threads or usable_cores()
     if checkpoint.kind == "onnx":
         session = graph.session(checkpoint, config.provider, threads)
         yield lambda inputs: graph.run(session, inputs)

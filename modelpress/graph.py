@@ -8,7 +8,6 @@ from memory: nothing is written to disk to make a session.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 from torch import Tensor
 
 from modelpress.checkpoint import Checkpoint
+from modelpress.cores import usable_cores
 from modelpress.errors import CorruptionError, SetupError, WorkloadError
 
 GRAPH_FILE = "model.onnx"
@@ -226,13 +226,6 @@ def graphs(model: ModelProto) -> Iterator[GraphProto]:
                 if attribute.type == onnx.AttributeProto.GRAPH:
                     pending.append(attribute.g)
                 pending.extend(attribute.graphs)
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _drop_unused(model: ModelProto) -> list[str]:

@@ -16,7 +16,8 @@ import uvicorn
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from modelpress import graph, settings
+from modelpress import settings
+from modelpress.cores import usable_cores
 from modelpress.doctor import check_provider
 from modelpress.errors import ConfigError, ModelpressError, SetupError
 from modelpress.settings import Settings
@@ -101,7 +102,7 @@ def run(base: Settings, serving: ServingSettings) -> None:
         app = create_app(
             repository,
             poll_seconds=serving.poll_seconds,
-            workers=serving.workers or graph.usable_cores(),
+            workers=serving.workers or usable_cores(),
             max_body_bytes=serving.max_body_bytes,
             max_queue=serving.max_queue,
         )

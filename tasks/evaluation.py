@@ -13,6 +13,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from modelpress.config import EvaluateConfig
+from modelpress.cores import usable_cores
 from modelpress.progress import Progress
 from modelpress.reports import ArtifactRef, EvaluationReport, Stage
 from modelpress.store.artifacts import load_artifact
@@ -62,12 +63,10 @@ def host_fingerprint() -> dict[str, str | int]:
     """What latencies hang on beside the model: two machines that share a work store each measure for themselves."""
     import torch
 
-    from modelpress import graph
-
     cuda = torch.cuda.is_available()
     return {
         "processor": _processor(),
-        "cores": graph.usable_cores(),
+        "cores": usable_cores(),
         "accelerator": torch.cuda.get_device_name() if cuda else "none",
         "threads": torch.get_num_threads(),
     }

@@ -2,8 +2,7 @@
 
 Clear instead of fast: numpy and plain Python, one symbol at a time when decoding. Code lengths by package-merge
 (Larmore and Hirschberg 1990, "A fast algorithm for optimal length-limited Huffman codes", J. ACM 37(3)); canonical
-codes as in Deflate (RFC 1951, section 3.2.2). Packs hold zstandard frames (see `coders`), whose limit of 11 bits is
-the default.
+codes as in Deflate (RFC 1951, section 3.2.2). `kernels` is what codes the packs.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import numpy.typing as npt
 from modelpress.codec.base import Bytes
 
 SYMBOLS = 256
-ZSTD_MAX_BITS = 11
+MAX_BITS = 11
 
 Counts = npt.NDArray[np.int64]
 
@@ -29,7 +28,7 @@ class Code:
     words: npt.NDArray[np.int64]
 
 
-def code_lengths(counts: Counts, max_bits: int = ZSTD_MAX_BITS) -> npt.NDArray[np.int64]:
+def code_lengths(counts: Counts, max_bits: int = MAX_BITS) -> npt.NDArray[np.int64]:
     """Optimal code lengths of at most `max_bits` for (256,) symbol counts: (256,) int64, 0 for absent symbols.
 
     Package-merge: `max_bits` times, neighbours in the list of cheapest packages are joined in pairs and merged with
@@ -68,7 +67,7 @@ def canonical(lengths: npt.NDArray[np.int64]) -> Code:
     return Code(lengths, words)
 
 
-def build(data: Bytes, max_bits: int = ZSTD_MAX_BITS) -> Code:
+def build(data: Bytes, max_bits: int = MAX_BITS) -> Code:
     """The best code of at most `max_bits` for these bytes."""
     return canonical(code_lengths(np.bincount(data, minlength=SYMBOLS), max_bits))
 

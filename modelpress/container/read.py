@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -13,6 +12,7 @@ from modelpress.codec import CODECS, Buffer, Bytes, check_streams, decode
 from modelpress.container.safetensors_file import read
 from modelpress.container.stored import Piece, read_pieces
 from modelpress.container.tensors import from_bytes
+from modelpress.cores import usable_cores
 from modelpress.dtypes import DTYPES
 from modelpress.errors import CorruptionError, UnsupportedFormatError
 from modelpress.manifest import Manifest, TensorEntry
@@ -109,18 +109,13 @@ def decode_piece(
     )
 
 
-def check_piece(piece: Piece, doing: str) -> None:
+def _check_claims(piece: Piece, doing: str) -> None:
     """Refuse a piece whose streams claim other lengths than its elements need, before anything is allocated.
 
     Raises:
         CorruptionError: they do; both numbers are given.
     """
     check_streams(CODECS[piece.codec], piece.streams, piece.dtype, piece.count, piece.chunk_symbols, doing)
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Begun:
@@ -146,7 +141,7 @@ class _Begun:
             self._raw = decode_piece(piece, doing, threads=threads, consumed=self._digest.update)
         else:
             if self._raw is None:
-                check_piece(piece, doing)
+                _check_claims(piece, doing)
                 self._raw = np.empty(entry.raw_bytes, np.uint8)
             out = self._raw[self._elements * size : (self._elements + piece.count) * size]
             decode_piece(piece, doing, out=out, threads=threads, consumed=self._digest.update)

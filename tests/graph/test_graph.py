@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from modelpress import graph
 from modelpress.checkpoint import Checkpoint
+from modelpress.cores import usable_cores
 from modelpress.errors import CorruptionError, SetupError, WorkloadError
 
 
@@ -125,7 +126,7 @@ def test_the_asked_number_of_threads_is_set() -> None:
     session = graph.session(graph.split(make_model()), threads=3)
     assert session.get_session_options().intra_op_num_threads == 3
     default = graph.session(graph.split(make_model()))
-    assert default.get_session_options().intra_op_num_threads == graph.usable_cores()
+    assert default.get_session_options().intra_op_num_threads == usable_cores()
 
 
 @pytest.mark.parametrize(
