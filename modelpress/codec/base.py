@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
+from modelpress.codec.threads import share
 from modelpress.config import CompressConfig
 from modelpress.dtypes import DType
 from modelpress.errors import CorruptionError
@@ -29,8 +29,12 @@ WORDS: dict[int, np.dtype[np.unsignedinteger[Any]]] = {
     8: np.dtype("<u8"),
 }
 """Unsigned integers by their bytes."""
-MIN_PARALLEL_BYTES = 2**22
-"""Tensors under this size are decoded by one thread: starting others would take longer."""
+MIN_PARALLEL_BYTES = 2**20
+"""Tensors under this size are decoded by one thread: waking others would take longer."""
+BLOCK = 4096
+"""Chunks whose claims are checked together: fast, and in memory that does not grow with their number."""
+HEAD_BYTES = 6
+"""Of a chunk of coder `huffman`: the number of symbols, and what its table spans."""
 
 
 class ChunkError(ValueError):
@@ -171,13 +175,7 @@ def decode(
         except ChunkError as error:
             raise CorruptionError(f"{doing}, chunk {first + error.chunk}", found=str(error)) from error
 
-    if len(runs) > 1:
-        with ThreadPoolExecutor(len(runs) - 1, thread_name_prefix="decode") as pool:
-            others = pool.map(work, runs[1:])
-            work(runs[0])
-            list(others)
-    elif runs:
-        work(runs[0])
+    share(work, runs)
     if out is not None and target is not out:
         out[:] = target
     return target if out is None else out
@@ -203,12 +201,16 @@ def check_streams(
             raise CorruptionError(
                 where, found=f"{stream.bounds.size - 1} chunks", expected=f"{chunks} for {symbols} symbols"
             )
-        for index, chunk in enumerate(stream.each_chunk()):
-            limit = min(chunk_symbols, symbols - index * chunk_symbols) * (width or 1)
-            size = _claimed_size(stream.coder, chunk, f"{where}, chunk {index}")
-            if size > limit or (width is not None and size != limit):
-                bound = f"at most {limit}" if width is None else str(limit)
-                raise CorruptionError(f"{where}, chunk {index}", found=f"{size} bytes", expected=f"{bound} bytes")
+        for first in range(0, chunks, BLOCK):
+            limits = np.minimum(chunk_symbols, symbols - chunk_symbols * np.arange(first, chunks)[:BLOCK]) * (width or 1)
+            sizes = _claimed_sizes(stream, first, where)
+            wrong = sizes > limits if width is None else sizes != limits
+            if wrong.any():
+                index = int(wrong.argmax())
+                bound = f"at most {limits[index]}" if width is None else str(limits[index])
+                raise CorruptionError(
+                    f"{where}, chunk {first + index}", found=f"{sizes[index]} bytes", expected=f"{bound} bytes"
+                )
 
 
 def frame_size(frame: Buffer, doing: str) -> int:
@@ -223,10 +225,26 @@ def frame_size(frame: Buffer, doing: str) -> int:
         raise CorruptionError(doing, found=str(error), expected="a zstandard frame") from error
 
 
-def _claimed_size(coder: Coder, chunk: memoryview, doing: str) -> int:
-    if coder == "zstd":
-        return frame_size(chunk, doing)
-    return int.from_bytes(chunk[:4], "little") if coder == "huffman" else len(chunk)
+def _claimed_sizes(stream: Stream, first: int, doing: str) -> Bounds:
+    """What each of BLOCK chunks from `first` on says that it decodes to, in bytes: (chunks,) int64."""
+    begin, end = stream.bounds[:-1][first : first + BLOCK], stream.bounds[1:][first : first + BLOCK]
+    body = np.frombuffer(stream.body, np.uint8)
+    head = HEAD_BYTES if stream.coder == "huffman" else 0
+    outside = (begin < 0) | (end - begin < head) | (end > body.size)
+    if outside.any():
+        index = int(outside.argmax())
+        found = f"bytes {begin[index]} to {end[index]} of {body.size}"
+        raise CorruptionError(f"{doing}, chunk {first + index}", found=found, expected=f"{head} bytes or more, in them")
+    if stream.coder == "raw":
+        return end - begin
+    if stream.coder == "huffman":
+        heads = np.ascontiguousarray(body[begin[:, None] + np.arange(4)])
+        return heads.view("<u4").reshape(-1).astype(np.int64)
+    sizes = np.empty(begin.size, np.int64)
+    for index in range(begin.size):
+        frame = memoryview(stream.body)[int(begin[index]) : int(end[index])]
+        sizes[index] = frame_size(frame, f"{doing}, chunk {first + index}")
+    return sizes
 
 
 def _runs(chunks: int, threads: int) -> list[tuple[int, int]]:

@@ -50,18 +50,22 @@ def count_planes(raw: Bytes, dtype: DType, every: int = 1) -> npt.NDArray[np.int
 
 
 def encode_planes(
-    raw: Bytes, dtype: DType, chunk_symbols: int, names: Sequence[str], coded: Sequence[bool]
+    raw: Bytes, dtype: DType, chunk_symbols: int, names: Sequence[str], coded: Sequence[bool] | None = None
 ) -> list[Stream]:
-    """Byte planes as streams, each Huffman coded or as it is."""
+    """Byte planes as streams, each Huffman coded or as it is: where some chunk gains by it, unless `coded` says."""
     from modelpress.codec import kernels
 
     symbols = raw.size // dtype.itemsize
     chunks = -(-symbols // chunk_symbols)
+    words = words_of(raw, dtype).view(np.uint8)
+    worth = np.ones((dtype.itemsize, chunks), np.bool_)
+    if coded is None:
+        kernels.judge_planes(words, dtype.itemsize, is_rotated(dtype), chunk_symbols, worth)
+        coded = worth.any(axis=1).tolist()
     bodies = [np.empty(kernels.coded_capacity(symbols, chunks) if huffman else symbols, np.uint8) for huffman in coded]
     bounds = np.zeros((len(names), chunks + 1), np.int64)
-    words = words_of(raw, dtype).view(np.uint8)
     kernels.encode_planes(
-        words, dtype.itemsize, is_rotated(dtype), chunk_symbols, np.array(coded), *_places(bodies), bounds
+        words, dtype.itemsize, is_rotated(dtype), chunk_symbols, np.array(coded), worth, *_places(bodies), bounds
     )
     return _streams(names, ["huffman" if huffman else "raw" for huffman in coded], bodies, bounds)
 

@@ -34,6 +34,7 @@ BLOCK = 1024
 """Elements that a program merges."""
 ALIGNMENT = 256
 WORDS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
+STORED = bytes([kernels.STORED_FIRST, kernels.STORED_LAST])
 DOING = "decoding to a device"
 ON_CPU = "decode on the CPU: modelpress.codec.decode"
 
@@ -262,6 +263,8 @@ class _Tables:
 
     def read(self, body: Bytes, at: int, end: int) -> tuple[bytes, int]:
         """The table that begins at `at`: its bytes, none if it is no complete code, and its place in `built`."""
+        if at + 2 <= end and (body[at], body[at + 1]) == (kernels.STORED_FIRST, kernels.STORED_LAST):
+            return self._kept(STORED, np.arange(1 << kernels.MAX_BITS) % 256 << 8 | 8)
         lengths = np.zeros(256, np.int64)
         size = int(kernels._read_lengths(np.uint64(body.ctypes.data), at, end, lengths))
         coded = body[at : at + size].tobytes()
@@ -269,9 +272,14 @@ class _Tables:
             table = np.full(1 << kernels.MAX_BITS, int(coded[0]) << 8, np.uint16)
             if size > 2 and not kernels.build_single_table(lengths, table):
                 return b"", 0
-            self._known[coded] = len(self.built)
-            self.built.append(table)
+            return self._kept(coded, table)
         return coded, self._known.get(coded, 0)
+
+    def _kept(self, coded: bytes, table: npt.NDArray[Any]) -> tuple[bytes, int]:
+        if coded not in self._known:
+            self._known[coded] = len(self.built)
+            self.built.append(table.astype(np.uint16))
+        return coded, self._known[coded]
 
 
 def _read_heads(
@@ -290,13 +298,20 @@ def _read_heads(
     table_of, table_bytes = _read_tables(stream, body, tables)
     own = -(-counts // kernels.SEGMENT)
     at = begin + 4 + table_bytes
-    data = at + 2 * own
-    _refuse(stream, data > end, kernels.BAD_LENGTHS)
+    # A chunk that is stored as it is has no lengths: its segments are as long as their symbols are many.
+    stored = (body[begin + 4] == kernels.STORED_FIRST) & (body[begin + 5] == kernels.STORED_LAST)
+    data = at + np.where(stored, 0, 2 * own)
+    single = body[begin + 4] == body[begin + 5]
+    _refuse(stream, (data > end) | (single & (data != end)), kernels.BAD_LENGTHS)
 
     chunk = np.repeat(np.arange(begin.size), own)
     first = np.cumsum(own) - own
-    place = at[chunk] + 2 * (np.arange(chunk.size) - first[chunk])
+    segment = np.arange(chunk.size) - first[chunk]
+    # Of a stored chunk these places hold anything, or are beyond the body: what they give is not used.
+    place = np.minimum(at[chunk] + 2 * segment, body.size - 2)
     lengths = body[place].astype(np.int64) | body[place + 1].astype(np.int64) << 8
+    whole = np.minimum(kernels.SEGMENT, counts[chunk] - kernels.SEGMENT * segment)
+    lengths = np.where(stored[chunk], whole, lengths)
     too_long = np.zeros(begin.size, bool)
     too_long[chunk[lengths > kernels.SEGMENT * kernels.MAX_BITS // 8]] = True
     ends = np.cumsum(lengths)

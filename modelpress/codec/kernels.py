@@ -42,6 +42,12 @@ LONG = 5
 ESCAPE = 3
 """In a table: 0, 1 and 2 say that a length is that of the symbol before, one more, one less; 3 that it follows."""
 MAX_TABLE_BYTES = 2 + 256 * 6 // 8
+STORED_FIRST, STORED_LAST = 1, 0
+"""In place of a table: the chunk's symbols follow as they are."""
+MIN_GAIN = 0.005
+"""A chunk whose code would save less is stored as it is: decoding it would cost more than it saves."""
+PROBED_SEGMENTS = 2
+"""Segments of a chunk by which it is judged beforehand."""
 LOOKUPS = 5
 """Look-ups per refill: 5 · 11 bits are among the 57 that a shifted 64-bit word surely has."""
 SLACK = 64
@@ -367,16 +373,19 @@ def _byte(typing, base, offset):
 
 @_jit
 def _open_chunk(source, begin, end, built, table):
-    """Read the head of the chunk at [begin, end): status, symbols, place of the segments' lengths.
+    """Read the head of the chunk at [begin, end): status, symbols, place of the segments' lengths, or of the symbols
+    if they are stored as they are, and whether they are.
 
     The decoding table is built unless `built`, (MAX_TABLE_BYTES + 2,) uint8, says that it is this one already: a
     table's bytes, led by their number and followed by whether it has one symbol per entry. Bytes that begin with a
     whole table are that table.
     """
     if end - begin < 6:
-        return BAD_LENGTHS, np.int64(0), np.int64(0)
+        return BAD_LENGTHS, np.int64(0), np.int64(0), False
     symbols = _read(source, begin, 4)
     at = begin + 4
+    if _byte(source, np.uint64(at)) == STORED_FIRST and _byte(source, np.uint64(at + 1)) == STORED_LAST:
+        return OK if at + 2 + symbols == end else BAD_LENGTHS, symbols, at + 2, True
     same = built[0] > 0 and at + built[0] <= end
     for index in range(built[0] if same else 0):
         same &= built[1 + index] == _byte(source, np.uint64(at + index))
@@ -387,7 +396,7 @@ def _open_chunk(source, begin, end, built, table):
         lengths = np.zeros(256, np.int64)
         size = _read_lengths(source, at, end, lengths)
         if size == 0:
-            return BAD_TABLE, np.int64(0), np.int64(0)
+            return BAD_TABLE, np.int64(0), np.int64(0), False
         built[MAX_TABLE_BYTES + 1] = size > 2 and _is_long(lengths)
         if size == 2:
             single = np.uint64(_byte(source, np.uint64(at)))
@@ -395,16 +404,17 @@ def _open_chunk(source, begin, end, built, table):
                 table[index] = single * np.uint64(0x01010101010101) | np.uint64(SYMBOLS_PER_ENTRY) << np.uint64(56)
         elif built[MAX_TABLE_BYTES + 1]:
             if not build_single_table(lengths, table.view(np.uint16)):
-                return BAD_TABLE, np.int64(0), np.int64(0)
+                return BAD_TABLE, np.int64(0), np.int64(0), False
         elif not build_table(lengths, table):
-            return BAD_TABLE, np.int64(0), np.int64(0)
+            return BAD_TABLE, np.int64(0), np.int64(0), False
         for index in range(size):
             built[1 + index] = _byte(source, np.uint64(at + index))
         built[0] = size
         at += size
-    if at + 2 * ((symbols + SEGMENT - 1) // SEGMENT) > end:
-        return BAD_LENGTHS, np.int64(0), np.int64(0)
-    return OK, symbols, at
+    data = at + 2 * ((symbols + SEGMENT - 1) // SEGMENT)
+    if data > end or (built[0] == 2 and data != end):  # a single symbol takes no bits
+        return BAD_LENGTHS, np.int64(0), np.int64(0), False
+    return OK, symbols, at, False
 
 
 @_jit
@@ -555,28 +565,29 @@ def decode_planes(sources, limits, bounds, is_coded, symbols, chunk_symbols, rot
     rows = np.empty((planes, LANES, ROW), np.uint8)
     tail = np.zeros(LANES * SEGMENT * MAX_BITS // 8 + 16, np.uint8)
     at, data, places = np.empty(planes, np.int64), np.empty(planes, np.int64), np.empty(planes, np.uint64)
+    stored = np.empty(planes, np.bool_)
     for chunk in range(bounds.shape[1] - 1):
         count = min(chunk_symbols, symbols - chunk * chunk_symbols)
         for plane in range(planes):
             if bounds[plane, chunk + 1] > limits[plane]:
                 return BAD_LENGTHS, chunk, plane
             if is_coded[plane]:
-                status, claimed, at[plane] = _open_chunk(
+                status, claimed, at[plane], stored[plane] = _open_chunk(
                     sources[plane], bounds[plane, chunk], bounds[plane, chunk + 1], built[plane], tables[plane]
                 )
                 if status == OK and claimed != count:
                     status = BAD_LENGTHS
                 if status != OK:
                     return status, chunk, plane
-                data[plane] = at[plane] + 2 * ((count + SEGMENT - 1) // SEGMENT)
+                data[plane] = at[plane] + (0 if stored[plane] else 2 * ((count + SEGMENT - 1) // SEGMENT))
             else:
-                data[plane] = bounds[plane, chunk]
+                data[plane], stored[plane] = bounds[plane, chunk], True
                 if bounds[plane, chunk + 1] - data[plane] != count:
                     return BAD_LENGTHS, chunk, plane
         for first in range(0, count, LANES * SEGMENT):
             group = min(LANES * SEGMENT, count - first)
             for plane in range(planes):
-                if is_coded[plane]:
+                if not stored[plane]:
                     data[plane] = _decode_group(
                         sources[plane],
                         limits[plane],
@@ -598,7 +609,7 @@ def decode_planes(sources, limits, bounds, is_coded, symbols, chunk_symbols, rot
                 start = chunk * chunk_symbols + first + lane * SEGMENT
                 size = min(SEGMENT, group - lane * SEGMENT)
                 for plane in range(planes):
-                    if is_coded[plane]:
+                    if not stored[plane]:
                         places[plane] = rows[plane, lane].ctypes.data
                     else:
                         places[plane] = sources[plane] + np.uint64(data[plane] - group + lane * SEGMENT)
@@ -772,7 +783,10 @@ def _encode_segment(data, codes, out, at):
 
 @_jit
 def _encode_chunk(data, state, codes, out, at):
-    """Append one chunk to `out` at `at`; returns where it ends. `state`: (256,) the lengths of the code in use."""
+    """Append one chunk to `out` at `at`, as it is where a code gains too little; returns where it ends.
+
+    `state`: (256,) the lengths of the code in use.
+    """
     counts = np.empty(256, np.int64)
     _count(data, counts)
     _choose_code(counts, state, codes)
@@ -781,11 +795,13 @@ def _encode_chunk(data, state, codes, out, at):
         if state[symbol] or counts[symbol]:
             first, last = min(first, symbol), symbol
     first = min(first, last)
-    at = _write(out, at, data.size, 4)
-    at = _write_lengths(out, at, first, last, state)
+    begin = at
+    at = _write_lengths(out, _write(out, at, data.size, 4), first, last, state)
     segments = (data.size + SEGMENT - 1) // SEGMENT
     lengths_at = at
     at += 2 * segments
+    if at - begin + _size_bits(counts, state) / 8 > (1 - MIN_GAIN) * (6 + data.size):
+        return _store_chunk(data, out, begin)
     for segment in range(segments):
         part = data[segment * SEGMENT : min(data.size, (segment + 1) * SEGMENT)]
         end = _encode_segment(part, codes, out, at)
@@ -795,10 +811,52 @@ def _encode_chunk(data, state, codes, out, at):
 
 
 @_jit
-def encode_planes(raw, planes, rotated, chunk_symbols, is_coded, bodies, capacities, bounds):
+def _store_chunk(data, out, at):
+    """Append one chunk with its symbols as they are; returns where it ends."""
+    at = _write(out, at, data.size, 4)
+    out[at], out[at + 1] = STORED_FIRST, STORED_LAST
+    _copy(np.uint64(out.ctypes.data) + np.uint64(at + 2), np.uint64(data.ctypes.data), data.size)
+    return at + 2 + data.size
+
+
+@_jit
+def judge_planes(raw, planes, rotated, chunk_symbols, worth):
+    """Whether a code would save MIN_GAIN of each chunk of each plane, by some of its segments: (planes, chunks) bool.
+
+    The entropy of so few samples is too low by (values − 1) / (2 ln 2) bits in all (Miller 1955), which is added.
+    """
+    segments = (chunk_symbols + SEGMENT - 1) // SEGMENT
+    step = max(1, segments // PROBED_SEGMENTS)
+    symbols = raw.size // planes
+    scratch = np.empty((planes, SEGMENT), np.uint8)
+    own, counts = np.empty(256, np.int64), np.empty((planes, 256), np.int64)
+    for chunk in range(worth.shape[1]):
+        counts[:] = 0
+        end = min(symbols, (chunk + 1) * chunk_symbols)
+        for start in range(chunk * chunk_symbols, end, step * SEGMENT):
+            count = min(SEGMENT, end - start)
+            _split(raw[start * planes : (start + count) * planes], planes, rotated, scratch)
+            for plane in range(planes):
+                _count(scratch[plane, :count], own)
+                counts[plane] += own
+        for plane in range(planes):
+            total, present, bits = 0, 0, 0.0
+            for symbol in range(256):
+                total += counts[plane, symbol]
+                present += counts[plane, symbol] > 0
+            for symbol in range(256):
+                if counts[plane, symbol]:
+                    bits -= counts[plane, symbol] * np.log2(counts[plane, symbol] / total)
+            worth[plane, chunk] = bits + (present - 1) / (2 * np.log(2.0)) < (1 - MIN_GAIN) * 8 * total
+
+
+@_jit
+def encode_planes(raw, planes, rotated, chunk_symbols, is_coded, worth, bodies, capacities, bounds):
     """Split (symbols · planes,) bytes into planes and write each to its body, coded or as it is.
 
     Args:
+        is_coded: (planes,) bool; False: chunks without heads, as they are.
+        worth: (planes, chunks) bool; False: a chunk of a coded plane that is stored without a try.
         bodies: (planes,) uint64, addresses; `capacities`, (planes,) int64, must be at least `coded_capacity`'s.
         bounds: (planes, chunks + 1) int64, filled with where the chunks begin and end.
     """
@@ -813,9 +871,11 @@ def encode_planes(raw, planes, rotated, chunk_symbols, is_coded, bodies, capacit
         _split(raw[start * planes : (start + count) * planes], planes, rotated, scratch)
         for plane in range(planes):
             at, body = bounds[plane, chunk], _view(bodies[plane], capacities[plane])
-            if is_coded[plane]:
-                data = scratch[plane, :count]
+            data = scratch[plane, :count]
+            if is_coded[plane] and worth[plane, chunk]:
                 at = _encode_chunk(data, lengths[plane], codes[plane], body, at)
+            elif is_coded[plane]:
+                at = _store_chunk(data, body, at)
             else:
                 _copy(bodies[plane] + np.uint64(at), np.uint64(scratch[plane].ctypes.data), count)
                 at += count
@@ -906,11 +966,14 @@ def coded_capacity(symbols: int, chunks: int) -> int:
 @_jit
 def _decode_bytes(source, limit, begin, end, built, table, rows, tail, target):
     """Decode the chunk at [begin, end) to the first places of `target`: the number of symbols, or minus a status."""
-    status, symbols, at = _open_chunk(source, begin, end, built, table)
+    status, symbols, at, stored = _open_chunk(source, begin, end, built, table)
     if status != OK:
         return -status
     if symbols > target.size:
         return -BAD_LENGTHS
+    if stored:
+        _copy(np.uint64(target.ctypes.data), source + np.uint64(at), symbols)
+        return symbols
     data = at + 2 * ((symbols + SEGMENT - 1) // SEGMENT)
     for first in range(0, symbols, LANES * SEGMENT):
         group = min(LANES * SEGMENT, symbols - first)

@@ -3,7 +3,8 @@
 Trained weights waste bits in the exponent only: sign and mantissa are almost uniform, while the exponent of bf16
 holds about 2.7 of its 8 bits (ZipNN, Hershcovitch et al. 2024, arXiv:2411.05239; DFloat11, Zhang et al. 2025,
 arXiv:2504.11651). A float is rotated left by one bit, so that the sign goes to the end and the exponent begins the
-word, and the word is cut into bytes. Each byte plane is Huffman coded, or kept as it is where that gains nothing.
+word, and the word is cut into bytes. Each byte plane is Huffman coded where that gains something, chunk by chunk: a
+mantissa's lower bytes are noise in most matrices, and not in those that came from half precision or hold few values.
 
 A plane of one-byte symbols serves fp8, int8, indices of a codebook, and int4 packed in pairs as well: a code for
 pairs of nibbles is at least as small as one for nibbles, and gives two weights per symbol.
@@ -14,14 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from modelpress.codec.base import Bytes, Codec, Stream
-from modelpress.codec.coders import count_planes, decode_planes, encode_planes
-from modelpress.codec.entropy import entropy_bits
+from modelpress.codec.coders import decode_planes, encode_planes
 from modelpress.config import CompressConfig
 from modelpress.dtypes import DType
-
-MIN_GAIN = 0.005
-"""A plane whose entropy is nearer to 8 bits is kept as it is: decoding it would cost more than it saves."""
-PROBED_SEGMENTS = 64
 
 
 def plane_names(dtype: DType, prefix: str = "plane") -> list[str]:
@@ -45,13 +41,8 @@ class PlanesHuffman(Codec):
         return dict.fromkeys(plane_names(dtype), 1)
 
     def encode(self, raw: Bytes, dtype: DType, config: CompressConfig) -> list[Stream]:
-        """See `Codec.encode`. Which planes are worth coding is judged by some of their segments."""
-        from modelpress.codec.kernels import SEGMENT
-
-        segments = raw.size // dtype.itemsize // SEGMENT
-        sample = count_planes(raw, dtype, max(1, segments // PROBED_SEGMENTS))
-        coded = [entropy_bits(plane) < (1 - MIN_GAIN) * 8 * plane.sum() for plane in sample]
-        return encode_planes(raw, dtype, config.chunk_symbols, plane_names(dtype), coded)
+        """See `Codec.encode`."""
+        return encode_planes(raw, dtype, config.chunk_symbols, plane_names(dtype))
 
     def decode_into(
         self, streams: Sequence[Stream], dtype: DType, symbols: int, chunk_symbols: int, out: Bytes

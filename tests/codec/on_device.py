@@ -109,7 +109,7 @@ def test_a_table_of_one_symbol_takes_no_bits(device: torch.device) -> None:
 
 
 def test_several_tables_between_chunks_and_between_planes(device: torch.device) -> None:
-    noise = np.random.default_rng(1).integers(0, 256, 200, np.uint8)
+    noise = np.random.default_rng(1).integers(80, 90, 200, np.uint8)
     raw = np.concatenate(
         [np.full(200, 3, np.uint8), weights(I8, 200), noise, weights(I8, 200), np.full(150, 3, np.uint8)]
     )
@@ -117,6 +117,15 @@ def test_several_tables_between_chunks_and_between_planes(device: torch.device) 
     staged = gpu.stage_planes(streams, BF16, raw.size // 2, 100)
     assert staged.places[1] >= 3 * 4096
     check(raw, streams, BF16, 100, device)
+
+
+def test_stored_chunks_between_coded_ones(device: torch.device) -> None:
+    noise = np.random.default_rng(4).integers(0, 256, 300, np.uint8)
+    raw = np.concatenate([np.arange(200) % 7, noise[:200], np.arange(200) % 5 + 100, noise]).astype(np.uint8)
+    streams = coded(raw, I8, 100)
+    stored = [bytes(chunk[4:6]) == gpu.STORED for chunk in streams[0].chunks]
+    assert stored == [False, False, True, True, False, False, True, True, True]
+    check(raw, streams, I8, 100, device)
 
 
 def test_codes_of_the_longest_words_use_up_the_window(device: torch.device) -> None:

@@ -18,6 +18,7 @@ from modelpress.errors import CorruptionError
 
 U8 = DTYPES["U8"]
 SEGMENT = kernels.SEGMENT
+STORED = bytes([kernels.STORED_FIRST, kernels.STORED_LAST])
 
 counts_of_symbols = st.dictionaries(st.integers(0, 255), st.integers(1, 10**6), min_size=1, max_size=256).map(
     lambda counts: np.array([counts.get(symbol, 0) for symbol in range(256)], np.int64)
@@ -126,8 +127,8 @@ def read_table(chunk: bytes, first: int, last: int) -> tuple[np.ndarray, int]:
     return lengths, 6 + -(-at // 8)
 
 
-@pytest.mark.parametrize("count", [1, 5, SEGMENT - 1, SEGMENT, SEGMENT + 1, 4 * SEGMENT, 5 * SEGMENT + 3])
-@pytest.mark.parametrize("spread", [2.0, 40.0])
+@pytest.mark.parametrize("count", [700, SEGMENT - 1, SEGMENT, SEGMENT + 1, 4 * SEGMENT, 5 * SEGMENT + 3])
+@pytest.mark.parametrize("spread", [2.0, 20.0])
 def test_segments_are_the_oracles_bits(count: int, spread: float) -> None:
     """A chunk is what FORMAT.md says: symbols, table, lengths of segments, their bits, lowest first."""
     data = skewed(count, 1, spread)
@@ -147,6 +148,41 @@ def test_segments_are_the_oracles_bits(count: int, spread: float) -> None:
         expected = np.unpackbits(np.frombuffer(huffman.encode(part, code), np.uint8))
         assert np.array_equal(np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little"), expected)
         position += size
+
+
+@given(st.integers(1, 3 * SEGMENT), st.sampled_from([0.0, 1.0, 20.0, 50.0, 1e6]), st.integers(0, 2**32))
+@settings(deadline=None, max_examples=100)
+def test_no_chunk_takes_more_than_its_symbols_and_a_head(count: int, spread: float, seed: int) -> None:
+    data = skewed(count, seed, spread) if spread < 1e6 else np.random.default_rng(seed).bytes(count)
+    data = np.frombuffer(data, np.uint8)
+    stream = coded(data, 1 << 20)
+    assert stream.size_bytes <= 6 + count
+    if bytes(stream.body[4:6]) == STORED:
+        assert bytes(stream.body[6:]) == data.tobytes()
+    assert np.array_equal(chunk_bytes(stream, 0, count), data)
+
+
+def test_only_the_chunks_of_a_plane_that_gain_are_coded() -> None:
+    """Matrices that were rounded to half precision among such that were not."""
+    fine = np.random.default_rng(9).standard_normal(4 << 16).astype("<f4")
+    fine[1 << 16 : 2 << 16] = fine[1 << 16 : 2 << 16].astype("<f2")
+    raw = fine.view(np.uint8)
+    streams = CODECS["planes-huffman"].encode(raw, DTYPES["F32"], CompressConfig(chunk_symbols=1 << 16))
+    assert [stream.coder for stream in streams] == ["huffman", "raw", "huffman", "huffman"]
+    assert [bytes(chunk[4:6]) == STORED for chunk in streams[3].chunks] == [True, False, True, True]
+    found = decode(CODECS["planes-huffman"], streams, DTYPES["F32"], fine.size, 1 << 16, doing="test")
+    assert np.array_equal(found, raw)
+
+
+@pytest.mark.parametrize("body", [b"\3\0\0\0\1\0abcd", b"\3\0\0\0\1\0ab", b"\3\0\0\0\2\0abc", b"\3\0\0\0\5\5\1\0a"])
+def test_stored_symbols_and_a_single_symbol_leave_nothing_over(body: bytes) -> None:
+    with pytest.raises(CorruptionError, match="table|add up"):
+        chunk_bytes_of(body)
+
+
+def chunk_bytes_of(body: bytes) -> Bytes:
+    stream = Stream.of("plane0", "huffman", [body])
+    return decode(CODECS["planes-huffman"], [stream], U8, 3, 1 << 20, doing="test")
 
 
 def test_a_constant_takes_no_bits() -> None:

@@ -1,7 +1,7 @@
-"""Makes the golden pack of the current format version, once: `python -m tests.golden.make_golden tests/golden/v2`.
+"""Makes a golden pack, once: `python -m tests.golden.make_golden v2-stored` makes `tests/golden/v2-stored`.
 
 A pack that is committed is never made again: it proves that old bytes stay readable. A new format version gets a
-new folder.
+new pack, and so does what a version has learned before its release.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from modelpress import keys
 from modelpress.checkpoint import Checkpoint
 from modelpress.compress import compress
 from modelpress.config import CompressConfig, ShardConfig
-from modelpress.manifest import FORMAT_VERSION
 from modelpress.reports import Report, ShardReport
 from modelpress.shard import draft_manifest, write_shards
 
@@ -37,9 +36,26 @@ def bell(count: int, seed: int) -> np.ndarray:
     return (sum(parts) - 4 * 65536) / 2**21
 
 
-def tensors(version: int) -> dict[str, torch.Tensor]:
-    """What the golden pack of a version holds: every codec, every dtype, odd shapes and odd values."""
-    return tensors_1() if version == 1 else tensors_1() | tensors_2()
+def tensors(pack: str) -> dict[str, torch.Tensor]:
+    """What a golden pack holds: every codec, every dtype, odd shapes and odd values."""
+    return {"v1": tensors_1, "v2": lambda: tensors_1() | tensors_2(), "v2-stored": tensors_stored}[pack]()
+
+
+def tensors_stored() -> dict[str, torch.Tensor]:
+    """Streams in which some chunks are coded and others stored: planes, gaps and values, several and one."""
+    weights = (torch.from_numpy(bell(20_000, 70)) / 3).float()
+    mixed = weights.clone()
+    mixed[5000:9000] = mixed[5000:9000].half().float()
+    noise_bytes = torch.from_numpy(noise(2500, 80).view(np.uint8).copy())
+    codes = torch.cat([(weights[:9000] * 180).round().to(torch.int8).view(torch.uint8), noise_bytes[:9000]])
+    sparse = torch.where(torch.from_numpy(noise(20_000, 90) % np.uint64(10) == 0), weights, torch.zeros(()))
+    return {
+        "mixed.weight": mixed.reshape(200, 100),
+        "mixed.double": mixed[:9000].double() / 3,
+        "mixed.codes": codes,
+        "mixed.sparse": sparse,
+        "mixed.short": noise_bytes[:4096].view(torch.int16),
+    }
 
 
 def tensors_2() -> dict[str, torch.Tensor]:
@@ -89,9 +105,9 @@ def tensors_1() -> dict[str, torch.Tensor]:
     }
 
 
-def make(folder: Path) -> str:
+def make(folder: Path, pack: str) -> str:
     """Write the pack as a store's objects; returns its digest."""
-    checkpoint = Checkpoint("torch", tensors(FORMAT_VERSION), {"labels.txt": b"zero\none\n" * 40, "raw.bin": b"\0\1"}, {"a": None})
+    checkpoint = Checkpoint("torch", tensors(pack), {"labels.txt": b"zero\none\n" * 40, "raw.bin": b"\0\1"}, {"a": None})
     coded, report = compress(checkpoint, CompressConfig(chunk_symbols=4096, min_decode_bytes_per_second=0))
     with tempfile.TemporaryDirectory() as temporary:
         shards, shard_report = write_shards(coded, ShardConfig(max_shard_size=20_000), Path(temporary))
@@ -112,7 +128,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1])
+    target = Path(__file__).parent / sys.argv[1]
     if target.exists():
         sys.exit(f"{target} exists; golden packs are never made again")
-    print(make(target))
+    print(make(target, sys.argv[1]))

@@ -139,9 +139,12 @@ def huffman(chunk, size, exact):
     """Symbols, table, lengths of the segments of 4096 symbols, their bits; see "Coder huffman" in FORMAT.md."""
     symbols, first, last = int.from_bytes(chunk[:4], "little"), chunk[4], chunk[5]
     need(symbols == size if exact else symbols <= size, f"chunk of {symbols}, not {size}")
+    if (first, last) == (1, 0):
+        need(len(chunk) == 6 + symbols, "stored symbols")
+        return chunk[6:]
     need(first <= last, "table")
     if first == last:
-        need(not any(chunk[6:]), "bits of a single symbol")
+        need(len(chunk) == 6 + 2 * -(-symbols // 4096) and not any(chunk[6:]), "bits of a single symbol")
         return bytes([first]) * symbols
     table, at, length, lengths = int.from_bytes(chunk[6:200], "little"), 0, 11, {}
     for symbol in range(first, last + 1):
