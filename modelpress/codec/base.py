@@ -202,7 +202,8 @@ def check_streams(
                 where, found=f"{stream.bounds.size - 1} chunks", expected=f"{chunks} for {symbols} symbols"
             )
         for first in range(0, chunks, BLOCK):
-            limits = np.minimum(chunk_symbols, symbols - chunk_symbols * np.arange(first, chunks)[:BLOCK]) * (width or 1)
+            left = symbols - chunk_symbols * np.arange(first, min(first + BLOCK, chunks))
+            limits = np.minimum(chunk_symbols, left) * (width or 1)
             sizes = _claimed_sizes(stream, first, where)
             wrong = sizes > limits if width is None else sizes != limits
             if wrong.any():

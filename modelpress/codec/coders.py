@@ -61,13 +61,14 @@ def encode_planes(
     worth = np.ones((dtype.itemsize, chunks), np.bool_)
     if coded is None:
         kernels.judge_planes(words, dtype.itemsize, is_rotated(dtype), chunk_symbols, worth)
-        coded = worth.any(axis=1).tolist()
-    bodies = [np.empty(kernels.coded_capacity(symbols, chunks) if huffman else symbols, np.uint8) for huffman in coded]
+    is_coded: npt.NDArray[np.bool_] = np.array(worth.any(axis=1) if coded is None else coded)
+    sizes = np.where(is_coded, kernels.coded_capacity(symbols, chunks), symbols)
+    bodies = [np.empty(size, np.uint8) for size in sizes]
     bounds = np.zeros((len(names), chunks + 1), np.int64)
     kernels.encode_planes(
-        words, dtype.itemsize, is_rotated(dtype), chunk_symbols, np.array(coded), worth, *_places(bodies), bounds
+        words, dtype.itemsize, is_rotated(dtype), chunk_symbols, is_coded, worth, *_places(bodies), bounds
     )
-    return _streams(names, ["huffman" if huffman else "raw" for huffman in coded], bodies, bounds)
+    return _streams(names, ["huffman" if huffman else "raw" for huffman in is_coded], bodies, bounds)
 
 
 def encode_sparse(raw: Bytes, dtype: DType, chunk_symbols: int, names: Sequence[str], *, by_mask: bool) -> list[Stream]:

@@ -4,7 +4,7 @@ The layout of a chunk is in `container/FORMAT.md`, under "Coder huffman"; `huffm
 the oracle of these loops. Codes are canonical with their bits reversed, lowest bit first, so that the next code is
 always in the lowest bits of a word. What makes decoding fast:
 
-- A table looked up with `MAX_BITS` bits gives up to seven symbols at once, as zstandard's double-symbol decoder gives
+- A table looked up with `MAX_BITS` bits gives up to six symbols at once, as zstandard's double-symbol decoder gives
   two (Collet 2013, "Huff0"). Where codes are long, it gives one, from a smaller table.
 - A chunk is cut into segments of a fixed number of symbols that share no bits. Four are decoded side by side and hide
   each other's latencies (Giesen 2014, "Interleaved entropy coders", arXiv:1402.3392, section 2), and since the number
@@ -36,7 +36,7 @@ SKIP = 255
 """A gap byte of 255 stands for 255 zeros and no value."""
 MAX_BITS = 11
 """Longest code; a table has 2**11 entries of 8 bytes, half of a small first-level cache."""
-SYMBOLS_PER_ENTRY = 7
+SYMBOLS_PER_ENTRY = 6
 LONG = 5
 """Mean bits of a symbol from which on a table with one symbol per entry decodes faster."""
 ESCAPE = 3
@@ -48,6 +48,8 @@ MIN_GAIN = 0.005
 """A chunk whose code would save less is stored as it is: decoding it would cost more than it saves."""
 PROBED_SEGMENTS = 2
 """Segments of a chunk by which it is judged beforehand."""
+PAIR_COST = 16
+"""Symbols to encode per entry of a table of pairs that make it worth while."""
 LOOKUPS = 5
 """Look-ups per refill: 5 · 11 bits are among the 57 that a shifted 64-bit word surely has."""
 SLACK = 64
@@ -173,7 +175,7 @@ def canonical(lengths, words):
 
 @_jit
 def build_table(lengths, table):
-    """Decoding table of 2**MAX_BITS entries: 7 symbols, then 4 bits with their number, then 4 with the bits they take.
+    """Decoding table of 2**MAX_BITS entries: 6 symbols, a byte with the bits that they take, a byte with their number.
 
     Built up from the tables for fewer bits: a first symbol of b bits stands before what the other bits give.
     """
@@ -197,13 +199,13 @@ def build_table(lengths, table):
                 continue
             rest = 1 << (bits - own)
             place, step = start + words[symbol], 1 << own
-            first = np.uint64(symbol) | np.uint64(1) << np.uint64(56) | np.uint64(own) << np.uint64(60)
+            first = np.uint64(symbol) | np.uint64(own) << np.uint64(48) | np.uint64(1) << np.uint64(56)
             for index in range(rest, 2 * rest):
                 entry = shorter[index]
-                if entry >> np.uint64(56) & np.uint64(15) == SYMBOLS_PER_ENTRY:
+                if entry >> np.uint64(56) == SYMBOLS_PER_ENTRY:
                     entry = _without_last(entry, lengths)
                 target[place] = (
-                    (entry & np.uint64(0xFFFFFFFFFFFF)) << np.uint64(8) | entry >> np.uint64(56) << np.uint64(56)
+                    (entry & np.uint64(0xFFFFFFFFFF)) << np.uint64(8) | entry >> np.uint64(48) << np.uint64(48)
                 ) + first
                 place += step
     return True
@@ -239,9 +241,9 @@ def _is_long(lengths):
 def _without_last(entry, lengths):
     last = np.int64(entry >> np.uint64(8 * (SYMBOLS_PER_ENTRY - 1)) & np.uint64(255))
     return (
-        entry & np.uint64(0xFFFFFFFFFFFF)
+        entry & np.uint64(0xFFFFFFFFFF)
+        | (entry >> np.uint64(48) & np.uint64(255)) - np.uint64(lengths[last]) << np.uint64(48)
         | np.uint64(SYMBOLS_PER_ENTRY - 1) << np.uint64(56)
-        | (entry >> np.uint64(60)) - np.uint64(lengths[last]) << np.uint64(60)
     )
 
 
@@ -249,7 +251,7 @@ def _without_last(entry, lengths):
 def _look_up(word, place, table):
     entry = _load64(table, (word & np.uint64((1 << MAX_BITS) - 1)) << np.uint64(3))
     _store64(place, np.uint64(0), entry)
-    return word >> (entry >> np.uint64(60)), place + (entry >> np.uint64(56) & np.uint64(15))
+    return word >> (entry >> np.uint64(48) & np.uint64(63)), place + (entry >> np.uint64(56))
 
 
 @_jit
@@ -401,7 +403,7 @@ def _open_chunk(source, begin, end, built, table):
         if size == 2:
             single = np.uint64(_byte(source, np.uint64(at)))
             for index in range(1 << MAX_BITS):
-                table[index] = single * np.uint64(0x01010101010101) | np.uint64(SYMBOLS_PER_ENTRY) << np.uint64(56)
+                table[index] = single * np.uint64(0x010101010101) | np.uint64(SYMBOLS_PER_ENTRY) << np.uint64(56)
         elif built[MAX_TABLE_BYTES + 1]:
             if not build_single_table(lengths, table.view(np.uint16)):
                 return BAD_TABLE, np.int64(0), np.int64(0), False
@@ -716,7 +718,7 @@ def count_planes(raw, planes, rotated, step, counts):
 def _choose_code(counts, lengths, codes):
     """Keep the code of the chunk before where this chunk's own would gain under 0.1 %: it needs no new table.
 
-    A single symbol, which needs no bits, gets lengths of 0.
+    Returns whether there is a new one. A single symbol, which needs no bits, gets lengths of 0.
     """
     present, covered = 0, True
     for symbol in range(256):
@@ -726,13 +728,29 @@ def _choose_code(counts, lengths, codes):
     best = np.empty(256, np.int64)
     code_lengths(counts, MAX_BITS, best)
     if covered and present > 1 and _size_bits(counts, lengths) <= 1.001 * _size_bits(counts, best):
-        return
+        return False
     words = np.zeros(256, np.int64)
     if present > 1:
         canonical(best, words)
     for symbol in range(256):
         lengths[symbol] = best[symbol]
         codes[symbol] = np.uint64(words[symbol]) | np.uint64(best[symbol]) << np.uint64(32)
+    return True
+
+
+@_jit
+def _pair_codes(codes, pairs):
+    """Codes of two symbols at once, (65536,) uint32, the first symbol lowest in the index: 22 bits, and from bit 24 on
+    their number. Of a pair with a symbol that has no code, anything."""
+    for second in range(256):
+        if codes[second] >> np.uint64(32) == 0:
+            continue
+        for first in range(256):
+            bits = codes[first] >> np.uint64(32)
+            if bits:
+                word = codes[first] | (codes[second] & np.uint64(0xFFFFFFFF)) << bits
+                both = bits + (codes[second] >> np.uint64(32))
+                pairs[first | second << 8] = np.uint32(word & np.uint64(0x3FFFFF) | both << np.uint64(24))
 
 
 @_jit
@@ -757,6 +775,12 @@ def _put(accumulator, filled, symbol, codes):
 
 
 @_jit
+def _put_pair(accumulator, filled, symbols, pairs):
+    pair = pairs[symbols]
+    return accumulator | np.uint64(pair & np.uint32(0x3FFFFF)) << filled, filled + np.uint64(pair >> np.uint32(24))
+
+
+@_jit
 def _flush(accumulator, filled, base, at):
     _store64(base, at, accumulator)
     whole = filled & np.uint64(0xF8)
@@ -764,12 +788,16 @@ def _flush(accumulator, filled, base, at):
 
 
 @_jit
-def _encode_segment(data, codes, out, at):
+def _encode_segment(data, codes, pairs, has_pairs, out, at):
     """Write the codes of (n,) symbols from byte `at` on; returns where they end. 8 bytes beyond must be writable."""
-    base, place = np.uint64(out.ctypes.data), np.uint64(at)
+    base, place, source = np.uint64(out.ctypes.data), np.uint64(at), np.uint64(data.ctypes.data)
     accumulator, filled = np.uint64(0), np.uint64(0)
     whole = data.size - data.size % 4
-    for index in range(0, whole, 4):
+    for index in range(0, whole if has_pairs else 0, 4):
+        accumulator, filled = _put_pair(accumulator, filled, _load16(source, np.uint64(index)), pairs)
+        accumulator, filled = _put_pair(accumulator, filled, _load16(source, np.uint64(index + 2)), pairs)
+        accumulator, filled, place = _flush(accumulator, filled, base, place)
+    for index in range(whole if has_pairs else 0, whole, 4):
         accumulator, filled = _put(accumulator, filled, data[index], codes)
         accumulator, filled = _put(accumulator, filled, data[index + 1], codes)
         accumulator, filled = _put(accumulator, filled, data[index + 2], codes)
@@ -782,18 +810,23 @@ def _encode_segment(data, codes, out, at):
 
 
 @_jit
-def _encode_chunk(data, state, codes, out, at):
+def _encode_chunk(data, state, codes, pairs, has_pairs, out, at):
     """Append one chunk to `out` at `at`, as it is where a code gains too little; returns where it ends.
 
-    `state`: (256,) the lengths of the code in use.
+    `state`: (256,) the lengths of the code in use, `codes` its words, `pairs` those of two symbols if `has_pairs`, (1,)
+    bool: they are made where that takes less time than it saves.
     """
     counts = np.empty(256, np.int64)
     _count(data, counts)
-    _choose_code(counts, state, codes)
-    first, last = 256, 0
+    if _choose_code(counts, state, codes):
+        has_pairs[0] = False
+    first, last, present = 256, 0, 0
     for symbol in range(256):
         if state[symbol] or counts[symbol]:
-            first, last = min(first, symbol), symbol
+            first, last, present = min(first, symbol), symbol, present + 1
+    if not has_pairs[0] and present > 1 and present * present <= data.size // PAIR_COST:
+        _pair_codes(codes, pairs)
+        has_pairs[0] = True
     first = min(first, last)
     begin = at
     at = _write_lengths(out, _write(out, at, data.size, 4), first, last, state)
@@ -804,7 +837,7 @@ def _encode_chunk(data, state, codes, out, at):
         return _store_chunk(data, out, begin)
     for segment in range(segments):
         part = data[segment * SEGMENT : min(data.size, (segment + 1) * SEGMENT)]
-        end = _encode_segment(part, codes, out, at)
+        end = _encode_segment(part, codes, pairs, has_pairs[0], out, at)
         _write(out, lengths_at + 2 * segment, end - at, 2)
         at = end
     return at
@@ -864,6 +897,7 @@ def encode_planes(raw, planes, rotated, chunk_symbols, is_coded, worth, bodies, 
     scratch = np.empty((planes, min(chunk_symbols, symbols)), np.uint8)
     lengths = np.zeros((planes, 256), np.int64)
     codes = np.zeros((planes, 256), np.uint64)
+    pairs, has_pairs = np.empty((planes, 1 << 16), np.uint32), np.zeros((planes, 1), np.bool_)
     bounds[:, 0] = 0
     for chunk in range(bounds.shape[1] - 1):
         start = chunk * chunk_symbols
@@ -873,7 +907,7 @@ def encode_planes(raw, planes, rotated, chunk_symbols, is_coded, worth, bodies, 
             at, body = bounds[plane, chunk], _view(bodies[plane], capacities[plane])
             data = scratch[plane, :count]
             if is_coded[plane] and worth[plane, chunk]:
-                at = _encode_chunk(data, lengths[plane], codes[plane], body, at)
+                at = _encode_chunk(data, lengths[plane], codes[plane], pairs[plane], has_pairs[plane], body, at)
             elif is_coded[plane]:
                 at = _store_chunk(data, body, at)
             else:
@@ -934,6 +968,7 @@ def encode_sparse(raw, planes, rotated, chunk_symbols, by_mask, bodies, capaciti
     scratch = np.empty((planes, most), np.uint8)
     lengths = np.zeros((streams, 256), np.int64)
     codes = np.zeros((streams, 256), np.uint64)
+    pairs, has_pairs = np.empty((streams, 1 << 16), np.uint32), np.zeros((streams, 1), np.bool_)
     bounds[:, 0] = 0
     for chunk in range(bounds.shape[1] - 1):
         part = raw[chunk * chunk_symbols * planes : min(symbols, (chunk + 1) * chunk_symbols) * planes]
@@ -952,6 +987,8 @@ def encode_sparse(raw, planes, rotated, chunk_symbols, by_mask, bodies, capaciti
                 data,
                 lengths[stream],
                 codes[stream],
+                pairs[stream],
+                has_pairs[stream],
                 _view(bodies[stream], capacities[stream]),
                 bounds[stream, chunk],
             )

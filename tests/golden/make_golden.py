@@ -43,7 +43,8 @@ def tensors(pack: str) -> dict[str, torch.Tensor]:
 
 def tensors_stored() -> dict[str, torch.Tensor]:
     """Streams in which some chunks are coded and others stored: planes, gaps and values, several and one."""
-    weights = (torch.from_numpy(bell(20_000, 70)) / 3).float()
+    fine = (noise(20_000, 75) >> np.uint64(40)).astype(np.float64) / 2**45
+    weights = torch.from_numpy(bell(20_000, 70) + fine).float()
     mixed = weights.clone()
     mixed[5000:9000] = mixed[5000:9000].half().float()
     noise_bytes = torch.from_numpy(noise(2500, 80).view(np.uint8).copy())

@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 DIGESTS = {
     "v1": "a55c805c1c7e755d7f8af54abecd4ffa1ba43a979e77a1fe5f4d4c4afd1a5e87",
     "v2": "e42d1acf7762a68270e967e2dbf273aae5a60fa77397f82ce7b93feebd31a7f2",
-    "v2-stored": "79e2fe559d576c311265679f385dcea1a5f77bcc42c59467b90406211208bd1f",
+    "v2-stored": "0e42694f2e9b16d08473a3ecc21b8f3ad9c696c0e70b42a915d475d88d825c4f",
 }
 PACKS = pytest.mark.parametrize("pack", DIGESTS)
 
