@@ -64,7 +64,13 @@ class Line:
         stage: Stage = of or finished.stage  # type: ignore[assignment]
         slug = re.sub(r"\W+", "-", label).strip("-")
         measured = evaluate(
-            self.context, finished.output, self.config.evaluate, stage, slug, baseline=self.scores.get("source")
+            self.context,
+            finished.output,
+            self.config.evaluate,
+            stage,
+            slug,
+            baseline=self.scores.get("source"),
+            original=self.outputs.get("source" if stage in ("distill", "prune") else "source (onnx)"),
         )
         self._note(label, finished)
         self._note(f"evaluate {label}", measured)
@@ -75,6 +81,7 @@ class Line:
                 runtime=measured.report.runtime,
                 quality=measured.report.quality,
                 size_bytes=finished.output.size_bytes,
+                attribution=measured.report.attribution,
                 latency=measured.report.latency,
                 seconds=finished.seconds + measured.seconds,
                 reused=finished.reused and measured.reused,
@@ -120,6 +127,7 @@ class Line:
             "throughput_per_second": f"{throughput(served):.3f}",
             "source_throughput_per_second": f"{throughput(source):.3f}",
             "speedup": f"{throughput(served) / throughput(source):.4f}",
+            **_reasons(served),
         }
 
     def delivered(self, published: UploadReport, registered: Registered, decision: Decision | None) -> OptimizeResult:
@@ -217,6 +225,12 @@ def tracked(config: OptimizeConfig) -> Iterator[Line]:
         )
         stack.callback(line.show)
         yield line
+
+
+def _reasons(served: EvaluationReport) -> dict[str, str]:
+    found = served.attribution
+    ends = {"agreement": found.agreement, "low": found.low, "high": found.high} if found else {}
+    return {f"attribution_{end}": f"{value:.6f}" for end, value in ends.items()}
 
 
 def _timeless(report: Report) -> dict[str, Any]:

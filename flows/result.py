@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
-from modelpress.reports import EvaluationReport, LatencyReport, QualityReport, Report
+from modelpress.reports import AttributionReport, EvaluationReport, LatencyReport, QualityReport, Report
 from registry.gates import Decision
 
 
@@ -22,6 +22,8 @@ class StageRow(Report):
     """None where the stage is lossless."""
     size_bytes: int | None = None
     """Bytes of its output."""
+    attribution: AttributionReport | None = None
+    """How alike its reasons are to the source model's; None where that was not asked, or is lossless."""
     latency: list[LatencyReport] = Field(default_factory=list)
     """One per measured batch size."""
     seconds: float
@@ -72,11 +74,13 @@ def throughput(report: EvaluationReport) -> float:
 
 def table(rows: Sequence[StageRow]) -> list[dict[str, Any]]:
     """The stages as rows of text, the same in the Prefect UI, in MLflow's report and in the terminal."""
+    explained = any(row.attribution for row in rows)
     batches = sorted({latency.batch_size for row in rows for latency in row.latency})
     return [
         {
             "stage": row.stage,
             "quality": format_quality(row.quality),
+            **({"same reasons": _reasons(row.attribution)} if explained else {}),
             "bytes": format_bytes(row.size_bytes),
             **{f"p50 ms b{batch}": _p50(row, batch) for batch in batches},
             **{f"/s b{batch}": _per_second(row, batch) for batch in batches[-1:]},
@@ -101,6 +105,10 @@ def markdown(rows: Sequence[StageRow]) -> str:
 def format_quality(quality: QualityReport | None) -> str:
     """`0.9833 [0.972, 0.990]`, or a dash."""
     return f"{quality.value:.4f} [{quality.low:.4f}, {quality.high:.4f}]" if quality else "–"
+
+
+def _reasons(found: AttributionReport | None) -> str:
+    return f"{found.agreement:.3f} [{found.low:.3f}, {found.high:.3f}]" if found else "–"
 
 
 def format_bytes(size: int | None) -> str:

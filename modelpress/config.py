@@ -236,6 +236,8 @@ class EvaluateConfig(Config):
         "CPUExecutionProvider"
     )
     """ONNX Runtime execution provider; one that is asked for and missing is an error."""
+    attribution_samples: int = Field(default=0, ge=0, le=10_000)
+    """Evaluation samples on which the reasons for the answers are compared with the source model's; 0: none."""
 
 
 class GateConfig(Config):
@@ -249,6 +251,9 @@ class GateConfig(Config):
     """Least source bytes ÷ published bytes."""
     min_speedup: float = Field(default=0.0, ge=0)
     """Least throughput ratio to the source model in ONNX Runtime, at the largest measured batch; 0 does not ask."""
+    min_attribution_agreement: float = Field(default=0.0, ge=0, le=1)
+    """Least rank correlation of the attributions with the source model's; 0 does not ask. Needs
+    evaluate.attribution_samples."""
     alias: Alias = "champion"
     """The pointer that a passed gate moves."""
 
@@ -280,6 +285,12 @@ class OptimizeConfig(Config):
     """Who may become champion."""
     promote: bool = True
     """Judge the new version at the end, and move the alias if it passes."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizeConfig:
+        if self.gate.min_attribution_agreement and not self.evaluate.attribution_samples:
+            raise ValueError("gate.min_attribution_agreement needs evaluate.attribution_samples")
+        return self
 
 
 def load_config(path: str | Path) -> OptimizeConfig:

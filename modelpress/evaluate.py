@@ -44,6 +44,7 @@ def evaluate(
     baseline_scores: np.ndarray | None,
     size_bytes: int,
     progress: Progress = silent,
+    original: Checkpoint | None = None,
 ) -> tuple[EvaluationReport, np.ndarray]:
     """Measure a checkpoint on the evaluation split.
 
@@ -55,6 +56,8 @@ def evaluate(
         baseline_scores: (samples,), the source model's scores from an earlier call, or None for the source itself.
         size_bytes: bytes of the artifact on disk.
         progress: told of each batch and each measured batch size.
+        original: the source model in the same runtime; where `attribution_samples` asks for it, the reasons for the
+            answers are compared with its own.
 
     Returns:
         The report, and the per-sample scores: (samples,), float64.
@@ -79,6 +82,11 @@ def evaluate(
         latency=latency,
         peak_memory_bytes=memory.peak_bytes,
     )
+    if original is not None and config.attribution_samples:
+        from modelpress import attribution  # captum takes a second to import
+
+        progress(total, total, "comparing attributions")
+        report = report.model_copy(update={"attribution": attribution.compare(original, checkpoint, workload, config)})
     progress(total, total, f"{workload.metric} {report.quality.value:.4f}")
     return report, scores
 

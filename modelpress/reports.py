@@ -83,6 +83,23 @@ class LatencyReport(Report):
     """Samples per second."""
 
 
+class AttributionReport(Report):
+    """How alike the reasons for a model's answers are to the original's."""
+
+    method: Literal["integrated-gradients", "occlusion"]
+    """How attributions were found: torch modules have gradients, graphs have not."""
+    samples: int
+    """Samples compared."""
+    agreement: float
+    """Mean rank correlation, −1 to 1."""
+    low: float
+    """Lower end of its interval."""
+    high: float
+    """Upper end of its interval."""
+    confidence: float = 0.95
+    """Two-sided confidence of the interval."""
+
+
 class EvaluationReport(Report):
     """What a model is worth after a stage."""
 
@@ -100,6 +117,8 @@ class EvaluationReport(Report):
     """One per batch size."""
     peak_memory_bytes: int | None = None
     """Peak resident memory of the evaluation above what stood before it."""
+    attribution: AttributionReport | None = None
+    """Against the source model; absent where none was asked for."""
 
     def metrics(self) -> dict[str, float]:
         """Adds ``latency.b<batch>.*`` to the base's."""

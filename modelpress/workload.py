@@ -102,6 +102,24 @@ class Workload(abc.ABC):
         index = torch.arange(batch_size) % have
         return {name: tensor[index] for name, tensor in inputs.items()}
 
+    def blank(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The input by which answers are explained, with nothing in it: its name and a tensor of its shape.
+
+        Default: zeros, where there is one input of floats. `inputs` is a batch of one sample.
+
+        Raises:
+            WorkloadError: it is not clear what says nothing.
+        """
+        floats = [name for name, tensor in inputs.items() if tensor.is_floating_point()]
+        if len(floats) != 1:
+            raise WorkloadError(
+                f"making a blank input of {type(self).__name__}",
+                found=f"{len(floats)} inputs of floats among {', '.join(inputs)}",
+                expected="one",
+                fix="override Workload.blank, or set evaluate.attribution_samples to 0",
+            )
+        return {floats[0]: torch.zeros_like(inputs[floats[0]])}
+
     def sample_digests(self, split: Split) -> set[str]:
         """sha256 (hex) of each sample of a split, by content: proof that the splits are disjoint."""
         digests: set[str] = set()

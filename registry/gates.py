@@ -50,6 +50,8 @@ class Evidence:
     """Source bytes ÷ published bytes."""
     speedup: float | None
     """Throughput ÷ the source model's, both in ONNX Runtime at the largest measured batch."""
+    attribution: intervals.Interval | None
+    """Rank correlation of the attributions with the source model's, both in ONNX Runtime."""
     coverage: float | None
     """Share of the eligible weights that are integers; read only where `quantized`."""
     quantized: bool
@@ -96,6 +98,8 @@ def decide(evidence: Evidence, config: GateConfig) -> Decision:
     checks.append(_at_least("compression ratio", evidence.compression_ratio, config.min_compression_ratio))
     if config.min_speedup > 0:
         checks.append(_at_least("speed-up", evidence.speedup, config.min_speedup))
+    if config.min_attribution_agreement > 0:
+        checks.append(_same_reasons(evidence.attribution, config.min_attribution_agreement))
     if evidence.quantized:
         checks.append(_covered(evidence.coverage))
     return _conclude(checks)
@@ -168,6 +172,16 @@ def _at_least(name: str, value: float | None, least: float) -> Check:
         return Check(name=name, verdict="fail", reason=f"not measured, at least {least:g}× is asked")
     verdict: Verdict = "pass" if value >= least else "fail"
     return Check(name=name, verdict=verdict, reason=f"{value:.2f}×, at least {least:g}× is asked")
+
+
+def _same_reasons(found: intervals.Interval | None, least: float) -> Check:
+    name = "attribution agreement"
+    if found is None or not all(map(math.isfinite, (found.value, found.low, found.high))):
+        reason = f"not measured, at least {least:g} is asked; set evaluate.attribution_samples"
+        return Check(name=name, verdict="fail", reason=reason)
+    verdict: Verdict = "pass" if found.low >= least else "fail" if found.high < least else "inconclusive"
+    numbers = f"rank correlation {found.value:.3f} [{found.low:.3f}, {found.high:.3f}], at least {least:g} is asked"
+    return Check(name=name, verdict=verdict, reason=numbers)
 
 
 def _covered(coverage: float | None) -> Check:

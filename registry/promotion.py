@@ -18,7 +18,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from modelpress import keys, load, pointer
+from modelpress import intervals, keys, load, pointer
 from modelpress.config import GateConfig, parse_config
 from modelpress.errors import ModelpressError, NotFoundError, SetupError, StoreError
 from modelpress.manifest import Manifest, read_reports, unpack_file
@@ -208,9 +208,15 @@ def _gather(store: Store, manifest: Manifest, version: Version, champion: str | 
         champion=_champion(store, manifest.name, champion) if champion else None,
         compression_ratio=_compression_ratio(manifest, reports),
         speedup=versions.measured_number(version, "speedup"),
+        attribution=_attribution(version),
         coverage=reports.get("quantize", {}).get("coverage"),
         quantized=manifest.config.get("quantize") is not None,
     )
+
+
+def _attribution(version: Version) -> intervals.Interval | None:
+    value, low, high = (versions.measured_number(version, f"attribution_{end}") for end in ("agreement", "low", "high"))
+    return None if value is None or low is None or high is None else intervals.Interval(value, low, high)
 
 
 def _champion(store: Store, name: str, pack: str) -> Scored:

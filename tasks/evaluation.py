@@ -32,8 +32,9 @@ def evaluate(
     stage: Stage,
     label: str,
     baseline: ArtifactRef | None = None,
+    original: ArtifactRef | None = None,
 ) -> Finished[EvaluationReport]:
-    """Measure the output of `stage`, paired with the `baseline` scores."""
+    """Measure the output of `stage`, paired with the `baseline` scores; compare its reasons with the `original`'s."""
 
     def work(progress: Progress) -> tuple[Mapping[str, bytes], EvaluationReport]:
         from modelpress.evaluate import evaluate as run
@@ -42,7 +43,8 @@ def evaluate(
         workload = open_workload(context.workload, context.mlflow_run)
         before = files.load(load_artifact(baseline))["scores"].scores if baseline else None
         checkpoint = fetch_checkpoint(model)
-        report, scores = run(checkpoint, workload, config, stage, before, model.size_bytes, progress)
+        source = fetch_checkpoint(original) if original and config.attribution_samples else None
+        report, scores = run(checkpoint, workload, config, stage, before, model.size_bytes, progress, source)
         samples = samples_digest(workload)
         return {"scores": files.dump({"scores": scores}, samples=samples, metric=workload.metric)}, report
 
@@ -51,7 +53,7 @@ def evaluate(
         "evaluate",
         EvaluationReport,
         work,
-        inputs=[model, *([baseline] if baseline else [])],
+        inputs=[model, *(ref for ref in (baseline, original) if ref)],
         config=config,
         label=f"evaluate-{label}",
         extra={"stage": stage, "host": host_fingerprint()},

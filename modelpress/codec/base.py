@@ -221,9 +221,12 @@ def frame_size(frame: Buffer, doing: str) -> int:
         CorruptionError: no frame, or one without a content size.
     """
     try:
-        return zstandard.get_frame_parameters(frame).content_size
+        size = zstandard.get_frame_parameters(frame).content_size
     except zstandard.ZstdError as error:
         raise CorruptionError(doing, found=str(error), expected="a zstandard frame") from error
+    if size >= 2**63:  # what zstandard says of a size that is not stated, and what nobody can mean
+        raise CorruptionError(doing, found="a zstandard frame without its content size", expected="one with it")
+    return size
 
 
 def _claimed_sizes(stream: Stream, first: int, doing: str) -> Bounds:

@@ -176,6 +176,13 @@ class SentenceEmbedding(Workload):
         config = json.dumps(self.config.model_dump(mode="json", exclude={"model"}), sort_keys=True)
         return f"sentence-embedding {config} {digest.hexdigest()}"
 
+    def blank(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Masks in the place of all tokens between the first and the last; padding where there is no mask."""
+        token = self.tokenizer.token_to_id("[MASK]")
+        ids = inputs["input_ids"].clone()
+        ids[:, 1:-1] = token if token is not None else (self.tokenizer.padding or {}).get("pad_id", 0)
+        return {"input_ids": ids}
+
     def sample_digests(self, split: Split) -> set[str]:
         """sha256 of each text: padding, which depends on a text's neighbours in its batch, does not count."""
         return {hashlib.sha256(text.encode()).hexdigest() for text in self._texts(split)}

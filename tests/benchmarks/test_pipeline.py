@@ -22,6 +22,7 @@ def test_bounds_are_the_gates() -> None:
         champion=None,
         compression_ratio=4.0,
         speedup=2.0,
+        attribution=None,
         coverage=1.0,
         quantized=True,
     )

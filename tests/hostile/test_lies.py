@@ -63,6 +63,13 @@ def decoded(data: bytes) -> list[bytes]:
             shard("mask-huffman", [8], [({"name": n, "coder": "raw"}, bytes(8)) for n in ("mask", "values0")]),
             "coder 'raw'",
         ),
+        *[
+            (
+                shard("zstd", [9000], [({"name": "data", "coder": "zstd", "lengths": [30] * 3}, body * 3)]),
+                "chunk 0\n.*without its content size",
+            )
+            for body in (bytes.fromhex("28b52ffd0058").ljust(30, b"\0"), claiming(2**64 - 2, 30))
+        ],
         (
             shard("zstd", [4096 << 30], [({"name": "data", "coder": "zstd", "lengths": []}, b"")]),
             "0 chunks\n  expected: 1073741824",

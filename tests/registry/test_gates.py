@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelpress.config import GateConfig
+from modelpress.intervals import Interval
 from registry.gates import Decision, Evidence, Scored, decide
 
 SAMPLES = 2_000
@@ -32,10 +34,27 @@ def evidence(**changes: object) -> Evidence:
         champion=answers(41),
         compression_ratio=5.0,
         speedup=3.0,
+        attribution=None,
         coverage=0.9,
         quantized=True,
     )
     return replace(passing, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [
+        (Interval(0.9, 0.85, 0.95), "pass"),
+        (Interval(0.8, 0.75, 0.85), "inconclusive"),
+        (Interval(0.6, 0.5, 0.7), "fail"),
+        (Interval(math.nan, 0.9, 0.9), "fail"),
+        (None, "fail"),
+    ],
+)
+def test_attributions_are_asked_for_by_the_config(found: Interval | None, verdict: str) -> None:
+    asked = GATE.model_copy(update={"min_attribution_agreement": 0.8})
+    assert check(decide(evidence(attribution=found), asked), "attribution agreement") == verdict
+    assert "attribution agreement" not in [one.name for one in decide(evidence(attribution=found), GATE).checks]
 
 
 def check(decision: Decision, name: str) -> str:
