@@ -119,17 +119,31 @@ def imitation_loss(output: Tensor, target: Tensor, outputs: Outputs, temperature
     return temperature**2 * nn.functional.kl_div(student, taught, reduction="batchmean", log_target=True)
 
 
-def hidden_loss(taught: list[Tensor], learned: list[Tensor], mask: Tensor | None = None) -> Tensor:
-    """Mean squared difference of matched hidden states, (batch, …, dim); `mask` (batch, length) omits padding."""
+def hidden_loss(
+    taught: list[Tensor], learned: list[Tensor], mask: Tensor | None = None, *, relative: bool = False
+) -> Tensor:
+    """Mean squared difference of matched hidden states, (batch, …, dim).
+
+    Args:
+        taught: the teacher's.
+        learned: the student's.
+        mask: (batch, length), omits padding.
+        relative: divide each state's by the teacher's mean square, so that states of any size count alike.
+    """
     total = learned[0].new_zeros(())
     for target, state in zip(taught, learned, strict=True):
-        squares = (state - target).square()
-        if mask is None:
-            total = total + squares.mean()
-        else:
-            weight = mask.unsqueeze(-1).to(squares.dtype)
-            total = total + (squares * weight).sum() / (weight.sum() * squares.shape[-1])
+        difference = _mean_square(state - target, mask)
+        scale = _mean_square(target, mask) if relative else torch.ones_like(difference)
+        total = total + difference / torch.where(scale > 0, scale, 1.0)  # zeros have no size to compare with
     return total / len(learned)
+
+
+def _mean_square(state: Tensor, mask: Tensor | None) -> Tensor:
+    squares = state.square()
+    if mask is None:
+        return squares.mean()
+    weight = mask.unsqueeze(-1).to(squares.dtype)
+    return (squares * weight).sum() / (weight.sum() * squares.shape[-1])
 
 
 def make_student(teacher: nn.Module, workload: Workload, config: DistillConfig) -> nn.Module:

@@ -141,6 +141,10 @@ class TensorChange(Report):
     """Zero elements after."""
     kept: list[int] | None = None
     """Indices of the structures that were kept, for structured pruning."""
+    calibration_rows: int | None = None
+    """Inputs (tokens, positions) of calibration data by which it was judged, where it was."""
+    output_error: float | None = None
+    """Squared change of the layer's outputs on them, as a share of the outputs' squares; before any recovery."""
 
 
 class TrainReport(Report):
@@ -188,6 +192,17 @@ class DistillReport(Report):
     """Its training."""
 
 
+class PruneStep(Report):
+    """One step of gradual pruning."""
+
+    sparsity: float
+    """Fraction of zeros that it went to."""
+    zeros: int
+    """Zero weights after it, in the touched tensors."""
+    recovery: TrainReport | None = None
+    """The fine-tune that followed."""
+
+
 class PruneReport(Report):
     """What pruning removed."""
 
@@ -208,7 +223,11 @@ class PruneReport(Report):
     coverage: float | None = None
     """touched ÷ eligible; None in the records of earlier versions."""
     recovery: TrainReport | None = None
-    """The fine-tune that followed."""
+    """The fine-tune that followed; of gradual pruning, the last step's."""
+    matched_states: int = 0
+    """Hidden states that the fine-tune matched with the unpruned model's, beside the outputs."""
+    steps: list[PruneStep] = Field(default_factory=list)
+    """Of gradual pruning, each step."""
 
 
 class ExportReport(Report):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from modelpress.prune.masks import Masks
 from modelpress.reports import TensorChange
 
 
@@ -24,3 +25,5 @@ class Outcome:
     """Each touched tensor."""
     hold: Callable[[], None] = _nothing
     """Restores the zeros; called after each update of a recovery."""
+    masks: Masks = field(default_factory=dict)
+    """For methods that set weights to zero: where they stay."""

@@ -8,14 +8,12 @@ W' = W H[:, k] (H[k, k] + εI)⁻¹; the loss of removing a block is tr(W_b (H�
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from modelpress.errors import StageError
+from modelpress.layerwise import observed
+from modelpress.moments import Moments
 from modelpress.progress import Progress
 from modelpress.workload import Workload
 
@@ -25,41 +23,23 @@ DAMPING = 1e-2
 BATCH_SIZE = 32
 
 
-class Moments:
-    """H of one layer's inputs, float64, with the constant input last; features in the order of the weight's columns."""
+def damped(moments: Moments) -> Tensor:
+    """H with εI added, from moments with the constant input.
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-        self.features = flat_weight(layer).shape[1]
-        self.sum = torch.zeros(self.features + 1, self.features + 1, dtype=torch.float64)
-        self.samples = 0
-
-    def add(self, inputs: Tensor, mask: Tensor | None) -> None:
-        """Count one batch of the layer's inputs; `mask` (batch, length) leaves padded positions out."""
-        rows = _columns(self.layer, inputs.detach())
-        if mask is not None and mask.shape == inputs.shape[:-1]:
-            rows = rows[mask.reshape(-1).bool()]
-        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-        self.sum += (rows.T @ rows).double()  # within a batch float32 is exact enough, and twice as fast
-        self.samples += len(rows)
-
-    def damped(self) -> Tensor:
-        """H with εI added.
-
-        Raises:
-            StageError: nothing was seen, or it is not finite.
-        """
-        mean = self.sum / max(1, self.samples)
-        if not self.samples or not torch.isfinite(mean).all():
-            raise StageError(
-                "computing the moments of a layer's inputs",
-                found="no calibration sample" if not self.samples else "activations that are NaN or infinite",
-                expected="finite activations on the calibration data",
-            )
-        scale = float(mean.diagonal()[:-1].mean())
-        damping = torch.full((len(mean),), DAMPING * scale or 1.0, dtype=torch.float64)
-        damping[-1] = 0.0  # the bias is no weight
-        return mean + torch.diag(damping)
+    Raises:
+        StageError: nothing was seen.
+    """
+    if not moments.rows:
+        raise StageError(
+            f"computing the moments of the inputs of {moments.name}",
+            found="no calibration sample",
+            expected="at least one",
+        )
+    mean = moments.sum / moments.rows
+    scale = float(mean.diagonal()[:-1].mean())
+    damping = torch.full((len(mean),), DAMPING * scale or 1.0, dtype=torch.float64)
+    damping[-1] = 0.0  # the bias is no weight
+    return mean + torch.diag(damping)
 
 
 def unreadable(layer: nn.Module) -> str:
@@ -73,50 +53,12 @@ def unreadable(layer: nn.Module) -> str:
     return ""
 
 
-def _columns(layer: nn.Module, inputs: Tensor) -> Tensor:
-    """A layer's inputs as rows of what one output element sees, (positions, features)."""
-    obstacle = unreadable(layer)
-    if obstacle:
-        raise StageError(
-            "computing the moments of a layer's inputs",
-            found=f"one that {obstacle}",
-            fix="name what feeds it in prune.ignore",
-        )
-    if isinstance(layer, nn.Conv2d):
-        assert not isinstance(layer.padding, str)
-        patches = nn.functional.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-        return patches.transpose(1, 2).reshape(-1, patches.shape[1])
-    return inputs.reshape(-1, inputs.shape[-1])
-
-
-def flat_weight(layer: nn.Module) -> Tensor:
-    """A layer's weight as (outputs, features)."""
-    return torch.as_tensor(layer.weight).detach().flatten(1)
-
-
-@contextlib.contextmanager
-def _observed(layers: dict[str, nn.Module], moments: dict[str, Moments], mask: list[Tensor | None]) -> Iterator[None]:
-    def observe(name: str) -> Any:
-        def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            moments[name].add(arguments[0], mask[0])
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(observe(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def collect(module: nn.Module, names: list[str], workload: Workload, progress: Progress) -> dict[str, Moments]:
     """`Moments` of the named layers over the calibration split, in one pass."""
-    layers = {name: module.get_submodule(name) for name in names}
-    moments = {name: Moments(layer) for name, layer in layers.items()}
+    moments = {name: Moments(module.get_submodule(name), name, constant=True) for name in names}
     batches = list(workload.batches("calibration", BATCH_SIZE))
     mask: list[Tensor | None] = [None]
-    with torch.no_grad(), _observed(layers, moments, mask):
+    with torch.no_grad(), observed(module, moments, mask):
         for index, batch in enumerate(batches):
             mask[0] = batch.inputs.get("attention_mask")
             module(**batch.inputs)

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from modelpress.checkpoint import sync_sizes
 from modelpress.config import PruneConfig
 from modelpress.errors import ConfigError, CoverageError, StageError
+from modelpress.moments import Moments, flat_weight
 from modelpress.progress import Progress
 from modelpress.prune.dependencies import Group, find_groups
+from modelpress.prune.masks import Masks
 from modelpress.prune.outcome import Outcome
-from modelpress.prune.repair import Moments, collect, flat_weight, plain_costs, repaired_costs, without
+from modelpress.prune.repair import collect, damped, plain_costs, repaired_costs, without
 from modelpress.prune.select import matches, select
 from modelpress.reports import TensorChange
 from modelpress.workload import Workload
@@ -39,7 +41,13 @@ class _Reading:
     inverse: Tensor
 
 
-def prune_structured_(module: nn.Module, workload: Workload, config: PruneConfig, progress: Progress) -> Outcome:
+def prune_structured_(
+    module: nn.Module,
+    workload: Workload,
+    config: PruneConfig,
+    progress: Progress,
+    held: Masks,  # noqa: ARG001
+) -> Outcome:
     """Remove round(sparsity · n) of the n structures of each chosen group, in place; the module is left in eval mode.
 
     The cost of a structure is what its loss changes in the outputs of the layers that read it, on calibration data.
@@ -144,7 +152,7 @@ def _decide_and_mask(module: nn.Module, group: Group, moments: dict[str, Moments
 def _reading(layer: nn.Module, block: int, moments: Moments) -> _Reading:
     """`block` counts input channels; a convolution sees each through its whole kernel."""
     weight = flat_weight(layer).double()
-    h = moments.damped()
+    h = damped(moments)
     kernel = weight.shape[1] // torch.as_tensor(layer.weight).shape[1]
     if layer.bias is None:  # nothing can take up the mean
         h = h[:-1, :-1]

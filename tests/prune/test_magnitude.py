@@ -14,7 +14,7 @@ from torch import nn
 from modelpress.config import PruneConfig, TrainConfig
 from modelpress.errors import ConfigError, CoverageError, StageError
 from modelpress.prune import prune_
-from modelpress.prune.magnitude import prunable_weights
+from modelpress.prune.zeros import prunable_weights
 from tests.train.toy import Toy
 
 

@@ -14,9 +14,10 @@ from modelpress.checkpoint import Checkpoint, from_module, to_module
 from modelpress.config import PruneConfig, TrainConfig
 from modelpress.distill import count_parameters
 from modelpress.errors import ConfigError, CoverageError, ExportError, StageError
+from modelpress.moments import Moments
 from modelpress.prune import prune_
 from modelpress.prune.dependencies import Group, Reader, find_groups
-from modelpress.prune.repair import Moments, repaired_costs, without
+from modelpress.prune.repair import repaired_costs, without
 from modelpress.reports import PruneReport
 from tests.train.toy import Toy
 
@@ -278,7 +279,7 @@ def test_moments_leave_padding_out() -> None:
     whole.add(inputs, mask)
     inputs[0, 2:] = 1e6
     part.add(inputs, mask)
-    assert part.samples == 6
+    assert part.rows == 6
     assert torch.equal(whole.sum, part.sum)
 
 

@@ -1,0 +1,78 @@
+"""Fine-tune after pruning, towards what the unpruned model answered and held in its blocks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from modelpress.config import DistillConfig, TrainConfig
+from modelpress.distill import distillation_loss, frozen, hidden_loss, layer_list, recorded
+from modelpress.errors import WorkloadError
+from modelpress.progress import Progress
+from modelpress.reports import TrainReport
+from modelpress.train import train_
+from modelpress.workload import Batch, Workload
+
+RECOVERY_LOSS = DistillConfig(temperature=2.0, alpha=1.0)
+"""Recovery brings back what the model was; it is not a second training on the labels."""
+
+
+def recover_(
+    module: nn.Module,
+    unpruned: nn.Module,
+    workload: Workload,
+    config: TrainConfig,
+    hidden_weight: float,
+    hold: Callable[[], None],
+    progress: Progress,
+) -> tuple[TrainReport, int]:
+    """Train `module` on the unpruned model's outputs and hidden states, in place.
+
+    Args:
+        module: the pruned model.
+        unpruned: the teacher.
+        workload: gives the training batches.
+        config: the training.
+        hidden_weight: of the hidden states' relative squared difference (their mean) beside the outputs' loss.
+        hold: restores the zeros, after each update.
+        progress: called once per update.
+
+    Returns:
+        How it went, and how many hidden states were matched: those of the blocks whose outputs kept their shape.
+
+    Raises:
+        StageError: see `train_`.
+    """
+    with frozen(unpruned), contextlib.ExitStack() as stack:
+        answers = distillation_loss(unpruned, workload, RECOVERY_LOSS)
+        pairs = _matched_blocks(unpruned, module, workload) if hidden_weight else []
+        if not pairs:
+            return train_(module, answers, workload, config, progress, hold), 0
+        taught = stack.enter_context(recorded([block for block, _ in pairs]))
+        learned = stack.enter_context(recorded([block for _, block in pairs]))
+
+        def loss(student: nn.Module, batch: Batch) -> Tensor:
+            output = answers(student, batch)  # runs both models, and so fills both lists
+            return output + hidden_weight * hidden_loss(
+                taught, learned, batch.inputs.get("attention_mask"), relative=True
+            )
+
+        return train_(module, loss, workload, config, progress, hold), len(pairs)
+
+
+def _matched_blocks(unpruned: nn.Module, module: nn.Module, workload: Workload) -> list[tuple[nn.Module, nn.Module]]:
+    """Blocks of both models that give a tensor of the same shape on an example."""
+    try:
+        pairs = list(zip(layer_list(unpruned), layer_list(module), strict=True))
+    except WorkloadError:  # a model without blocks
+        return []
+    device = next(module.parameters()).device
+    example = {name: tensor.to(device) for name, tensor in workload.example(2).items()}
+    with torch.no_grad(), frozen(module), recorded([block for pair in pairs for block in pair]) as states:
+        unpruned(**example)
+        module(**example)
+    shapes = zip(states[::2], states[1::2], strict=True)
+    return [pair for pair, (a, b) in zip(pairs, shapes, strict=True) if a.shape == b.shape and a.numel()]

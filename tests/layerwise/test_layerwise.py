@@ -1,0 +1,315 @@
+"""Statistics of the layers' inputs, block by block: those of plain forward passes, whatever the module looks like."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
+
+from modelpress.errors import StageError
+from modelpress.layerwise import LayerInputs, walk_
+from modelpress.moments import flat_weight
+from modelpress.workload import Batch
+
+
+class Chain(nn.Module):
+    """A projection, three blocks that take hidden states and a mask, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(6, 8)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.project(x)
+        for block in self.blocks:
+            hidden = block(hidden, scale=attention_mask.unsqueeze(-1))[0]
+        return self.head(hidden.mean(dim=1))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, hidden: Tensor, scale: Tensor) -> tuple[Tensor, str]:
+        return hidden + self.down(self.up(hidden).relu()) * scale, "anything"
+
+
+class Residual(Chain):
+    """The sum stands outside the blocks, so that no block takes what the one before it gave."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.project(x)
+        for block in self.blocks:
+            hidden = hidden + block(hidden, attention_mask.unsqueeze(-1))[0]
+        return self.head(hidden.mean(dim=1))
+
+
+class Skip(Chain):
+    """The last block takes more than the first one took: an earlier block's output."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        first = self.blocks[0](self.project(x), attention_mask.unsqueeze(-1))[0]
+        second = self.blocks[1](first, attention_mask.unsqueeze(-1))[0]
+        return self.head(self.blocks[2](second, first)[0].mean(dim=1))
+
+
+class Repeated(Chain):
+    """One block, called three times."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.project(x)
+        for _ in range(3):
+            hidden = self.blocks[0](hidden, attention_mask.unsqueeze(-1))[0]
+        return self.head(hidden.mean(dim=1))
+
+
+class Tokens(nn.Module):
+    """A transformer whose token numbers come from the toy's floats."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        tokens = (x[..., 0].abs() * 10).long().clamp(max=29)
+        return self.model(input_ids=tokens, attention_mask=attention_mask).last_hidden_state.mean(dim=1)
+
+
+def bert() -> nn.Module:
+    config = BertConfig(
+        vocab_size=30, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=12,
+        max_position_embeddings=16, attn_implementation="eager",
+    )  # fmt: skip
+    return Tokens(BertModel(config, add_pooling_layer=False))
+
+
+def llama() -> nn.Module:
+    """A decoder whose blocks are handed a cache that grows with each call."""
+    config = LlamaConfig(
+        vocab_size=30, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=12,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    return Tokens(LlamaModel(config))
+
+
+CASES: dict[str, Callable[[], nn.Module]] = {
+    "chain": Chain, "residual": Residual, "skip": Skip, "bert": bert, "llama": llama,
+}  # fmt: skip
+
+
+def made(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return make().eval()
+
+
+def batches(count: int = 3) -> list[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for index in range(count):
+        mask = torch.ones(4, 5, dtype=torch.int64)
+        mask[0, 3:] = 0
+        mask[1, 2 + index :] = 0
+        found.append(Batch({"x": torch.randn(4, 5, 6, generator=generator), "attention_mask": mask}))
+    return found
+
+
+def linears(module: nn.Module) -> list[str]:
+    return [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+
+
+def plain(module: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    """Σ x xᵀ over tokens that are not padding, in float64, by one hook per layer and forward passes of the whole."""
+    sums = {name: torch.zeros(()) for name in names}
+    mask = torch.ones(0)
+
+    def hook(name: str) -> Callable[..., None]:
+        def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows = args[0].double()
+            rows = rows[mask.bool()] if rows.dim() == 3 else rows
+            sums[name] = sums[name] + rows.T @ rows
+
+        return add
+
+    handles = [module.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    with torch.no_grad():
+        for batch in batches():
+            mask = batch.inputs["attention_mask"]
+            module(**batch.inputs)
+    for handle in handles:
+        handle.remove()
+    return sums
+
+
+@pytest.mark.parametrize("case", [*CASES, "repeated"])
+def test_statistics_are_those_of_plain_forward_passes(case: str) -> None:
+    module = made(CASES.get(case, Repeated))
+    names = [name for name in linears(module) if case != "repeated" or not name.startswith(("blocks.1", "blocks.2"))]
+    expected = plain(module, names)
+    seen: dict[str, LayerInputs] = {}
+    module.train()
+    walk_(module, names, batches(), lambda inputs: seen.update({inputs.name: inputs}))
+    assert module.training
+    assert set(seen) == set(names)
+    tokens = sum(int(batch.inputs["attention_mask"].sum()) for batch in batches())
+    for name, inputs in seen.items():
+        assert inputs.second_moment.dtype == torch.float64
+        assert torch.allclose(inputs.second_moment, expected[name], rtol=1e-5, atol=1e-6), name
+        calls = 3 if case == "repeated" and name.startswith("blocks") else 1
+        assert inputs.rows == (12 if name == "head" else calls * tokens)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_block_sees_what_the_changed_ones_before_it_give(case: str) -> None:
+    """Halving each weight when it is visited, and looking at the whole module again for the next block."""
+    module = made(CASES[case])
+    names = linears(module)
+    changed = copy.deepcopy(module)
+    state: dict[str, Tensor] = {}
+    group = ""
+
+    def visit(inputs: LayerInputs) -> None:
+        nonlocal group
+        block = re.split(r"(?<=\d)", inputs.name)[0]  # up to the block's number
+        if block != group:  # a group is visited with statistics from before its first change
+            group = block
+            state.update(plain(copy.deepcopy(changed), names))
+        assert torch.allclose(inputs.second_moment, state[inputs.name], rtol=1e-5, atol=1e-6), inputs.name
+        inputs.layer.weight.mul_(0.5)
+
+    walk_(changed, names, batches(), visit)
+    for name in names:
+        assert torch.equal(changed.get_submodule(name).weight, module.get_submodule(name).weight * 0.5)
+
+
+def test_a_chain_runs_each_block_twice_and_once_more() -> None:
+    """Once to look, once for the statistics, once for the next block's inputs: no pass of the whole for each."""
+    module = made(Chain)
+    calls = [0, 0, 0]
+    for index, block in enumerate(module.blocks):
+        block.register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
+    names = [name for name in linears(module) if name.startswith("blocks")]
+    walk_(module, names, batches(), lambda _: None)
+    assert calls == [9, 9, 6]
+
+
+def test_a_shared_weight_is_visited_once_with_all_inputs() -> None:
+    class Shared(Chain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks[2].up.weight = self.blocks[0].up.weight
+
+    module = made(Shared)
+    names = [name for name in linears(module) if name != "blocks.2.up"]
+    both = plain(module, ["blocks.0.up", "blocks.2.up"])
+    seen: list[str] = []
+
+    def visit(inputs: LayerInputs) -> None:
+        seen.append(inputs.name)
+        if inputs.name == "blocks.0.up":
+            assert torch.allclose(inputs.second_moment, both["blocks.0.up"] + both["blocks.2.up"], rtol=1e-5)
+
+    walk_(module, names, batches(), visit)
+    assert sorted(seen) == sorted(names)
+    assert "blocks.0.up" in seen[:2]  # before the blocks are changed
+
+
+def test_a_head_that_shares_the_embedding_is_visited_before_the_blocks() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(30, 8), nn.Linear(8, 30, bias=False)
+            self.head.weight = self.table.weight
+            self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            hidden = self.table((x[..., 0].abs() * 10).long().clamp(max=29))
+            for block in self.blocks:
+                hidden = block(hidden, 1.0)[0]
+            return self.head(hidden)
+
+    seen: list[str] = []
+    module = made(Head)
+    walk_(module, linears(module), batches(), lambda inputs: seen.append(inputs.name))
+    assert seen == ["head", "blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
+
+
+CONVOLUTIONS = {
+    "2-D": (nn.Conv2d(3, 4, 3, padding=1, stride=2), (3, 9, 9)),
+    "2-D, dilated": (nn.Conv2d(3, 4, (3, 2), dilation=2), (3, 9, 9)),
+    "2-D, same": (nn.Conv2d(3, 4, 4, padding="same"), (3, 7, 6)),
+    "2-D, reflected": (nn.Conv2d(3, 4, 3, padding=2, padding_mode="reflect"), (3, 7, 6)),
+    "1-D": (nn.Conv1d(3, 4, 5, padding=2, stride=2), (3, 11)),
+    "1-D, circular": (nn.Conv1d(3, 4, 3, padding=1, padding_mode="circular"), (3, 11)),
+}
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_a_convolutions_moments_give_the_energy_of_its_outputs(case: str) -> None:
+    """tr(W H Wᵀ) = Σ y² without the bias: what every method that takes H relies on."""
+    layer, shape = CONVOLUTIONS[case]
+    layer = copy.deepcopy(layer)
+    nn.init.zeros_(layer.bias)
+    x = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
+    seen: list[LayerInputs] = []
+    walk_(nn.ModuleDict({"a": layer})["a"], [""], [Batch({"input": x})], seen.append)
+    weight, output = flat_weight(layer).double(), layer(x).double()
+    energy = ((weight @ seen[0].second_moment) * weight).sum(dim=1)
+    assert torch.allclose(energy, output.square().transpose(0, 1).flatten(1).sum(dim=1), rtol=1e-4)
+    assert seen[0].rows == output.numel() // 4
+
+
+def test_padding_does_not_count() -> None:
+    """What stands in padded places changes nothing, not even as NaN; in tokens it is an error that names the layer."""
+    module = made(Chain)
+    sums: list[list[Tensor]] = []
+    for value in (0.0, float("nan")):
+        data = batches()
+        for batch in data:
+            batch.inputs["x"][batch.inputs["attention_mask"] == 0] = value
+        seen: list[Tensor] = []
+        walk_(module, ["project", "blocks.0.up"], data, lambda inputs, seen=seen: seen.append(inputs.second_moment))
+        sums.append(seen)
+    assert all(torch.equal(a, b) for a, b in zip(*sums, strict=True))
+
+
+def test_bad_data_names_the_layer_before_anything_changed() -> None:
+    module = made(Chain)
+    visited: list[str] = []
+
+    def walk(names: list[str], data: list[Batch], min_rows: int = 1) -> None:
+        walk_(module, names, data, lambda inputs: visited.append(inputs.name), min_rows=min_rows)
+
+    data = batches()
+    data[2].inputs["x"][3, 0, 0] = float("inf")
+    with pytest.raises(StageError, match=r"inputs of project(.|\n)*NaN or infinite"):
+        walk(linears(module), data)
+    with pytest.raises(StageError, match=r"inputs of head(.|\n)*12 rows(.|\n)*at least 13"):
+        walk(linears(module), batches(), min_rows=13)
+    module.unused = nn.Linear(2, 2)
+    with pytest.raises(StageError, match=r"unused(.|\n)*no call"):
+        walk(linears(module), batches())
+    module.grouped = nn.Conv2d(4, 4, 3, groups=2)
+    with pytest.raises(StageError, match=r"grouped(.|\n)*2 groups"):
+        walk(["grouped"], batches())
+    with pytest.raises(StageError, match="no call"):
+        walk(["project"], [])
+    assert not visited
+
+
+def test_a_visit_that_breaks_the_module_is_named_where_it_shows() -> None:
+    module = made(Chain)
+
+    def visit(inputs: LayerInputs) -> None:
+        if inputs.name == "blocks.1.down":
+            inputs.layer.weight.fill_(float("nan"))
+
+    with pytest.raises(StageError, match=r"inputs of blocks\.2\.up(.|\n)*NaN or infinite"):
+        walk_(module, linears(module), batches(), visit)
