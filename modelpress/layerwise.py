@@ -80,6 +80,8 @@ def walk_(
         StageError: a layer that cannot be treated, that no batch reaches or too few rows do, or whose inputs are NaN or
             infinite (before or, where visits break the module, after changes). It is named.
     """
+    if not names:
+        return
     layers = {name: module.get_submodule(name) for name in names}
     for name, layer in layers.items():
         if obstacle := unreadable(layer):

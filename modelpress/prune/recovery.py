@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ def recover_(
     hold: Callable[[], None],
     progress: Progress,
 ) -> tuple[TrainReport, int]:
-    """Train `module` on the unpruned model's outputs and hidden states, in place.
+    """Train `module` on the unpruned model's outputs and hidden states, in place and without dropout.
 
     Args:
         module: the pruned model.
@@ -46,7 +46,7 @@ def recover_(
     Raises:
         StageError: see `train_`.
     """
-    with frozen(unpruned), contextlib.ExitStack() as stack:
+    with frozen(unpruned), without_dropout(module), contextlib.ExitStack() as stack:
         answers = distillation_loss(unpruned, workload, RECOVERY_LOSS)
         pairs = _matched_blocks(unpruned, module, workload) if hidden_weight else []
         if not pairs:
@@ -61,6 +61,20 @@ def recover_(
             )
 
         return train_(module, loss, workload, config, progress, hold), len(pairs)
+
+
+@contextlib.contextmanager
+def without_dropout(module: nn.Module) -> Iterator[None]:
+    """Dropout layers that let everything pass in training too: what is to be imitated was made without noise."""
+    layers = [child for child in module.modules() if isinstance(child, nn.Dropout)]
+    shares = [layer.p for layer in layers]
+    for layer in layers:
+        layer.p = 0.0
+    try:
+        yield
+    finally:
+        for layer, share in zip(layers, shares, strict=True):
+            layer.p = share
 
 
 def _matched_blocks(unpruned: nn.Module, module: nn.Module, workload: Workload) -> list[tuple[nn.Module, nn.Module]]:

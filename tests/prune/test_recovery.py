@@ -78,6 +78,16 @@ def test_states_whose_shape_was_pruned_are_not_matched() -> None:
     assert prune_(cnn.source(), cnn, PruneConfig(recovery=TRAINING)).matched_states == 0
 
 
+def test_recovery_runs_without_dropout_and_gives_it_back() -> None:
+    """With everything dropped nothing could be learned."""
+    toy = Toy(lambda: nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(1.0), nn.Linear(16, 3)))
+    module = toy.source()
+    report = prune_(module, toy, PruneConfig(method="magnitude", recovery=TRAINING.model_copy(update={"epochs": 20})))
+    assert report.recovery is not None
+    assert report.recovery.final_loss < 0.5 * report.recovery.first_loss
+    assert module.body[2].p == 1.0
+
+
 @pytest.mark.parametrize(
     ("method", "scope"), [("magnitude", "layer"), ("magnitude", "global"), ("wanda", "layer"), ("sparsegpt", "layer")]
 )
