@@ -96,8 +96,8 @@ def walk_(
         survey.run(min_rows)
         groups = survey.groups()
         chain = _Chain(survey.blocks, survey.slot, survey.batches) if survey.chained else None
-        for index, (group, members) in enumerate(sorted(groups.items())):
-            progress(index, len(groups), f"{len(members)} layers from {next(iter(members), 'no layer')} on")
+        for index, (group, members) in enumerate(groups.items()):
+            progress(index, len(groups), f"{len(members)} layers from {members[0]} on")
             inside = 0 <= group < len(survey.blocks)
             if inside and chain is not None:
                 moments = chain.moments(module, group, members)
@@ -227,8 +227,7 @@ class _Survey:
         self.last = _first_output(output)
 
     def groups(self) -> dict[int, list[str]]:
-        """Layers by group: `FIRST`, the blocks (each, also where it has none), and the number of blocks for the rest;
-        within each in the order of their calls."""
+        """Layers by group (`FIRST`, the blocks' numbers, the number of blocks for the rest), in the order of visits."""
         home = {child: index for index, block in enumerate(self.blocks) for child in block.modules()}
         start = self.order[self.blocks[0]] if self.blocks else len(self.order)
         found: dict[int, list[str]] = {index: [] for index in range(FIRST, len(self.blocks) + 1)}
@@ -236,7 +235,7 @@ class _Survey:
         for name in sorted(self.layers, key=lambda name: min(self.order[used] for used in called[name])):
             homes = {home.get(used, FIRST if self.order[used] < start else len(self.blocks)) for used in called[name]}
             found[homes.pop() if len(homes) == 1 else FIRST].append(name)
-        return found
+        return {group: members for group, members in found.items() if members}
 
 
 def users(module: nn.Module, layer: nn.Module) -> list[nn.Module]:
@@ -274,12 +273,11 @@ def _whole(module: nn.Module, names: list[str], batches: Sequence[Batch], last: 
 
     moments = {name: Moments(module.get_submodule(name), name) for name in names}
     mask: list[Tensor | None] = [None]
-    if names:
-        with observed(module, moments, mask), _hooked([last.register_forward_hook(stop)] if last is not None else []):
-            for batch in batches:
-                mask[0] = batch.inputs.get("attention_mask")
-                with contextlib.suppress(_Done):
-                    module(**batch.inputs)
+    with observed(module, moments, mask), _hooked([last.register_forward_hook(stop)] if last is not None else []):
+        for batch in batches:
+            mask[0] = batch.inputs.get("attention_mask")
+            with contextlib.suppress(_Done):
+                module(**batch.inputs)
     return moments
 
 
@@ -302,11 +300,10 @@ class _Chain:
             self.position += 1
         moments = {name: Moments(module.get_submodule(name), name) for name in names}
         mask: list[Tensor | None] = [None]
-        if names:
-            with observed(module, moments, mask):
-                for batch, call in zip(self.batches, self.calls, strict=True):
-                    mask[0] = batch.inputs.get("attention_mask")
-                    _call(self.blocks[index], call)
+        with observed(module, moments, mask):
+            for batch, call in zip(self.batches, self.calls, strict=True):
+                mask[0] = batch.inputs.get("attention_mask")
+                _call(self.blocks[index], call)
         return moments
 
     def _capture(self, module: nn.Module) -> None:

@@ -251,6 +251,7 @@ CONVOLUTIONS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 def test_a_convolutions_moments_give_the_energy_of_its_outputs(case: str) -> None:
     """tr(W H Wᵀ) = Σ y² without the bias: what every method that takes H relies on."""
