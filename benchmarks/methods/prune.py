@@ -106,7 +106,8 @@ def _encoder(
     recover_(module, dense, workload, training, config.recovery_hidden_weight, outcome.hold, silent)
     yield Row(case, system, "recovery", "s", time.perf_counter() - started)
     yield from _quality(case, system, "after", module, workload, target)
-    zeros = sum(int((module.get_submodule(name).weight == 0).sum()) for name in outcome.masks)
+    weights = [torch.as_tensor(module.get_submodule(name).weight) for name in outcome.masks]
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
     yield Row(case, system, "share of zeros", "", zeros / outcome.eligible_parameters)
 
 
