@@ -31,7 +31,7 @@ def optimize(config: OptimizeConfig) -> OptimizeResult:
             model = line.judged("prune", prune(run, model, config.prune))
         graph = line.judged("export", export(run, model, config.export))
         if config.quantize:
-            graph = line.judged("quantize", quantize(run, graph, config.quantize))
+            graph = line.judged("quantize", quantize(run, graph, config.quantize, model, config.export))
         coded = line.passed("compress", compress(run, graph, config.compress))
         shards = line.passed("shard", shard(run, coded.output, config.shard))
         published = line.passed("upload", upload(run, coded.output, shards.outputs, config, line.provenance()))

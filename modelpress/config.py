@@ -191,29 +191,45 @@ class ExportConfig(Config):
 
 
 class QuantizeConfig(Config):
-    """Integer weights and activations, in ONNX Runtime."""
+    """Integer weights and activations, in ONNX Runtime; or weights of few values, stored as indices."""
 
-    method: Literal["dynamic", "static"] = "static"
-    """`dynamic` finds the activations' range at run time, `static` from calibration data (QDQ)."""
+    method: Literal["dynamic", "static", "codebook"] = "static"
+    """`dynamic` finds the activations' range at run time, `static` from calibration data (QDQ); `codebook` lets each
+    weight tensor share 2^num_bits values, computes in float and is for size alone."""
     calibration: Literal["minmax", "percentile", "entropy"] = "minmax"
     """For `static`: how the range is found."""
     percentile: float = Field(default=99.99, gt=50, le=100)
     """For `static` with `percentile`: share of activation values inside the range."""
-    num_bits: Literal[8] = 8
-    """Bits of weights and activations."""
+    num_bits: int = Field(default=8, ge=2, le=8)
+    """Bits of weights and activations (8); for `codebook`, bits of a weight's index (2 to 8)."""
     per_channel: bool = True
     """One weight scale per output channel."""
     embeddings: bool = False
     """Quantize embedding tables (Gather) as well; their rows are stored as int8."""
     targets: list[str] = []
-    """ONNX node names or globs; empty takes every MatMul, Gemm and Conv."""
+    """ONNX node names or globs; empty takes every MatMul, Gemm and Conv. For `codebook`, module names or globs."""
     ignore: list[str] = []
-    """ONNX node names or globs that stay in float."""
+    """ONNX node names or globs that stay in float. For `codebook`, module names or globs."""
     max_quality_drop: float = Field(default=0.01, ge=0)
     """Budget on calibration data: the most sensitive layers stay in float until the drop, measured as 1 − agreement
     with the float graph, is within it."""
     min_coverage: float = Field(default=0.5, ge=0, le=1)
     """Least share of the eligible weights that must end as integers; less is an error."""
+    recovery: TrainConfig | None = None
+    """For `codebook`: train the shared values, with the model as it was before as teacher; absent means none."""
+
+    @property
+    def needs_module(self) -> bool:
+        """Whether the method works on the torch module behind the graph."""
+        return self.method == "codebook"
+
+    @model_validator(mode="after")
+    def _check(self) -> QuantizeConfig:
+        if self.method != "codebook" and self.num_bits != 8:
+            raise ValueError(f"quantize.num_bits must be 8 when quantize.method is {self.method!r}")
+        if self.method != "codebook" and self.recovery is not None:
+            raise ValueError("quantize.recovery is only read when quantize.method is 'codebook'")
+        return self
 
 
 class CompressConfig(Config):

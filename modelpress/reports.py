@@ -252,6 +252,36 @@ class SensitivityRow(Report):
     """Whether it computes in float; its weight may be stored as integers all the same."""
 
 
+class SharedTensor(Report):
+    """One weight tensor with few values."""
+
+    name: str
+    """Its name in the model."""
+    shape: list[int]
+    """Shape."""
+    values: int
+    """Distinct values, 0 among them where it occurs."""
+    zeros: int
+    """Zero elements."""
+    relative_error: float
+    """Root-mean-square of the change by clustering ÷ that of the weights, before values were trained."""
+
+
+class CodebookReport(Report):
+    """What weight sharing did to a module."""
+
+    num_bits: int
+    """Bits of an index."""
+    eligible_weights: int
+    """Weights in the layers that can be shared."""
+    shared_weights: int
+    """Weights in the layers that are."""
+    tensors: list[SharedTensor]
+    """Each of them."""
+    recovery: TrainReport | None = None
+    """The training of the values."""
+
+
 class QuantizeReport(Report):
     """What quantization did."""
 
@@ -267,6 +297,8 @@ class QuantizeReport(Report):
     """Agreement with the float graph on calibration data (mean cosine of the outputs)."""
     sensitivity: list[SensitivityRow] = Field(default_factory=list)
     """Layers by falling sensitivity."""
+    codebook: CodebookReport | None = None
+    """For `codebook`: the values that the weights share."""
 
 
 class CodedTensor(Report):

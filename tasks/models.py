@@ -87,14 +87,32 @@ def export(
 
 
 @task(name="quantize", task_run_name="quantize", cache_policy=NO_CACHE)
-def quantize(context: RunContext, graph: ArtifactRef, config: QuantizeConfig) -> Finished[QuantizeReport]:
-    """Turn weights and activations into integers."""
+def quantize(
+    context: RunContext,
+    graph: ArtifactRef,
+    config: QuantizeConfig,
+    model: ArtifactRef,
+    export_config: ExportConfig,
+) -> Finished[QuantizeReport]:
+    """Turn weights and activations into integers, or weights into indices; `model` is what `graph` was exported from.
+
+    Methods that train the torch model export it again, as `export_config` says.
+    """
 
     def work(progress: Progress) -> tuple[Mapping[str, bytes], QuantizeReport]:
+        from modelpress.checkpoint import to_module
         from modelpress.quantize import quantize as run
+        from modelpress.quantize.from_module import quantize_module
 
         workload = open_workload(context.workload, context.mlflow_run)
-        quantized, report = run(fetch_checkpoint(graph), workload, config, progress)
+        checkpoint = fetch_checkpoint(graph)
+        if config.needs_module:
+            module = to_module(fetch_checkpoint(model), workload)
+            quantized, report = quantize_module(module, checkpoint, workload, config, export_config, progress)
+        else:
+            quantized, report = run(checkpoint, workload, config, progress)
         return {"output": quantized.to_bytes()}, report
 
-    return run_stage(context, "quantize", QuantizeReport, work, inputs=[graph], config=config)
+    inputs = [graph, model] if config.needs_module else [graph]
+    extra = {"export": export_config.fingerprint()} if config.needs_module else None
+    return run_stage(context, "quantize", QuantizeReport, work, inputs=inputs, config=config, extra=extra)

@@ -9,15 +9,16 @@ from fnmatch import fnmatchcase
 from modelpress.errors import ConfigError
 
 
-def select(names: Sequence[str], targets: Sequence[str], ignore: Sequence[str]) -> list[str]:
+def select(names: Sequence[str], targets: Sequence[str], ignore: Sequence[str], stage: str = "prune") -> list[str]:
     """Names matched by `targets` (all, where it is empty) and not by `ignore`, in their order.
 
     A pattern matches a module by its name or glob, and all that lies below a module that it matches.
 
     Args:
-        names: dotted names of the modules that the method can prune.
+        names: dotted names of the modules that the method can take.
         targets: patterns.
         ignore: patterns.
+        stage: whose config the patterns stand in.
 
     Raises:
         ConfigError: a pattern matches none of `names`.
@@ -27,10 +28,10 @@ def select(names: Sequence[str], targets: Sequence[str], ignore: Sequence[str]) 
             if not any(matches(name, pattern) for name in names):
                 near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names[:3])
                 raise ConfigError(
-                    f"choosing modules by prune.{option}",
-                    found=f"{pattern!r} matches nothing that can be pruned",
+                    f"choosing modules by {stage}.{option}",
+                    found=f"{pattern!r} matches nothing that {stage} can take",
                     expected=f"a name or glob such as {', '.join(near)}",
-                    fix=f"the {len(names)} modules that this method can prune here: {_listed(names)}",
+                    fix=f"the {len(names)} modules that this method can take here: {_listed(names)}",
                 )
     chosen = [name for name in names if not targets or any(matches(name, pattern) for pattern in targets)]
     return [name for name in chosen if not any(matches(name, pattern) for pattern in ignore)]

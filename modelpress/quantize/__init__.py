@@ -17,7 +17,7 @@ from torch import Tensor
 from modelpress import graph
 from modelpress.checkpoint import Checkpoint
 from modelpress.config import QuantizeConfig
-from modelpress.errors import CoverageError
+from modelpress.errors import ConfigError, CoverageError
 from modelpress.progress import Progress, silent
 from modelpress.quantize import rewrite, sensitivity, static
 from modelpress.quantize.selection import Layer, chosen_layers, eligible_layers, shared_weights
@@ -44,12 +44,19 @@ def quantize(
         The quantized checkpoint, and what was done: coverage counts the weights whose float form is gone.
 
     Raises:
-        ConfigError: a pattern in `targets` or `ignore` matches nothing.
+        ConfigError: a pattern in `targets` or `ignore` matches nothing, or a method that needs the torch module.
         CoverageError: nothing to quantize, an activation without a calibrated range, or less than `min_coverage` or
             no layer in integers within `max_quality_drop`.
         CorruptionError: no ONNX checkpoint.
         StageError: a node that has no integer form, or nodes that need the weight they share in two forms.
     """
+    if config.needs_module:
+        raise ConfigError(
+            f"quantizing a graph ({config.method})",
+            found="no torch module",
+            expected="'dynamic' or 'static'",
+            fix="call modelpress.quantize.from_module.quantize_module with the module that the graph comes from",
+        )
     model = graph.join(checkpoint)
     if config.method == "static":
         progress(0, 1, "preparing the graph")
