@@ -42,11 +42,12 @@ class WorkloadConfig(Config):
     kind: Literal["image-classification", "sentence-embedding", "custom"]
     """Built-in workload, or `custom` for a class of your own."""
     model: str = ""
-    """The model: `digits-cnn` (trained in the run), or a Hugging Face folder (safetensors + config) as a path
-    or as `package://PACKAGE/FOLDER`."""
+    """The model: `digits-cnn`, `lenet-300-100` or `lenet-5` (trained in the run), or a Hugging Face folder
+    (safetensors + config) as a path or as `package://PACKAGE/FOLDER`."""
     data: str = ""
-    """The data: `digits`, an .npz with arrays `images` and `labels`, `docstrings` (retrieval pairs made from the
-    docstrings of installed Python sources), or a .jsonl with `query` and `document`."""
+    """The data: `digits`, `digits-28` (the same at 28×28 pixels), an .npz with arrays `images` and `labels`,
+    `docstrings` (retrieval pairs made from the docstrings of installed Python sources), or a .jsonl with `query` and
+    `document`."""
     factory: str = ""
     """For `custom`: import path `package.module:callable` that returns a `modelpress.workload.Workload`."""
     options: dict[str, str | int | float | bool] = {}

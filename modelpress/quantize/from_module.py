@@ -16,7 +16,7 @@ from modelpress.errors import ConfigError, CoverageError
 from modelpress.export import export
 from modelpress.progress import Progress, silent
 from modelpress.quantize.codebook import cluster_
-from modelpress.quantize.indices import index_
+from modelpress.quantize.indices import halve_, index_
 from modelpress.quantize.selection import eligible_layers
 from modelpress.quantize.sensitivity import Judge
 from modelpress.reports import QuantizeReport
@@ -35,7 +35,7 @@ def quantize_module(
     export_config: ExportConfig,
     progress: Progress = silent,
 ) -> tuple[Checkpoint, QuantizeReport]:
-    """Cluster and train a copy of `module`, export it, and store its weights as indices.
+    """Cluster and train a copy of `module`, export it, and store its weights as indices, its biases as float16.
 
     Agreement is measured on the workload's calibration split, in batches of 32, between the two graphs.
 
@@ -65,6 +65,8 @@ def quantize_module(
     model = graph.join(export(shared, workload, export_config)[0])
     layers = {layer.weight: layer.elements for layer in eligible_layers(model, config.embeddings)}
     indexed = index_(model, layers)
+    # Parameters alone: a buffer may hold frequencies or positions, which rounding would move by whole turns.
+    halve_(model, {name for name, _ in shared.named_parameters()})
     made = graph.split(model)
     batches = [batch.inputs for batch in workload.batches("calibration", _BATCH)]
     agreement = 1.0 - Judge(reference, batches).disagreement(model)

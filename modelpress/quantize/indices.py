@@ -17,7 +17,9 @@ from modelpress.errors import StageError
 
 MOST_VALUES = 256
 """What a byte can tell apart."""
-_INDICES, _VALUES, _WIDE = "_indices", "_values", "_places"
+HALVED_FROM = 64
+"""Elements of a vector from which on two bytes for each are fewer than the node that reads them."""
+_INDICES, _VALUES, _WIDE, _HALF = "_indices", "_values", "_places", "_half"
 
 
 def index_(model: ModelProto, names: Collection[str]) -> dict[str, int]:
@@ -52,10 +54,46 @@ def index_(model: ModelProto, names: Collection[str]) -> dict[str, int]:
         made.append(helper.make_node("Cast", [name + _INDICES], [name + _WIDE], f"{name}.Cast", to=TensorProto.INT32))
         made.append(helper.make_node("Gather", [name + _VALUES, name + _WIDE], [name], f"{name}.Gather", axis=0))
         found[name] = int(np.unique(weights.view(np.uint32)).size)
+    _prepend(model, made)
+    return found
+
+
+def halve_(model: ModelProto, names: Collection[str]) -> list[str]:
+    """Store those of the named float32 vectors (biases, scales of norms) that have `HALVED_FROM` elements or more as
+    float16, in place.
+
+    Each element is rounded by at most 2^-11 of itself, or of a 64th of the largest one where that is more; a vector
+    that float16 cannot hold so closely stays as it is.
+
+    Returns:
+        The names of those that were rewritten.
+    """
+    inputs = {one.name for one in model.graph.input}
+    halved: list[str] = []
+    made: list[NodeProto] = []
+    for initializer in list(model.graph.initializer):
+        name = initializer.name
+        is_vector = initializer.data_type == TensorProto.FLOAT and len(initializer.dims) == 1
+        if not is_vector or name not in names or name in inputs or initializer.dims[0] < HALVED_FROM:
+            continue
+        values = numpy_helper.to_array(initializer)
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        sizes = np.abs(values)
+        if not (np.abs(half.astype(np.float32) - values) <= np.maximum(sizes, sizes.max() / 64) / 2048).all():
+            continue
+        model.graph.initializer.remove(initializer)
+        model.graph.initializer.append(numpy_helper.from_array(half, name + _HALF))
+        made.append(helper.make_node("Cast", [name + _HALF], [name], f"{name}.Cast", to=TensorProto.FLOAT))
+        halved.append(name)
+    _prepend(model, made)
+    return halved
+
+
+def _prepend(model: ModelProto, made: list[NodeProto]) -> None:
     nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in [*made, *model.graph.node]]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    return found
 
 
 def _weights(initializer: TensorProto | None, name: str) -> npt.NDArray[np.float32]:

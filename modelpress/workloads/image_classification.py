@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,18 @@ from modelpress.progress import Progress, silent
 from modelpress.train import train_
 from modelpress.workload import Batch, Split, Workload
 from modelpress.workloads.digits_cnn import DigitsCNN
+from modelpress.workloads.lenet import LeNet5, LeNet300
 
+MODELS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
+    "digits-cnn": (DigitsCNN, ("channels", "hidden")),
+    "lenet-300-100": (LeNet300, ("hidden",)),
+    "lenet-5": (LeNet5, ("channels", "hidden")),
+}
+"""By name: the model, and what `architecture` may hold for it."""
+
+DIGITS = ("digits", "digits-28")
+LENET_SIZE = 28
+"""Height and width that `digits-28` is brought to: those of MNIST."""
 EVALUATION_SHARE = 0.5
 """Of the distinct samples: the gate needs many paired samples more than a small network needs training data."""
 
@@ -31,7 +42,8 @@ MAX_SCALING = 0.1
 
 
 class ImageClassification(Workload):
-    """A CNN trained in the run, on `digits` or an .npz with `images` (N, H, W[, C]) and `labels` (N,).
+    """A model of `MODELS` trained in the run, on `digits`, on `digits-28` (the same, brought to 28×28 pixels) or on an
+    .npz with `images` (N, H, W[, C]) and `labels` (N,).
 
     Images are uint8, or floats from 0 to 1.
 
@@ -45,11 +57,11 @@ class ImageClassification(Workload):
     metric = "accuracy"
 
     def __init__(self, config: WorkloadConfig) -> None:
-        if config.model != "digits-cnn":
+        if config.model not in MODELS:
             raise WorkloadError(
                 "choosing the image-classification model",
                 found=repr(config.model),
-                expected="'digits-cnn'",
+                expected=", ".join(map(repr, MODELS)),
                 fix="bring your own module as a workload of kind 'custom'",
             )
         self.config = config
@@ -77,14 +89,15 @@ class ImageClassification(Workload):
         return module.eval()
 
     def skeleton(self, architecture: Mapping[str, Any]) -> nn.Module:
-        """A `DigitsCNN`; `architecture` may hold `channels` (list) and `hidden`."""
-        unknown = sorted(set(architecture) - {"channels", "hidden"})
+        """The model that the config names; `architecture` may hold its widths, see `MODELS`."""
+        make, known = MODELS[self.config.model]
+        unknown = sorted(set(architecture) - set(known))
         if unknown:
             raise WorkloadError(
-                "building digits-cnn", found=f"unknown {', '.join(unknown)}", expected="channels, hidden"
+                f"building {self.config.model}", found=f"unknown {', '.join(unknown)}", expected=", ".join(known)
             )
         colours, height, width = self.images.shape[1:]
-        return DigitsCNN((colours, height, width), self.classes, **architecture).eval()
+        return make((colours, height, width), self.classes, **architecture).eval()
 
     def batches(self, split: Split, batch_size: int, seed: int | None = None) -> Iterator[Batch]:
         """Batches of `image`, (batch, C, H, W) float32 in [0, 1], with targets (batch,) int64."""
@@ -114,16 +127,18 @@ class ImageClassification(Workload):
 
     def licence(self) -> str:
         """The network is trained here, on UCI's digits (CC BY 4.0) or on the user's own images."""
-        return "CC-BY-4.0" if self.config.data == "digits" else "unknown"
+        return "CC-BY-4.0" if self.config.data in DIGITS else "unknown"
 
 
 def _load_data(source: str) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, C, H, W) float32 in [0, 1] and labels (N,) int64."""
-    if source == "digits":
+    if source in DIGITS:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
         images, labels = np.asarray(digits.images, dtype=np.float32) / 16.0, np.asarray(digits.target)
+        if source == "digits-28":
+            images = _upsampled(images)
     else:
         images, labels = _read_npz(Path(source))
     if images.ndim == 3:
@@ -149,6 +164,12 @@ def _load_data(source: str) -> tuple[np.ndarray, np.ndarray]:
             fix="divide them by the largest value that a pixel can have, or save them as uint8",
         )
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64)
+
+
+def _upsampled(images: np.ndarray) -> np.ndarray:
+    """(N, 8, 8) to (N, 28, 28), by bilinear interpolation."""
+    large = nn.functional.interpolate(torch.from_numpy(images)[:, None], (LENET_SIZE, LENET_SIZE), mode="bilinear")
+    return np.asarray(large[:, 0].clamp(0, 1).numpy())
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -185,3 +185,40 @@ def test_overlap_is_found_by_content() -> None:
     workload.images[workload.rows["train"][5]] = workload.images[workload.rows["evaluation"][7]]
     with pytest.raises(OverlapError, match="1 shared"):
         check_disjoint(workload)
+
+
+@pytest.mark.parametrize(("model", "parameters"), [("lenet-300-100", 266_610), ("lenet-5", 431_080)])
+def test_the_lenets_have_the_sizes_of_the_papers(model: str, parameters: int) -> None:
+    workload = digits(model=model, data="digits-28")
+    module = workload.skeleton({})
+    assert sum(parameter.numel() for parameter in module.parameters()) == parameters
+    (batch,) = (batch for batch, _ in zip(workload.batches("evaluation", 5), range(1), strict=False))
+    assert batch.inputs["image"].shape == (5, 1, 28, 28)
+    assert module(**batch.inputs).shape == (5, 10)
+
+
+def test_upsampled_digits_are_the_digits() -> None:
+    small, large = digits(), digits(data="digits-28")
+    assert torch.equal(small.labels, large.labels)
+    assert 0 <= large.images.min() < large.images.max() <= 1
+    again = torch.nn.functional.adaptive_avg_pool2d(large.images, 8)
+    pairs = torch.stack([again.flatten(), small.images.flatten()])
+    assert torch.corrcoef(pairs)[0, 1] > 0.95
+    assert large.licence() == small.licence()
+
+
+def test_a_lenet_can_have_other_widths_but_not_impossible_ones() -> None:
+    widths = {"channels": [3, 4], "hidden": 6}
+    module = digits(model="lenet-5", data="digits-28").skeleton(widths)
+    assert [tuple(weight.shape) for weight in module.parameters() if weight.dim() > 1] == [
+        (3, 1, 5, 5),
+        (4, 3, 5, 5),
+        (6, 64),
+        (10, 6),
+    ]
+    with pytest.raises(WorkloadError, match="unknown channels"):
+        digits(model="lenet-300-100").skeleton(widths)
+    with pytest.raises(WorkloadError, match="16×16"):
+        digits(model="lenet-5").skeleton({})
+    with pytest.raises(WorkloadError, match="widths from 1 up"):
+        digits(model="lenet-300-100").skeleton({"hidden": [3, 0]})
