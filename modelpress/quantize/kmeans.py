@@ -18,20 +18,18 @@ EXACT_VALUES = 1024
 _LLOYD_STEPS = 100
 
 
-def best_centroids(values: npt.NDArray[np.float32], count: int, importance: Doubles | None = None) -> Doubles:
-    """At most `count` centroids of least Σ importance · (value − nearest centroid)².
+def best_centroids(values: npt.NDArray[np.float32], count: int) -> Doubles:
+    """At most `count` centroids of least Σ (value − nearest centroid)².
 
     Args:
         values: (n,), finite, at least one.
         count: of centroids, 1 or more. Fewer come back where there are fewer distinct values.
-        importance: (n,), 0 or more, not all 0; None counts all values alike.
 
     Returns:
         (centroids,), rising.
     """
-    weights = np.ones(values.size) if importance is None else importance / importance.mean()
-    distinct, where = np.unique(values.astype(np.float64), return_inverse=True)
-    masses = np.asarray(np.bincount(where, weights, distinct.size), np.float64)
+    distinct, counts = np.unique(values.astype(np.float64), return_counts=True)
+    masses = counts.astype(np.float64)
     if distinct.size <= count:
         return distinct
     if distinct.size <= EXACT_VALUES:
@@ -39,8 +37,7 @@ def best_centroids(values: npt.NDArray[np.float32], count: int, importance: Doub
     edges = _edges(distinct, masses)
     sums = np.add.reduceat(distinct * masses, edges)
     binned = np.add.reduceat(masses, edges)
-    kept = binned > 0
-    return _lloyd(distinct, masses, _exact(sums[kept] / binned[kept], binned[kept], count))
+    return _lloyd(distinct, masses, _exact(sums / binned, binned, count))
 
 
 def nearest(values: npt.NDArray[np.float32], centroids: Doubles) -> npt.NDArray[np.int64]:
@@ -53,7 +50,7 @@ def _exact(values: Doubles, masses: Doubles, count: int) -> Doubles:
     size = values.size
     if size <= count:
         return values
-    shift = float(np.average(values, weights=masses)) if masses.any() else 0.0
+    shift = float(np.average(values, weights=masses))
     centred = values - shift  # sums of squares far from 0 would lose the digits that matter
     mass = np.concatenate([[0.0], np.cumsum(masses)])
     first = np.concatenate([[0.0], np.cumsum(masses * centred)])
@@ -61,7 +58,8 @@ def _exact(values: Doubles, masses: Doubles, count: int) -> Doubles:
     total = mass[None, 1:] - mass[:-1, None]
     # run[i, j]: the cost of one run of the values i to j; infinite where j < i.
     run = second[None, 1:] - second[:-1, None]
-    run -= np.divide((first[None, 1:] - first[:-1, None]) ** 2, total, out=np.zeros_like(run), where=total > 0)
+    total[np.tril_indices(size, -1)] = 1.0
+    run -= (first[None, 1:] - first[:-1, None]) ** 2 / total
     run[np.tril_indices(size, -1)] = np.inf
     np.maximum(run, 0.0, out=run)
     cost = run[0]
@@ -75,15 +73,8 @@ def _exact(values: Doubles, masses: Doubles, count: int) -> Doubles:
     for runs in range(count - 1, -1, -1):
         bounds.append(int(starts[runs, bounds[-1] - 1]))
     cuts = np.array(bounds[::-1])
-    return _means(centred, first, mass, cuts) + shift
-
-
-def _means(values: Doubles, sums: Doubles, mass: Doubles, cuts: npt.NDArray[np.int64]) -> Doubles:
-    """Weighted mean of each run of values; the middle one of a run without weight."""
-    masses = np.diff(mass[cuts])
-    middles: Doubles = values[(cuts[:-1] + cuts[1:] - 1) // 2]
-    np.divide(np.diff(sums[cuts]), masses, out=middles, where=masses > 0)
-    return middles
+    centroids: Doubles = np.diff(first[cuts]) / np.diff(mass[cuts]) + shift
+    return centroids
 
 
 def _edges(values: Doubles, masses: Doubles) -> npt.NDArray[np.int64]:
