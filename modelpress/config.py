@@ -217,19 +217,18 @@ class QuantizeConfig(Config):
     min_coverage: float = Field(default=0.5, ge=0, le=1)
     """Least share of the eligible weights that must end as integers; less is an error."""
     recovery: TrainConfig | None = None
-    """For `codebook`: train the shared values, with the model as it was before as teacher; absent means none."""
+    """Train with the model as it was before as teacher: the shared values (`codebook`), or the weights with the
+    rounding of int8 in the loop (`dynamic`, `static`); absent means none."""
 
     @property
     def needs_module(self) -> bool:
         """Whether the method works on the torch module behind the graph."""
-        return self.method == "codebook"
+        return self.method == "codebook" or self.recovery is not None
 
     @model_validator(mode="after")
     def _check(self) -> QuantizeConfig:
         if self.method != "codebook" and self.num_bits != 8:
             raise ValueError(f"quantize.num_bits must be 8 when quantize.method is {self.method!r}")
-        if self.method != "codebook" and self.recovery is not None:
-            raise ValueError("quantize.recovery is only read when quantize.method is 'codebook'")
         return self
 
 

@@ -299,6 +299,8 @@ class QuantizeReport(Report):
     """Layers by falling sensitivity."""
     codebook: CodebookReport | None = None
     """For `codebook`: the values that the weights share."""
+    recovery: TrainReport | None = None
+    """For int8: the training with rounded weights and activations that came before."""
 
 
 class CodedTensor(Report):

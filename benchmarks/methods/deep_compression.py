@@ -41,7 +41,7 @@ from modelpress.evaluate import evaluate
 from modelpress.export import export
 from modelpress.progress import silent
 from modelpress.prune import RECOVERY_LOSS
-from modelpress.prune.magnitude import prunable_weights, prune_magnitude_
+from modelpress.prune.magnitude import prune_magnitude_
 from modelpress.publish import publish
 from modelpress.quantize.from_module import quantize_module
 from modelpress.reports import EvaluationReport, Report, UploadReport
@@ -68,9 +68,9 @@ on MNIST, DeepCABAC 63.6× on VGG-16 (arXiv:1907.11900), both without a manifest
 *Published* is every byte of the pack: manifest with the configs, reports, graph, shards. *Weights* is what the coded
 tensors take in the shards; tensors of less than 1 KiB, biases among them, stand in the graph. *From* and *to* are the
 error's 95 % interval; *difference* is that to the dense network's error on the same held-out digits, with its own.
-Nothing was removed physically: this is the classic recipe, prune, share, code. *Han et al.'s code* is the same weights
-in the paper's format, counted: gaps of 5 bits in linear layers and 8 in convolutions, both streams Huffman coded, fp32
-values and biases; without headers and code tables.
+Nothing was removed physically: this is the classic recipe, prune, share, code. *Han et al.'s code* is the same coded
+tensors in the paper's format, counted: gaps of 5 bits in linear layers and 8 in convolutions, both streams Huffman
+coded; without headers, code tables and codebooks.
 """
 
 
@@ -132,7 +132,7 @@ def _shared(
     system = f"{label}, {2**bits - 1} values" + (", trained" if recovery else "")
     yield from _published(run, system, made, {"prune": prune, "quantize": config}, {"quantize": report})
     if recovery:
-        yield Row(run.name, f"{system}, Han et al.'s code", "weights", "B", han_bytes(graph_weights(made, pruned)))
+        yield Row(run.name, f"{system}, Han et al.'s code", "weights", "B", han_bytes(indexed_weights(made)))
 
 
 def _exported(run: Run, module: nn.Module) -> Checkpoint:
@@ -190,21 +190,17 @@ def _quality(case: str, system: str, report: EvaluationReport) -> Iterator[Row]:
     yield Row(case, system, "most", "points", -100 * found.difference_low)
 
 
-def graph_weights(checkpoint: Checkpoint, module: nn.Module) -> list[npt.NDArray[np.float32]]:
-    """The weights that a graph of indices stands for, by module; biases as the module has them."""
+def indexed_weights(checkpoint: Checkpoint) -> list[npt.NDArray[np.float32]]:
+    """The weights whose indices are coded tensors; smaller ones stand in the graph."""
     arrays = {one.name: numpy_helper.to_array(one) for one in graph.join(checkpoint).graph.initializer}
-    weights = [arrays[f"{name}.weight_values"][arrays[f"{name}.weight_indices"]] for name in prunable_weights(module)]
-    biases = [parameter.detach().numpy() for parameter in module.parameters() if parameter.dim() == 1]
-    return [*weights, *biases]
+    names = [name.removesuffix("_indices") for name in checkpoint.tensors if name.endswith("_indices")]
+    return [arrays[f"{name}_values"][arrays[f"{name}_indices"]] for name in names]
 
 
 def han_bytes(tensors: Sequence[npt.NDArray[np.float32]]) -> float:
-    """Bytes in Deep Compression's format, without headers or code tables; vectors count as fp32."""
+    """Bytes of matrices and kernels in Deep Compression's format, without headers, code tables and codebooks."""
     bits = 0
     for tensor in tensors:
-        if tensor.ndim not in GAP_BITS:
-            bits += 32 * tensor.size
-            continue
         longest = 2 ** GAP_BITS[tensor.ndim] - 1
         flat = tensor.ravel()
         places = np.flatnonzero(flat)
@@ -215,7 +211,7 @@ def han_bytes(tensors: Sequence[npt.NDArray[np.float32]]) -> float:
         distances[longest] += fillers
         values = Counter(flat[places].tolist())
         values[0.0] += fillers
-        bits += huffman_bits(distances) + huffman_bits(values) + 32 * len(values)
+        bits += huffman_bits(distances) + huffman_bits(values)
     return float(-(-bits // 8))
 
 

@@ -54,7 +54,7 @@ def quantize(
         raise ConfigError(
             f"quantizing a graph ({config.method})",
             found="no torch module",
-            expected="'dynamic' or 'static'",
+            expected="'dynamic' or 'static', without quantize.recovery",
             fix="call modelpress.quantize.from_module.quantize_module with the module that the graph comes from",
         )
     model = graph.join(checkpoint)

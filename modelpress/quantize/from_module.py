@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 
 import torch
+from onnx import ModelProto
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -15,9 +16,11 @@ from modelpress.config import ExportConfig, QuantizeConfig
 from modelpress.errors import ConfigError, CoverageError
 from modelpress.export import export
 from modelpress.progress import Progress, silent
+from modelpress.quantize import quantize
+from modelpress.quantize.aware import train_aware_
 from modelpress.quantize.codebook import cluster_
 from modelpress.quantize.indices import halve_, index_
-from modelpress.quantize.selection import eligible_layers
+from modelpress.quantize.selection import chosen_layers, eligible_layers
 from modelpress.quantize.sensitivity import Judge
 from modelpress.reports import QuantizeReport
 from modelpress.workload import Workload
@@ -35,7 +38,10 @@ def quantize_module(
     export_config: ExportConfig,
     progress: Progress = silent,
 ) -> tuple[Checkpoint, QuantizeReport]:
-    """Cluster and train a copy of `module`, export it, and store its weights as indices, its biases as float16.
+    """Train a copy of `module` for its quantized form, export it and quantize its graph.
+
+    `codebook` clusters the weights and stores them as indices, the biases as float16. Int8 methods with a `recovery`
+    round the weights and activations in the training, see `train_aware_`.
 
     Agreement is measured on the workload's calibration split, in batches of 32, between the two graphs.
 
@@ -43,45 +49,86 @@ def quantize_module(
         module: as it was exported; it stays as it is.
         checkpoint: its float graph.
         workload: data and metric.
-        config: of method `codebook`.
+        config: of method `codebook`, or with a `recovery`.
         export_config: how the float graph was exported.
         progress: told of each layer, and of the training.
 
     Returns:
-        The graph, and what was done: coverage counts the weights that stand there as indices.
+        The graph, and what was done: coverage counts the weights that stand there as indices, or integers.
 
     Raises:
-        ConfigError: another method, or a pattern in `targets` or `ignore` that matches nothing.
-        CoverageError: nothing to share, less than `min_coverage` as indices, or too far from the float graph.
+        ConfigError: nothing to train, or a pattern in `targets` or `ignore` that matches nothing.
+        CoverageError: nothing to quantize, less than `min_coverage`, or too far from the float graph.
         ExportError: see `export`.
         StageError: weights that are NaN or infinite, or a failed training.
     """
-    if config.method != "codebook":
-        raise ConfigError("quantizing a torch module", found=f"method {config.method!r}", expected="'codebook'")
-    reference = graph.join(checkpoint)
-    shared = copy.deepcopy(module).eval()
-    fold_norms_(shared, workload)
-    report = cluster_(shared, workload, config, progress)
-    model = graph.join(export(shared, workload, export_config)[0])
+    if not config.needs_module:
+        raise ConfigError(
+            f"quantizing a torch module ({config.method})",
+            found="no quantize.recovery",
+            expected="a method that trains the module",
+            fix="call modelpress.quantize.quantize with the graph",
+        )
+    copied = copy.deepcopy(module).eval()
+    fold_norms_(copied, workload)
+    run = _share if config.method == "codebook" else _train_and_round
+    model, found = run(copied, checkpoint, workload, config, export_config, progress)
+    _check(found, config)
+    progress(1, 1, f"coverage {found.coverage:.1%}, agreement {found.agreement:.4f}")
+    made = graph.split(model)
+    return Checkpoint("onnx", made.tensors, checkpoint.files | made.files, checkpoint.metadata), found
+
+
+def _share(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    workload: Workload,
+    config: QuantizeConfig,
+    export_config: ExportConfig,
+    progress: Progress,
+) -> tuple[ModelProto, QuantizeReport]:
+    """Let the module's weights share their values, and store them as indices in its graph."""
+    report = cluster_(module, workload, config, progress)
+    model = graph.join(export(module, workload, export_config)[0])
     layers = {layer.weight: layer.elements for layer in eligible_layers(model, config.embeddings)}
     indexed = index_(model, layers)
     # Parameters alone: a buffer may hold frequencies or positions, which rounding would move by whole turns.
-    halve_(model, {name for name, _ in shared.named_parameters()})
-    made = graph.split(model)
-    batches = [batch.inputs for batch in workload.batches("calibration", _BATCH)]
-    agreement = 1.0 - Judge(reference, batches).disagreement(model)
+    halve_(model, {name for name, _ in module.named_parameters()})
     eligible, integers = sum(layers.values()), sum(layers[name] for name in indexed)
-    found = QuantizeReport(
+    return model, QuantizeReport(
         method=f"codebook-{config.num_bits}",
         eligible_weights=eligible,
         quantized_weights=integers,
         coverage=integers / eligible,
-        agreement=agreement,
+        agreement=_agreement(model, checkpoint, workload),
         codebook=report,
     )
-    _check(found, config)
-    progress(1, 1, f"coverage {found.coverage:.1%}, agreement {agreement:.4f}")
-    return Checkpoint("onnx", made.tensors, checkpoint.files | made.files, checkpoint.metadata), found
+
+
+def _train_and_round(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    workload: Workload,
+    config: QuantizeConfig,
+    export_config: ExportConfig,
+    progress: Progress,
+) -> tuple[ModelProto, QuantizeReport]:
+    """Train the module with its weights and activations rounded, then quantize its graph."""
+    chosen = chosen_layers(eligible_layers(graph.join(checkpoint), False), config)
+    names = [layer.node.rpartition(".")[0] for layer in chosen]
+    training = train_aware_(module, names, workload, config, progress)
+    exported, _ = export(module, workload, export_config)
+    made, report = quantize(exported, workload, config.model_copy(update={"recovery": None}), progress)
+    model = graph.join(made)
+    # Against the graph that was given, not against what training made of it.
+    agreement = _agreement(model, checkpoint, workload)
+    return model, report.model_copy(update={"recovery": training, "agreement": agreement})
+
+
+def _agreement(model: ModelProto, checkpoint: Checkpoint, workload: Workload) -> float:
+    """Mean cosine between the outputs of a graph and those of a checkpoint's, on the calibration split."""
+    batches = [batch.inputs for batch in workload.batches("calibration", _BATCH)]
+    return 1.0 - Judge(graph.join(checkpoint), batches).disagreement(model)
 
 
 def fold_norms_(module: nn.Module, workload: Workload) -> list[str]:
@@ -149,11 +196,11 @@ def _check(report: QuantizeReport, config: QuantizeConfig) -> None:
     if 1.0 - report.agreement <= config.max_quality_drop and report.coverage >= config.min_coverage:
         return
     raise CoverageError(
-        "sharing weights by codebooks",
-        found=f"{report.quantized_weights} of {report.eligible_weights} eligible weights as indices "
+        f"quantizing a torch module ({report.method})",
+        found=f"{report.quantized_weights} of {report.eligible_weights} eligible weights as integers "
         f"({report.coverage:.1%}), agreement {report.agreement:.4f} with the float graph",
         expected=f"at least quantize.min_coverage, {config.min_coverage:.1%}, within quantize.max_quality_drop, "
         f"{config.max_quality_drop}",
-        fix="more quantize.num_bits, a quantize.recovery, a wider quantize.max_quality_drop, or a smaller "
-        "quantize.min_coverage",
+        fix="a longer quantize.recovery, more quantize.num_bits for 'codebook', a wider quantize.max_quality_drop, or "
+        "a smaller quantize.min_coverage",
     )
