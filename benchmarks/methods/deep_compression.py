@@ -40,8 +40,9 @@ from modelpress.distill import distillation_loss, frozen
 from modelpress.evaluate import evaluate
 from modelpress.export import export
 from modelpress.progress import silent
-from modelpress.prune import RECOVERY_LOSS
 from modelpress.prune.magnitude import prune_magnitude_
+from modelpress.prune.masks import Masks
+from modelpress.prune.recovery import RECOVERY_LOSS
 from modelpress.publish import publish
 from modelpress.quantize.from_module import quantize_module
 from modelpress.reports import EvaluationReport, Report, UploadReport
@@ -114,9 +115,11 @@ def measure(quick: bool) -> Iterator[Row]:
 
 def prune_in_steps_(module: nn.Module, run: Run, steps: Sequence[float], epochs: int) -> None:
     """Magnitude pruning over all layers, recovered after each step on the answers of the dense network."""
+    masks: Masks = {}
     for sparsity in steps:
         config = PruneConfig(method="magnitude", scope="global", sparsity=sparsity)
-        outcome = prune_magnitude_(module, run.workload, config, silent)
+        outcome = prune_magnitude_(module, run.workload, config, silent, masks)
+        masks = outcome.masks
         training = TrainConfig(epochs=epochs if sparsity < 0.95 else 2 * epochs, learning_rate=3e-3)
         with frozen(run.dense):
             loss = distillation_loss(run.dense, run.workload, RECOVERY_LOSS)
