@@ -14,17 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from modelpress.config import DistillConfig, QuantizeConfig
+from modelpress.config import QuantizeConfig
 from modelpress.distill import distillation_loss, frozen
 from modelpress.errors import CoverageError, StageError
 from modelpress.progress import Progress, silent
+from modelpress.prune import RECOVERY_LOSS
 from modelpress.quantize.weights import LARGEST_CODE
 from modelpress.reports import TrainReport
 from modelpress.train import train_
 from modelpress.workload import Workload
-
-RECOVERY_LOSS = DistillConfig(temperature=2.0, alpha=1.0)
-"""The answers of the float module are what is to be kept."""
 
 _BATCH = 32
 _LEVELS = 255

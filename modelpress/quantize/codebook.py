@@ -14,18 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from modelpress.config import DistillConfig, QuantizeConfig, TrainConfig
+from modelpress.config import QuantizeConfig, TrainConfig
 from modelpress.distill import distillation_loss, frozen
 from modelpress.errors import CoverageError, StageError
 from modelpress.progress import Progress, silent
+from modelpress.prune import RECOVERY_LOSS
 from modelpress.prune.select import select
 from modelpress.quantize.kmeans import best_centroids, nearest
 from modelpress.reports import CodebookReport, SharedTensor, TrainReport
 from modelpress.train import train_
 from modelpress.workload import Workload
-
-RECOVERY_LOSS = DistillConfig(temperature=2.0, alpha=1.0)
-"""Centroids are trained to bring back what the model was; it is not a second training on the labels."""
 
 
 def cluster_(

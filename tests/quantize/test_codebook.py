@@ -17,8 +17,9 @@ from modelpress.config import ExportConfig, QuantizeConfig, TrainConfig
 from modelpress.distill import distillation_loss, frozen
 from modelpress.errors import ConfigError, CoverageError, StageError
 from modelpress.export import export
+from modelpress.prune import RECOVERY_LOSS
 from modelpress.quantize import quantize
-from modelpress.quantize.codebook import RECOVERY_LOSS, cluster_
+from modelpress.quantize.codebook import cluster_
 from modelpress.quantize.from_module import fold_norms_, quantize_module
 from modelpress.workload import Workload
 from tests.toys import CNN_WEIGHTS, ENCODER_WEIGHTS, ImageToy, TextToy, TinyEncoder, Wrapped
@@ -177,14 +178,20 @@ def exported(workload: ImageToy | TextToy) -> Checkpoint:
     return export(workload.module, workload, ExportConfig())[0]
 
 
+@pytest.fixture(scope="module")
+def encoder() -> tuple[TextToy, Checkpoint]:
+    workload = TextToy()
+    return workload, exported(workload)
+
+
 def test_a_convolution_with_its_normalisation_is_shared_as_it_is_exported() -> None:
     """The export multiplies the normalisation into the convolution, which would leave no two channels alike."""
     workload = ImageToy()
     norm = workload.module.body[1]
     norm.running_var.uniform_(0.1, 4), norm.running_mean.uniform_(-1, 1)
     before = {name: value.clone() for name, value in workload.module.state_dict().items()}
-    config = codebook(num_bits=5)
-    made, report = quantize_module(workload.module, exported(workload), workload, config, ExportConfig())
+    checkpoint, config = exported(workload), codebook(num_bits=5)
+    made, report = quantize_module(workload.module, checkpoint, workload, config, ExportConfig())
     assert report.coverage == 1.0
     assert report.eligible_weights == report.quantized_weights == sum(CNN_WEIGHTS.values())
     assert report.agreement > 0.99
@@ -194,7 +201,7 @@ def test_a_convolution_with_its_normalisation_is_shared_as_it_is_exported() -> N
     after = workload.module.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items()), "the module given stays as it is"
     assert list(made.tensors) == ["body.7.weight_indices"]
-    expected, found = outputs(exported(workload), workload), outputs(made, workload)
+    expected, found = outputs(checkpoint, workload), outputs(made, workload)
     assert 0 < np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
 
 
@@ -219,18 +226,18 @@ def test_a_normalisation_is_left_where_something_else_reads_the_convolution() ->
 
 
 @pytest.mark.parametrize("embeddings", [True, False])
-def test_tables_are_shared_when_asked_for(embeddings: bool) -> None:
-    workload = TextToy()
+def test_tables_are_shared_when_asked_for(encoder, embeddings: bool) -> None:
+    workload, checkpoint = encoder
     config = codebook(num_bits=5, embeddings=embeddings, max_quality_drop=0.05)
-    made, report = quantize_module(workload.module, exported(workload), workload, config, ExportConfig())
+    made, report = quantize_module(workload.module, checkpoint, workload, config, ExportConfig())
     asked = {name: count for name, count in ENCODER_WEIGHTS.items() if embeddings or "Gather" not in name}
     assert report.quantized_weights == report.eligible_weights == sum(asked.values())
     assert sum(tensor.numel() for tensor in made.tensors.values() if tensor.dtype == torch.uint8) == sum(asked.values())
 
 
-def test_a_budget_or_coverage_that_is_missed_is_an_error_with_both_numbers() -> None:
-    workload = TextToy()
-    given = workload.module, exported(workload), workload
+def test_a_budget_or_coverage_that_is_missed_is_an_error_with_both_numbers(encoder) -> None:
+    workload, checkpoint = encoder
+    given = workload.module, checkpoint, workload
     with pytest.raises(CoverageError, match=r"(?s)4096 of 4096.*agreement 0\.\d+.*max_quality_drop, 1e-06"):
         quantize_module(*given, codebook(max_quality_drop=1e-6), ExportConfig())
     with pytest.raises(CoverageError, match=r"(?s)2048 of 4096.*50\.0%.*min_coverage, 90\.0%"):
@@ -239,12 +246,13 @@ def test_a_budget_or_coverage_that_is_missed_is_an_error_with_both_numbers() -> 
         )
 
 
-def test_a_graph_alone_is_not_enough() -> None:
-    workload = TextToy()
-    with pytest.raises(ConfigError, match="quantize_module"):
-        quantize(exported(workload), workload, codebook())
-    with pytest.raises(ConfigError, match="'codebook'"):
-        quantize_module(TinyEncoder(), exported(workload), workload, QuantizeConfig(), ExportConfig())
+def test_a_graph_alone_is_not_enough_and_a_module_can_be_too_much(encoder) -> None:
+    workload, checkpoint = encoder
+    for config in (codebook(), QuantizeConfig(recovery=RECOVERY)):
+        with pytest.raises(ConfigError, match="quantize_module"):
+            quantize(checkpoint, workload, config)
+    with pytest.raises(ConfigError, match=r"quantize\.recovery"):
+        quantize_module(TinyEncoder(), checkpoint, workload, QuantizeConfig(), ExportConfig())
 
 
 def test_it_is_deterministic() -> None:
