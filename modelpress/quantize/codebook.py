@@ -49,13 +49,14 @@ def cluster_(
             expected="at least one",
             fix="narrow quantize.ignore",
         )
+    for name in names:
+        _check_finite(name, weights[name])
     original = copy.deepcopy(module)
     shared: dict[str, _Shared] = {}
     rows = []
     for done, name in enumerate(names):
         progress(done, len(names), f"clustering {name}")
         before = weights[name].detach().clone()
-        _check_finite(name, before)
         shared[name] = _Shared(before, 2**config.num_bits - 1)
         shared[name].fill_(weights[name])
         rows.append(_row(name, before, weights[name].detach()))
