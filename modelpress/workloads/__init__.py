@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 from modelpress.config import WorkloadConfig
 from modelpress.workload import Workload
+from modelpress.workloads.causal_lm import CausalLM
 from modelpress.workloads.image_classification import ImageClassification
 from modelpress.workloads.sentence_embedding import SentenceEmbedding
 
 BUILT_IN: dict[str, Callable[[WorkloadConfig], Workload]] = {
     "image-classification": ImageClassification,
     "sentence-embedding": SentenceEmbedding,
+    "causal-lm": CausalLM,
 }

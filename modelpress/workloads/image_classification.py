@@ -43,6 +43,7 @@ class ImageClassification(Workload):
     """
 
     metric = "accuracy"
+    trains_source = True
 
     def __init__(self, config: WorkloadConfig) -> None:
         if config.model != "digits-cnn":
