@@ -175,6 +175,8 @@ class DistillReport(Report):
     """What the student was built from."""
     keep_layers: list[int] = Field(default_factory=list)
     """Teacher layers kept."""
+    cache_bytes: int | None = None
+    """Bytes of the teacher's cached answers; None: it ran in each epoch."""
     train: TrainReport
     """Its training."""
 
