@@ -39,7 +39,7 @@ class Config(BaseModel):
 class WorkloadConfig(Config):
     """What is optimised and how it is judged: the model, the data and the metric."""
 
-    kind: Literal["image-classification", "sentence-embedding", "causal-lm", "custom"]
+    kind: Literal["image-classification", "text-classification", "sentence-embedding", "causal-lm", "custom"]
     """Built-in workload, or `custom` for a class of your own."""
     model: str = ""
     """The model: `digits-cnn` or `tiny-decoder` (trained in the run), or a Hugging Face folder (safetensors + config +
@@ -47,7 +47,9 @@ class WorkloadConfig(Config):
     data: str = ""
     """The data: `digits`, an .npz with arrays `images` and `labels`, `docstrings` (retrieval pairs made from the
     docstrings of installed Python sources), a .jsonl with `query` and `document`, `python-sources` (the standard
-    library's own files, for `causal-lm`), or texts: a .jsonl with `text`, a .txt of paragraphs, a folder of files."""
+    library's own files, for `causal-lm`), texts (a .jsonl with `text`, a .txt of paragraphs, a folder of files),
+    `python-modules` (functions of the standard library, each labelled by its package), or a .jsonl with `text` and
+    `label`."""
     factory: str = ""
     """For `custom`: import path `package.module:callable` that returns a `modelpress.workload.Workload`."""
     options: dict[str, str | int | float | bool] = {}
@@ -55,7 +57,7 @@ class WorkloadConfig(Config):
     architecture: dict[str, int | float | str | bool | list[int]] = {}
     """For a model that is trained in the run: its sizes, as in `distill.architecture`. Empty: its own."""
     length: int = Field(default=128, ge=2, le=65_536)
-    """For `causal-lm`: tokens of a sample."""
+    """For `causal-lm`: tokens of a sample; for `text-classification`: the most that are read."""
     train_samples: int = Field(default=0, ge=0)
     """At most this many training samples; 0 takes all."""
     calibration_samples: int = Field(default=128, ge=1)

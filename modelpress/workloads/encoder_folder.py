@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import tokenizers
+import torch
+from torch import Tensor, nn
+
 from modelpress.errors import WorkloadError
 from modelpress.workloads.hf_folder import read_json, read_number, read_object
 
@@ -94,3 +98,25 @@ def _check_pooling_config(path: Path) -> None:
             expected=f"{MEAN} alone: the mean over the tokens",
             fix="bring the model as a workload of kind 'custom', with its own forward pass",
         )
+
+
+def tokenized(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, (texts, longest) int64; the tokenizer pads, and truncates if it was told to."""
+    encodings = tokenizer.encode_batch(texts)
+    return {
+        "input_ids": torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64),
+        "attention_mask": torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.int64),
+    }
+
+
+def mean_of_tokens(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """(batch, dim): the mean of hidden states, (batch, length, dim), over the tokens that are not padding."""
+    mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
+
+
+def without_pooler(model: nn.Module) -> nn.Module:
+    """The encoder without the layer whose output is not used; it would be exported and published."""
+    if hasattr(model, "pooler"):
+        model.register_module("pooler", None)
+    return model

@@ -15,7 +15,13 @@ from modelpress.config import WorkloadConfig
 from modelpress.errors import WorkloadError
 from modelpress.progress import Progress, silent
 from modelpress.workload import SPLITS, Batch, Outputs, Split, Workload
-from modelpress.workloads.encoder_folder import check_pooling, read_max_length
+from modelpress.workloads.encoder_folder import (
+    check_pooling,
+    mean_of_tokens,
+    read_max_length,
+    tokenized,
+    without_pooler,
+)
 from modelpress.workloads.hf_folder import (
     build_model,
     folder_digest,
@@ -48,9 +54,7 @@ class SentenceEncoder(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Embeddings of a batch of token sequences."""
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
-        return nn.functional.normalize(mean, dim=-1)
+        return nn.functional.normalize(mean_of_tokens(hidden, attention_mask), dim=-1)
 
 
 class SentenceEmbedding(Workload):
@@ -80,13 +84,13 @@ class SentenceEmbedding(Workload):
         """The folder's weights, in float32; nothing is fetched from anywhere."""
         from transformers import AutoModel
 
-        return _encoder(read_model(AutoModel, self.folder))
+        return SentenceEncoder(without_pooler(read_model(AutoModel, self.folder))).eval()
 
     def skeleton(self, architecture: Mapping[str, Any]) -> nn.Module:
         """The folder's model without its weights; `architecture` may change number keys of its config.json."""
         from transformers import AutoModel
 
-        return _encoder(build_model(AutoModel, self.folder, architecture))
+        return SentenceEncoder(without_pooler(build_model(AutoModel, self.folder, architecture))).eval()
 
     def batches(self, split: Split, batch_size: int, seed: int | None = None) -> Iterator[Batch]:
         """Batches of token ids, padded to their longest text.
@@ -108,11 +112,7 @@ class SentenceEmbedding(Workload):
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask`, (texts, longest) int64, at most `max_length` tokens each."""
-        encodings = self.tokenizer.encode_batch(texts)
-        return {
-            "input_ids": torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64),
-            "attention_mask": torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.int64),
-        }
+        return tokenized(self.tokenizer, texts)
 
     def score(self, outputs: np.ndarray) -> np.ndarray:
         """1 ÷ rank of each query's document among all evaluation documents, (queries,).
@@ -182,12 +182,6 @@ class SentenceEmbedding(Workload):
         pairs = self.pairs["evaluation"]
         lengths = [len(pair.query) for pair in pairs] + [len(pair.document) for pair in pairs]
         return sorted(range(len(lengths)), key=lengths.__getitem__)
-
-
-def _encoder(model: nn.Module) -> SentenceEncoder:
-    if hasattr(model, "pooler"):
-        model.register_module("pooler", None)  # its output is not used, and it would be exported and published
-    return SentenceEncoder(model).eval()
 
 
 def _split_pairs(pairs: tuple[Pair, ...], config: WorkloadConfig) -> dict[Split, tuple[Pair, ...]]:
