@@ -43,7 +43,7 @@ class WorkloadConfig(Config):
     """Built-in workload, or `custom` for a class of your own."""
     model: str = ""
     """The model: `digits-cnn` or `tiny-decoder` (trained in the run), or a Hugging Face folder (safetensors + config +
-    tokenizer) as a path or as `package://PACKAGE/FOLDER`."""
+    tokenizer) as a path, as `package://PACKAGE/FOLDER` or as `hf://OWNER/NAME@REVISION` (a commit, fetched once)."""
     data: str = ""
     """The data: `digits`, an .npz with arrays `images` and `labels`, `docstrings` (retrieval pairs made from the
     docstrings of installed Python sources), a .jsonl with `query` and `document`, `python-sources` (the standard

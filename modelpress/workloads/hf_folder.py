@@ -1,7 +1,7 @@
 """A Hugging Face folder: where it lies, its tokenizer, its licence, and how its model is built without its weights.
 
-Everything in it is somebody else's: what cannot be read is refused by name. Nothing is fetched from anywhere, no code
-of the folder's own is run, and weights come from safetensors alone.
+Everything in it is somebody else's: what cannot be read is refused by name. No code of the folder's own is run,
+weights come from safetensors alone, and only a model named `hf://…` is fetched.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from typing import Any
 import safetensors
 import tokenizers
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from modelpress.errors import WorkloadError
+from modelpress.workloads import hub
 
 FOR_LOADING: dict[str, Any] = {
     "local_files_only": True,
@@ -33,12 +35,15 @@ FOR_LOADING: dict[str, Any] = {
 
 
 def resolve_folder(model: str) -> Path:
-    """The folder of a path or of `package://PACKAGE/FOLDER`.
+    """The folder of a path, of `package://PACKAGE/FOLDER` or of `hf://OWNER/NAME@REVISION`.
 
     Raises:
-        WorkloadError: no such package, or no Hugging Face folder.
+        WorkloadError: no such package or name, or no Hugging Face folder.
+        SetupError: the Hub is needed and cannot be reached.
     """
-    if model.startswith("package://"):
+    if model.startswith(hub.PREFIX):
+        folder = hub.fetch(model)
+    elif model.startswith("package://"):
         package, _, inside = model.removeprefix("package://").partition("/")
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
@@ -111,9 +116,9 @@ def build_model(loader: Any, folder: Path, architecture: Mapping[str, Any], **op
             found=f"unknown {', '.join(unknown)}",
             expected=f"some of {', '.join(sorted(numbers))}",
         )
-    for key, value in architecture.items():
-        setattr(config, key, value)
     with _loading(folder):
+        for key, value in architecture.items():
+            setattr(config, key, value)
         model: nn.Module = loader.from_config(config, attn_implementation="eager", dtype=torch.float32)
     return model
 
@@ -184,7 +189,7 @@ def read_json(path: Path) -> Any:
 def _loading(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError, StrictDataclassError) as error:
         raise WorkloadError(
             f"loading the model of {folder}",
             found=str(error),
