@@ -89,7 +89,9 @@ def measure(quick: bool) -> Iterator[Row]:
     system = "modelpress"
     report, _ = evaluate(from_module(module), workload, JUDGED, "source", None, 0)
     yield Row(case, system, "parameters", "", float(sum(one.numel() for one in module.parameters())))
-    yield Row(case, system, "training tokens", "", float(workload.blocks["train"][:, 1:].size * CONFIG.train_epochs))
+    yield Row(
+        case, system, "training tokens", "", float(workload.blocks["train"][:, 1:].size * workload.config.train_epochs)
+    )
     yield Row(case, system, "perplexity", "", report.quality.shown["perplexity"])
     yield Row(case, system, "log-likelihood", "nats/token", report.quality.value)
     yield Row(case, system, "low", "nats/token", report.quality.low)

@@ -41,7 +41,7 @@ TINY_SIZES: dict[str, int | float | bool] = {
 }
 """Sizes of `tiny-decoder`, each of which `WorkloadConfig.architecture` may change; 1.05M parameters."""
 
-TRAIN_BATCH = 16
+TRAIN_BATCH = 8
 LEARNING_RATE = 2e-3
 
 MAX_LOGIT_BYTES = 2**27

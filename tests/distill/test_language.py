@@ -25,7 +25,7 @@ def test_a_decoder_with_a_teacher_beats_the_same_decoder_without(tmp_path: Path)
     """The same start, sixty blocks and number of updates; the teacher has read a thousand."""
     config = WorkloadConfig(
         kind="causal-lm", model="tiny-decoder", data=str(make_text_folder(tmp_path, ("email", "asyncio", "http"))),
-        length=32, calibration_samples=8, evaluation_samples=100, train_samples=1000, train_epochs=4,
+        length=32, calibration_samples=8, evaluation_samples=100, train_samples=1000, train_epochs=2,
         architecture={"vocab_size": 320, "hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 2},
     )  # fmt: skip
     teacher = CausalLM(config).source()
