@@ -54,9 +54,12 @@ def build_named(model: str, classes: int) -> nn.Module:
     library, _, name = model.partition(":")
     try:
         module: Any = importlib.import_module("timm" if library == "timm" else "torchvision.models")
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # a torchvision that was built for another torch says so at import
         raise SetupError(
-            f"building {model}", found=f"no library {library}: {error}", fix=f"pip install {library}"
+            f"building {model}",
+            found=f"a {library} that cannot be imported: {error}",
+            expected="the library, in the version for the installed torch",
+            fix=f"pip install {library}",
         ) from error
     try:
         if library == "timm":
