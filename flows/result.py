@@ -104,7 +104,10 @@ def markdown(rows: Sequence[StageRow]) -> str:
 
 def format_quality(quality: QualityReport | None) -> str:
     """`0.9833 [0.972, 0.990]`, or a dash."""
-    return f"{quality.value:.4f} [{quality.low:.4f}, {quality.high:.4f}]" if quality else "–"
+    if quality is None:
+        return "–"
+    shown = "".join(f", {name} {value:.4g}" for name, value in quality.shown.items())
+    return f"{quality.value:.4f} [{quality.low:.4f}, {quality.high:.4f}]{shown}"
 
 
 def _reasons(found: AttributionReport | None) -> str:

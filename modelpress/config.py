@@ -39,19 +39,31 @@ class Config(BaseModel):
 class WorkloadConfig(Config):
     """What is optimised and how it is judged: the model, the data and the metric."""
 
-    kind: Literal["image-classification", "sentence-embedding", "custom"]
+    kind: Literal["image-classification", "text-classification", "sentence-embedding", "causal-lm", "custom"]
     """Built-in workload, or `custom` for a class of your own."""
     model: str = ""
-    """The model: `digits-cnn`, `lenet-300-100` or `lenet-5` (trained in the run), or a Hugging Face folder
-    (safetensors + config) as a path or as `package://PACKAGE/FOLDER`."""
+    """The model: `digits-cnn`, `lenet-300-100`, `lenet-5` or `tiny-decoder` (trained in the run), `timm:NAME` or
+    `torchvision:NAME`, or a Hugging Face folder (safetensors + config + tokenizer) as a path, as
+    `package://PACKAGE/FOLDER` or as `hf://OWNER/NAME@REVISION` (a commit, fetched once)."""
     data: str = ""
-    """The data: `digits`, `digits-28` (the same at 28×28 pixels), an .npz with arrays `images` and `labels`,
-    `docstrings` (retrieval pairs made from the docstrings of installed Python sources), or a .jsonl with `query` and
-    `document`."""
+    """The data. Images: `digits`, `digits-28` (the same at 28×28 pixels), an .npz with arrays `images` and `labels`, a
+    folder with a sub-folder of PNG or JPEG files per class, a .parquet with `image` and `label`. Retrieval:
+    `docstrings` (pairs made from the docstrings of installed Python sources), a .jsonl with `query` and `document`.
+    Language: `python-sources` (the standard library's own files), a folder of texts, a .jsonl with `text`, a .txt of
+    paragraphs. Labelled texts: `python-modules` (functions of the standard library, each labelled by its package), a
+    .jsonl with `text` and `label`."""
     factory: str = ""
     """For `custom`: import path `package.module:callable` that returns a `modelpress.workload.Workload`."""
     options: dict[str, str | int | float | bool] = {}
     """For `custom`: keyword arguments of the factory."""
+    architecture: dict[str, int | float | str | bool | list[int]] = {}
+    """For a model that is trained in the run: its sizes, as in `distill.architecture`. Empty: its own."""
+    weights: str = ""
+    """For `timm:NAME` and `torchvision:NAME`: a .safetensors of the model's state dict; empty trains it in the run."""
+    image_size: int = Field(default=0, ge=0, le=4096)
+    """For images that are files: height and width that all are resized to; 0 takes them as they are, of one size."""
+    length: int = Field(default=128, ge=2, le=65_536)
+    """For `causal-lm`: tokens of a sample; for `text-classification`: the most that are read."""
     train_samples: int = Field(default=0, ge=0)
     """At most this many training samples; 0 takes all."""
     calibration_samples: int = Field(default=128, ge=1)
@@ -69,6 +81,8 @@ class WorkloadConfig(Config):
             raise ValueError("workload.factory must be 'package.module:callable' when workload.kind is 'custom'")
         if self.kind != "custom" and self.factory:
             raise ValueError("workload.factory is only read when workload.kind is 'custom'")
+        if self.weights and not self.model.startswith(("timm:", "torchvision:")):
+            raise ValueError("workload.weights needs a workload.model of 'timm:NAME' or 'torchvision:NAME'")
         if self.kind != "custom" and not (self.model and self.data):
             raise ValueError(f"workload.model and workload.data are needed when workload.kind is {self.kind!r}")
         return self
@@ -104,18 +118,30 @@ class TrainConfig(Config):
 class DistillConfig(Config):
     """Train a smaller student on the teacher's answers (Hinton et al. 2015, arXiv:1503.02531)."""
 
-    student: Literal["layer-drop", "architecture"] = "architecture"
-    """`layer-drop` copies chosen layers of the teacher; `architecture` starts from the workload's own smaller model."""
+    student: Literal["layer-drop", "width-slice", "architecture"] = "architecture"
+    """`layer-drop` copies chosen layers of the teacher, `width-slice` the most important neurons, heads and channels of
+    all of them; `architecture` starts from the workload's own smaller model."""
     keep_layers: list[Annotated[int, Field(ge=0)]] = []
     """For `layer-drop`: teacher layers that the student keeps, in order, counted from 0."""
+    keep_width: float = Field(default=0.0, ge=0, lt=1)
+    """For `width-slice`: share of each layer's neurons, heads and channels that the student keeps."""
     architecture: dict[str, int | float | str | bool | list[int]] = {}
-    """For `architecture`: what the workload's `skeleton` takes (for `digits-cnn`: channels, hidden)."""
+    """For `architecture`: what the workload's `skeleton` takes (for `digits-cnn`: channels, hidden; for decoders,
+    keys of their config.json)."""
     temperature: float = Field(default=2.0, gt=0)
     """T: teacher and student logits are divided by it; the loss carries T²."""
     alpha: float = Field(default=0.7, ge=0, le=1)
     """Weight of the teacher's soft labels; the rest is the workload's own loss (cross-entropy)."""
+    divergence: Literal["forward-kl", "reverse-kl"] = "forward-kl"
+    """Between soft labels: `forward-kl` spreads the student over all that the teacher finds likely, `reverse-kl` keeps
+    it to the likeliest."""
+    cache_top_k: int = Field(default=0, ge=0)
+    """Run the teacher once and keep its k likeliest classes of each sample or token for all epochs; 0 runs it in each.
+    Needs training inputs that are the same in each epoch."""
     hidden_weight: float = Field(default=0.0, ge=0)
-    """Weight of the mean squared error between matched hidden states (layer-drop students only)."""
+    """Weight of the mean squared error between matched hidden states (of CNNs: between where they look)."""
+    attention_weight: float = Field(default=0.0, ge=0)
+    """Weight of the divergence between the last layers' attention, for transformers with as many heads."""
     train: TrainConfig = TrainConfig()
     """The student's training."""
 
@@ -123,10 +149,16 @@ class DistillConfig(Config):
     def _check(self) -> DistillConfig:
         if self.student == "layer-drop" and not self.keep_layers:
             raise ValueError("distill.keep_layers is needed when distill.student is 'layer-drop'")
-        if self.student == "layer-drop" and self.architecture:
+        if self.student != "architecture" and self.architecture:
             raise ValueError("distill.architecture needs distill.student 'architecture'")
-        if self.student == "architecture" and (self.keep_layers or self.hidden_weight):
-            raise ValueError("distill.keep_layers and distill.hidden_weight need distill.student 'layer-drop'")
+        if self.student != "layer-drop" and self.keep_layers:
+            raise ValueError("distill.keep_layers needs distill.student 'layer-drop'")
+        if (self.student == "width-slice") != (self.keep_width > 0):
+            raise ValueError("distill.keep_width is needed when distill.student is 'width-slice', and only then")
+        if self.cache_top_k and not self.alpha:
+            raise ValueError("distill.cache_top_k caches what distill.alpha weighs: it needs an alpha above 0")
+        if self.cache_top_k and (self.hidden_weight or self.attention_weight):
+            raise ValueError("distill.cache_top_k keeps outputs alone: hidden_weight and attention_weight must be 0")
         if len(set(self.keep_layers)) != len(self.keep_layers) or sorted(self.keep_layers) != list(self.keep_layers):
             raise ValueError("distill.keep_layers must rise and not repeat")
         return self

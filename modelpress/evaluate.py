@@ -29,7 +29,6 @@ from modelpress.workload import Workload
 Runner = Callable[[Mapping[str, Tensor]], np.ndarray]
 """Named inputs in, the model's output out: (samples, …), on the CPU."""
 
-_QUALITY_BATCH = 64
 _WARM_UP_CALLS = 3
 _WARM_UP_SECONDS = 0.2
 _LEAST_CALLS = 5
@@ -68,16 +67,20 @@ def evaluate(
     """
     total = 1 + len(config.batch_sizes)
     with _PeakMemory() as memory, _runner(checkpoint, workload, config) as run:
-        scores = _scores(run, workload, lambda samples: progress(0, total, f"{workload.metric}: {samples} samples"))
+        outputs = _outputs(run, workload, lambda samples: progress(0, total, f"{workload.metric}: {samples} samples"))
+        scores = _finite(workload.metric, workload.score(outputs))
+        further = {name: _finite(name, found) for name, found in workload.further_scores(outputs).items()}
         latency = []
         for done, batch_size in enumerate(config.batch_sizes, start=1):
             progress(done, total, f"latency at batch {batch_size}")
             latency.append(measure_latency(run, workload.example(batch_size), batch_size, config.latency_seconds))
+    judged = quality(workload.metric, scores, baseline_scores, config.confidence)
     report = EvaluationReport(
         stage=stage,
         runtime="torch" if checkpoint.kind == "torch" else "onnxruntime",
         provider=config.provider if checkpoint.kind == "onnx" else None,
-        quality=quality(workload.metric, scores, baseline_scores, config.confidence),
+        quality=judged.model_copy(update={"shown": workload.shown(judged.value)}),
+        further=[quality(name, found, None, config.confidence) for name, found in further.items()],
         size_bytes=size_bytes,
         latency=latency,
         peak_memory_bytes=memory.peak_bytes,
@@ -182,19 +185,24 @@ def _runner(checkpoint: Checkpoint, workload: Workload, config: EvaluateConfig) 
         torch.set_num_threads(before)
 
 
-def _scores(run: Runner, workload: Workload, note: Callable[[int], None]) -> np.ndarray:
+def _outputs(run: Runner, workload: Workload, note: Callable[[int], None]) -> np.ndarray:
+    """What `Workload.score` needs of the evaluation split; no more than one batch's outputs are held whole."""
     outputs: list[np.ndarray] = []
     samples = 0
-    for batch in workload.batches("evaluation", _QUALITY_BATCH):
-        outputs.append(run(batch.inputs))
+    for batch in workload.batches("evaluation", workload.evaluation_batch_size):
+        outputs.append(workload.condense(run(batch.inputs), batch))
         samples += len(batch)
         note(samples)
     if not outputs:
         raise WorkloadError("evaluating the model", found="an empty evaluation split", expected="at least one sample")
-    scores = np.asarray(workload.score(np.concatenate(outputs)), dtype=np.float64)
+    return np.concatenate(outputs)
+
+
+def _finite(metric: str, found: np.ndarray) -> np.ndarray:
+    scores = np.asarray(found, dtype=np.float64)
     if scores.ndim != 1 or scores.size == 0 or not np.isfinite(scores).all():
         raise WorkloadError(
-            f"scoring the model with {workload.metric}",
+            f"scoring the model with {metric}",
             found=f"shape {list(scores.shape)}, {np.count_nonzero(~np.isfinite(scores))} not finite",
             expected="a vector of finite scores, one per sample",
             fix="return one float per evaluation sample from Workload.score",

@@ -66,6 +66,12 @@ class QualityReport(Report):
     """Upper end of the paired difference's interval."""
     confidence: float = 0.95
     """Two-sided confidence of both intervals."""
+    shown: dict[str, float] = Field(default_factory=dict)
+    """The value in units that people know, such as `perplexity`."""
+
+    def metrics(self) -> dict[str, float]:
+        """Adds what is shown to the base's."""
+        return {**super().metrics(), **self.shown}
 
 
 class LatencyReport(Report):
@@ -111,6 +117,8 @@ class EvaluationReport(Report):
     """ONNX Runtime execution provider in use."""
     quality: QualityReport
     """On the evaluation split."""
+    further: list[QualityReport] = Field(default_factory=list)
+    """Further metrics of the same samples, judged by nobody."""
     size_bytes: int
     """Bytes of the artifact on disk."""
     latency: list[LatencyReport]
@@ -121,8 +129,10 @@ class EvaluationReport(Report):
     """Against the source model; absent where none was asked for."""
 
     def metrics(self) -> dict[str, float]:
-        """Adds ``latency.b<batch>.*`` to the base's."""
+        """Adds ``further.<metric>.*`` and ``latency.b<batch>.*`` to the base's."""
         flat = super().metrics()
+        for one in self.further:
+            flat |= {f"further.{one.metric}.{key}": value for key, value in one.metrics().items()}
         for row in self.latency:
             flat |= {f"latency.b{row.batch_size}.{key}": value for key, value in row.metrics().items()}
         return flat
@@ -188,6 +198,8 @@ class DistillReport(Report):
     """What the student was built from."""
     keep_layers: list[int] = Field(default_factory=list)
     """Teacher layers kept."""
+    cache_bytes: int | None = None
+    """Bytes of the teacher's cached answers; None: it ran in each epoch."""
     train: TrainReport
     """Its training."""
 

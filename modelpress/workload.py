@@ -50,6 +50,10 @@ class Workload(abc.ABC):
     """Name of the graph's output."""
     outputs: ClassVar[Outputs] = "logits"
     """What the outputs are: a student learns the teacher's soft labels, or its embeddings."""
+    trains_source: bool = False
+    """Whether `source` trains the model in the run."""
+    evaluation_batch_size: int = 64
+    """Samples whose outputs are held at once while the model is judged."""
 
     @abc.abstractmethod
     def source(self, progress: Progress = silent) -> nn.Module:
@@ -73,12 +77,27 @@ class Workload(abc.ABC):
         """Per-sample scores, float64, from the model's outputs on the evaluation split in fixed order.
 
         Their mean is the metric. Intervals take its range for 0 to 1, or for that of the scores where they lie beyond.
-        Outputs: (samples of the split, …), float32.
+        Outputs: (samples of the split, …), float32; of each batch, what `condense` made of it.
         """
 
     @abc.abstractmethod
     def identity(self) -> str:
         """Text that changes whenever model or data change: part of every cache key."""
+
+    def condense(self, outputs: np.ndarray, batch: Batch) -> np.ndarray:  # noqa: ARG002
+        """What `score` needs of a batch's outputs, samples first; default: all of it.
+
+        Outputs that are too many to keep for a whole split (samples · length · vocabulary) are scored here.
+        """
+        return outputs
+
+    def further_scores(self, outputs: np.ndarray) -> dict[str, np.ndarray]:  # noqa: ARG002
+        """Per-sample scores of further metrics, by name: reported beside `metric`, judged by nobody."""
+        return {}
+
+    def shown(self, value: float) -> dict[str, float]:  # noqa: ARG002
+        """The metric's value in the units that people know, by name (perplexity of a log-likelihood)."""
+        return {}
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         """The task's own loss; default: cross-entropy with `batch.targets`."""
@@ -122,15 +141,7 @@ class Workload(abc.ABC):
 
     def sample_digests(self, split: Split) -> set[str]:
         """sha256 (hex) of each sample of a split, by content: proof that the splits are disjoint."""
-        digests: set[str] = set()
-        for batch in self.batches(split, 256):
-            arrays = [tensor.numpy() for _, tensor in sorted(batch.inputs.items())]
-            for row in range(len(batch)):
-                digest = hashlib.sha256()
-                for array in arrays:
-                    digest.update(np.ascontiguousarray(array[row]).tobytes())
-                digests.add(digest.hexdigest())
-        return digests
+        return {digest for batch in self.batches(split, 256) for digest in row_digests(batch)}
 
     def files(self) -> dict[str, bytes]:
         """Files that belong to the served model (tokenizer, labels), published with it."""
@@ -139,6 +150,18 @@ class Workload(abc.ABC):
     def licence(self) -> str:
         """SPDX identifier or text of the source model's licence, for the manifest."""
         return "unknown"
+
+
+def row_digests(batch: Batch) -> list[str]:
+    """sha256 (hex) of each sample's inputs."""
+    arrays = [tensor.cpu().numpy() for _, tensor in sorted(batch.inputs.items())]
+    digests = []
+    for row in range(len(batch)):
+        digest = hashlib.sha256()
+        for array in arrays:
+            digest.update(np.ascontiguousarray(array[row]).tobytes())
+        digests.append(digest.hexdigest())
+    return digests
 
 
 def check_disjoint(workload: Workload) -> None:

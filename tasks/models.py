@@ -24,11 +24,12 @@ def source(context: RunContext) -> Finished[SourceReport]:
     def work(progress: Progress) -> tuple[Mapping[str, bytes], SourceReport]:
         from modelpress.checkpoint import from_module
 
-        module = open_workload(context.workload, context.mlflow_run).source(progress)
+        workload = open_workload(context.workload, context.mlflow_run)
+        module = workload.source(progress)
         data = from_module(module).to_bytes()
         parameters = sum(parameter.numel() for parameter in module.parameters())
-        trained = context.workload.kind == "image-classification"
-        return {"output": data}, SourceReport(parameters=parameters, size_bytes=len(data), trained=trained)
+        report = SourceReport(parameters=parameters, size_bytes=len(data), trained=workload.trains_source)
+        return {"output": data}, report
 
     from modelpress.workload import check_disjoint
 

@@ -1,1 +1,1 @@
-"""Benchmarks of the methods that change a model: each against the published algorithms, in the same run."""
+"""Methods measured side by side with their peers: each module is one command, `python -m benchmarks.methods.NAME`."""

@@ -36,13 +36,12 @@ from modelpress.config import (
     TrainConfig,
     WorkloadConfig,
 )
-from modelpress.distill import distillation_loss, frozen
+from modelpress.distill import RECOVERY_LOSS, distillation_loss, frozen
 from modelpress.evaluate import evaluate
 from modelpress.export import export
 from modelpress.progress import silent
 from modelpress.prune.magnitude import prune_magnitude_
 from modelpress.prune.masks import Masks
-from modelpress.prune.recovery import RECOVERY_LOSS
 from modelpress.publish import publish
 from modelpress.quantize.from_module import quantize_module
 from modelpress.reports import EvaluationReport, Report, UploadReport

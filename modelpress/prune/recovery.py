@@ -8,16 +8,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from modelpress.config import DistillConfig, TrainConfig
-from modelpress.distill import distillation_loss, frozen, hidden_loss, layer_list, recorded
+from modelpress.config import TrainConfig
+from modelpress.distill import RECOVERY_LOSS, distillation_loss, frozen, hidden_loss, layer_list, recorded
 from modelpress.errors import WorkloadError
 from modelpress.progress import Progress
 from modelpress.reports import TrainReport
 from modelpress.train import train_
 from modelpress.workload import Batch, Workload
-
-RECOVERY_LOSS = DistillConfig(temperature=2.0, alpha=1.0)
-"""Recovery brings back what the model was; it is not a second training on the labels."""
 
 
 def recover_(

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from modelpress.config import QuantizeConfig
-from modelpress.distill import distillation_loss, frozen
+from modelpress.distill import RECOVERY_LOSS, distillation_loss, frozen
 from modelpress.errors import CoverageError, StageError
 from modelpress.progress import Progress, silent
-from modelpress.prune import RECOVERY_LOSS
 from modelpress.quantize.weights import LARGEST_CODE
 from modelpress.reports import TrainReport
 from modelpress.train import train_

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from modelpress.config import QuantizeConfig, TrainConfig
-from modelpress.distill import distillation_loss, frozen
+from modelpress.distill import RECOVERY_LOSS, distillation_loss, frozen
 from modelpress.errors import CoverageError, StageError
 from modelpress.progress import Progress, silent
-from modelpress.prune import RECOVERY_LOSS
 from modelpress.prune.select import select
 from modelpress.quantize.kmeans import best_centroids, nearest
 from modelpress.reports import CodebookReport, SharedTensor, TrainReport

@@ -1,10 +1,9 @@
-"""Image classification: scikit-learn's digits or an .npz of images, judged by accuracy."""
+"""Image classification: scikit-learn's digits, image files, a .parquet or an .npz, judged by accuracy."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from modelpress.progress import Progress, silent
 from modelpress.train import train_
 from modelpress.workload import Batch, Split, Workload
 from modelpress.workloads.digits_cnn import DigitsCNN
+from modelpress.workloads.image_files import Images, read_images
+from modelpress.workloads.image_models import build_named, is_named, load_weights
 from modelpress.workloads.lenet import LeNet5, LeNet300
 
 MODELS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
@@ -31,6 +32,7 @@ MODELS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
 DIGITS = ("digits", "digits-28")
 LENET_SIZE = 28
 """Height and width that `digits-28` is brought to: those of MNIST."""
+
 EVALUATION_SHARE = 0.5
 """Of the distinct samples: the gate needs many paired samples more than a small network needs training data."""
 
@@ -42,41 +44,49 @@ MAX_SCALING = 0.1
 
 
 class ImageClassification(Workload):
-    """A model of `MODELS` trained in the run, on `digits`, on `digits-28` (the same, brought to 28×28 pixels) or on an
-    .npz with `images` (N, H, W[, C]) and `labels` (N,).
+    """A network on `digits`, on `digits-28` (the same, brought to 28×28 pixels), a folder with a sub-folder of images
+    per class, a .parquet with `image` and `label`, or an .npz with `images` (N, H, W[, C]), uint8 or floats from 0 to 1, and `labels` (N,).
 
-    Images are uint8, or floats from 0 to 1.
+    The model is one of `MODELS`, or `timm:NAME` or `torchvision:NAME` as the installed library builds it; it is trained
+    in the run, unless `WorkloadConfig.weights` has its weights.
 
     Samples that occur twice are taken once, so that the splits are disjoint by content. Shuffled training batches are
     rotated, scaled and shifted a little.
 
     Raises:
         WorkloadError: an unknown model, or data that cannot be read or split.
+        SetupError: a library that the model or the data needs is missing.
     """
 
     metric = "accuracy"
 
     def __init__(self, config: WorkloadConfig) -> None:
-        if config.model not in MODELS:
+        if config.model not in MODELS and not is_named(config.model):
             raise WorkloadError(
                 "choosing the image-classification model",
                 found=repr(config.model),
-                expected=", ".join(map(repr, MODELS)),
+                expected=f"{', '.join(map(repr, MODELS))}, 'timm:NAME' or 'torchvision:NAME'",
                 fix="bring your own module as a workload of kind 'custom'",
             )
         self.config = config
-        images, labels = _load_data(config.data)
+        self.trains_source = not config.weights
+        images, labels, names = _load_data(config.data, config.image_size)
         images, labels = _distinct(images, labels)
         self.images = torch.from_numpy(images)
         self.labels = torch.from_numpy(labels)
-        self.classes = int(labels.max()) + 1
+        self.classes = len(names) if names else int(labels.max()) + 1
+        self.names = names or [str(label) for label in range(self.classes)]
         self.rows = _split_rows(len(images), config)
 
     def source(self, progress: Progress = silent) -> nn.Module:
-        """The teacher, trained with AdamW from `WorkloadConfig.seed`; the same bits on the same machine and threads."""
+        """The teacher, trained with AdamW from `WorkloadConfig.seed`, the same bits on the same machine and threads; or
+        the weights that the config names."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             module = self.skeleton({})
+        if not self.trains_source:
+            load_weights(module, Path(self.config.weights), self.config.model)
+            return module.eval()
         training = TrainConfig(
             epochs=self.config.train_epochs,
             batch_size=64,
@@ -89,15 +99,21 @@ class ImageClassification(Workload):
         return module.eval()
 
     def skeleton(self, architecture: Mapping[str, Any]) -> nn.Module:
-        """The model that the config names; `architecture` may hold its widths, see `MODELS`."""
-        make, known = MODELS[self.config.model]
-        unknown = sorted(set(architecture) - set(known))
+        """The model that the config names; `architecture` may hold its widths, see `MODELS`, or, of a library's model,
+        `model`: the name of another one."""
+        sizes: dict[str, Any] = {**self.config.architecture, **architecture}
+        make, widths = MODELS.get(self.config.model, (None, ("model",)))
+        unknown = sorted(set(sizes) - set(widths))
         if unknown:
             raise WorkloadError(
-                f"building {self.config.model}", found=f"unknown {', '.join(unknown)}", expected=", ".join(known)
+                f"building {self.config.model}",
+                found=f"unknown {', '.join(unknown)}",
+                expected=", ".join(widths),
             )
+        if make is None:
+            return build_named(str(sizes.get("model", self.config.model)), self.classes).eval()
         colours, height, width = self.images.shape[1:]
-        return make((colours, height, width), self.classes, **architecture).eval()
+        return make((colours, height, width), self.classes, **sizes).eval()
 
     def batches(self, split: Split, batch_size: int, seed: int | None = None) -> Iterator[Batch]:
         """Batches of `image`, (batch, C, H, W) float32 in [0, 1], with targets (batch,) int64."""
@@ -117,30 +133,34 @@ class ImageClassification(Workload):
         return np.asarray(outputs.argmax(axis=1) == labels, dtype=np.float64)
 
     def identity(self) -> str:
-        """The config and the digest of the distinct samples."""
-        digest = hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()
+        """The config and the digest of the distinct samples, their names and the weights."""
+        weights = Path(self.config.weights).read_bytes() if self.config.weights else b""
+        facts = json.dumps(self.names).encode() + hashlib.sha256(weights).digest()
+        digest = hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes() + facts).hexdigest()
         return f"image-classification {json.dumps(self.config.model_dump(mode='json'), sort_keys=True)} {digest}"
 
     def files(self) -> dict[str, bytes]:
         """`labels.json`: the names of the classes in the order of the logits."""
-        return {"labels.json": json.dumps([str(label) for label in range(self.classes)]).encode()}
+        return {"labels.json": json.dumps(self.names).encode()}
 
     def licence(self) -> str:
         """The network is trained here, on UCI's digits (CC BY 4.0) or on the user's own images."""
         return "CC-BY-4.0" if self.config.data in DIGITS else "unknown"
 
 
-def _load_data(source: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, C, H, W) float32 in [0, 1] and labels (N,) int64."""
+def _load_data(source: str, size: int) -> tuple[np.ndarray, np.ndarray, list[str] | None]:
+    """Images (N, C, H, W) float32 in [0, 1], labels (N,) int64, and the names of the classes if they have some."""
     if source in DIGITS:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        images, labels = np.asarray(digits.images, dtype=np.float32) / 16.0, np.asarray(digits.target)
-        if source == "digits-28":
-            images = _upsampled(images)
+        pixels = np.asarray(digits.images, dtype=np.float32) / 16.0
+        found = Images(_upsampled(pixels) if source == "digits-28" else pixels, np.asarray(digits.target))
     else:
-        images, labels = _read_npz(Path(source))
+        found = read_images(source, size)
+    images, labels = found.pixels, found.labels
+    if images.dtype == np.uint8:
+        images = images.astype(np.float32) / np.float32(255.0)
     if images.ndim == 3:
         images = images[..., None]
     fits = (
@@ -163,35 +183,13 @@ def _load_data(source: str) -> tuple[np.ndarray, np.ndarray]:
             expected="floats from 0 to 1, or uint8",
             fix="divide them by the largest value that a pixel can have, or save them as uint8",
         )
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64)
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64), found.names
 
 
 def _upsampled(images: np.ndarray) -> np.ndarray:
     """(N, 8, 8) to (N, 28, 28), by bilinear interpolation."""
     large = nn.functional.interpolate(torch.from_numpy(images)[:, None], (LENET_SIZE, LENET_SIZE), mode="bilinear")
     return np.asarray(large[:, 0].clamp(0, 1).numpy())
-
-
-def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            images, labels = archive["images"], archive["labels"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise WorkloadError(
-            f"reading images from {path}",
-            found=str(error),
-            expected="an .npz with arrays `images` and `labels`, without pickled objects",
-        ) from error
-    if images.dtype == np.uint8:
-        return images.astype(np.float32) / np.float32(255.0), labels
-    if images.dtype != np.bool_ and not np.issubdtype(images.dtype, np.floating):
-        raise WorkloadError(
-            f"reading images from {path}",
-            found=f"images of {images.dtype}, whose largest value is not known",
-            expected="uint8, or floats from 0 to 1",
-            fix="divide them by the largest value that a pixel can have: images.astype('float32') / largest",
-        )
-    return images.astype(np.float32), labels
 
 
 def _distinct(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +15,21 @@ from modelpress.config import WorkloadConfig
 from modelpress.errors import WorkloadError
 from modelpress.progress import Progress, silent
 from modelpress.workload import SPLITS, Batch, Outputs, Split, Workload
-from modelpress.workloads.encoder_folder import check_pooling, read_max_length, read_tokenizer, resolve_folder
+from modelpress.workloads.encoder_folder import (
+    check_pooling,
+    mean_of_tokens,
+    read_max_length,
+    tokenized,
+    without_pooler,
+)
+from modelpress.workloads.hf_folder import (
+    build_model,
+    folder_digest,
+    read_licence,
+    read_model,
+    read_tokenizer,
+    resolve_folder,
+)
 from modelpress.workloads.retrieval_pairs import Pair, load_pairs
 
 SHARES: dict[Split, float] = {"evaluation": 0.5, "calibration": 0.1, "train": 0.4}
@@ -44,9 +54,7 @@ class SentenceEncoder(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Embeddings of a batch of token sequences."""
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
-        return nn.functional.normalize(mean, dim=-1)
+        return nn.functional.normalize(mean_of_tokens(hidden, attention_mask), dim=-1)
 
 
 class SentenceEmbedding(Workload):
@@ -76,35 +84,13 @@ class SentenceEmbedding(Workload):
         """The folder's weights, in float32; nothing is fetched from anywhere."""
         from transformers import AutoModel
 
-        with _loading(self.folder), _quiet_loading():
-            model = AutoModel.from_pretrained(
-                self.folder,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                attn_implementation="eager",  # the leaner ONNX graph
-                dtype=torch.float32,
-            )
-        return _encoder(model)
+        return SentenceEncoder(without_pooler(read_model(AutoModel, self.folder))).eval()
 
     def skeleton(self, architecture: Mapping[str, Any]) -> nn.Module:
         """The folder's model without its weights; `architecture` may change number keys of its config.json."""
-        from transformers import AutoConfig, AutoModel
+        from transformers import AutoModel
 
-        with _loading(self.folder):
-            config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
-        numbers = {key for key, value in config.to_dict().items() if type(value) in (int, float)}
-        unknown = sorted(set(architecture) - numbers)
-        if unknown:
-            raise WorkloadError(
-                f"building a model like {self.folder}",
-                found=f"unknown {', '.join(unknown)}",
-                expected=f"some of {', '.join(sorted(numbers))}",
-            )
-        for key, value in architecture.items():
-            setattr(config, key, value)
-        make: Callable[..., nn.Module] = AutoModel.from_config
-        return _encoder(make(config, attn_implementation="eager", dtype=torch.float32))
+        return SentenceEncoder(without_pooler(build_model(AutoModel, self.folder, architecture))).eval()
 
     def batches(self, split: Split, batch_size: int, seed: int | None = None) -> Iterator[Batch]:
         """Batches of token ids, padded to their longest text.
@@ -126,11 +112,7 @@ class SentenceEmbedding(Workload):
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask`, (texts, longest) int64, at most `max_length` tokens each."""
-        encodings = self.tokenizer.encode_batch(texts)
-        return {
-            "input_ids": torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64),
-            "attention_mask": torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.int64),
-        }
+        return tokenized(self.tokenizer, texts)
 
     def score(self, outputs: np.ndarray) -> np.ndarray:
         """1 ÷ rank of each query's document among all evaluation documents, (queries,).
@@ -167,10 +149,7 @@ class SentenceEmbedding(Workload):
 
     def identity(self) -> str:
         """The config, and digests of the folder's files that count and of the pairs."""
-        digest = hashlib.sha256()
-        for path in sorted(self.folder.glob("*")):
-            if path.suffix in (".json", ".safetensors"):
-                digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+        digest = hashlib.sha256(folder_digest(self.folder).encode())
         for split in SPLITS:
             digest.update("".join([split, *[pair.digest for pair in self.pairs[split]]]).encode())
         config = json.dumps(self.config.model_dump(mode="json", exclude={"model"}), sort_keys=True)
@@ -199,13 +178,7 @@ class SentenceEmbedding(Workload):
 
     def licence(self) -> str:
         """The `license` line of the folder's model card."""
-        card = self.folder / "README.md"
-        found = (
-            re.search(r"^license: *(\S+)", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
-            if card.exists()
-            else None
-        )
-        return found[1] if found else "unknown"
+        return read_licence(self.folder)
 
     def _texts(self, split: Split) -> list[str]:
         """All queries, then all documents; on the evaluation split sorted by length, as padding costs time."""
@@ -216,39 +189,6 @@ class SentenceEmbedding(Workload):
         pairs = self.pairs["evaluation"]
         lengths = [len(pair.query) for pair in pairs] + [len(pair.document) for pair in pairs]
         return sorted(range(len(lengths)), key=lengths.__getitem__)
-
-
-@contextlib.contextmanager
-def _loading(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        raise WorkloadError(
-            f"loading the encoder of {folder}",
-            found=str(error),
-            expected="config.json and *.safetensors of a transformers encoder",
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Without transformers' own bar of a tenth of a second: progress is shown by who runs the stage."""
-    from transformers.utils import logging
-
-    bar: Any = logging
-    shown = bar.is_progress_bar_enabled()
-    bar.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bar.enable_progress_bar()
-
-
-def _encoder(model: nn.Module) -> SentenceEncoder:
-    if hasattr(model, "pooler"):
-        model.register_module("pooler", None)  # its output is not used, and it would be exported and published
-    return SentenceEncoder(model).eval()
 
 
 def _split_pairs(pairs: tuple[Pair, ...], config: WorkloadConfig) -> dict[Split, tuple[Pair, ...]]:

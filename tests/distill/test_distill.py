@@ -20,6 +20,7 @@ from modelpress.distill import (
     imitation_loss,
     layer_list,
     make_student,
+    matched,
     recorded,
 )
 from modelpress.errors import StageError, WorkloadError
@@ -163,8 +164,12 @@ def test_hidden_states_are_matched_to_the_layers_that_were_kept() -> None:
     student = make_student(teacher, workload, config)
     batch = next(workload.batches("train", 8))
     taught_layers = [layer_list(teacher)[1], layer_list(teacher)[4]]
-    with recorded(taught_layers) as taught, recorded(list(layer_list(student))) as learned:
-        loss = distillation_loss(teacher, workload, config, (taught, learned))(student, batch)
+    with (
+        recorded(taught_layers) as taught,
+        recorded(list(layer_list(student))) as learned,
+        matched(teacher, student, workload, config) as matching,
+    ):
+        loss = distillation_loss(teacher, workload, config, matching)(student, batch)
         states = [state.clone() for state in (*taught, *learned)]
     matching = ((states[0] - states[2]).square().mean() + (states[1] - states[3]).square().mean()) / 2
     plain = distillation_loss(teacher, workload, config)(student, batch)

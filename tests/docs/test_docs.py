@@ -13,7 +13,9 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
+from modelpress.config import parse_config
 from tests.encoders import make_encoder_folder
 
 ROOT = Path(__file__).parents[2]
@@ -120,3 +122,9 @@ def test_a_folder_of_an_encoder_runs_as_printed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     checked = subprocess.run([*command, "verify", "our-encoder@champion"], capture_output=True, check=False, **options)
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_each_recipe_of_the_page_is_legal() -> None:
+    """Also those whose models are too large to be trained in a test."""
+    recipes = [yaml.safe_load(block) for block in blocks(OWN_MODEL, "yaml")]
+    assert {parse_config(recipe).name for recipe in recipes} >= {"our-encoder", "our-decoder", "cells"}

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from modelpress import graph
 from modelpress.checkpoint import Checkpoint
 from modelpress.config import ExportConfig, QuantizeConfig, TrainConfig
-from modelpress.distill import distillation_loss, frozen
+from modelpress.distill import RECOVERY_LOSS, distillation_loss, frozen
 from modelpress.errors import ConfigError, CoverageError, StageError
 from modelpress.export import export
-from modelpress.prune import RECOVERY_LOSS
 from modelpress.quantize import quantize
 from modelpress.quantize.codebook import cluster_
 from modelpress.quantize.from_module import fold_norms_, quantize_module

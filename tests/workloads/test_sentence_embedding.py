@@ -20,7 +20,7 @@ from modelpress.errors import WorkloadError
 from modelpress.prune import prune_
 from modelpress.workload import SPLITS, check_disjoint, load_workload
 from modelpress.workloads import retrieval_pairs
-from modelpress.workloads.encoder_folder import resolve_folder
+from modelpress.workloads.hf_folder import resolve_folder
 from modelpress.workloads.retrieval_pairs import Pair, load_pairs, pair_of_docstring
 from modelpress.workloads.sentence_embedding import SentenceEmbedding
 from tests.encoders import make_encoder_folder
@@ -288,7 +288,7 @@ def test_a_padding_token_without_a_number_is_refused(folder: Path, tmp_path: Pat
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_model_that_transformers_cannot_load_is_named(folder: Path, tmp_path: Path, name: str) -> None:
     workload = changed(folder, tmp_path, {name: "{}"})
-    with pytest.raises(WorkloadError, match="loading the encoder"):
+    with pytest.raises(WorkloadError, match="loading the model"):
         workload.source()
 
 
