@@ -1,9 +1,11 @@
-"""From a float ONNX graph to one with integer weights and activations, within a quality budget.
+"""From a float ONNX graph to one with integer weights, and mostly integer activations, within a quality budget.
 
-`dynamic` ranges activations per call, `static` by calibration. Each layer's sensitivity is measured by itself, or
-together with those that share its weight; the most sensitive compute in float until the graph agrees with the float one
-as closely as the config asks. Their weights are stored as integers all the same, where the budget allows it: mostly it
-is the rounding of activations that costs.
+`dynamic` ranges activations per call, `static` by calibration; for both, outliers are first moved from the activations
+into the weights. `weight-only` leaves activations in float and rounds weights to 4 or 8 bits in groups. Each layer's
+sensitivity is measured by itself, or together with those that share its weight; the most sensitive compute in float
+until the graph agrees with the float one as closely as the config asks. Their weights are stored as integers all the
+same, where the budget allows it: mostly it is the rounding of activations that costs. Sensitive 4-bit weights take 8
+bits first.
 """
 
 from __future__ import annotations
@@ -12,21 +14,21 @@ from collections.abc import Iterable, Sequence
 
 import onnx
 from onnx import ModelProto
-from torch import Tensor
 
 from modelpress import graph
 from modelpress.checkpoint import Checkpoint
 from modelpress.config import QuantizeConfig
 from modelpress.errors import CoverageError
 from modelpress.progress import Progress, silent
-from modelpress.quantize import rewrite, sensitivity, static
+from modelpress.quantize import nbits, rewrite, sensitivity, static, weight_only
+from modelpress.quantize.groups import Grid
+from modelpress.quantize.observe import Inputs
 from modelpress.quantize.selection import Layer, chosen_layers, eligible_layers, shared_weights
+from modelpress.quantize.smooth import smooth
 from modelpress.reports import QuantizeReport, SensitivityRow
 from modelpress.workload import Workload
 
 __all__ = ["quantize"]
-
-Inputs = dict[str, Tensor]
 
 _BATCH = 32
 _RANKING_BATCHES, _RANKING_SAMPLES = 3, 8
@@ -57,7 +59,12 @@ def quantize(
     layers = eligible_layers(model, config.embeddings)
     chosen = chosen_layers(layers, config)
     batches = [batch.inputs for batch in workload.batches("calibration", _BATCH)]
-    build = _builder(model, chosen, batches, config, progress)
+    products = [layer for layer in chosen if layer.op_type != "Gather"]
+    if config.method == "weight-only":
+        build = _weight_only_builder(model, products, batches, config, progress)
+    else:
+        build = _builder(model, products, batches, config, progress)
+    build = _with_tables(build, [layer.node for layer in chosen if layer.op_type == "Gather"])
 
     units = shared_weights(chosen)
     total = len(units) + 1
@@ -73,7 +80,7 @@ def quantize(
     eligible = _elements(layers)
     integers = eligible - _elements(layer for layer in layers if layer.weight in still_float)
     report = QuantizeReport(
-        method=config.method if config.method == "dynamic" else f"static-{config.calibration}",
+        method=_method(config),
         eligible_weights=eligible,
         quantized_weights=integers,
         coverage=integers / eligible,
@@ -119,31 +126,65 @@ def _some(batches: Sequence[Inputs]) -> list[Inputs]:
 
 
 def _builder(
-    model: ModelProto,
-    chosen: Sequence[Layer],
-    batches: Sequence[Inputs],
-    config: QuantizeConfig,
-    progress: Progress,
+    model: ModelProto, layers: Sequence[Layer], batches: Sequence[Inputs], config: QuantizeConfig, progress: Progress
 ) -> sensitivity.Build:
-    tables = {layer.node for layer in chosen if layer.op_type == "Gather"}
+    """For `dynamic` and `static`."""
+    if config.smooth:
+        progress(0, 1, "moving outliers of the activations into the weights")
+        model = smooth(model, {layer.node for layer in layers}, batches, config.smooth)
     ranges = None
     if config.method == "static":
         progress(0, 1, f"calibrating by {config.calibration}")
         ranges = static.calibrate(model, batches, config)
 
     def build(nodes: Sequence[str], in_float: Sequence[str]) -> ModelProto:
-        products = [node for node in nodes if node not in tables]
         if ranges is None:
-            made = onnx.ModelProto()
-            made.CopyFrom(model)
-            rewrite.quantize_dynamic_(made, products, config.per_channel)
+            made = _copy(model)
+            rewrite.quantize_dynamic_(made, nodes, config.per_channel)
         else:
-            made = static.quantize_static(model, products, ranges, config)
-        rewrite.quantize_weights_(made, [node for node in in_float if node not in tables], config.per_channel)
-        rewrite.quantize_tables_(made, [node for node in nodes if node in tables])
+            made = static.quantize_static(model, nodes, ranges, config)
+        rewrite.quantize_weights_(made, in_float, config.per_channel)
         return made
 
     return build
+
+
+def _weight_only_builder(
+    model: ModelProto, layers: Sequence[Layer], batches: Sequence[Inputs], config: QuantizeConfig, progress: Progress
+) -> sensitivity.Build:
+    weights = weight_only.quantize_layers(model, layers, batches, config, progress)
+    finer = weight_only.round_layers(model, layers, Grid(8, config.group_size)) if config.num_bits == 4 else {}
+
+    def build(nodes: Sequence[str], in_float: Sequence[str]) -> ModelProto:
+        made = _copy(model)
+        chosen = {node: weights[node] for node in nodes}
+        nbits.replace_products_(made, chosen | {node: finer[node] for node in in_float if node in finer})
+        return made
+
+    return build
+
+
+def _with_tables(build: sensitivity.Build, tables: Sequence[str]) -> sensitivity.Build:
+    """The same, which also stores the named tables as int8."""
+
+    def build_all(nodes: Sequence[str], in_float: Sequence[str]) -> ModelProto:
+        made = build(*([node for node in some if node not in tables] for some in (nodes, in_float)))
+        rewrite.quantize_tables_(made, [node for node in nodes if node in tables])
+        return made
+
+    return build_all
+
+
+def _copy(model: ModelProto) -> ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy
+
+
+def _method(config: QuantizeConfig) -> str:
+    if config.method == "weight-only":
+        return f"weight-only-{config.algorithm}-int{config.num_bits}"
+    return config.method if config.method == "dynamic" else f"static-{config.calibration}"
 
 
 def _elements(layers: Iterable[Layer]) -> int:

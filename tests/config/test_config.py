@@ -49,7 +49,14 @@ def test_typo_names_the_field_and_what_is_legal(change: dict[str, Any], field: s
     ("change", "expected"),
     [
         ({"name": "Digits!"}, "name: String should match pattern"),
-        ({"quantize": {"method": "fp3"}}, "quantize.method: Input should be 'dynamic' or 'static' (found 'fp3')"),
+        (
+            {"quantize": {"method": "fp3"}},
+            "quantize.method: Input should be 'dynamic', 'static' or 'weight-only' (found 'fp3')",
+        ),
+        ({"quantize": {"num_bits": 4}}, "num_bits 4 needs quantize.method 'weight-only'"),
+        ({"quantize": {"method": "weight-only", "group_size": 48}}, "group_size must be a power of two"),
+        ({"quantize": {"algorithm": "rtn", "act_order": True}}, "act_order needs quantize.algorithm 'gptq'"),
+        ({"quantize": {"method": "weight-only", "algorithm": "hqq"}}, "'hqq' needs quantize.symmetric false"),
         ({"prune": {"sparsity": 1.0}}, "prune.sparsity: Input should be less than 1 (found 1.0)"),
         ({"shard": {"max_shard_size": 0}}, "shard.max_shard_size: Input should be greater than 0 (found 0)"),
         ({"distill": {"student": "layer-drop"}}, "distill.keep_layers is needed"),
