@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import onnx
 from onnx import ModelProto
 
 from modelpress import graph
@@ -20,11 +19,10 @@ from modelpress.checkpoint import Checkpoint
 from modelpress.config import QuantizeConfig
 from modelpress.errors import CoverageError
 from modelpress.progress import Progress, silent
-from modelpress.quantize import nbits, rewrite, sensitivity, static, weight_only
-from modelpress.quantize.groups import Grid
+from modelpress.quantize import sensitivity, static
+from modelpress.quantize.build import builder
 from modelpress.quantize.observe import Inputs
 from modelpress.quantize.selection import Layer, chosen_layers, eligible_layers, shared_weights
-from modelpress.quantize.smooth import smooth
 from modelpress.reports import QuantizeReport, SensitivityRow
 from modelpress.workload import Workload
 
@@ -59,12 +57,7 @@ def quantize(
     layers = eligible_layers(model, config.embeddings)
     chosen = chosen_layers(layers, config)
     batches = [batch.inputs for batch in workload.batches("calibration", _BATCH)]
-    products = [layer for layer in chosen if layer.op_type != "Gather"]
-    if config.method == "weight-only":
-        build = _weight_only_builder(model, products, batches, config, progress)
-    else:
-        build = _builder(model, products, batches, config, progress)
-    build = _with_tables(build, [layer.node for layer in chosen if layer.op_type == "Gather"])
+    build = builder(model, chosen, batches, config, progress)
 
     units = shared_weights(chosen)
     total = len(units) + 1
@@ -123,62 +116,6 @@ def _some(batches: Sequence[Inputs]) -> list[Inputs]:
     """A few samples of a few batches from the whole split, as a split may be in some order."""
     places = {len(batches) * part // _RANKING_BATCHES for part in range(_RANKING_BATCHES)}
     return [{name: tensor[:_RANKING_SAMPLES] for name, tensor in batches[place].items()} for place in sorted(places)]
-
-
-def _builder(
-    model: ModelProto, layers: Sequence[Layer], batches: Sequence[Inputs], config: QuantizeConfig, progress: Progress
-) -> sensitivity.Build:
-    """For `dynamic` and `static`."""
-    if config.smooth:
-        progress(0, 1, "moving outliers of the activations into the weights")
-        model = smooth(model, {layer.node for layer in layers}, batches, config.smooth)
-    ranges = None
-    if config.method == "static":
-        progress(0, 1, f"calibrating by {config.calibration}")
-        ranges = static.calibrate(model, batches, config)
-
-    def build(nodes: Sequence[str], in_float: Sequence[str]) -> ModelProto:
-        if ranges is None:
-            made = _copy(model)
-            rewrite.quantize_dynamic_(made, nodes, config.per_channel)
-        else:
-            made = static.quantize_static(model, nodes, ranges, config)
-        rewrite.quantize_weights_(made, in_float, config.per_channel)
-        return made
-
-    return build
-
-
-def _weight_only_builder(
-    model: ModelProto, layers: Sequence[Layer], batches: Sequence[Inputs], config: QuantizeConfig, progress: Progress
-) -> sensitivity.Build:
-    weights = weight_only.quantize_layers(model, layers, batches, config, progress)
-    finer = weight_only.round_layers(model, layers, Grid(8, config.group_size)) if config.num_bits == 4 else {}
-
-    def build(nodes: Sequence[str], in_float: Sequence[str]) -> ModelProto:
-        made = _copy(model)
-        chosen = {node: weights[node] for node in nodes}
-        nbits.replace_products_(made, chosen | {node: finer[node] for node in in_float if node in finer})
-        return made
-
-    return build
-
-
-def _with_tables(build: sensitivity.Build, tables: Sequence[str]) -> sensitivity.Build:
-    """The same, which also stores the named tables as int8."""
-
-    def build_all(nodes: Sequence[str], in_float: Sequence[str]) -> ModelProto:
-        made = build(*([node for node in some if node not in tables] for some in (nodes, in_float)))
-        rewrite.quantize_tables_(made, [node for node in nodes if node in tables])
-        return made
-
-    return build_all
-
-
-def _copy(model: ModelProto) -> ModelProto:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    return copy
 
 
 def _method(config: QuantizeConfig) -> str:
