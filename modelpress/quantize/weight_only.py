@@ -1,4 +1,4 @@
-"""Weight-only quantization of a graph: grouped weights, activations in float."""
+"""Weight-only quantization of a graph: grouped weights; the graph's activations stay in float."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from modelpress import graph
 from modelpress.errors import StageError
 from modelpress.quantize.groups import Grid, GroupedWeight, round_to_nearest
 from modelpress.quantize.hqq import hqq
-from modelpress.quantize.nbits import pack_codes, pack_zero_points, replace_products_
+from modelpress.quantize.nbits import EXACT, pack_codes, pack_zero_points, replace_products_
 
 SHAPES = [(8, 64, 32), (7, 96, 32), (5, 97, 16), (33, 384, 128), (3, 50, 64), (1, 20, 16), (9, 160, 32)]
 """Outputs, inputs, group size: full and broken last groups, odd and even numbers of groups, odd outputs."""
@@ -52,13 +52,26 @@ def test_onnx_runtime_multiplies_by_what_the_codes_mean(num_bits: int, kind: str
         weight = (hqq if kind == "real" else round_to_nearest)(original, grid)
         for transposed, bias in ((False, False), (True, False), (True, True)):
             model = product_graph(original, transposed, bias)
-            replace_products_(model, {"product": weight})
+            replace_products_(model, {"product": weight}, EXACT)
             samples = torch.randn(6, inputs)
             expected = samples.double() @ weight.dequantize().double().T + (torch.arange(outputs) if bias else 0)
             found = run(model, samples)
             assert np.abs(found - expected.numpy()).max() < 1e-4, (outputs, inputs, size)
             assert np.abs(found - expected.numpy()).max() > 0 or outputs * inputs < 100
         assert {node.op_type for node in model.graph.node} == {"MatMulNBits", "Add"}
+
+
+@pytest.mark.parametrize("num_bits", [4, 8])
+def test_the_fast_kernel_rounds_activations_and_no_more(num_bits: int) -> None:
+    torch.manual_seed(0)
+    for outputs, inputs, size in SHAPES:
+        weight = round_to_nearest(torch.randn(outputs, inputs), Grid(num_bits, size))
+        model = product_graph(weight.dequantize(), transposed=False)
+        replace_products_(model, {"product": weight})
+        samples = torch.randn(6, inputs)
+        expected = (samples @ weight.dequantize().T).numpy()
+        error = np.sqrt(np.mean((run(model, samples) - expected) ** 2) / np.mean(expected**2))
+        assert error < 0.02, (outputs, inputs, size)
 
 
 def test_codes_are_packed_low_half_first_and_padded_with_the_zero_point() -> None:
