@@ -9,6 +9,7 @@ from onnx import ModelProto
 from modelpress.config import QuantizeConfig
 from modelpress.progress import Progress
 from modelpress.quantize import nbits, rewrite, sensitivity, static, weight_only
+from modelpress.quantize.gelu import respell_gelu_
 from modelpress.quantize.groups import Grid
 from modelpress.quantize.observe import Inputs
 from modelpress.quantize.selection import Layer
@@ -45,6 +46,8 @@ def builder(
 def _integer(
     model: ModelProto, layers: Sequence[Layer], batches: Sequence[Inputs], config: QuantizeConfig, progress: Progress
 ) -> sensitivity.Build:
+    model = _copy(model)
+    respell_gelu_(model)
     if config.smooth:
         progress(0, 1, "moving outliers of the activations into the weights")
         model = smooth(model, {layer.node for layer in layers}, batches, config.smooth)
