@@ -182,7 +182,8 @@ class QuantizeConfig(Config):
     """For `weight-only`: no zero points; without, each group's range may lie off centre, for 4 or 8 bits a group."""
     algorithm: Literal["rtn", "gptq", "hqq"] = "gptq"
     """For `weight-only`: round to the nearest; let later weights make up for the rounding of earlier ones (Frantar et
-    al. 2022, arXiv:2210.17323); or real zero points without data (Badri & Shaji 2023; 4 bits, not symmetric)."""
+    al. 2022, arXiv:2210.17323); or real zero points without data (Badri & Shaji 2023; 4 bits, not symmetric; slow
+    on the CPU)."""
     act_order: bool = False
     """For `gptq`: round the inputs of the largest activations first."""
     per_channel: bool = True
