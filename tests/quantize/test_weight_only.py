@@ -108,11 +108,10 @@ def test_every_product_takes_grouped_weights(deep, options: dict) -> None:
     assert np.abs(outputs(quantized, workload) - outputs(checkpoint, workload)).max() > 0
 
 
-def test_gptq_agrees_better_than_rounding_and_each_input_is_seen_after_what_is_before_it(deep) -> None:
+def test_gptq_agrees_better_with_the_float_graph_than_rounding(deep) -> None:
     workload, checkpoint = deep
     drops = {
-        name: 1 - quantize(checkpoint, workload, weight_only(algorithm=name, symmetric=symmetric))[1].agreement
-        for name, symmetric in (("rtn", True), ("gptq", True))
+        name: 1 - quantize(checkpoint, workload, weight_only(algorithm=name))[1].agreement for name in ("rtn", "gptq")
     }
     assert drops["gptq"] < 0.7 * drops["rtn"]
 
