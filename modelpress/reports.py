@@ -261,7 +261,8 @@ class SensitivityRow(Report):
     disagreement: float
     """1 − agreement with the float graph, with this node alone quantized (or alone left in float)."""
     kept_float: bool
-    """Whether it computes in float; its weight may be stored as integers all the same."""
+    """Whether the method left it out to keep the budget: it computes in float (its weight may be stored as integers
+    all the same), or beside 4-bit weights has one of 8 bits."""
 
 
 class SharedTensor(Report):

@@ -1,32 +1,32 @@
-"""From a float ONNX graph to one with integer weights and activations, within a quality budget.
+"""From a float ONNX graph to one with integer weights, and mostly integer activations, within a quality budget.
 
-`dynamic` ranges activations per call, `static` by calibration. Each layer's sensitivity is measured by itself, or
-together with those that share its weight; the most sensitive compute in float until the graph agrees with the float one
-as closely as the config asks. Their weights are stored as integers all the same, where the budget allows it: mostly it
-is the rounding of activations that costs.
+`dynamic` ranges activations per call, `static` by calibration; for both, outliers are first moved from the activations
+into the weights. `weight-only` leaves activations in float and rounds weights to 4 or 8 bits in groups. Each layer's
+sensitivity is measured by itself, or together with those that share its weight; the most sensitive compute in float
+until the graph agrees with the float one as closely as the config asks. Their weights are stored as integers all the
+same, where the budget allows it: mostly it is the rounding of activations that costs. Sensitive 4-bit weights take 8
+bits first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import onnx
 from onnx import ModelProto
-from torch import Tensor
 
 from modelpress import graph
 from modelpress.checkpoint import Checkpoint
 from modelpress.config import QuantizeConfig
 from modelpress.errors import ConfigError, CoverageError
 from modelpress.progress import Progress, silent
-from modelpress.quantize import rewrite, sensitivity, static
+from modelpress.quantize import sensitivity, static
+from modelpress.quantize.build import builder
+from modelpress.quantize.observe import Inputs
 from modelpress.quantize.selection import Layer, chosen_layers, eligible_layers, shared_weights
 from modelpress.reports import QuantizeReport, SensitivityRow
 from modelpress.workload import Workload
 
 __all__ = ["quantize"]
-
-Inputs = dict[str, Tensor]
 
 _BATCH = 32
 _RANKING_BATCHES, _RANKING_SAMPLES = 3, 8
@@ -64,7 +64,7 @@ def quantize(
     layers = eligible_layers(model, config.embeddings)
     chosen = chosen_layers(layers, config)
     batches = [batch.inputs for batch in workload.batches("calibration", _BATCH)]
-    build = _builder(model, chosen, batches, config, progress)
+    build = builder(model, chosen, batches, config, progress)
 
     units = shared_weights(chosen)
     total = len(units) + 1
@@ -80,7 +80,7 @@ def quantize(
     eligible = _elements(layers)
     integers = eligible - _elements(layer for layer in layers if layer.weight in still_float)
     report = QuantizeReport(
-        method=config.method if config.method == "dynamic" else f"static-{config.calibration}",
+        method=_method(config),
         eligible_weights=eligible,
         quantized_weights=integers,
         coverage=integers / eligible,
@@ -125,32 +125,10 @@ def _some(batches: Sequence[Inputs]) -> list[Inputs]:
     return [{name: tensor[:_RANKING_SAMPLES] for name, tensor in batches[place].items()} for place in sorted(places)]
 
 
-def _builder(
-    model: ModelProto,
-    chosen: Sequence[Layer],
-    batches: Sequence[Inputs],
-    config: QuantizeConfig,
-    progress: Progress,
-) -> sensitivity.Build:
-    tables = {layer.node for layer in chosen if layer.op_type == "Gather"}
-    ranges = None
-    if config.method == "static":
-        progress(0, 1, f"calibrating by {config.calibration}")
-        ranges = static.calibrate(model, batches, config)
-
-    def build(nodes: Sequence[str], in_float: Sequence[str]) -> ModelProto:
-        products = [node for node in nodes if node not in tables]
-        if ranges is None:
-            made = onnx.ModelProto()
-            made.CopyFrom(model)
-            rewrite.quantize_dynamic_(made, products, config.per_channel)
-        else:
-            made = static.quantize_static(model, products, ranges, config)
-        rewrite.quantize_weights_(made, [node for node in in_float if node not in tables], config.per_channel)
-        rewrite.quantize_tables_(made, [node for node in nodes if node in tables])
-        return made
-
-    return build
+def _method(config: QuantizeConfig) -> str:
+    if config.method == "weight-only":
+        return f"weight-only-{config.algorithm}-int{config.num_bits}"
+    return config.method if config.method == "dynamic" else f"static-{config.calibration}"
 
 
 def _elements(layers: Iterable[Layer]) -> int:

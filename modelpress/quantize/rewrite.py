@@ -38,16 +38,16 @@ def quantize_dynamic_(model: ModelProto, nodes: Collection[str], per_channel: bo
             rewritten.append(node)
             continue
         weight = numpy_helper.to_array(initializers[node.input[1]])
-        if node.op_type == "Gemm" and _gemm_transposes_weight(node):
+        if transposes_weight(node):
             weight = np.ascontiguousarray(weight.T)
         codes, scale = quantize_symmetric(weight, weight.ndim - 1 if per_channel else None)
-        _add(model, node.input[1] + _CODES, codes)
-        _add(model, node.input[1] + _SCALE, scale)
+        add_initializer(model, node.input[1] + _CODES, codes)
+        add_initializer(model, node.input[1] + _SCALE, scale)
         if node.input[0] not in ranged:
             ranged.add(node.input[0])
             rewritten.append(_range(node.input[0]))
         rewritten.extend(_integer_product(node))
-    _replace_nodes(model, rewritten)
+    replace_nodes(model, rewritten)
 
 
 def quantize_weights_(model: ModelProto, nodes: Collection[str], per_channel: bool) -> None:
@@ -69,8 +69,8 @@ def quantize_weights_(model: ModelProto, nodes: Collection[str], per_channel: bo
                 codes, scale = quantize_symmetric(values, axis)
                 if axis is not None:
                     scale = scale.reshape([-1 if one == axis else 1 for one in range(values.ndim)])
-                _add(model, weight + _CODES, codes)
-                _add(model, weight + _SCALE, scale)
+                add_initializer(model, weight + _CODES, codes)
+                add_initializer(model, weight + _SCALE, scale)
                 cast, product = f"{weight}_float", f"{weight}_value"
                 rewritten += [
                     helper.make_node("Cast", [weight + _CODES], [cast], f"{node.name}_cast", to=TensorProto.FLOAT),
@@ -78,7 +78,7 @@ def quantize_weights_(model: ModelProto, nodes: Collection[str], per_channel: bo
                 ]
             node.input[1] = f"{weight}_value"
         rewritten.append(node)
-    _replace_nodes(model, rewritten)
+    replace_nodes(model, rewritten)
 
 
 def quantize_tables_(model: ModelProto, nodes: Collection[str]) -> None:
@@ -106,10 +106,10 @@ def quantize_tables_(model: ModelProto, nodes: Collection[str]) -> None:
             if by_row[table]:
                 codes, scale = quantize_symmetric(values, 0)
                 scale = scale.reshape(-1, 1)
-            _add(model, table + _CODES, codes)
-            _add(model, table + _SCALE, scale)
+            add_initializer(model, table + _CODES, codes)
+            add_initializer(model, table + _SCALE, scale)
         rewritten.extend(_scaled_rows(node, by_row[table]))
-    _replace_nodes(model, rewritten)
+    replace_nodes(model, rewritten)
 
 
 def _range(value: str) -> NodeProto:
@@ -158,7 +158,12 @@ def _channel_axis(node: NodeProto, dimensions: int) -> int:
     return dimensions - 1
 
 
-def _gemm_transposes_weight(node: NodeProto) -> bool:
+def transposes_weight(node: NodeProto) -> bool:
+    """Whether a Gemm, or a MatMul, reads its weight as (out, in).
+
+    Raises:
+        StageError: a Gemm that scales or transposes its input.
+    """
     attributes = {one.name: helper.get_attribute_value(one) for one in node.attribute}
     if attributes.get("transA", 0) or attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0:
         raise StageError(
@@ -170,7 +175,7 @@ def _gemm_transposes_weight(node: NodeProto) -> bool:
     return bool(attributes.get("transB", 0))
 
 
-def _add(model: ModelProto, name: str, array: np.ndarray) -> None:
+def add_initializer(model: ModelProto, name: str, array: np.ndarray) -> None:
     """Append an initializer; nodes that share a weight find it there.
 
     Raises:
@@ -191,7 +196,8 @@ def _add(model: ModelProto, name: str, array: np.ndarray) -> None:
         )
 
 
-def _replace_nodes(model: ModelProto, nodes: Sequence[NodeProto]) -> None:
+def replace_nodes(model: ModelProto, nodes: Sequence[NodeProto]) -> None:
+    """Let the graph consist of these nodes, which may be its own."""
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del model.graph.node[:]
     model.graph.node.extend(copies)

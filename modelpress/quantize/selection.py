@@ -28,6 +28,8 @@ class Layer:
     """Name of the weight's initializer."""
     elements: int
     """Number of weights."""
+    dimensions: int = 2
+    """Axes of the weight."""
 
 
 def eligible_layers(model: ModelProto, embeddings: bool) -> list[Layer]:
@@ -49,7 +51,7 @@ def eligible_layers(model: ModelProto, embeddings: bool) -> list[Layer]:
             elements = 1
             for size in weight.dims:
                 elements *= size
-            layers.append(Layer(node.name, node.op_type, weight.name, elements))
+            layers.append(Layer(node.name, node.op_type, weight.name, elements, len(weight.dims)))
     return layers
 
 
@@ -58,7 +60,7 @@ def chosen_layers(layers: Sequence[Layer], config: QuantizeConfig) -> list[Layer
 
     Raises:
         CoverageError: nothing is eligible, or nothing is left.
-        ConfigError: a pattern matches no eligible node, or `dynamic` targets a convolution.
+        ConfigError: a pattern matches no eligible node, or a method targets what it cannot take.
     """
     if not layers:
         raise CoverageError(
@@ -80,12 +82,13 @@ def chosen_layers(layers: Sequence[Layer], config: QuantizeConfig) -> list[Layer
     chosen = []
     for layer in layers:
         targeted = _matches(layer, config.targets)
-        if layer.op_type == "Conv" and config.method == "dynamic":
+        obstacle = _obstacle(layer, config)
+        if obstacle:
             if targeted:
                 raise ConfigError(
                     f"quantizing {layer.node!r}",
-                    found="a convolution in quantize.targets, with quantize.method 'dynamic'",
-                    expected="MatMul or Gemm: dynamic int8 makes convolutions slower",
+                    found=f"{obstacle[0]} in quantize.targets, with quantize.method {config.method!r}",
+                    expected=obstacle[1],
                     fix="set quantize.method to 'static'",
                 )
             continue
@@ -97,8 +100,8 @@ def chosen_layers(layers: Sequence[Layer], config: QuantizeConfig) -> list[Layer
             "choosing layers to quantize",
             found=f"none of {len(layers)} eligible layers",
             expected="at least one",
-            fix="dynamic int8 leaves convolutions in float: set quantize.method to 'static'"
-            if config.method == "dynamic"
+            fix=f"{config.method} quantization leaves convolutions in float: set quantize.method to 'static'"
+            if config.method != "static"
             else "widen quantize.targets or narrow quantize.ignore",
         )
     return chosen
@@ -111,6 +114,17 @@ def shared_weights(layers: Sequence[Layer]) -> list[tuple[str, ...]]:
     for layer in layers:
         units.setdefault(layer.weight, []).append(layer.node)
     return [tuple(nodes) for nodes in units.values()]
+
+
+def _obstacle(layer: Layer, config: QuantizeConfig) -> tuple[str, str] | None:
+    """What the method cannot take about a layer, and what it takes."""
+    if layer.op_type == "Conv" and config.method == "dynamic":
+        return "a convolution", "MatMul or Gemm: dynamic int8 makes convolutions slower"
+    if config.method == "weight-only" and layer.op_type == "Conv":
+        return "a convolution", "MatMul or Gemm: ONNX Runtime has no convolution with grouped weights"
+    if config.method == "weight-only" and layer.op_type != "Gather" and layer.dimensions != 2:
+        return f"a weight of {layer.dimensions} axes", "one of 2 axes"
+    return None
 
 
 def _matches(layer: Layer, patterns: Sequence[str]) -> bool:

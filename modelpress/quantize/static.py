@@ -1,4 +1,8 @@
-"""Static int8 in QDQ form: ranges of activations from calibration data, by ONNX Runtime's own tools."""
+"""Static int8 in QDQ form, by ONNX Runtime's own quantizer; ranges of activations from calibration data.
+
+In a graph without convolutions only the inputs of products are rounded: their outputs stay in float, as additions and
+normalisations read them, and ONNX Runtime multiplies all the same in integers (`MatMulIntegerToFloat`).
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,13 @@ import numpy as np
 import onnx
 from onnx import ModelProto
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, quant_pre_process
-from onnxruntime.quantization.calibrate import TensorsData, create_calibrator
+from onnxruntime.quantization.calibrate import TensorData, TensorsData, create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from torch import Tensor
 
 from modelpress.config import QuantizeConfig
 from modelpress.errors import CoverageError
+from modelpress.quantize.ranges import least_error_ranges
 from modelpress.quantize.selection import WEIGHTED
 
 _METHODS = {
@@ -61,6 +66,11 @@ def calibrate(model: ModelProto, batches: Sequence[dict[str, Tensor]], config: Q
         batches: named inputs; shapes may differ between batches.
         config: `calibration` and `percentile`.
     """
+    if config.calibration == "mse":
+        found = least_error_ranges(model, _activations(model), batches)
+        ends = {name: np.asarray(ends, dtype=np.float32) for name, ends in found.items()}
+        data = {name: TensorData(lowest=low, highest=high) for name, (low, high) in ends.items()}
+        return TensorsData(CalibrationMethod.MinMax, data)
     names = [one.name for one in model.graph.input]
     with tempfile.TemporaryDirectory(prefix="modelpress-") as folder, _quiet():
         source = Path(folder, "model.onnx")
@@ -107,7 +117,11 @@ def quantize_static(
         [*nodes, *_companions(model, nodes)],
         [],
         [*WEIGHTED, *_COMPANIONS],
-        {"ActivationSymmetric": False, "WeightSymmetric": True},
+        {
+            "ActivationSymmetric": False,
+            "WeightSymmetric": True,
+            "OpTypesToExcludeOutputQuantization": [] if _has_convolutions(model) else list(WEIGHTED),
+        },
     )
     quantizer.quantize_model()
     quantized: ModelProto = quantizer.model.model
@@ -127,7 +141,7 @@ def _companions(model: ModelProto, nodes: Collection[str]) -> list[str]:
 
     Transformers have none: integer additions and normalisations ruin them.
     """
-    if all(node.op_type != "Conv" for node in model.graph.node):
+    if not _has_convolutions(model):
         return []
     constants = {one.name for one in model.graph.initializer}
     integers: set[str] = set()
@@ -143,11 +157,28 @@ def _companions(model: ModelProto, nodes: Collection[str]) -> list[str]:
     return companions
 
 
+def _has_convolutions(model: ModelProto) -> bool:
+    return any(node.op_type == "Conv" for node in model.graph.node)
+
+
+def _activations(model: ModelProto) -> list[str]:
+    """Float values that may be rounded: the inputs of weighted nodes, with convolutions also what is around them."""
+    constants = {one.name for one in model.graph.initializer}
+    names: dict[str, None] = {}
+    for node in model.graph.node:
+        if not _has_convolutions(model):
+            taken = [*node.input[:1]] if node.op_type in WEIGHTED and node.input[1] in constants else []
+        else:
+            taken = [*node.input, *node.output] if node.op_type in (*WEIGHTED, *_COMPANIONS) else []
+        names |= dict.fromkeys(name for name in taken if name and name not in constants)
+    return list(names)
+
+
 def _check_calibrated(model: ModelProto, nodes: Collection[str], ranges: TensorsData) -> None:
     for node in model.graph.node:
         if node.name not in nodes:
             continue
-        for value in (node.input[0], node.output[0]):
+        for value in (node.input[0], *(node.output if _has_convolutions(model) else ())):
             found = "no range" if value not in ranges else f"the range {ranges[value].range_value}"
             if value not in ranges or not np.isfinite(ranges[value].range_value).all():
                 raise CoverageError(

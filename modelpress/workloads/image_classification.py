@@ -45,7 +45,8 @@ MAX_SCALING = 0.1
 
 class ImageClassification(Workload):
     """A network on `digits`, on `digits-28` (the same, brought to 28×28 pixels), a folder with a sub-folder of images
-    per class, a .parquet with `image` and `label`, or an .npz with `images` (N, H, W[, C]), uint8 or floats from 0 to 1, and `labels` (N,).
+    per class, a .parquet with `image` and `label`, or an .npz with `images` (N, H, W[, C]), uint8 or floats from 0 to
+    1, and `labels` (N,).
 
     The model is one of `MODELS`, or `timm:NAME` or `torchvision:NAME` as the installed library builds it; it is trained
     in the run, unless `WorkloadConfig.weights` has its weights.

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnx
 import pytest
@@ -17,7 +19,7 @@ from modelpress.reports import QuantizeReport
 from modelpress.workload import Batch, Workload
 from tests.toys import CNN_WEIGHTS, ENCODER_WEIGHTS, ImageToy, TextToy, TinyEncoder, Wrapped
 
-STATIC = [{"calibration": "minmax"}, {"calibration": "percentile"}, {"calibration": "entropy"}]
+STATIC = [{"calibration": name} for name in ("mse", "minmax", "percentile", "entropy")]
 
 
 @pytest.fixture(scope="module")
@@ -190,15 +192,16 @@ def test_a_graph_without_weights_is_an_error() -> None:
         quantize(graph.split(model), ImageToy(), QuantizeConfig())
 
 
-def test_an_activation_without_a_finite_range_is_named(cnn) -> None:
+@pytest.mark.parametrize(("options", "named"), [({"smooth": 0}, "body.0.Conv"), ({}, "body.9.Gemm")], ids=str)
+def test_an_activation_without_a_finite_range_is_named(cnn, options: dict, named: str) -> None:
     class Infinite(ImageToy):
         def batches(self, split, batch_size, seed=None):
             for batch in super().batches(split, batch_size, seed):
                 yield Batch({"x": batch.inputs["x"] * (torch.inf if split == "calibration" else 1)})
 
     _, checkpoint = cnn
-    with pytest.raises(CoverageError, match=r"calibrating 'body\.0\.Conv'") as caught:
-        quantize(checkpoint, Infinite(), QuantizeConfig())
+    with pytest.raises(CoverageError, match=f"calibrating '{re.escape(named)}'") as caught:
+        quantize(checkpoint, Infinite(), QuantizeConfig(**options))
     assert "NaN" in str(caught.value.fix)
 
 

@@ -1,0 +1,89 @@
+"""Models in which chosen layers are quantized, by each method: what is prepared once, and what is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onnx import ModelProto
+
+from modelpress.config import QuantizeConfig
+from modelpress.progress import Progress
+from modelpress.quantize import nbits, rewrite, sensitivity, static, weight_only
+from modelpress.quantize.gelu import respell_gelu_
+from modelpress.quantize.groups import Grid
+from modelpress.quantize.observe import Inputs
+from modelpress.quantize.selection import Layer
+from modelpress.quantize.smooth import smooth
+
+
+def builder(
+    model: ModelProto, layers: Sequence[Layer], batches: Sequence[Inputs], config: QuantizeConfig, progress: Progress
+) -> sensitivity.Build:
+    """Prepare the layers by the config's method, on calibration data: what it gives makes models of any of them.
+
+    Args:
+        model: float; for `static` as `static.prepare` gave it.
+        layers: as `chosen_layers` gave them.
+        batches: calibration data.
+        config: the method and its options.
+        progress: told of what is prepared.
+
+    Raises:
+        see `smooth`, `static.calibrate` and `weight_only.quantize_layers`.
+    """
+    products = [layer for layer in layers if layer.op_type != "Gather"]
+    build = (_weight_only if config.method == "weight-only" else _integer)(model, products, batches, config, progress)
+    tables = [layer.node for layer in layers if layer.op_type == "Gather"]
+
+    def build_all(nodes: Sequence[str], in_float: Sequence[str]) -> ModelProto:
+        made = build(*([node for node in some if node not in tables] for some in (nodes, in_float)))
+        rewrite.quantize_tables_(made, [node for node in nodes if node in tables])
+        return made
+
+    return build_all
+
+
+def _integer(
+    model: ModelProto, layers: Sequence[Layer], batches: Sequence[Inputs], config: QuantizeConfig, progress: Progress
+) -> sensitivity.Build:
+    model = _copy(model)
+    respell_gelu_(model)
+    if config.smooth:
+        progress(0, 1, "moving outliers of the activations into the weights")
+        model = smooth(model, {layer.node for layer in layers}, batches, config.smooth)
+    ranges = None
+    if config.method == "static":
+        progress(0, 1, f"calibrating by {config.calibration}")
+        ranges = static.calibrate(model, batches, config)
+
+    def build(nodes: Sequence[str], in_float: Sequence[str]) -> ModelProto:
+        if ranges is None:
+            made = _copy(model)
+            rewrite.quantize_dynamic_(made, nodes, config.per_channel)
+        else:
+            made = static.quantize_static(model, nodes, ranges, config)
+        rewrite.quantize_weights_(made, in_float, config.per_channel)
+        return made
+
+    return build
+
+
+def _weight_only(
+    model: ModelProto, layers: Sequence[Layer], batches: Sequence[Inputs], config: QuantizeConfig, progress: Progress
+) -> sensitivity.Build:
+    weights = weight_only.quantize_layers(model, layers, batches, config, progress)
+    finer = weight_only.round_layers(model, layers, Grid(8, config.group_size)) if config.num_bits == 4 else {}
+
+    def build(nodes: Sequence[str], in_float: Sequence[str]) -> ModelProto:
+        made = _copy(model)
+        chosen = {node: weights[node] for node in nodes}
+        nbits.replace_products_(made, chosen | {node: finer[node] for node in in_float if node in finer})
+        return made
+
+    return build
+
+
+def _copy(model: ModelProto) -> ModelProto:
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    return copy

@@ -1,0 +1,93 @@
+"""GPTQ: round column by column, and let the columns still to come make up for each column's error.
+
+Frantar et al. 2022, arXiv:2210.17323, sections 3 and 4: with H = Σ x xᵀ over the layer's inputs and U the upper
+Cholesky factor of H⁻¹, the error e = (w_i − q_i) / U_ii of column i is taken out of column j > i as e · U_ij.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modelpress.errors import StageError
+from modelpress.quantize.groups import Grid, GroupedWeight, encode, grouped, in_groups, parameters
+
+DAMPING = 0.01
+"""Share of H's mean diagonal that is added to its diagonal."""
+
+_BLOCK = 128
+
+
+def gptq(
+    weight: Tensor, hessian: Tensor, grid: Grid, act_order: bool = False, damping: float = DAMPING
+) -> GroupedWeight:
+    """Quantize a weight so that its layer's outputs on calibration data change little; zeros stay zeros.
+
+    Args:
+        weight: (out, in) float.
+        hessian: (in, in), H = Σ x xᵀ, up to a positive factor. An input that was always zero rounds to the nearest.
+        grid: bits, group size, symmetric or not, clipped or not.
+        act_order: take the inputs of the largest H_ii first. Each group's scale then comes from the weights as they
+            were (static groups), so that groups are of neighbours in any order.
+        damping: share of the mean diagonal.
+
+    Raises:
+        StageError: H is not of this shape, not finite, or singular despite the damping; the weight is not finite.
+    """
+    groups = in_groups(weight, grid.group_size)
+    outputs, inputs = weight.shape
+    order = torch.arange(inputs)
+    if act_order:
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+    factor = _inverse_factor(hessian, inputs, order, damping).float()
+    scale, zero_point = (one.T.contiguous() for one in parameters(groups, grid))
+    left = weight.float().T[order].contiguous()  # (in, out): what is worked on lies together
+    pruned = left == 0
+    sparse = bool(pruned.any())
+    codes = torch.empty_like(left)
+    block = max(_BLOCK, grid.group_size)
+    for start in range(0, inputs, block):
+        end = min(start + block, inputs)
+        errors = torch.empty(end - start, outputs)
+        for row in range(start, end):
+            group = int(order[row]) // grid.group_size
+            if not act_order and row % grid.group_size == 0:
+                fresh = parameters(in_groups(left[row : row + grid.group_size].T, grid.group_size), grid)
+                scale[group], zero_point[group] = fresh[0][:, 0], fresh[1][:, 0]
+            codes[row] = encode(left[row], scale[group], zero_point[group], grid)
+            error = left[row] - (codes[row] - zero_point[group]) * scale[group]
+            errors[row - start] = error.div_(factor[row, row])
+            left[row + 1 : end].addr_(factor[row, row + 1 : end], error, alpha=-1.0)
+            if sparse:  # a pruned weight stays pruned
+                left[row + 1 : end].masked_fill_(pruned[row + 1 : end], 0.0)
+        left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1.0)
+        if sparse:
+            left[end:].masked_fill_(pruned[end:], 0.0)
+    return grouped(codes[order.argsort()].T.contiguous(), scale.T.contiguous(), zero_point.T.contiguous(), grid)
+
+
+def _inverse_factor(hessian: Tensor, inputs: int, order: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor of the inverse of the damped H, its inputs in `order`; float64."""
+    if hessian.shape != (inputs, inputs) or not torch.isfinite(hessian).all():
+        raise StageError(
+            "reading the Hessian for GPTQ",
+            found=f"shape {list(hessian.shape)}, {int((~torch.isfinite(hessian)).sum())} values NaN or infinite",
+            expected=f"finite values of shape {[inputs, inputs]}",
+            fix="look for NaN or infinity in the calibration data, or use quantize.algorithm 'rtn'",
+        )
+    damped = hessian.double()[order][:, order]
+    diagonal = damped.diagonal()
+    mean = float(diagonal.mean())
+    diagonal[diagonal == 0] = mean or 1.0
+    diagonal += damping * mean
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if not int(failed):
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not int(failed):
+            return torch.as_tensor(upper)
+    raise StageError(
+        "inverting the Hessian for GPTQ",
+        found=f"a singular matrix of {inputs} inputs, with damping {damping}",
+        expected="a positive definite one",
+        fix="give more calibration samples, or more damping, or use quantize.algorithm 'rtn'",
+    )

@@ -1,0 +1,126 @@
+"""Weight-only quantization of a graph: grouped weights; the graph's activations stay in float."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from onnx import ModelProto, numpy_helper
+from torch import Tensor
+
+from modelpress.config import QuantizeConfig
+from modelpress.errors import StageError
+from modelpress.progress import Progress
+from modelpress.quantize import nbits
+from modelpress.quantize.gptq import gptq
+from modelpress.quantize.groups import Grid, GroupedWeight, round_to_nearest
+from modelpress.quantize.hqq import hqq
+from modelpress.quantize.observe import Inputs, hessians
+from modelpress.quantize.rewrite import transposes_weight
+from modelpress.quantize.selection import Layer
+
+MOST_ZEROS = 0.25
+"""Share of zeros above which a weight counts as pruned."""
+
+
+def quantize_layers(
+    model: ModelProto, layers: Sequence[Layer], batches: Sequence[Inputs], config: QuantizeConfig, progress: Progress
+) -> dict[str, GroupedWeight]:
+    """Quantize the weights of MatMul and Gemm nodes; nodes that share a weight share its codes.
+
+    GPTQ goes through the graph in its order, input by input: the Hessian of a layer is taken from the graph whose
+    earlier layers are quantized already, as in the paper.
+
+    Returns:
+        The quantized weights by node.
+
+    Raises:
+        StageError: a weight that is not finite, a Hessian that cannot be inverted, a pruned weight for `hqq`; the node
+            is named.
+    """
+    shared = _shared(model, layers)
+    made: dict[str, GroupedWeight] = {}
+    if config.algorithm != "gptq":
+        for one in shared:
+            made |= dict.fromkeys(one.nodes, _quantize(one, config, None))
+        return made
+    steps: dict[str, list[_Weight]] = {}
+    for one in shared:
+        steps.setdefault(one.inputs[0], []).append(one)
+    for done, (value, step) in enumerate(steps.items(), start=1):
+        progress(0, 1, f"GPTQ: input {done} of {len(steps)}, {value}")
+        current = ModelProto()
+        current.CopyFrom(model)
+        nbits.replace_products_(current, made)
+        moments = hessians(current, list(dict.fromkeys(name for one in step for name in one.inputs)), batches)
+        for one in step:
+            hessian = torch.stack([moments[name] for name in one.inputs]).sum(0)
+            made |= dict.fromkeys(one.nodes, _quantize(one, config, hessian))
+    return made
+
+
+def round_layers(model: ModelProto, layers: Sequence[Layer], grid: Grid) -> dict[str, GroupedWeight]:
+    """The same by rounding to the nearest, whatever the config's algorithm: for layers that need more bits."""
+    made: dict[str, GroupedWeight] = {}
+    for one in _shared(model, layers):
+        with _naming(one):
+            made |= dict.fromkeys(one.nodes, round_to_nearest(one.values, grid))
+    return made
+
+
+@dataclass(frozen=True)
+class _Weight:
+    values: Tensor
+    """(out, in) float32."""
+    nodes: list[str]
+    inputs: list[str]
+    """What these nodes multiply by it."""
+
+
+def _shared(model: ModelProto, layers: Sequence[Layer]) -> list[_Weight]:
+    """The layers' weights, each with its nodes, in the order of their first ones."""
+    nodes = {node.name: node for node in model.graph.node}
+    initializers = {one.name: one for one in model.graph.initializer}
+    found: dict[tuple[str, bool], _Weight] = {}
+    for layer in layers:
+        node = nodes[layer.node]
+        as_rows = transposes_weight(node)
+        if (layer.weight, as_rows) not in found:
+            values = torch.from_numpy(np.array(numpy_helper.to_array(initializers[layer.weight])))
+            found[layer.weight, as_rows] = _Weight(values if as_rows else values.T.contiguous(), [], [])
+        one = found[layer.weight, as_rows]
+        one.nodes.append(layer.node)
+        if node.input[0] not in one.inputs:
+            one.inputs.append(node.input[0])
+    return list(found.values())
+
+
+def _quantize(one: _Weight, config: QuantizeConfig, hessian: Tensor | None) -> GroupedWeight:
+    grid = Grid(config.num_bits, config.group_size, config.symmetric)
+    with _naming(one):
+        if hessian is not None:
+            return gptq(one.values, hessian, grid, config.act_order)
+        if config.algorithm == "rtn":
+            return round_to_nearest(one.values, grid)
+        zeros = float((one.values == 0).float().mean())
+        if zeros > MOST_ZEROS:
+            raise StageError(
+                "quantizing with real zero points",
+                found=f"{zeros:.0%} zeros, which would come back as small numbers",
+                expected=f"at most {MOST_ZEROS:.0%}",
+                fix="use quantize.algorithm 'gptq' or 'rtn', which keep zeros",
+            )
+        return hqq(one.values, grid)
+
+
+@contextlib.contextmanager
+def _naming(one: _Weight) -> Iterator[None]:
+    """Errors say whose weight it was."""
+    try:
+        yield
+    except StageError as error:
+        doing = f"quantizing {', '.join(map(repr, one.nodes))}: {error.doing}"
+        raise StageError(doing, found=error.found, expected=error.expected, fix=error.fix) from error
