@@ -266,7 +266,8 @@ class QuantizeConfig(Config):
     """Least share of the eligible weights that must end as integers; less is an error."""
     recovery: TrainConfig | None = None
     """Train with the model as it was before as teacher: the shared values (`codebook`), or the weights with the
-    rounding of int8 in the loop (`dynamic`, `static`); absent means none."""
+    rounding of int8 in the loop (`dynamic`, `static`; with `smooth` 0, as what smoothing changes is not in the loop);
+    absent means none."""
 
     @property
     def needs_module(self) -> bool:
@@ -281,6 +282,8 @@ class QuantizeConfig(Config):
             raise ValueError(f"quantize.num_bits must be {bits} when quantize.method is {self.method!r}")
         if self.method == "weight-only" and self.recovery is not None:
             raise ValueError("quantize.recovery needs quantize.method 'codebook', 'dynamic' or 'static'")
+        if self.method in ("dynamic", "static") and self.recovery is not None and self.smooth:
+            raise ValueError(f"quantize.recovery with method {self.method!r} needs quantize.smooth 0")
         if self.group_size & (self.group_size - 1):
             raise ValueError("quantize.group_size must be a power of two")
         if self.act_order and self.algorithm != "gptq":

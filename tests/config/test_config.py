@@ -56,6 +56,7 @@ def test_typo_names_the_field_and_what_is_legal(change: dict[str, Any], field: s
         ({"quantize": {"num_bits": 4}}, "num_bits must be 8 when quantize.method is 'static'"),
         ({"quantize": {"method": "weight-only", "num_bits": 5}}, "num_bits must be 4 or 8 when"),
         ({"quantize": {"method": "weight-only", "recovery": {}}}, "recovery needs quantize.method"),
+        ({"quantize": {"recovery": {}}}, "recovery with method 'static' needs quantize.smooth 0"),
         ({"quantize": {"method": "weight-only", "group_size": 48}}, "group_size must be a power of two"),
         ({"quantize": {"algorithm": "rtn", "act_order": True}}, "act_order needs quantize.algorithm 'gptq'"),
         ({"quantize": {"method": "weight-only", "algorithm": "hqq"}}, "'hqq' needs quantize.symmetric false"),

@@ -31,7 +31,7 @@ RECOVERY = TrainConfig(epochs=12, batch_size=16, learning_rate=3e-3)
 
 
 def int8(**changes: object) -> QuantizeConfig:
-    return QuantizeConfig.model_validate({"per_channel": False, "recovery": RECOVERY, **changes})
+    return QuantizeConfig.model_validate({"per_channel": False, "smooth": 0, "recovery": RECOVERY, **changes})
 
 
 def uneven() -> Wrapped:

@@ -247,7 +247,7 @@ def test_a_budget_or_coverage_that_is_missed_is_an_error_with_both_numbers(encod
 
 def test_a_graph_alone_is_not_enough_and_a_module_can_be_too_much(encoder) -> None:
     workload, checkpoint = encoder
-    for config in (codebook(), QuantizeConfig(recovery=RECOVERY)):
+    for config in (codebook(), QuantizeConfig(recovery=RECOVERY, smooth=0)):
         with pytest.raises(ConfigError, match="quantize_module"):
             quantize(checkpoint, workload, config)
     with pytest.raises(ConfigError, match=r"quantize\.recovery"):
