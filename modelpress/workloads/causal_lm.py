@@ -92,6 +92,7 @@ class CausalLM(Workload):
             end = read_number(self.folder / "config.json", "eos_token_id", least=0)
             self._check_folder()
         self.vocab_size = self.tokenizer.get_vocab_size()
+        self.end = end or 0
         self.evaluation_batch_size = max(1, min(64, MAX_LOGIT_BYTES // (4 * config.length * self.vocab_size)))
         self.blocks = _cut(splits, self.tokenizer, end, config)
 
@@ -192,6 +193,12 @@ class CausalLM(Workload):
     def shown(self, value: float) -> dict[str, float]:
         """`perplexity`: e^(−mean log-likelihood)."""
         return {"perplexity": math.exp(min(-value, 700.0))}
+
+    def blank(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The token that ends a text in the place of all but the last one, which the answer follows."""
+        ids = inputs["input_ids"].clone()
+        ids[:, :-1] = self.end
+        return {"input_ids": ids}
 
     def identity(self) -> str:
         """The config, and digests of the blocks, the tokenizer and the folder's files that count."""

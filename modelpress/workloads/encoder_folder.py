@@ -100,6 +100,16 @@ def _check_pooling_config(path: Path) -> None:
         )
 
 
+def masked(tokenizer: tokenizers.Tokenizer, ids: Tensor) -> Tensor:
+    """The same token ids with masks between the first and the last; with padding where there is no mask."""
+    token = tokenizer.token_to_id("[MASK]")
+    if token is None:
+        token = tokenizer.token_to_id("<mask>")
+    blank = ids.clone()
+    blank[:, 1:-1] = token if token is not None else (tokenizer.padding or {}).get("pad_id", 0)
+    return blank
+
+
 def tokenized(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask`, (texts, longest) int64; the tokenizer pads, and truncates if it was told to."""
     encodings = tokenizer.encode_batch(texts)

@@ -17,6 +17,7 @@ from modelpress.progress import Progress, silent
 from modelpress.workload import SPLITS, Batch, Outputs, Split, Workload
 from modelpress.workloads.encoder_folder import (
     check_pooling,
+    masked,
     mean_of_tokens,
     read_max_length,
     tokenized,
@@ -157,10 +158,7 @@ class SentenceEmbedding(Workload):
 
     def blank(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Masks in the place of all tokens between the first and the last; padding where there is no mask."""
-        token = self.tokenizer.token_to_id("[MASK]")
-        ids = inputs["input_ids"].clone()
-        ids[:, 1:-1] = token if token is not None else (self.tokenizer.padding or {}).get("pad_id", 0)
-        return {"input_ids": ids}
+        return {"input_ids": masked(self.tokenizer, inputs["input_ids"])}
 
     def sample_digests(self, split: Split) -> set[str]:
         """sha256 of each text: padding, which depends on a text's neighbours in its batch, does not count."""

@@ -16,7 +16,7 @@ from modelpress.errors import WorkloadError
 from modelpress.progress import Progress, silent
 from modelpress.train import train_
 from modelpress.workload import SPLITS, Batch, Split, Workload
-from modelpress.workloads.encoder_folder import mean_of_tokens, read_max_length, tokenized, without_pooler
+from modelpress.workloads.encoder_folder import masked, mean_of_tokens, read_max_length, tokenized, without_pooler
 from modelpress.workloads.hf_folder import (
     build_model,
     folder_digest,
@@ -182,6 +182,10 @@ class TextClassification(Workload):
             digest.update("".join([split, *[f"{one.digest} {one.label}" for one in self.texts[split]]]).encode())
         config = json.dumps(self.config.model_dump(mode="json", exclude={"model", "data"}), sort_keys=True)
         return f"text-classification {config} {digest.hexdigest()}"
+
+    def blank(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Masks in the place of all tokens between the first and the last; padding where there is no mask."""
+        return {"input_ids": masked(self.tokenizer, inputs["input_ids"])}
 
     def sample_digests(self, split: Split) -> set[str]:
         """sha256 of each text: padding, which depends on a text's neighbours in its batch, does not count."""

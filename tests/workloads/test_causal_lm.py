@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from modelpress.attribution import compare
 from modelpress.checkpoint import Checkpoint, from_module, to_module
 from modelpress.config import EvaluateConfig, ExportConfig, WorkloadConfig
 from modelpress.errors import WorkloadError
@@ -227,6 +228,15 @@ def test_text_too_short_for_a_block_in_each_split_is_refused(tmp_path: Path) -> 
     (tmp_path / "short.txt").write_text("")
     with pytest.raises(WorkloadError, match="0 distinct texts"):
         workload_of(tmp_path / "short.txt")
+
+
+def test_its_reasons_are_explained_token_by_token(tiny: CausalLM, trained: torch.nn.Module) -> None:
+    (inputs,) = (batch.inputs for batch in list(tiny.batches("evaluation", 1))[:1])
+    blank = tiny.blank(inputs)["input_ids"]
+    assert torch.equal(blank[:, -1], inputs["input_ids"][:, -1])
+    assert blank[:, :-1].unique().tolist() == [tiny.end]
+    found = compare(from_module(trained), from_module(trained), tiny, EvaluateConfig(attribution_samples=2))
+    assert (found.agreement, found.samples) == (pytest.approx(1.0), 2)
 
 
 def test_a_perplexity_beyond_all_numbers_is_shown(tiny: CausalLM) -> None:

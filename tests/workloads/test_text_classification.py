@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from modelpress.attribution import compare
 from modelpress.checkpoint import Checkpoint, from_module, to_module
 from modelpress.config import DistillConfig, EvaluateConfig, ExportConfig, TrainConfig, WorkloadConfig
 from modelpress.distill import distill
@@ -111,6 +112,17 @@ def test_the_checkpoint_and_the_graph_compute_the_same(folder: Path, classifier:
     if kind == "encoder":
         _, report = export(module, workload, ExportConfig())  # checks several batch sizes, and half the length
         assert report.max_difference < 1e-4
+
+
+def test_its_reasons_are_explained_word_by_word(folder: Path, classifier: Path) -> None:
+    workload = workload_of(classifier, folder / "texts.jsonl")
+    ids = torch.tensor([[2, 10, 11, 12, 3]])
+    mask = workload.tokenizer.token_to_id("[MASK]")
+    between = mask if mask is not None else 0
+    assert workload.blank({"input_ids": ids})["input_ids"].tolist() == [[2, between, between, between, 3]]
+    source = from_module(workload.source())
+    found = compare(source, source, workload, EvaluateConfig(attribution_samples=3))
+    assert (found.agreement, found.samples) == (pytest.approx(1.0), 3)
 
 
 def test_a_student_with_fewer_layers_learns_the_teachers_answers(folder: Path) -> None:
