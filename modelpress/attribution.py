@@ -69,13 +69,14 @@ def compare(
             expected="inputs with something in them",
             fix="override Workload.blank, or set evaluate.attribution_samples to 0",
         )
-    interval = intervals.mean(np.array(correlations), config.confidence)
+    # Intervals of a mean are made for scores from 0 to 1.
+    shares = intervals.mean((1 + np.array(correlations)) / 2, config.confidence)
     return AttributionReport(
         method="integrated-gradients" if candidate.kind == "torch" else "occlusion",
         samples=len(correlations),
-        agreement=interval.value,
-        low=interval.low,
-        high=interval.high,
+        agreement=2 * shares.value - 1,
+        low=2 * shares.low - 1,
+        high=2 * shares.high - 1,
         confidence=config.confidence,
     )
 
@@ -134,11 +135,15 @@ def _by_occlusion(checkpoint: Checkpoint, workload: Workload, config: EvaluateCo
         name, blank = _blank(workload, inputs)
         whole = inputs[name]
         taken = [torch.where((parts == part)[None], blank, whole) for part in range(int(parts.max()) + 1)]
-        batch = {key: tensor.expand(len(taken) + 1, *tensor.shape[1:]) for key, tensor in inputs.items()}
-        outputs = torch.from_numpy(graph.run(session, batch | {name: torch.cat([whole, *taken])}))
-        goal = _goal(outputs[:1], workload) if goal is None else goal
-        answers = _answer(outputs, goal.expand(len(outputs), *goal.shape[1:])).double().numpy()
-        return goal, answers[0] - answers[1:]
+        if goal is None:
+            goal = _goal(torch.from_numpy(graph.run(session, inputs)), workload)
+        answers = []
+        for some in torch.split(torch.cat([whole, *taken]), workload.evaluation_batch_size):
+            batch = {key: tensor.expand(len(some), *tensor.shape[1:]) for key, tensor in inputs.items()}
+            outputs = torch.from_numpy(graph.run(session, batch | {name: some}))
+            answers.append(_answer(outputs, goal.expand(len(some), *goal.shape[1:])).double())
+        whole_answer, *rest = torch.cat(answers).tolist()
+        return goal, whole_answer - np.array(rest)
 
     return explain
 

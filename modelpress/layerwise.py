@@ -177,14 +177,16 @@ class _Survey:
         self.calls: list[nn.Module] = []
 
     def run(self, min_rows: int) -> None:
+        calls: list[nn.Module] = []
         for index, batch in enumerate(self.batches):
             handles = self._watch_layers(batch.inputs.get("attention_mask"))
-            if index == 0:
-                handles += [block.register_forward_pre_hook(self._enter, with_kwargs=True) for block in self.listed]
-                handles += [block.register_forward_hook(self._leave) for block in self.listed]
+            handles += [block.register_forward_pre_hook(self._enter, with_kwargs=True) for block in self.listed]
+            handles += [block.register_forward_hook(self._leave) for block in self.listed]
             with _hooked(handles):
                 self.module(**batch.inputs)
-            self.first, self.last = {}, None
+            calls = self.calls if index == 0 else calls
+            self.chained = self.chained and self.calls == calls
+            self.calls, self.first, self.last = [], {}, None
         for name, rows in self.rows.items():
             if rows < max(1, min_rows):
                 raise StageError(
@@ -193,8 +195,8 @@ class _Survey:
                     expected=f"at least {max(1, min_rows)} rows",
                     fix="raise workload.calibration_samples" if rows else "name it in `ignore`: no input reaches it",
                 )
-        if len(set(self.calls)) == len(self.calls):
-            self.blocks = self.calls
+        if len(set(calls)) == len(calls):
+            self.blocks = calls
         self.chained = self.chained and bool(self.blocks)
 
     def _watch_layers(self, mask: Tensor | None) -> list[Any]:
@@ -296,14 +298,14 @@ class _Chain:
         while self.position < index:
             for call in self.calls:
                 assert self.slot is not None
-                call[self.slot] = _first_output(_call(self.blocks[self.position], call))
+                call[self.slot] = _first_output(_call(self.blocks[self.position], _kept(call)))
             self.position += 1
         moments = {name: Moments(module.get_submodule(name), name) for name in names}
         mask: list[Tensor | None] = [None]
         with observed(module, moments, mask):
             for batch, call in zip(self.batches, self.calls, strict=True):
                 mask[0] = batch.inputs.get("attention_mask")
-                _call(self.blocks[index], call)
+                _call(self.blocks[index], _kept(call))
         return moments
 
     def _capture(self, module: nn.Module) -> None:
@@ -317,6 +319,11 @@ class _Chain:
             for batch in self.batches:
                 with contextlib.suppress(_Done):
                     module(**batch.inputs)
+
+
+def _kept(call: Arguments) -> Arguments:
+    """The same arguments, for a block that may change its own in place: each call is used twice."""
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in call.items()}
 
 
 def _call(block: nn.Module, call: Arguments) -> Any:

@@ -119,7 +119,12 @@ def upload(
         return store.info(keys.manifest(config.name, report.pack)) is not None
 
     refs = [coded, *shards.values(), provenance.scores, provenance.source_scores]
-    extra = {"store": store.uri, "reports": provenance.reports, "lineage": provenance.lineage}
+    extra = {
+        "store": store.uri,
+        "reports": provenance.reports,
+        "lineage": provenance.lineage,
+        "licence": open_workload(context.workload, context.mlflow_run).licence(),
+    }
     return run_stage(context, "upload", UploadReport, work, inputs=refs, config=config, extra=extra, valid=published)
 
 

@@ -24,8 +24,11 @@ from modelpress.reports import ArtifactRef, Report
 from modelpress.store.base import Store
 
 ReportT = TypeVar("ReportT", bound=Report)
-LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
-"""Other versions of these make other bytes of the same model."""
+LIBRARIES = (
+    *("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu"),
+    *("transformers", "timm", "torchvision", "tokenizers", "zstandard", "captum"),
+)
+"""Other versions of these make other bytes of the same model, or other measurements."""
 
 
 class Record(Report):

@@ -833,7 +833,7 @@ def _encode_chunk(data, state, codes, pairs, has_pairs, out, at):
     segments = (data.size + SEGMENT - 1) // SEGMENT
     lengths_at = at
     at += 2 * segments
-    if at - begin + _size_bits(counts, state) / 8 > (1 - MIN_GAIN) * (6 + data.size):
+    if data.size and at - begin + _size_bits(counts, state) / 8 > (1 - MIN_GAIN) * (6 + data.size):
         return _store_chunk(data, out, begin)
     for segment in range(segments):
         part = data[segment * SEGMENT : min(data.size, (segment + 1) * SEGMENT)]
@@ -856,6 +856,7 @@ def _store_chunk(data, out, at):
 def judge_planes(raw, planes, rotated, chunk_symbols, worth):
     """Whether a code would save MIN_GAIN of each chunk of each plane, by some of its segments: (planes, chunks) bool.
 
+    Which ones differs from chunk to chunk, so that a pattern that repeats with the chunks is not seen the same in all.
     The entropy of so few samples is too low by (values − 1) / (2 ln 2) bits in all (Miller 1955), which is added.
     """
     segments = (chunk_symbols + SEGMENT - 1) // SEGMENT
@@ -866,7 +867,8 @@ def judge_planes(raw, planes, rotated, chunk_symbols, worth):
     for chunk in range(worth.shape[1]):
         counts[:] = 0
         end = min(symbols, (chunk + 1) * chunk_symbols)
-        for start in range(chunk * chunk_symbols, end, step * SEGMENT):
+        first = chunk * chunk_symbols + chunk * 5 % step * SEGMENT
+        for start in range(first if first < end else chunk * chunk_symbols, end, step * SEGMENT):
             count = min(SEGMENT, end - start)
             _split(raw[start * planes : (start + count) * planes], planes, rotated, scratch)
             for plane in range(planes):

@@ -16,9 +16,10 @@ T = TypeVar("T")
 
 
 def share(work: Callable[[T], None], parts: Sequence[T]) -> None:
-    """Call `work` with every part, each on a thread of its own, the first on the caller's; returns when all are done.
+    """Call `work` with every part, up to MOST_THREADS and one at a time; returns when all are done.
 
-    Raises what `work` raised for the first part for which it did; the others are done by then too.
+    The first runs on the caller's thread. `work` must not call this function itself: its parts would wait for threads
+    that wait for them. Raises what `work` raised for the first part for which it did; the others are done by then too.
     """
     others = [_pool().submit(work, part) for part in parts[1:]]
     try:
@@ -33,5 +34,6 @@ def share(work: Callable[[T], None], parts: Sequence[T]) -> None:
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     # A fork has none of its parent's threads: the child makes its own.
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_pool.cache_clear)
     return ThreadPoolExecutor(MOST_THREADS, thread_name_prefix="decode")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modelpress.config import DistillConfig
 from modelpress.distill.cache import TeacherCache
-from modelpress.distill.hooks import frozen, recorded
+from modelpress.distill.hooks import frozen, recorded, without_dropout
 from modelpress.distill.losses import hidden_loss, imitation_loss
 from modelpress.distill.matching import Matching, matched
 from modelpress.distill.students import count_parameters, layer_list, make_student
@@ -37,6 +37,7 @@ __all__ = [
     "make_student",
     "matched",
     "recorded",
+    "without_dropout",
 ]
 
 RECOVERY_LOSS = DistillConfig(temperature=2.0, alpha=1.0)

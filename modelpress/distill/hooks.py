@@ -41,3 +41,22 @@ def recorded(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def without_dropout(module: nn.Module) -> Iterator[nn.Module]:
+    """`module` with all dropout off, in training too: what is to be imitated was made without noise."""
+    layers = [child for child in module.modules() if isinstance(child, nn.modules.dropout._DropoutNd)]
+    attentions = [child for child in module.modules() if isinstance(child, nn.MultiheadAttention)]
+    shares = [layer.p for layer in layers], [attention.dropout for attention in attentions]
+    for layer in layers:
+        layer.p = 0.0
+    for attention in attentions:
+        attention.dropout = 0.0
+    try:
+        yield module
+    finally:
+        for layer, share in zip(layers, shares[0], strict=True):
+            layer.p = share
+        for attention, share in zip(attentions, shares[1], strict=True):
+            attention.dropout = share

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from modelpress.config import TrainConfig
-from modelpress.distill import RECOVERY_LOSS, distillation_loss, frozen, hidden_loss, layer_list, recorded
+from modelpress.distill import (
+    RECOVERY_LOSS,
+    distillation_loss,
+    frozen,
+    hidden_loss,
+    layer_list,
+    recorded,
+    without_dropout,
+)
 from modelpress.errors import WorkloadError
 from modelpress.progress import Progress
 from modelpress.reports import TrainReport
@@ -60,26 +68,14 @@ def recover_(
         return train_(module, loss, workload, config, progress, hold), len(pairs)
 
 
-@contextlib.contextmanager
-def without_dropout(module: nn.Module) -> Iterator[None]:
-    """Dropout layers that let everything pass in training too: what is to be imitated was made without noise."""
-    layers = [child for child in module.modules() if isinstance(child, nn.Dropout)]
-    shares = [layer.p for layer in layers]
-    for layer in layers:
-        layer.p = 0.0
-    try:
-        yield
-    finally:
-        for layer, share in zip(layers, shares, strict=True):
-            layer.p = share
-
-
 def _matched_blocks(unpruned: nn.Module, module: nn.Module, workload: Workload) -> list[tuple[nn.Module, nn.Module]]:
     """Blocks of both models that give a tensor of the same shape on an example."""
     try:
-        pairs = list(zip(layer_list(unpruned), layer_list(module), strict=True))
+        blocks = layer_list(unpruned)
     except WorkloadError:  # a model without blocks
         return []
+    name = next(name for name, child in unpruned.named_modules() if child is blocks)
+    pairs = list(zip(blocks.children(), module.get_submodule(name).children(), strict=True))
     device = next(module.parameters()).device
     example = {name: tensor.to(device) for name, tensor in workload.example(2).items()}
     with torch.no_grad(), frozen(module), recorded([block for pair in pairs for block in pair]) as states:

@@ -37,7 +37,6 @@ def prunable_weights(module: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         CoverageError: there are none.
-        StageError: one is not finite.
     """
     found: dict[str, Tensor] = {}
     for name, child in module.named_modules():
@@ -50,9 +49,6 @@ def prunable_weights(module: nn.Module) -> dict[str, Tensor]:
             expected="at least one",
             fix="remove `prune` from the config",
         )
-    for name, weight in found.items():
-        if not torch.isfinite(weight).all():
-            raise StageError(f"pruning {name}", found="weights that are NaN or infinite", expected="finite weights")
     return found
 
 
@@ -64,8 +60,22 @@ def choose(module: nn.Module, config: PruneConfig) -> tuple[dict[str, Tensor], d
     """
     weights = prunable_weights(module)
     chosen = {name: weights[name] for name in select(list(weights), config.targets, config.ignore)}
+    if not chosen:
+        raise CoverageError(
+            "choosing modules to prune",
+            found=f"none of {len(weights)} that can be pruned",
+            expected="at least one",
+            fix="narrow prune.ignore",
+        )
     pattern = parse_pattern(config.pattern)
     for name, weight in chosen.items():
+        if not torch.isfinite(weight).all():
+            raise StageError(
+                f"pruning {name}",
+                found="weights that are NaN or infinite",
+                expected="finite weights",
+                fix="look at the training that the model comes from, or name the module in prune.ignore",
+            )
         features = weight[0].numel()
         if pattern and features % pattern[1]:
             raise StageError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from modelpress.config import QuantizeConfig
-from modelpress.distill import RECOVERY_LOSS, distillation_loss, frozen
+from modelpress.distill import RECOVERY_LOSS, distillation_loss, frozen, without_dropout
 from modelpress.errors import CoverageError, StageError
 from modelpress.progress import Progress, silent
 from modelpress.quantize.weights import LARGEST_CODE
@@ -71,7 +71,7 @@ def train_aware_(
             for weight, mask in zeros.values():
                 weight.masked_fill_(mask, 0.0)
 
-    with frozen(teacher), _rounded_inputs(layers, ranges):
+    with frozen(teacher), without_dropout(module), _rounded_inputs(layers, ranges):
         loss = distillation_loss(teacher, workload, RECOVERY_LOSS)
         return train_(_Aware(module, layers, config.per_channel), loss, workload, config.recovery, progress, hold)
 
@@ -81,7 +81,11 @@ class _Aware(nn.Module):
 
     def __init__(self, module: nn.Module, layers: Mapping[str, nn.Module], per_channel: bool) -> None:
         super().__init__()
-        self.module, self.names, self.per_channel = module, [f"{name}.weight" for name in layers], per_channel
+        self.module, self.per_channel = module, per_channel
+        first: dict[int, str] = {}
+        for name, layer in layers.items():
+            first.setdefault(id(layer.weight), f"{name}.weight")
+        self.names = list(first.values())  # a weight that several layers share is rounded once
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """What the module answers."""

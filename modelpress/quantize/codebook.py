@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from modelpress.config import QuantizeConfig, TrainConfig
-from modelpress.distill import RECOVERY_LOSS, distillation_loss, frozen
+from modelpress.distill import RECOVERY_LOSS, distillation_loss, frozen, without_dropout
 from modelpress.errors import CoverageError, StageError
 from modelpress.progress import Progress, silent
 from modelpress.prune.select import select
@@ -165,7 +165,7 @@ def _train(
     for name in shared:
         weights[name].requires_grad_(False)
     try:
-        with frozen(teacher):
+        with frozen(teacher), without_dropout(module):
             loss = distillation_loss(teacher, workload, RECOVERY_LOSS)
             return train_(_Sharing(module, shared), loss, workload, config, progress)
     finally:

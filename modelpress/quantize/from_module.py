@@ -114,7 +114,7 @@ def _train_and_round(
     progress: Progress,
 ) -> tuple[ModelProto, QuantizeReport]:
     """Train the module with its weights and activations rounded, then quantize its graph."""
-    chosen = chosen_layers(eligible_layers(graph.join(checkpoint), False), config)
+    chosen = chosen_layers(eligible_layers(graph.join(checkpoint), config.embeddings), config)
     names = [layer.node.rpartition(".")[0] for layer in chosen]
     training = train_aware_(module, names, workload, config, progress)
     exported, _ = export(module, workload, export_config)
@@ -153,6 +153,8 @@ def fold_norms_(module: nn.Module, workload: Workload) -> list[str]:
             conv.weight, conv.bias = fuse_conv_bn_weights(
                 conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
             )
+            # It makes a bias that learns only of one that the convolution had; here it is the normalisation's shift.
+            conv.bias.requires_grad_(norm.bias is not None and norm.bias.requires_grad)
             setattr(module.get_submodule(owner), key, nn.Identity())
             if torch.allclose(module(**inputs), expected, rtol=0, atol=_FOLDED_TOLERANCE * float(expected.abs().max())):
                 folded.append(name)

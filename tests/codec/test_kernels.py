@@ -174,6 +174,21 @@ def test_only_the_chunks_of_a_plane_that_gain_are_coded() -> None:
     assert np.array_equal(found, raw)
 
 
+def test_a_chunk_without_symbols_has_the_head_of_the_format() -> None:
+    raw = np.zeros(9000, np.uint8)
+    raw[5000] = 1
+    for stream in CODECS["rle-huffman"].encode(raw, U8, CompressConfig(chunk_symbols=4096)):
+        assert bytes(stream.chunks[0]) == bytes(6)
+
+
+def test_no_period_of_the_chunks_hides_what_a_code_would_save() -> None:
+    """Noise in those segments that two even probes per chunk would meet."""
+    segments = np.random.default_rng(3).integers(0, 256, (64, SEGMENT)).astype(np.uint8)
+    segments[np.arange(64) % 16 != 0] %= 8
+    (stream,) = encode_planes(segments.reshape(-1), U8, 1 << 17, ["plane0"])
+    assert stream.size_bytes < 0.6 * segments.size
+
+
 @pytest.mark.parametrize("body", [b"\3\0\0\0\1\0abcd", b"\3\0\0\0\1\0ab", b"\3\0\0\0\2\0abc", b"\3\0\0\0\5\5\1\0a"])
 def test_stored_symbols_and_a_single_symbol_leave_nothing_over(body: bytes) -> None:
     with pytest.raises(CorruptionError, match=r"table|add up"):

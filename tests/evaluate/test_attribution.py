@@ -146,3 +146,21 @@ def test_what_cannot_be_compared_is_refused_by_name() -> None:
 
     with pytest.raises(WorkloadError, match="no sample in which 3 parts differ"):
         compare(torch_one, torch_one, Black(), CONFIG)
+
+
+def test_occlusions_run_in_batches_that_the_workload_can_bear(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload, sizes = ImageToy(), []
+    monkeypatch.setattr(ImageToy, "evaluation_batch_size", 5)
+    exported = export(workload.module, workload, ExportConfig())[0]
+    original = attribution.graph.run
+
+    def spy(session: object, inputs: dict[str, Tensor]) -> np.ndarray:
+        sizes.append(len(inputs["x"]))
+        return original(session, inputs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(attribution.graph, "run", spy)
+    found = compare(exported, exported, workload, EvaluateConfig(attribution_samples=1))
+    assert max(sizes) == 5
+    assert sum(sizes) == 1 + 2 * 65
+    assert (found.agreement, found.high) == (pytest.approx(1.0), pytest.approx(1.0))
+    assert found.low < 0.5  # one sample says little

@@ -314,3 +314,68 @@ def test_a_visit_that_breaks_the_module_is_named_where_it_shows() -> None:
 
     with pytest.raises(StageError, match=r"inputs of blocks\.2\.up(.|\n)*NaN or infinite"):
         walk_(module, linears(module), batches(), visit)
+
+
+class Residual(nn.Module):
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.lin, self.in_place = nn.Linear(8, 8), in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        change = self.lin(x).relu()
+        return x.add_(change) if self.in_place else x + change
+
+
+class Residuals(nn.Module):
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList([Residual(in_place) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Windows(nn.Module):
+    """Blocks whose masks are the same for short inputs and differ for long ones."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, window: Tensor) -> Tensor:
+            return x + window * self.lin(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.blocks = nn.ModuleList([Windows.Block() for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, block in enumerate(self.blocks):
+            window = x.new_ones(x.shape[1], 1)
+            window[4:] = float(index > 0)
+            x = block(x, window)
+        return x
+
+
+def traces(module: nn.Module, batches: list[Batch]) -> list[float]:
+    found: dict[str, float] = {}
+    names = [f"blocks.{index}.lin" for index in range(3)]
+    walk_(module, names, batches, lambda seen: found.update({seen.name: float(seen.second_moment.trace())}))
+    return [found[name] for name in names]
+
+
+def test_a_block_may_change_its_input_in_place() -> None:
+    batches = [Batch({"x": torch.randn(4, 8)}) for _ in range(2)]
+    assert traces(Residuals(in_place=True), batches) == pytest.approx(traces(Residuals(in_place=False), batches))
+
+
+def test_arguments_that_differ_in_a_later_batch_are_seen() -> None:
+    short, long = Batch({"x": torch.randn(2, 4, 8)}), Batch({"x": torch.randn(2, 16, 8)})
+    assert traces(Windows(), [short, long]) == pytest.approx(traces(Windows(), [long, short]))

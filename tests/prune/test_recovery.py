@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from modelpress.config import PruneConfig, TrainConfig
+from modelpress.distill import without_dropout
+from modelpress.errors import CoverageError
 from modelpress.prune import PRUNERS, prune_, sparsities
 from modelpress.prune.masks import Masks
 from modelpress.prune.outcome import Outcome
@@ -125,3 +127,52 @@ def test_the_schedule_is_cubic_and_ends_exactly() -> None:
     assert sparsities(0.8, 1) == [0.8]
     assert sparsities(0.8, 4) == pytest.approx([0.8 * 37 / 64, 0.8 * 7 / 8, 0.8 * 63 / 64, 0.8])
     assert sparsities(0.3, 7)[-1] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Dropout1d(0.5), (4, 8)), (nn.Dropout2d(0.5), (2, 3, 3)), (nn.AlphaDropout(0.5), (8,))]
+)
+def test_no_kind_of_dropout_is_left_on(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    layer.train()
+    inputs = torch.ones(4, *shape)
+    with without_dropout(layer):
+        assert torch.equal(layer(inputs), inputs)
+    assert not torch.equal(layer(inputs), inputs)
+
+
+def test_attentions_own_dropout_is_off_too() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.5, batch_first=True).train()
+    inputs = torch.randn(2, 4, 8)
+    with without_dropout(layer):
+        assert torch.equal(layer(inputs), layer(inputs))
+    assert not torch.equal(layer(inputs), layer(inputs))
+
+
+def test_blocks_are_matched_by_their_place_whatever_pruning_leaves() -> None:
+    class Convolutions(nn.Module):
+        """The list of convolutions is the largest, until it has lost half of its channels."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.ModuleList([nn.Conv2d(1, 12, 3), nn.Conv2d(12, 12, 3), nn.Conv2d(12, 12, 3)])
+            self.heads = nn.ModuleList([nn.Linear(12, 80), nn.Linear(80, 10)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for conv in self.convs:
+                x = conv(x).relu()
+            x = x.mean((2, 3))
+            return self.heads[1](self.heads[0](x).relu())
+
+    toy = Toy(Convolutions, (1, 8, 8))
+    config = PruneConfig(structures=["channels"], sparsity=0.5, recovery=TRAINING)
+    assert prune_(toy.source(), toy, config).matched_states < 3
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_what_is_ignored_is_not_looked_at_and_something_must_be_left(method: str) -> None:
+    toy = Toy(lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)))
+    with pytest.raises(CoverageError, match=r"none of 2(.|\n)*narrow prune.ignore"):
+        prune_(toy.source(), toy, PruneConfig(method=method, ignore=["body"]))
+    module = toy.source()
+    module.body[2].weight.data[0, 0] = torch.inf
+    assert prune_(module, toy, PruneConfig(method="magnitude", ignore=["body.2"])).zeros_after == 16

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
-from torch import nn
+from torch import Tensor, nn
 
 from modelpress import graph
 from modelpress.checkpoint import Checkpoint
@@ -133,3 +133,20 @@ def test_names_that_are_no_layers_are_refused() -> None:
     workload = Toy()
     with pytest.raises(CoverageError, match=r"body\.1"):
         train_aware_(workload.source(), ["body.1"], workload, int8())
+
+
+def test_a_weight_that_two_layers_share_is_rounded_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x.flatten(1)).relu())
+
+    torch.manual_seed(0)
+    module = Tied().eval()
+    config = int8(method="dynamic", recovery=RECOVERY.model_copy(update={"epochs": 1}))
+    assert train_aware_(module, ["first", "second"], ImageToy(module), config).updates > 0
+    assert module.second.weight is module.first.weight

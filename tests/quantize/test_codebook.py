@@ -261,3 +261,13 @@ def test_it_is_deterministic() -> None:
     first, second = quantize_module(*given), quantize_module(*given)
     assert first[0].to_bytes() == second[0].to_bytes()
     assert first[1] == second[1]
+
+
+def test_the_shift_of_a_folded_normalisation_is_trained() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)]
+    workload = ImageToy(Wrapped(nn.Sequential(*layers)).eval())
+    fold_norms_(workload.module, workload)
+    before = workload.module.body[0].bias.detach().clone()
+    cluster_(workload.module, workload, codebook(num_bits=4, recovery=TrainConfig(epochs=2, learning_rate=0.01)))
+    assert not torch.equal(workload.module.body[0].bias, before)
