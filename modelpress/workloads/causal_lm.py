@@ -24,6 +24,7 @@ from modelpress.workloads.hf_folder import (
     read_licence,
     read_model,
     read_number,
+    read_token,
     read_tokenizer,
     resolve_folder,
 )
@@ -89,7 +90,7 @@ class CausalLM(Workload):
         else:
             self.tokenizer = read_tokenizer(self.folder)
             self.tokenizer.no_padding()
-            end = read_number(self.folder / "config.json", "eos_token_id", least=0)
+            end = read_token(self.folder / "config.json", "eos_token_id")
             self._check_folder()
         self.vocab_size = self.tokenizer.get_vocab_size()
         self.end = end or 0

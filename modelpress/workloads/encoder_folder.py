@@ -5,8 +5,10 @@ What means something that is not done here is refused by name.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,9 @@ DEFAULT_MAX_LENGTH = 256
 
 LARGEST_MAX_LENGTH = 2**20
 """Tokens; transformers writes 10³⁰ for "not known"."""
+
+ENCODED_AT_ONCE = 256
+"""Texts whose tokens are held together while they are compared."""
 
 MAX_LENGTHS = {"sentence_bert_config.json": "max_seq_length", "tokenizer_config.json": "model_max_length"}
 
@@ -117,6 +122,16 @@ def tokenized(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> dict[str, Te
         "input_ids": torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64),
         "attention_mask": torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.int64),
     }
+
+
+def input_digests(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> list[str]:
+    """sha256 (hex) of what a model sees of each text: its token ids, cut as the tokenizer cuts, without padding."""
+    digests = []
+    for start in range(0, len(texts), ENCODED_AT_ONCE):
+        for encoding in tokenizer.encode_batch(texts[start : start + ENCODED_AT_ONCE]):
+            ids = [token for token, seen in zip(encoding.ids, encoding.attention_mask, strict=True) if seen]
+            digests.append(hashlib.sha256(np.array(ids, dtype=np.int64).tobytes()).hexdigest())
+    return digests
 
 
 def mean_of_tokens(hidden: Tensor, attention_mask: Tensor) -> Tensor:

@@ -33,6 +33,12 @@ FOR_LOADING: dict[str, Any] = {
 }
 """Arguments of each `from_pretrained`."""
 
+UNLOADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, RuntimeError, ZeroDivisionError),
+    *(safetensors.SafetensorError, StrictDataclassError),
+)
+"""What transformers and torch raise for files that are no model, or for sizes that no model can have."""
+
 
 def resolve_folder(model: str) -> Path:
     """The folder of a path, of `package://PACKAGE/FOLDER` or of `hf://OWNER/NAME@REVISION`.
@@ -78,13 +84,26 @@ def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
         raise WorkloadError(f"reading {path}", found="no `model`", expected="a fast tokenizer")
     tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
     tokenizer.no_truncation()
-    pad = read_number(folder / "config.json", "pad_token_id", least=0) or 0
+    pad = read_padding(folder) or 0
     if pad >= 2**32:
         raise WorkloadError(
             f"reading pad_token_id of {folder / 'config.json'}", found=f"{pad:.3g}", expected="the number of a token"
         )
     tokenizer.enable_padding(pad_id=pad, pad_token=tokenizer.id_to_token(pad) or "[PAD]")
     return tokenizer
+
+
+def read_padding(folder: Path) -> int | None:
+    """The token that pads: `pad_token_id` of config.json, or what tokenizer.json pads with; None where neither says it.
+
+    Raises:
+        WorkloadError: a file is no JSON object, or what it says no number of a token.
+    """
+    stated = read_number(folder / "config.json", "pad_token_id", least=0)
+    padding = read_object(folder / "tokenizer.json").get("padding")
+    if stated is not None or not isinstance(padding, dict):
+        return stated
+    return _whole_number(padding.get("pad_id"), f"reading padding of {folder / 'tokenizer.json'}", least=0)
 
 
 def read_model(loader: Any, folder: Path, **options: Any) -> nn.Module:
@@ -107,7 +126,7 @@ def build_model(loader: Any, folder: Path, architecture: Mapping[str, Any], **op
     from transformers import AutoConfig
 
     with _loading(folder):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, **options)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     numbers = {key for key, value in config.to_dict().items() if type(value) in (int, float)}
     unknown = sorted(set(architecture) - numbers)
     if unknown:
@@ -119,7 +138,9 @@ def build_model(loader: Any, folder: Path, architecture: Mapping[str, Any], **op
     with _loading(folder):
         for key, value in architecture.items():
             setattr(config, key, value)
-        model: nn.Module = loader.from_config(config, attn_implementation="eager", dtype=torch.float32)
+        model: nn.Module = loader.from_config(
+            config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
+        )
     return model
 
 
@@ -146,14 +167,19 @@ def read_number(path: Path, key: str, least: int = 1) -> int | None:
     Raises:
         WorkloadError: the file is no JSON object, or the value no whole number from `least` up.
     """
+    return _whole_number(read_object(path).get(key), f"reading {key} of {path}", least)
+
+
+def read_token(path: Path, key: str) -> int | None:
+    """The number of a token, the first where there are several; None where the JSON object holds none under this key.
+
+    Raises:
+        WorkloadError: the file is no JSON object, or the value neither a whole number from 0 up nor a list of such.
+    """
     value = read_object(path).get(key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < least or value % 1 != 0:
-        raise WorkloadError(
-            f"reading {key} of {path}", found=repr(value)[:80], expected=f"a whole number from {least} up"
-        )
-    return int(value)
+    if isinstance(value, list) and len(value) > 0 and value[0] is not None:
+        value = value[0]
+    return _whole_number(value, f"reading {key} of {path}", least=0)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -185,15 +211,23 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def _whole_number(value: Any, doing: str, least: int) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < least or value % 1 != 0:
+        raise WorkloadError(doing, found=repr(value)[:80], expected=f"a whole number from {least} up")
+    return int(value)
+
+
 @contextlib.contextmanager
 def _loading(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError, StrictDataclassError) as error:
+    except UNLOADABLE as error:
         raise WorkloadError(
             f"loading the model of {folder}",
-            found=str(error),
-            expected="config.json and *.safetensors of a model that transformers has",
+            found=f"{type(error).__name__}: {error}",
+            expected="config.json and *.safetensors of a model that transformers has, and sizes that it can have",
         ) from error
 
 

@@ -17,6 +17,7 @@ from modelpress.errors import WorkloadError
 from modelpress.progress import Progress, silent
 from modelpress.train import train_
 from modelpress.workload import Batch, Split, Workload
+from modelpress.workloads.classes import check_numbers, check_trained
 from modelpress.workloads.digits_cnn import DigitsCNN
 from modelpress.workloads.image_files import Images, read_images
 from modelpress.workloads.image_models import build_named, is_named, load_weights
@@ -55,7 +56,7 @@ class ImageClassification(Workload):
     rotated, scaled and shifted a little.
 
     Raises:
-        WorkloadError: an unknown model, or data that cannot be read or split.
+        WorkloadError: an unknown model, data that cannot be read or split, or a class without a training sample.
         SetupError: a library that the model or the data needs is missing.
     """
 
@@ -75,9 +76,13 @@ class ImageClassification(Workload):
         images, labels = _distinct(images, labels)
         self.images = torch.from_numpy(images)
         self.labels = torch.from_numpy(labels)
+        if not names:
+            check_numbers(np.unique(labels).tolist(), config.data)
         self.classes = len(names) if names else int(labels.max()) + 1
         self.names = names or [str(label) for label in range(self.classes)]
         self.rows = _split_rows(len(images), config)
+        if self.trains_source:
+            check_trained(self.names, self.labels[self.rows["train"]].tolist(), config.data)
 
     def source(self, progress: Progress = silent) -> nn.Module:
         """The teacher, trained with AdamW from `WorkloadConfig.seed`, the same bits on the same machine and threads; or
@@ -171,7 +176,7 @@ def _load_data(source: str, size: int) -> tuple[np.ndarray, np.ndarray, list[str
         and len(images) == len(labels)
         and np.issubdtype(labels.dtype, np.integer)
     )
-    if not fits or not np.isfinite(images).all() or labels.min() < 0:
+    if not fits or not np.isfinite(images).all() or labels.min() < 0 or labels.max() > np.iinfo(np.int64).max:
         raise WorkloadError(
             f"reading images from {source}",
             found=f"images {images.shape} {images.dtype}, labels {labels.shape} {labels.dtype}",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import struct
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ import numpy as np
 from modelpress.errors import SetupError, WorkloadError
 
 SUFFIXES = {".png", ".jpg", ".jpeg"}
+
+MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
+"""Of Pillow: those that become 8 bits of grey or colour and lose nothing but transparency."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ def read_images(source: str, size: int) -> Images:
 def _read_folder(root: Path, size: int) -> Images:
     """Each sub-folder is a class; PNG and JPEG; hidden files are left out."""
     classes = sorted(one for one in root.iterdir() if one.is_dir() and not one.name.startswith("."))
-    encoded: list[tuple[str, bytes]] = []
+    encoded: list[tuple[str, Path | bytes]] = []
     labels: list[int] = []
     for label, folder in enumerate(classes):
         for path in sorted(one for one in folder.rglob("*") if one.is_file() and not one.name.startswith(".")):
@@ -54,7 +59,7 @@ def _read_folder(root: Path, size: int) -> Images:
                 raise WorkloadError(
                     f"reading images from {root}", found=str(path), expected=f"files of {', '.join(sorted(SUFFIXES))}"
                 )
-            encoded.append((str(path), path.read_bytes()))
+            encoded.append((str(path), path))
             labels.append(label)
     found = sorted(set(labels))
     if len(found) < 2 or len(found) < len(classes):
@@ -110,39 +115,57 @@ def _read_parquet(path: Path, size: int) -> Images:
     return Images(pixels.astype(np.uint8), np.array(labels), names)
 
 
-def _decode(encoded: Sequence[tuple[str, bytes]], size: int, source: str) -> np.ndarray:
-    """(N, H, W, C) uint8: one channel where all images are grey, three otherwise."""
+def _decode(encoded: Sequence[tuple[str, Path | bytes]], size: int, source: str) -> np.ndarray:
+    """(N, H, W, C) uint8: one channel where all images are grey, three otherwise; turned as their EXIF data say.
+
+    One image at a time is held as large as it comes.
+    """
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image, ImageOps
     except ImportError as error:
         raise SetupError(f"reading {source}", found="no Pillow", fix="pip install pillow") from error
-    images = []
+    modes = []
     for name, data in encoded:
-        try:
-            image = Image.open(io.BytesIO(data))
-            image.load()
-        except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        with _opened(name, data) as image:
+            modes.append(image.mode)
+        if modes[-1] not in MODES:
             raise WorkloadError(
-                f"reading image {name}", found=f"{type(error).__name__}: {error}"[:200], expected="a PNG or JPEG"
-            ) from error
-        images.append(image)
-    mode = "L" if all(image.mode in ("L", "1") for image in images) else "RGB"
-    sizes = [image.size for image in images]
-    if not size and len(set(sizes)) > 1:
-        other = next(number for number, one in enumerate(sizes) if one != sizes[0])
-        raise WorkloadError(
-            f"reading images from {source}",
-            found=f"{encoded[0][0]} of {sizes[0][0]}×{sizes[0][1]}, {encoded[other][0]} of "
-            f"{sizes[other][0]}×{sizes[other][1]}",
-            expected="one size",
-            fix="set workload.image_size, and all are resized to it",
-        )
-    box = (size, size)
-    pixels = [
-        np.asarray(image.convert(mode).resize(box, Image.Resampling.BILINEAR) if size else image.convert(mode))
-        for image in images
-    ]
+                f"reading image {name}",
+                found=f"mode {modes[-1]}",
+                expected=f"8 bits for each channel: a mode among {', '.join(MODES)}",
+                fix="save it with 8 bits for each channel, grey or RGB; or bring arrays from 0 to 1 as an .npz",
+            )
+    mode = "L" if all(one in ("L", "1") for one in modes) else "RGB"
+    pixels: list[np.ndarray] = []
+    for name, data in encoded:
+        with _opened(name, data) as image:
+            upright = ImageOps.exif_transpose(image).convert(mode)
+        if size:
+            upright = upright.resize((size, size), Image.Resampling.BILINEAR)
+        pixels.append(np.asarray(upright))
+        if pixels[-1].shape != pixels[0].shape:
+            height, width = pixels[0].shape[:2]
+            raise WorkloadError(
+                f"reading images from {source}",
+                found=f"{encoded[0][0]} of {width}×{height}, {name} of {upright.width}×{upright.height}",
+                expected="one size",
+                fix="set workload.image_size, and all are resized to it",
+            )
     return np.stack(pixels).reshape(len(pixels), *pixels[0].shape[:2], -1)
+
+
+@contextlib.contextmanager
+def _opened(name: str, data: Path | bytes) -> Iterator[Any]:
+    """A Pillow image whose pixels are not yet read; what goes wrong inside is told with its name."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+            yield image
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+        raise WorkloadError(
+            f"reading image {name}", found=f"{type(error).__name__}: {error}"[:200], expected="a PNG or JPEG"
+        ) from error
 
 
 def _read_npz(path: Path) -> Images:

@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import tokenizers
+
 from modelpress.errors import WorkloadError
 from modelpress.workload import Split
+from modelpress.workloads.encoder_folder import input_digests
 from modelpress.workloads.text_corpus import python_sources, read_jsonl
 
 PACKAGES = ("asyncio", "ctypes", "email", "http", "importlib", "multiprocessing", "tkinter", "unittest", "xml")
@@ -66,11 +69,36 @@ def load_labelled(data: str) -> list[Labelled]:
     return _balanced(by_digest) if data == "python-modules" else [by_digest[key] for key in sorted(by_digest)]
 
 
+def distinct_inputs(texts: list[Labelled], tokenizer: tokenizers.Tokenizer, data: str) -> list[Labelled]:
+    """The first of the texts that are the same to a model: which differ in case, spaces or the part that is cut.
+
+    Args:
+        texts: what `load_labelled` gave.
+        tokenizer: truncates as it will for the model.
+        data: the texts' source; of `python-modules` the first label counts.
+
+    Raises:
+        WorkloadError: the model sees the same of two texts with different labels.
+    """
+    first: dict[str, Labelled] = {}
+    for one, digest in zip(texts, input_digests(tokenizer, [one.text for one in texts]), strict=True):
+        other = first.setdefault(digest, one)
+        if other.label != one.label and data != "python-modules":
+            raise WorkloadError(
+                f"reading labelled texts from {data}",
+                found=f"{other.text[:80]!r} labelled {other.label!r} and {one.text[:80]!r} labelled {one.label!r}, "
+                "which are the same tokens",
+                expected="one label for each sequence of tokens that the model sees",
+                fix="remove one of them; or raise workload.length, if the texts differ only in their ends",
+            )
+    return list(first.values())
+
+
 def split_labelled(texts: list[Labelled], data: str, seed: int) -> dict[Split, list[Labelled]]:
     """By `SHARES`, in an order that hangs on the seed and the texts alone.
 
     Raises:
-        WorkloadError: too few texts, or a class that training never sees.
+        WorkloadError: too few texts.
     """
     order = sorted(texts, key=lambda one: hashlib.sha256(f"{seed} {one.digest}".encode()).digest())
     splits: dict[Split, list[Labelled]] = {}
@@ -78,13 +106,12 @@ def split_labelled(texts: list[Labelled], data: str, seed: int) -> dict[Split, l
     for split, share in SHARES.items():
         splits[split] = order[round(start * len(order)) : round((start + share) * len(order))]
         start += share
-    unseen = {one.label for one in texts} - {one.label for one in splits["train"]}
-    if unseen or not all(splits.values()):
+    if not all(splits.values()):
         raise WorkloadError(
             f"splitting the labelled texts of {data}",
-            found=f"{len(texts)} distinct texts" + (f", none of class {min(unseen)!r} for training" if unseen else ""),
-            expected="some of each class: two fifths are for evaluation, a tenth for calibration, half for training",
-            fix="bring more texts of the rare classes, or leave these out",
+            found=f"{len(texts)} distinct texts",
+            expected="some for each split: two fifths for evaluation, a tenth for calibration, half for training",
+            fix="bring more texts",
         )
     return splits
 

@@ -170,7 +170,7 @@ def _is_prose(text: str, min_words: int) -> bool:
 
 def _read_jsonl(path: Path) -> Iterator[Pair]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise WorkloadError(
             f"reading retrieval pairs from {path}", found=str(error), expected="'docstrings' or a .jsonl file"

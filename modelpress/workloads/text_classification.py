@@ -16,17 +16,26 @@ from modelpress.errors import WorkloadError
 from modelpress.progress import Progress, silent
 from modelpress.train import train_
 from modelpress.workload import SPLITS, Batch, Split, Workload
-from modelpress.workloads.encoder_folder import masked, mean_of_tokens, read_max_length, tokenized, without_pooler
+from modelpress.workloads.classes import check_numbers, check_trained
+from modelpress.workloads.encoder_folder import (
+    input_digests,
+    masked,
+    mean_of_tokens,
+    read_max_length,
+    tokenized,
+    without_pooler,
+)
 from modelpress.workloads.hf_folder import (
     build_model,
     folder_digest,
     read_licence,
     read_model,
     read_object,
+    read_padding,
     read_tokenizer,
     resolve_folder,
 )
-from modelpress.workloads.labelled_texts import SHARES, Labelled, load_labelled, split_labelled
+from modelpress.workloads.labelled_texts import SHARES, Labelled, distinct_inputs, load_labelled, split_labelled
 
 CLASSIFIER = "ForSequenceClassification"
 TRAIN_BATCH = 32
@@ -71,8 +80,8 @@ class TextClassification(Workload):
     is an encoder: it gets a new linear head, and both are trained in the run.
 
     Raises:
-        WorkloadError: the folder or the texts cannot be read, the texts are too few, or a label is none of the
-            folder's.
+        WorkloadError: the folder or the texts cannot be read, the texts are too few, a label is none of the folder's,
+            or a class is never seen in training.
     """
 
     metric = "accuracy"
@@ -81,12 +90,11 @@ class TextClassification(Workload):
         self.config = config
         self.folder = resolve_folder(config.model)
         self.facts = read_object(self.folder / "config.json")
-        named = self.facts.get("architectures") or [""]
-        self.trains_source = not str(named[0]).endswith(CLASSIFIER)
+        self.trains_source = not self._architecture().endswith(CLASSIFIER)
         self.tokenizer = read_tokenizer(self.folder)
         self.max_length = min(config.length, read_max_length(self.folder))
         self.tokenizer.enable_truncation(self.max_length)
-        texts = load_labelled(config.data)
+        texts = distinct_inputs(load_labelled(config.data), self.tokenizer, config.data)
         self.labels = self._known_labels(texts)
         limits: dict[Split, int] = {
             "evaluation": config.evaluation_samples,
@@ -95,25 +103,45 @@ class TextClassification(Workload):
         }
         splits = split_labelled(texts, config.data, config.seed)
         self.texts = {split: splits[split][: limits[split] or None] for split in SHARES}
+        if self.trains_source:
+            check_trained(self.labels, {self._number(one.label) for one in self.texts["train"]}, config.data)
         # Padding costs time: what is judged goes from the shortest text to the longest.
         self.texts["evaluation"].sort(key=lambda one: len(one.text))
+
+    def _architecture(self) -> str:
+        """The first class that config.json names; empty where it names none."""
+        named = self.facts.get("architectures")
+        if named is not None and not (isinstance(named, list) and all(isinstance(one, str) for one in named)):
+            raise WorkloadError(
+                f"reading architectures of {self.folder / 'config.json'}",
+                found=repr(named)[:80],
+                expected="a list of names of classes",
+            )
+        return named[0] if named else ""
+
+    def _stated_labels(self) -> list[str]:
+        """Names of a ready classifier's classes in the order of its logits; transformers' default is two."""
+        stated = self.facts.get("id2label")
+        if stated is None:
+            return ["0", "1"]
+        numbers = list(map(str, range(len(stated)))) if isinstance(stated, dict) else []
+        if not numbers or set(stated) != set(numbers) or not all(isinstance(name, str) for name in stated.values()):
+            raise WorkloadError(
+                f"reading id2label of {self.folder / 'config.json'}",
+                found=repr(stated)[:80],
+                expected='a name for each number from 0 up: {"0": "…", "1": "…"}',
+            )
+        return [stated[number] for number in numbers]
 
     def _known_labels(self, texts: list[Labelled]) -> list[str]:
         """Names of the classes in the order of the logits."""
         found = sorted({one.label for one in texts}, key=str)
         numbered = isinstance(found[0], int)
         if self.trains_source:
-            most = max(int(label) for label in found) + 1 if numbered else 0
-            if numbered and most > len(found):
-                missing = sorted(set(range(most)) - {int(label) for label in found})
-                raise WorkloadError(
-                    f"numbering the classes of {self.config.data}",
-                    found=f"classes up to {most - 1}, and no text of {missing[:5]}",
-                    expected="texts of every class from 0 up",
-                )
-            return [str(number) for number in range(most)] if numbered else [str(label) for label in found]
-        names = {int(key): str(name) for key, name in (self.facts.get("id2label") or {0: "0", 1: "1"}).items()}
-        known = [names[number] for number in sorted(names)]
+            if numbered:
+                check_numbers([int(label) for label in found], self.config.data)
+            return [str(number) for number in range(len(found))] if numbered else [str(label) for label in found]
+        known = self._stated_labels()
         unknown = [label for label in found if (label not in range(len(known)) if numbered else label not in known)]
         if unknown:
             raise WorkloadError(
@@ -132,7 +160,7 @@ class TextClassification(Workload):
         from transformers import AutoModel, AutoModelForSequenceClassification
 
         if not self.trains_source:
-            return Classifier(read_model(AutoModelForSequenceClassification, self.folder)).eval()
+            return Classifier(self._padded(read_model(AutoModelForSequenceClassification, self.folder))).eval()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             module = self._headed(read_model(AutoModel, self.folder))
@@ -152,8 +180,23 @@ class TextClassification(Workload):
         from transformers import AutoModel, AutoModelForSequenceClassification
 
         if not self.trains_source:
-            return Classifier(build_model(AutoModelForSequenceClassification, self.folder, architecture)).eval()
+            model = build_model(AutoModelForSequenceClassification, self.folder, architecture)
+            return Classifier(self._padded(model)).eval()
         return self._headed(build_model(AutoModel, self.folder, architecture)).eval()
+
+    def _padded(self, model: nn.Module) -> nn.Module:
+        """The classifier, which knows what pads: a decoder's answer is read at the last token that does not."""
+        config: Any = model.config
+        if config.pad_token_id is None:
+            config.pad_token_id = read_padding(self.folder)
+        if config.pad_token_id is None:
+            raise WorkloadError(
+                f"loading the classifier of {self.folder}",
+                found="no padding token, neither pad_token_id in config.json nor padding in tokenizer.json",
+                expected="the token that fills up the shorter texts of a batch",
+                fix="set pad_token_id in config.json to a token that no text ends with",
+            )
+        return model
 
     def _headed(self, model: nn.Module) -> nn.Module:
         width: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
@@ -176,10 +219,11 @@ class TextClassification(Workload):
         return np.asarray(outputs.argmax(axis=1) == labels, dtype=np.float64)
 
     def identity(self) -> str:
-        """The config, and digests of the folder's files that count and of the texts."""
+        """The config, and digests of the folder's files that count, of the texts and of the names of the classes."""
         digest = hashlib.sha256(folder_digest(self.folder).encode())
         for split in SPLITS:
             digest.update("".join([split, *[f"{one.digest} {one.label}" for one in self.texts[split]]]).encode())
+        digest.update(json.dumps(self.labels).encode())
         config = json.dumps(self.config.model_dump(mode="json", exclude={"model", "data"}), sort_keys=True)
         return f"text-classification {config} {digest.hexdigest()}"
 
@@ -188,8 +232,8 @@ class TextClassification(Workload):
         return {"input_ids": masked(self.tokenizer, inputs["input_ids"])}
 
     def sample_digests(self, split: Split) -> set[str]:
-        """sha256 of each text: padding, which depends on a text's neighbours in its batch, does not count."""
-        return {one.digest for one in self.texts[split]}
+        """sha256 of each text's tokens: padding, which depends on a text's neighbours in its batch, does not count."""
+        return set(input_digests(self.tokenizer, [one.text for one in self.texts[split]]))
 
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
         """Batch and length are free."""

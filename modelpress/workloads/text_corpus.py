@@ -109,7 +109,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
     Raises:
         WorkloadError: the file cannot be read, or a line is no JSON object.
     """
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -180,6 +181,40 @@ def test_a_folder_without_its_tokenizer_is_refused(tmp_path: Path, texts: Path, 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, texts: Path, folder: Path) -> None:
     with pytest.raises(WorkloadError, match=r"(?s)300 tokens.*vocab_size 200"):
         workload_of(texts, str(broken_folder(tmp_path, folder, vocab_size=200)))
+
+
+def test_of_several_ends_the_first_is_taken(tmp_path: Path, texts: Path, folder: Path) -> None:
+    assert workload_of(texts, str(broken_folder(tmp_path, folder, eos_token_id=[7, 0]))).end == 7
+    for wrong in ([], ["</s>"], [-1]):
+        with pytest.raises(WorkloadError, match="eos_token_id"):
+            workload_of(texts, str(broken_folder(tmp_path, folder, eos_token_id=wrong)))
+
+
+@pytest.mark.parametrize("sizes", [{"num_attention_heads": 0}, {"intermediate_size": -16}, {"num_key_value_heads": 0}])
+def test_sizes_that_the_folders_model_cannot_have_are_named(
+    texts: Path, folder: Path, sizes: dict[str, object]
+) -> None:
+    with pytest.raises(WorkloadError, match="loading the model"):
+        workload_of(texts, str(folder)).skeleton(sizes)
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_a_folders_own_code_is_never_run(
+    tmp_path: Path, texts: Path, folder: Path, local: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = {} if local else {"model_type": "a-kind-of-its-own"}
+    auto = {"AutoConfig": "own_code.Config", "AutoModelForCausalLM": "own_code.Model"}
+    path = broken_folder(tmp_path, folder, auto_map=auto, **kind)
+    (path / "own_code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))  # transformers would ask
+    workload = workload_of(texts, str(path))
+    for make in (workload.source, lambda: workload.skeleton({})):
+        if local:
+            assert type(make().model).__module__.startswith("transformers.")
+        else:
+            with pytest.raises(WorkloadError, match="trust_remote_code"):
+                make()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path, texts: Path, folder: Path) -> None:

@@ -131,12 +131,26 @@ def test_a_student_is_built_from_its_architecture() -> None:
 def test_images_of_ones_own(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (30, 9, 7, 3), dtype=np.uint8)
     images[10:20] = images[:10]
-    workload = saved(tmp_path, images, np.arange(30) % 4)
+    workload = saved(tmp_path, images, np.arange(30) // 2 % 4)
     assert workload.images.shape == (20, 3, 9, 7)
     assert float(workload.images.max()) <= 1.0
     assert workload.classes == 4
     assert workload.skeleton({})(**workload.example(2)).shape == (2, 4)
     check_disjoint(workload)
+
+
+def test_classes_are_numbered_without_a_gap_and_each_is_trained(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).random((40, 8, 8))
+    with pytest.raises(WorkloadError, match=r"(?s)up to 9000000000000, and no sample of \[1\]"):
+        saved(tmp_path, images, np.arange(40) % 2 * 9 * 10**12)
+    with pytest.raises(WorkloadError, match="finite images"):
+        saved(tmp_path, images, np.full(40, 2**63, np.uint64))
+    rare = np.arange(40) % 2
+    rare[int(saved(tmp_path, images, rare).rows["evaluation"][0])] = 2
+    with pytest.raises(WorkloadError, match=r"(?s)none of class '2' for training.*train_samples"):
+        saved(tmp_path, images, rare)
+    with pytest.raises(WorkloadError, match="none of class"):
+        digits(train_samples=5)
 
 
 @pytest.mark.parametrize(

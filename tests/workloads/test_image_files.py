@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pyarrow.parquet
 import pytest
 import safetensors.torch
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from sklearn.datasets import load_digits
 
 from modelpress.checkpoint import from_module, to_module
@@ -78,6 +79,55 @@ def test_images_are_resized_to_one_size_if_asked_and_refused_by_name_if_not(tmp_
         read_images(str(tmp_path), 0)
     assert read_images(str(tmp_path), 12).pixels.shape == (3, 12, 12, 3)
     assert workload_of(folder, image_size=16).images.shape[2:] == (16, 16)
+
+
+def test_images_of_more_than_8_bits_or_of_four_inks_are_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "good.png").write_bytes(png(np.zeros((8, 8), np.uint8)))
+    (tmp_path / "b" / "deep.png").write_bytes(png(np.full((8, 8), 300, np.uint16)))
+    with pytest.raises(WorkloadError, match=r"(?s)deep\.png.*mode I;16.*8 bits"):
+        read_images(str(tmp_path), 0)
+    (tmp_path / "b" / "deep.png").unlink()
+    Image.new("CMYK", (8, 8)).save(tmp_path / "b" / "inks.jpg")
+    with pytest.raises(WorkloadError, match=r"(?s)inks\.jpg.*mode CMYK"):
+        read_images(str(tmp_path), 0)
+
+
+def test_images_stand_as_their_exif_data_say(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 6, 3), dtype=np.uint8)
+    lying = Image.Exif()
+    lying[0x0112] = 6  # to be turned by a quarter, clockwise
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    Image.fromarray(np.rot90(pixels).copy()).save(tmp_path / "a" / "0.png", exif=lying)
+    Image.fromarray(pixels).save(tmp_path / "b" / "0.png")
+    found = read_images(str(tmp_path), 0).pixels
+    assert found.shape == (2, 8, 6, 3)
+    np.testing.assert_array_equal(found[0], pixels)
+    np.testing.assert_array_equal(found[1], pixels)
+
+
+def test_one_image_at_a_time_is_held_as_large_as_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            Image.new("RGB", (64, 64), (number, 0, 0)).save(tmp_path / name / f"{number}.png")
+    loaded: list[weakref.ref[Image.Image]] = []
+    most = 0
+    load = PngImagePlugin.PngImageFile.load
+
+    def watched(image: PngImagePlugin.PngImageFile) -> object:
+        nonlocal most
+        if not any(one() is image for one in loaded):
+            loaded.append(weakref.ref(image))
+        most = max(most, sum(one() is not None for one in loaded))
+        return load(image)
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", watched)
+    assert read_images(str(tmp_path), 8).pixels.shape == (8, 8, 8, 3)
+    assert len(loaded) == 8
+    assert most <= 2  # the last one's name is bound until the next is open
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", "cut"])

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from modelpress.attribution import compare
 from modelpress.checkpoint import Checkpoint, from_module, to_module
 from modelpress.config import DistillConfig, EvaluateConfig, ExportConfig, TrainConfig, WorkloadConfig
 from modelpress.distill import distill
-from modelpress.errors import WorkloadError
+from modelpress.errors import OverlapError, WorkloadError
 from modelpress.evaluate import evaluate
 from modelpress.export import export
 from modelpress.workload import SPLITS, check_disjoint, load_workload
 from modelpress.workloads.encoder_folder import tokenized
-from modelpress.workloads.labelled_texts import PACKAGES, load_labelled, split_labelled
+from modelpress.workloads.labelled_texts import PACKAGES, Labelled, load_labelled, split_labelled
 from modelpress.workloads.text_classification import TextClassification
 from tests.encoders import WORDS, make_encoder_folder
 
@@ -180,8 +182,97 @@ def numbered(path: Path, labels: list[int]) -> Path:
 def test_numbers_are_classes_and_none_may_be_missing(tmp_path: Path, folder: Path) -> None:
     workload = workload_of(folder, numbered(tmp_path / "good.jsonl", [0, 1, 2]))
     assert workload.labels == ["0", "1", "2"]
-    with pytest.raises(WorkloadError, match=r"no text of \[1\]"):
+    with pytest.raises(WorkloadError, match=r"no sample of \[1\]"):
         workload_of(folder, numbered(tmp_path / "hole.jsonl", [0, 2]))
+    with pytest.raises(WorkloadError, match=r"(?s)up to 90000000000000000000, and no sample of \[1\]"):
+        workload_of(folder, numbered(tmp_path / "huge.jsonl", [0, 9 * 10**19]))
+
+
+def test_each_class_is_trained_also_after_the_limits(folder: Path) -> None:
+    with pytest.raises(WorkloadError, match=r"(?s)none of class '.*train_samples"):
+        workload_of(folder, train_samples=2)
+
+
+def test_a_class_more_is_another_identity(folder: Path) -> None:
+    workload = workload_of(folder)
+    first = workload.identity()
+    workload.labels = [*workload.labels, "fourth"]
+    assert workload.identity() != first
+
+
+def test_texts_that_a_model_sees_the_same_of_are_taken_once(tmp_path: Path, folder: Path) -> None:
+    lines = [json.loads(line) for line in (folder / "texts.jsonl").read_text().splitlines()]
+    twice = [{**line, "text": f"{line['text']}  "} for line in lines]
+    longer = [{**line, "text": " ".join([line["text"]] * 2 + ["word7"] * 9)} for line in lines]
+    longest = [{**line, "text": f"{line['text']} word9"} for line in longer]
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps(line) for line in lines + twice + longer + longest))
+    workload = workload_of(folder, tmp_path / "texts.jsonl", calibration_samples=48)  # reads 12 tokens
+    assert sum(len(workload.texts[split]) for split in SPLITS) == 2 * len(lines)
+    check_disjoint(workload)
+    seen = {
+        split: {tuple(batch.inputs["input_ids"][0].tolist()) for batch in workload.batches(split, 1)}
+        for split in SPLITS
+    }
+    assert not seen["evaluation"] & (seen["train"] | seen["calibration"])
+    workload.texts["train"][0] = Labelled(workload.texts["evaluation"][0].text + " ", "first")
+    with pytest.raises(OverlapError, match="1 shared"):
+        check_disjoint(workload)
+
+
+def test_one_sequence_of_tokens_has_one_label(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text(GOOD + '{"text": "one  two", "label": "b"}')
+    with pytest.raises(WorkloadError, match=r"(?s)'one  two' labelled 'b'.*the same tokens"):
+        workload_of(folder, tmp_path / "texts.jsonl")
+
+
+def changed(path: Path, source: Path, **config: object) -> Path:
+    """A copy of a folder with another config.json."""
+    shutil.copytree(source, path)
+    document = json.loads((path / "config.json").read_text()) | config
+    (path / "config.json").write_text(json.dumps(document))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"id2label": ["a", "b", "c"]}, "id2label"),
+        ({"id2label": {"x": "b"}}, "id2label"),
+        ({"id2label": {"0": "a", "7": "b"}}, "id2label"),
+        ({"id2label": {}}, "id2label"),
+        ({"architectures": "BertForSequenceClassification"}, "architectures"),
+        ({"architectures": 5}, "architectures"),
+        ({"architectures": [5]}, "architectures"),
+    ],
+)
+def test_a_config_that_names_its_classes_otherwise_is_refused(
+    tmp_path: Path, folder: Path, classifier: Path, config: dict[str, object], found: str
+) -> None:
+    with pytest.raises(WorkloadError, match=rf"reading {found} of .*config\.json"):
+        workload_of(changed(tmp_path / "model", classifier, **config), folder / "texts.jsonl")
+
+
+def test_a_decoder_that_classifies_knows_what_pads(tmp_path: Path, folder: Path) -> None:
+    path = tmp_path / "gpt2"
+    torch.manual_seed(0)
+    names = {0: "first", 1: "second", 2: "third"}
+    config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=20, id2label=names)
+    GPT2ForSequenceClassification(config).save_pretrained(path)
+    shutil.copy(folder / "tokenizer.json", path)
+    with pytest.raises(WorkloadError, match="no padding token"):
+        workload_of(path, folder / "texts.jsonl").source()
+    tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.enable_padding(pad_id=63, pad_token="[PAD]")
+    tokenizer.save(str(path / "tokenizer.json"))
+    workload = workload_of(path, folder / "texts.jsonl")
+    texts = ["word1 word2", "word3 word4 word5 word6", "word7"]
+    batch = tokenized(workload.tokenizer, texts)
+    assert batch["input_ids"][0, 2:].tolist() == [63, 63]
+    module = workload.source()
+    with torch.no_grad():
+        alone = torch.cat([module(**tokenized(workload.tokenizer, [text])) for text in texts])
+        torch.testing.assert_close(module(**batch), alone)
+        assert workload.skeleton({})(**batch).shape == (3, 3)
 
 
 def test_a_label_that_the_classifier_has_not_is_refused(tmp_path: Path, folder: Path, classifier: Path) -> None:

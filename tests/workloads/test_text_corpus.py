@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelpress.errors import WorkloadError
+from modelpress.workloads.retrieval_pairs import load_pairs
 from modelpress.workloads.text_corpus import (
     END_OF_TEXT,
     SHARES,
@@ -42,6 +43,14 @@ def test_pythons_own_sources_are_a_real_corpus() -> None:
     assert "argparse.py" in {text.name for text in texts}
     assert not any("test" in Path(text.name).parts for text in texts)
     assert len(list(python_sources())) > len(texts)  # empty __init__ files
+
+
+def test_only_line_feeds_end_a_line_of_json(tmp_path: Path) -> None:
+    text = "one\u2028two\x85three\u2029four"
+    line = json.dumps({"text": text, "query": "q\u2028", "document": "d\x85"}, ensure_ascii=False)
+    (tmp_path / "one.jsonl").write_bytes(f"{line}\r\n\n{line}".encode())
+    assert [one.content for one in load_texts(str(tmp_path / "one.jsonl"))] == [text]
+    assert {(one.query, one.document) for one in load_pairs(str(tmp_path / "one.jsonl"))} == {("q\u2028", "d\x85")}
 
 
 def test_each_kind_of_source_gives_its_texts(tmp_path: Path) -> None:
