@@ -861,14 +861,16 @@ def judge_planes(raw, planes, rotated, chunk_symbols, worth):
     """
     segments = (chunk_symbols + SEGMENT - 1) // SEGMENT
     step = max(1, segments // PROBED_SEGMENTS)
+    step += step // 3  # no whole part of a chunk, in which rows may repeat
     symbols = raw.size // planes
     scratch = np.empty((planes, SEGMENT), np.uint8)
     own, counts = np.empty(256, np.int64), np.empty((planes, 256), np.int64)
     for chunk in range(worth.shape[1]):
         counts[:] = 0
         end = min(symbols, (chunk + 1) * chunk_symbols)
-        first = chunk * chunk_symbols + chunk * 5 % step * SEGMENT
-        for start in range(first if first < end else chunk * chunk_symbols, end, step * SEGMENT):
+        inside = (end - chunk * chunk_symbols + SEGMENT - 1) // SEGMENT
+        for probe in range(min(PROBED_SEGMENTS, inside)):
+            start = chunk * chunk_symbols + (5 * chunk + probe * step) % inside * SEGMENT
             count = min(SEGMENT, end - start)
             _split(raw[start * planes : (start + count) * planes], planes, rotated, scratch)
             for plane in range(planes):

@@ -68,6 +68,13 @@ class TeacherCache:
                 expected="the same training inputs in each epoch: no augmentation, no padding that hangs on the order",
                 fix="set distill.cache_top_k to 0: the teacher then answers each batch as it comes",
             )
+        if output.shape[-1] != self.width:
+            raise StageError(
+                "comparing the student's outputs with the teacher's cached answers",
+                found=f"{output.shape[-1]} classes, the teacher's {self.width}",
+                expected="as many",
+                fix="leave the width of the output out of distill.architecture",
+            )
         index = np.array(found)
         taught, classes, rest = (
             counted(torch.from_numpy(part[index]).to(output.device), mask)
@@ -83,7 +90,8 @@ class TeacherCache:
         return self.temperature**2 * divergence_of(own, known, divergence)
 
     def _allocate(self, logits: Tensor, top_k: int) -> None:
-        self.shape, k = logits.shape[1:-1], min(top_k, logits.shape[-1])
+        self.shape, self.width = logits.shape[1:-1], logits.shape[-1]
+        k = min(top_k, self.width)
         tokens = len(self.rows) * self.shape.numel()
         if tokens * (6 * k + 4) > MAX_CACHE_BYTES:
             raise StageError(

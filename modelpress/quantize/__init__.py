@@ -19,7 +19,7 @@ from modelpress.checkpoint import Checkpoint
 from modelpress.config import QuantizeConfig
 from modelpress.errors import ConfigError, CoverageError
 from modelpress.progress import Progress, silent
-from modelpress.quantize import sensitivity, static
+from modelpress.quantize import rewrite, sensitivity, static
 from modelpress.quantize.build import builder
 from modelpress.quantize.observe import Inputs
 from modelpress.quantize.selection import Layer, chosen_layers, eligible_layers, shared_weights
@@ -54,16 +54,17 @@ def quantize(
         raise ConfigError(
             f"quantizing a graph ({config.method})",
             found="no torch module",
-            expected="'dynamic' or 'static', without quantize.recovery",
+            expected="'dynamic', 'static' or 'weight-only', without quantize.recovery",
             fix="call modelpress.quantize.from_module.quantize_module with the module that the graph comes from",
         )
     model = graph.join(checkpoint)
     if config.method == "static":
         progress(0, 1, "preparing the graph")
         model = static.prepare(model)
+    rewrite.name_nodes_(model)
     layers = eligible_layers(model, config.embeddings)
     chosen = chosen_layers(layers, config)
-    batches = [batch.inputs for batch in workload.batches("calibration", _BATCH)]
+    batches = [batch.inputs for batch in workload.batches("calibration", min(_BATCH, workload.evaluation_batch_size))]
     build = builder(model, chosen, batches, config, progress)
 
     units = shared_weights(chosen)
@@ -137,16 +138,18 @@ def _elements(layers: Iterable[Layer]) -> int:
 
 
 def _check_coverage(report: QuantizeReport, config: QuantizeConfig) -> None:
-    in_float = [row.node for row in report.sensitivity if row.kept_float]
+    kept = [row.node for row in report.sensitivity if row.kept_float]
     within_budget = 1.0 - report.agreement <= config.max_quality_drop
-    if within_budget and report.coverage >= config.min_coverage and len(in_float) < len(report.sensitivity):
+    some = config.method == "weight-only" or len(kept) < len(report.sensitivity)
+    if within_budget and report.coverage >= config.min_coverage and some:
         return
+    more = "8 bits" if config.method == "weight-only" and config.num_bits < 8 else "float"
     raise CoverageError(
         "quantizing the graph",
         found=f"{report.quantized_weights} of {report.eligible_weights} eligible weights as integers "
-        f"({report.coverage:.1%}), agreement {report.agreement:.4f}, {len(in_float)} of {len(report.sensitivity)} "
-        f"layers in float: {', '.join(in_float) or 'none'}",
-        expected=f"at least quantize.min_coverage, {config.min_coverage:.1%}, and one layer that computes in integers, "
-        f"within quantize.max_quality_drop, {config.max_quality_drop}",
+        f"({report.coverage:.1%}), agreement {report.agreement:.4f}, {len(kept)} of {len(report.sensitivity)} "
+        f"layers in {more}: {', '.join(kept) or 'none'}",
+        expected=f"at least quantize.min_coverage, {config.min_coverage:.1%}, and one layer in integers, within "
+        f"quantize.max_quality_drop, {config.max_quality_drop}",
         fix="another method or calibration, a wider quantize.max_quality_drop, or a smaller quantize.min_coverage",
     )

@@ -127,7 +127,7 @@ def _train_and_round(
 
 def _agreement(model: ModelProto, checkpoint: Checkpoint, workload: Workload) -> float:
     """Mean cosine between the outputs of a graph and those of a checkpoint's, on the calibration split."""
-    batches = [batch.inputs for batch in workload.batches("calibration", _BATCH)]
+    batches = [batch.inputs for batch in workload.batches("calibration", min(_BATCH, workload.evaluation_batch_size))]
     return 1.0 - Judge(graph.join(checkpoint), batches).disagreement(model)
 
 

@@ -10,9 +10,13 @@ from __future__ import annotations
 import numpy as np
 from onnx import ModelProto, NodeProto, numpy_helper
 
+from modelpress.quantize.rewrite import has_bodies
+
 
 def respell_gelu_(model: ModelProto) -> int:
     """Reorder the two products of each GELU in place, and count them; one whose inner values others read stays."""
+    if has_bodies(model):
+        return 0  # what a body reads from around it is not followed
     halves = {
         one.name
         for one in model.graph.initializer

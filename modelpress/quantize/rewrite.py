@@ -8,6 +8,8 @@ graph always gives the same bytes.
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -158,6 +160,29 @@ def _channel_axis(node: NodeProto, dimensions: int) -> int:
     return dimensions - 1
 
 
+def has_bodies(model: ModelProto) -> bool:
+    """Whether a node holds a graph of its own, as If and Loop do."""
+    return any(attribute.g.node or attribute.graphs for node in model.graph.node for attribute in node.attribute)
+
+
+def name_nodes_(model: ModelProto) -> None:
+    """Give each node a name that no other has; those that have one already keep it."""
+    taken = Counter(node.name for node in model.graph.node)
+    used = {name for name, count in taken.items() if count == 1 and name}
+    for index, node in enumerate(model.graph.node):
+        if node.name in used and taken[node.name] == 1:
+            continue
+        base = node.name or f"{node.op_type}_{index}"
+        node.name = next(name for number in itertools.count() if (name := f"{base}_{number}") not in used)
+        used.add(node.name)
+
+
+def is_plain(node: NodeProto) -> bool:
+    """Whether a MatMul or Gemm neither scales nor transposes its input."""
+    attributes = {one.name: helper.get_attribute_value(one) for one in node.attribute}
+    return not attributes.get("transA", 0) and attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0
+
+
 def transposes_weight(node: NodeProto) -> bool:
     """Whether a Gemm, or a MatMul, reads its weight as (out, in).
 
@@ -165,7 +190,7 @@ def transposes_weight(node: NodeProto) -> bool:
         StageError: a Gemm that scales or transposes its input.
     """
     attributes = {one.name: helper.get_attribute_value(one) for one in node.attribute}
-    if attributes.get("transA", 0) or attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0:
+    if not is_plain(node):
         raise StageError(
             f"quantizing {node.name!r}",
             found=f"a Gemm with {attributes}",

@@ -101,7 +101,7 @@ def chosen_layers(layers: Sequence[Layer], config: QuantizeConfig) -> list[Layer
             found=f"none of {len(layers)} eligible layers",
             expected="at least one",
             fix=f"{config.method} quantization leaves convolutions in float: set quantize.method to 'static'"
-            if config.method != "static"
+            if config.method != "static" and any(layer.op_type == "Conv" for layer in layers)
             else "widen quantize.targets or narrow quantize.ignore",
         )
     return chosen

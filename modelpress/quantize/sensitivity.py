@@ -14,6 +14,9 @@ Build = Callable[[Sequence[str], Sequence[str]], ModelProto]
 """Makes the model in which the first named nodes compute in integers, the second ones in float from stored integers,
 and all others are as they were."""
 
+MAX_HELD_BYTES = 2**28
+"""Of the float model's outputs; a language model's logits may be many times that."""
+
 Unit = tuple[str, ...]
 """Names of nodes that share one weight: all in integers, or all in float."""
 
@@ -28,21 +31,33 @@ class Judge:
 
     def __init__(self, reference: ModelProto, batches: Sequence[dict[str, Tensor]]) -> None:
         self._batches = batches
-        self._expected = self._outputs(reference)
+        self._reference = graph.session(graph.split(reference))
+        self._held: list[np.ndarray] = []
+        """The float model's outputs on the first batches; on the others it runs anew each time."""
+        size = 0
+        for batch in batches:
+            rows = _rows(graph.run(self._reference, batch))
+            size += rows.nbytes
+            if size > MAX_HELD_BYTES:
+                break
+            self._held.append(rows)
 
     def disagreement(self, model: ModelProto) -> float:
         """1 − mean cosine between the outputs of `model` and the float model's, one per sample."""
-        return 1.0 - mean_cosine(self._outputs(model), self._expected)
-
-    def _outputs(self, model: ModelProto) -> np.ndarray:
         session = graph.session(graph.split(model))
-        return np.concatenate([_rows(graph.run(session, batch)) for batch in self._batches])
+        total, samples = 0.0, 0
+        for index, batch in enumerate(self._batches):
+            found = _rows(graph.run(session, batch))
+            held = index < len(self._held)
+            expected = self._held[index] if held else _rows(graph.run(self._reference, batch))
+            total, samples = total + mean_cosine(found, expected) * len(found), samples + len(found)
+        return 1.0 - total / samples
 
 
 def mean_cosine(found: np.ndarray, expected: np.ndarray) -> float:
     """Mean over the rows of the cosine between two (samples, features) matrices; two zero rows agree, a zero row and
     another do not."""
-    found, expected = found.astype(np.float64), expected.astype(np.float64)
+    found, expected = found.astype(np.float64), expected.astype(np.float64)  # of one batch
     norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
     products = np.sum(found * expected, axis=1)
     both_zero = ~found.any(axis=1) & ~expected.any(axis=1)

@@ -18,9 +18,12 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from modelpress.errors import CoverageError
 from modelpress.quantize.observe import Inputs, observe
-from modelpress.quantize.rewrite import add_initializer, replace_nodes, transposes_weight
+from modelpress.quantize.rewrite import add_initializer, has_bodies, is_plain, replace_nodes, transposes_weight
 
 Floats = npt.NDArray[np.float32]
+
+LEAST_SHARE = 0.1
+"""Of the median of the channels' largest values."""
 
 _SMOOTH = "_smooth"
 
@@ -87,6 +90,8 @@ def smooth(model: ModelProto, nodes: Collection[str], batches: Sequence[Inputs],
 
 
 def _migrations(model: ModelProto, nodes: Collection[str]) -> list[_Migration]:
+    if has_bodies(model):
+        return []  # what a body reads from around it is not followed
     constants = {one.name: len(one.dims) for one in model.graph.initializer}
     chains = _Chains(model, constants)
     found = []
@@ -95,7 +100,9 @@ def _migrations(model: ModelProto, nodes: Collection[str]) -> list[_Migration]:
         taking = [node for node in chains.readers.get(value, []) if _multiplies(node, value, constants)]
         taking = [node for node in taking if node.name in nodes]
         shared = {node.input[1] for node in taking}
-        if not taking or any(node not in taking for name in shared for node in chains.readers[name]):
+        as_rows = {name: {transposes_weight(node) for node in taking if node.input[1] == name} for name in shared}
+        alone = all(chains.reads[name] == sum(node.input[1] == name for node in taking) for name in shared)
+        if not taking or not alone or any(len(found) > 1 for found in as_rows.values()):
             continue
         one = _Migration(value, taking)
         if producer.op_type == "LayerNormalization" and constants.get(producer.input[1]) == 1:
@@ -134,7 +141,7 @@ class _Chains:
                 return []
             node = self._producers[inner]
         weight = node.input[1] if node.op_type in ("MatMul", "Gemm") else ""
-        if self._constants.get(weight) != 2 or self.reads[weight] > 1:
+        if self._constants.get(weight) != 2 or self.reads[weight] > 1 or not is_plain(node):
             return []
         scaled.append((node, 1, 0 if transposes_weight(node) else 1))
         if node.op_type == "Gemm" and len(node.input) > 2:
@@ -143,7 +150,8 @@ class _Chains:
 
 
 def _multiplies(node: NodeProto, value: str, constants: dict[str, int]) -> bool:
-    return node.op_type in ("MatMul", "Gemm") and node.input[0] == value and constants.get(node.input[1]) == 2
+    takes = node.op_type in ("MatMul", "Gemm") and node.input[0] == value and constants.get(node.input[1]) == 2
+    return takes and is_plain(node)
 
 
 def _check_finite(one: _Migration, largest: Floats) -> None:
@@ -160,9 +168,15 @@ def _check_finite(one: _Migration, largest: Floats) -> None:
 
 
 def _factor(largest: Floats, weights: Sequence[Floats], alpha: float) -> Floats:
-    """s of each channel, with geometric mean 1; a channel that is always zero, or that nobody reads, keeps its own."""
+    """s of each channel, with geometric mean 1; a channel that is always zero, or that nobody reads, keeps its own.
+
+    A channel that hardly shows on calibration data may show more on others: it counts as if it had a share of the
+    median, or a small s would blow it up there.
+    """
     read = np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0)
     alive = (largest > 0) & (read > 0)
+    if alive.any():
+        largest = np.maximum(largest, LEAST_SHARE * np.median(largest[alive]))
     logarithm = np.zeros(len(read))
     logarithm[alive] = alpha * np.log(largest[alive]) - (1 - alpha) * np.log(read[alive])
     logarithm[alive] -= logarithm[alive].mean() if alive.any() else 0.0

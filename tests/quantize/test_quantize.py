@@ -332,3 +332,15 @@ def test_a_table_that_a_static_product_stored_is_read_from_its_integers() -> Non
     quantized, report = quantize(checkpoint, workload, QuantizeConfig(embeddings=True, max_quality_drop=0.05))
     assert report.quantized_weights == integer_weights(quantized) == 3200
     assert float_weights(quantized) == 0
+
+
+@pytest.mark.parametrize("method", ["dynamic", "static", "weight-only"])
+def test_nodes_without_names_get_some(method: str) -> None:
+    workload = TextToy()
+    model = graph.join(export(workload.module, workload, ExportConfig())[0])
+    for node in model.graph.node:
+        node.name = "" if node.op_type == "MatMul" else "same"
+    options = {"num_bits": 4} if method == "weight-only" else {}
+    _, report = quantize(graph.split(model), workload, QuantizeConfig(method=method, max_quality_drop=0.1, **options))
+    assert report.coverage > 0
+    assert len({row.node for row in report.sensitivity}) == len(report.sensitivity) == 2

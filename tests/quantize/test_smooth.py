@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from modelpress import graph
@@ -14,7 +14,7 @@ from modelpress.config import ExportConfig, QuantizeConfig
 from modelpress.export import export
 from modelpress.quantize import quantize
 from modelpress.quantize.observe import observe
-from modelpress.quantize.smooth import smooth
+from modelpress.quantize.smooth import LEAST_SHARE, _factor, smooth
 from tests.toys import TextToy
 
 
@@ -126,3 +126,33 @@ def test_smoothing_brings_the_integer_graph_closer(block, method: str) -> None:
         for alpha in (0, 0.7)
     ]
     assert 1 - agreement[1] < 0.5 * (1 - agreement[0])
+
+
+def test_what_a_body_or_an_output_reads_is_left_alone() -> None:
+    """A value or a weight that is read elsewhere must not change in float."""
+    torch.manual_seed(0)
+    workload = TextToy()
+    model = graph.join(export(workload.module, workload, ExportConfig())[0])
+    batches = [batch.inputs for batch in workload.batches("calibration", 16)]
+    nodes = [node.name for node in model.graph.node if node.op_type in ("MatMul", "Gemm")]
+    weight = next(node.input[1] for node in model.graph.node if node.name == nodes[-1])
+    shape = next(list(one.dims) for one in model.graph.initializer if one.name == weight)
+    model.graph.output.append(helper.make_tensor_value_info(weight, TensorProto.FLOAT, shape))
+    made = smooth(model, nodes, batches, 0.7)
+    values = [one for one in made.graph.initializer if one.name == weight]
+    before = [one for one in model.graph.initializer if one.name == weight]
+    assert values[0].raw_data == before[0].raw_data
+    branch = helper.make_graph(
+        [helper.make_node("Identity", [weight], ["inner"])],
+        "branch",
+        [],
+        [helper.make_empty_tensor_value_info("inner")],
+    )
+    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "always"))
+    model.graph.node.append(helper.make_node("If", ["always"], ["read"], "if", then_branch=branch, else_branch=branch))
+    assert smooth(model, nodes, batches, 0.7) == model
+
+
+def test_a_channel_that_hardly_shows_in_calibration_is_not_blown_up() -> None:
+    quiet = _factor(np.array([1.0, 1.0, 1.0, 1e-4], np.float32), [np.ones((4, 3), np.float32)], 0.7)
+    assert quiet.max() / quiet.min() <= (1 / LEAST_SHARE) ** 0.7 * 1.001
