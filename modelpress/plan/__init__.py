@@ -1,0 +1,299 @@
+"""One search that spends a quality budget where it saves the most published bytes.
+
+Every weight of a float graph is given its own bits and its own sharing of scales: those with which all together agree
+with the float graph as closely as asked, in the fewest bytes after lossless coding. The graph still computes in float:
+this is about what is stored and sent, not about speed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from onnx import ModelProto
+
+from modelpress import graph
+from modelpress.checkpoint import Checkpoint
+from modelpress.config import CompressConfig, PlanConfig
+from modelpress.errors import WorkloadError
+from modelpress.plan import held_out
+from modelpress.plan.candidates import Candidate, Floats, encode
+from modelpress.plan.costs import Cost, coded_bytes, coding_cost, file_bytes, float_cost
+from modelpress.plan.judge import FedWeights, Inputs, Judge
+from modelpress.plan.rewrite import stored_weights
+from modelpress.plan.search import furthest
+from modelpress.plan.sensitivity import Measured, least_measurements, measure
+from modelpress.plan.solver import Chain, Option, chain
+from modelpress.plan.tensors import PlannedWeight, planned_weights
+from modelpress.progress import Progress, silent
+from modelpress.reports import PlannedTensor, PlanOutline, PlanPoint, PlanReport
+from modelpress.workload import Workload
+
+__all__ = ["outline", "plan", "uniform_checkpoint"]
+
+BATCH = 8
+LEAST_SAMPLES = 8
+"""Of calibration: fewer say nothing about a model."""
+
+Choice = dict[str, Candidate]
+"""What each weight becomes; one that is not in it stays in float."""
+
+
+def outline(checkpoint: Checkpoint, workload: Workload, config: PlanConfig) -> list[PlanOutline]:
+    """What `plan` would look at, without its measurements. Bad input is found here.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, or a group size that divides nothing.
+        CoverageError: nothing to plan.
+        StageError: weights that are NaN or infinite.
+        WorkloadError: too few calibration samples.
+        CorruptionError: no ONNX checkpoint.
+    """
+    weights = planned_weights(graph.join(checkpoint), config)
+    _calibration(workload)
+    return [
+        PlanOutline(
+            name=weight.name,
+            nodes=list(weight.nodes),
+            shape=list(weight.values.shape),
+            candidates=[str(one) for one in weight.candidates],
+            least_measurements=least_measurements(weight),
+        )
+        for weight in weights
+    ]
+
+
+def plan(
+    checkpoint: Checkpoint,
+    workload: Workload,
+    config: PlanConfig,
+    compression: CompressConfig | None = None,
+    progress: Progress = silent,
+) -> tuple[Checkpoint, PlanReport]:
+    """Plan a float ONNX checkpoint; the checkpoint given is left as it is.
+
+    Args:
+        checkpoint: float ONNX graph.
+        workload: its calibration split is what the plan is made on, its evaluation split what it is judged on.
+        config: the budget and what may be chosen.
+        compression: how the pack will be coded; None: as `CompressConfig()` says.
+        progress: told of each weight, each setting and each point of the front.
+
+    Returns:
+        The planned checkpoint, and what was chosen, foretold and measured.
+
+    Raises:
+        BudgetExceededError: no plan but the float graph is within `max_disagreement`.
+        And all that `outline` raises.
+    """
+    model = graph.join(checkpoint)
+    weights = planned_weights(model, config)
+    calibration = _calibration(workload)
+    work = _Work(model, {one.name: one for one in weights}, compression or CompressConfig(), checkpoint)
+    total = len(weights) + len(set(itertools.product(config.num_bits, config.scales))) + config.points + 2
+
+    few = FedWeights(model, work.values, _some(calibration, config.sensitivity_samples), workload.outputs)
+    for done, weight in enumerate(weights):
+        progress(done, total, f"sensitivity of {weight.name}")
+        work.curves[weight.name] = measure(weight, few, work.compression)
+    solutions = chain([[*_options(work, weight)] for weight in weights])
+
+    fed = FedWeights(model, work.values, calibration, workload.outputs)
+    uniform = []
+    for done, candidate in enumerate(Candidate(bits, scale) for scale in config.scales for bits in config.num_bits):
+        progress(len(weights) + done, total, f"all tensors: {candidate}")
+        uniform.append(_uniform(work, candidate, fed))
+
+    tried: dict[int, float] = {}
+
+    def disagreement(position: int) -> float:
+        if position not in tried:
+            tried[position] = fed.disagreement(work.dequantized(work.choice(solutions, position)))
+            progress(total - config.points - 2, total, f"disagreement {tried[position]:.3g} of the whole plan")
+        return tried[position]
+
+    judge = Judge(checkpoint, calibration, workload.outputs)
+    position = furthest(solutions, disagreement, config.max_disagreement)
+    made = work.build(work.choice(solutions, position))
+    found = judge.disagreement(made)
+    while found > config.max_disagreement and position > 1:  # a session of its own may differ in the last digits
+        position -= 1
+        made = work.build(work.choice(solutions, position))
+        found = judge.disagreement(made)
+
+    front = []
+    for done, place in enumerate(_places(solutions, position, config.points)):
+        progress(total - config.points - 1 + done, total, "Pareto front")
+        front.append(_point(work, solutions, place, judge))
+    progress(total - 1, total, "held-out data")
+    verdict = held_out.compare(checkpoint, made, workload)
+    progress(total, total, f"disagreement {found:.3g}")
+    return made, PlanReport(
+        divergence="kl" if workload.outputs == "logits" else "cosine",
+        max_disagreement=config.max_disagreement,
+        calibration_samples=sum(len(next(iter(batch.values()))) for batch in calibration),
+        predicted_disagreement=solutions.errors[position],
+        disagreement=found,
+        predicted_bytes=work.coded(work.choice(solutions, position)),
+        coded_bytes=coded_bytes(made, work.compression),
+        file_bytes=file_bytes(made),
+        float_bytes=work.coded({}),
+        measurements=sum(one.is_measured for curve in work.curves.values() for one in curve),
+        tensors=_rows(work, work.choice(solutions, position)),
+        front=front,
+        uniform=uniform,
+        held_out_disagreement=verdict.disagreement,
+        quality=verdict.quality,
+    )
+
+
+def uniform_checkpoint(checkpoint: Checkpoint, candidate: Candidate, config: PlanConfig) -> Checkpoint:
+    """The checkpoint in which every weight that the config takes has one form, as `PlanReport.uniform` has them."""
+    model = graph.join(checkpoint)
+    weights = {one.name: one for one in planned_weights(model, config)}
+    made = graph.split(stored_weights(model, _same(weights, candidate), weights))
+    return Checkpoint("onnx", made.tensors, checkpoint.files | made.files, checkpoint.metadata)
+
+
+@dataclass
+class _Work:
+    """What the parts of a search share."""
+
+    model: ModelProto
+    weights: Mapping[str, PlannedWeight]
+    compression: CompressConfig
+    checkpoint: Checkpoint
+    curves: dict[str, list[Measured]] = field(default_factory=dict)
+    _costs: dict[tuple[str, Candidate | None], Cost] = field(default_factory=dict)
+    _rest: int | None = None
+
+    @property
+    def values(self) -> dict[str, Floats]:
+        """The float weights."""
+        return {name: weight.values for name, weight in self.weights.items()}
+
+    def cost(self, name: str, candidate: Candidate | None) -> Cost:
+        """Of a weight as a candidate, or in float."""
+        key = (name, candidate)
+        if key not in self._costs:
+            weight = self.weights[name]
+            known = next((one.cost for one in self.curves[name] if one.candidate == candidate), None)
+            if candidate is None:
+                known = float_cost(weight, self.compression)
+            elif known is None:
+                known = coding_cost(weight, encode(weight.values, candidate, weight.channel_axis), self.compression)
+            self._costs[key] = known
+        return self._costs[key]
+
+    def coded(self, choice: Choice) -> int:
+        """What all tensors of a choice take when they are coded."""
+        if self._rest is None:
+            others = {name: one for name, one in self.checkpoint.tensors.items() if name not in self.weights}
+            self._rest = coded_bytes(Checkpoint("onnx", others), self.compression)
+        return self._rest + sum(self.cost(name, choice.get(name)).coded for name in self.weights)
+
+    def choice(self, solutions: Chain, position: int) -> Choice:
+        """The candidates of a solution; the last option of each weight is to stay in float."""
+        chosen = {}
+        for (name, weight), option in zip(self.weights.items(), solutions.choice(position), strict=True):
+            if option < len(weight.candidates):
+                chosen[name] = weight.candidates[option]
+        return chosen
+
+    def dequantized(self, choice: Choice) -> dict[str, Floats]:
+        """The weights that a choice stands for."""
+        weights = {name: self.weights[name] for name in choice}
+        return {name: encode(one.values, choice[name], one.channel_axis).dequantize() for name, one in weights.items()}
+
+    def build(self, choice: Choice) -> Checkpoint:
+        """The checkpoint of a choice."""
+        made = graph.split(stored_weights(self.model, choice, self.weights))
+        return Checkpoint("onnx", made.tensors, self.checkpoint.files | made.files, self.checkpoint.metadata)
+
+
+def _options(work: _Work, weight: PlannedWeight) -> Iterator[Option]:
+    for one in work.curves[weight.name]:
+        yield Option(one.cost.bytes, one.disagreement)
+    yield Option(work.cost(weight.name, None).bytes, 0.0)
+
+
+def _uniform(work: _Work, candidate: Candidate, fed: FedWeights) -> PlanPoint:
+    """All weights in one form; where its groups do not fit, with a scale per channel."""
+    choice = _same(work.weights, candidate)
+    return PlanPoint(
+        label=str(candidate),
+        coded_bytes=work.coded(choice),
+        disagreement=fed.disagreement(work.dequantized(choice)),
+        predicted_disagreement=None,
+    )
+
+
+def _same(weights: Mapping[str, PlannedWeight], candidate: Candidate) -> Choice:
+    own = Candidate(candidate.num_bits, "channel")
+    return {name: candidate if candidate in one.candidates else own for name, one in weights.items()}
+
+
+def _point(work: _Work, solutions: Chain, position: int, judge: Judge) -> PlanPoint:
+    made = work.build(work.choice(solutions, position))
+    return PlanPoint(
+        label=f"plan {position} of {len(solutions.moves)}",
+        coded_bytes=coded_bytes(made, work.compression),
+        disagreement=judge.disagreement(made),
+        predicted_disagreement=solutions.errors[position],
+    )
+
+
+def _places(solutions: Chain, chosen: int, points: int) -> list[int]:
+    """The chosen solution, and others over the bytes between the least and the most, evenly."""
+    if not points:
+        return []
+    last = len(solutions.moves)
+    first = min(next((at for at, error in enumerate(solutions.errors) if error > 0), last), chosen)
+    most, least = solutions.sizes[first], solutions.sizes[last]
+    wanted = [most + (least - most) * part / max(points - 2, 1) for part in range(points - 1)]
+    nearest = {min(range(first, last + 1), key=lambda at: abs(solutions.sizes[at] - size)) for size in wanted}
+    return sorted(nearest | {chosen})
+
+
+def _rows(work: _Work, choice: Choice) -> list[PlannedTensor]:
+    rows = []
+    for name, weight in work.weights.items():
+        candidate, curve = choice.get(name), work.curves[name]
+        taken = next((one for one in curve if one.candidate == candidate), None)
+        cost = work.cost(name, candidate)
+        rows.append(
+            PlannedTensor(
+                name=name,
+                nodes=list(weight.nodes),
+                shape=list(weight.values.shape),
+                num_bits=candidate.num_bits if candidate else None,
+                scale=candidate.scale if candidate else None,
+                coded_bytes=cost.coded,
+                inline_bytes=cost.inline,
+                disagreement=taken.disagreement if taken else 0.0,
+                is_measured=taken.is_measured if taken else True,
+                measurements=sum(one.is_measured for one in curve),
+                law_holds=any(not one.is_measured for one in curve),
+            )
+        )
+    return rows
+
+
+def _calibration(workload: Workload) -> list[Inputs]:
+    batches: list[Inputs] = [batch.inputs for batch in workload.batches("calibration", BATCH)]
+    samples = sum(len(next(iter(batch.values()))) for batch in batches)
+    if samples < LEAST_SAMPLES:
+        raise WorkloadError(
+            "planning on calibration data",
+            found=f"{samples} samples",
+            expected=f"at least {LEAST_SAMPLES}",
+            fix="raise workload.calibration_samples",
+        )
+    return batches
+
+
+def _some(batches: Sequence[Inputs], samples: int) -> list[Inputs]:
+    """So many samples or a few more, in whole batches from the whole split, as a split may be in some order."""
+    wanted = min(-(-samples // BATCH), len(batches))
+    return [batches[len(batches) * part // wanted] for part in range(wanted)]
