@@ -10,7 +10,7 @@ from benchmarks.methods.language_model import trained_decoder
 from modelpress.checkpoint import Checkpoint
 from modelpress.config import CompressConfig, ExportConfig, PlanConfig, WorkloadConfig
 from modelpress.export import export
-from modelpress.plan import held_out, plan, uniform_checkpoint
+from modelpress.plan import held_out, settle, survey, uniform_checkpoint
 from modelpress.plan.candidates import Candidate
 from modelpress.reports import PlanPoint
 from modelpress.workload import Workload
@@ -63,13 +63,12 @@ def measure(quick: bool) -> Iterator[Row]:
 
 def _compared(case: str, workload: Workload, source: Checkpoint) -> Iterator[Row]:
     started = time.perf_counter()
-    # Any budget gives the uniform settings and the curves; this one is wide.
-    first = PlanConfig(max_disagreement=1.0, points=0)
-    _, wide = plan(source, workload, first, CompressConfig())
+    config = PlanConfig(points=0)
+    known = survey(source, workload, config, CompressConfig())
+    best = _best([point for point in known.uniform if point.label.startswith(f"{WANTED_BITS} bits")], known.uniform)
+    made, report = settle(known, best.disagreement)
     seconds = time.perf_counter() - started
-    best = _best([point for point in wide.uniform if point.label.startswith(f"{WANTED_BITS} bits")], wide.uniform)
-    made, report = plan(source, workload, PlanConfig(max_disagreement=best.disagreement, points=0), CompressConfig())
-    uniform = uniform_checkpoint(source, _candidate(best.label), first)
+    uniform = uniform_checkpoint(source, _candidate(best.label), config)
     judged = held_out.compare(source, uniform, workload)
     yield Row(case, "float", "coded", "B", report.float_bytes)
     for system, size, calibration, found in (

@@ -7,37 +7,31 @@ this is about what is stored and sent, not about speed.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-
-from onnx import ModelProto
 
 from modelpress import graph
 from modelpress.checkpoint import Checkpoint
 from modelpress.config import CompressConfig, PlanConfig
 from modelpress.errors import WorkloadError
 from modelpress.plan import held_out
-from modelpress.plan.candidates import Candidate, Floats, encode
-from modelpress.plan.costs import Cost, coded_bytes, coding_cost, file_bytes, float_cost
+from modelpress.plan.candidates import Candidate
+from modelpress.plan.costs import coded_bytes, file_bytes
 from modelpress.plan.judge import FedWeights, Inputs, Judge
 from modelpress.plan.rewrite import stored_weights
-from modelpress.plan.search import furthest
-from modelpress.plan.sensitivity import Measured, least_measurements, measure
+from modelpress.plan.search import furthest, too_far
+from modelpress.plan.sensitivity import least_measurements, measure
 from modelpress.plan.solver import Chain, Option, chain
+from modelpress.plan.survey import Choice, Survey
 from modelpress.plan.tensors import PlannedWeight, planned_weights
 from modelpress.progress import Progress, silent
 from modelpress.reports import PlannedTensor, PlanOutline, PlanPoint, PlanReport
 from modelpress.workload import Workload
 
-__all__ = ["outline", "plan", "uniform_checkpoint"]
+__all__ = ["Survey", "outline", "plan", "settle", "survey", "uniform_checkpoint"]
 
 BATCH = 8
 LEAST_SAMPLES = 8
 """Of calibration: fewer say nothing about a model."""
-
-Choice = dict[str, Candidate]
-"""What each weight becomes; one that is not in it stays in float."""
 
 
 def outline(checkpoint: Checkpoint, workload: Workload, config: PlanConfig) -> list[PlanOutline]:
@@ -87,62 +81,89 @@ def plan(
         BudgetExceededError: no plan but the float graph is within `max_disagreement`.
         And all that `outline` raises.
     """
+    return settle(survey(checkpoint, workload, config, compression, progress), config.max_disagreement, progress)
+
+
+def survey(
+    checkpoint: Checkpoint,
+    workload: Workload,
+    config: PlanConfig,
+    compression: CompressConfig | None = None,
+    progress: Progress = silent,
+) -> Survey:
+    """The part of `plan` that knows no budget: each weight by itself, and all weights alike. It takes and raises what
+    `plan` does."""
     model = graph.join(checkpoint)
     weights = planned_weights(model, config)
     calibration = _calibration(workload)
-    work = _Work(model, {one.name: one for one in weights}, compression or CompressConfig(), checkpoint)
-    total = len(weights) + len(set(itertools.product(config.num_bits, config.scales))) + config.points + 2
-
-    few = FedWeights(model, work.values, _some(calibration, config.sensitivity_samples), workload.outputs)
+    values = {one.name: one.values for one in weights}
+    few = FedWeights(model, values, _some(calibration, config.sensitivity_samples), workload.outputs)
+    found = Survey(
+        checkpoint=checkpoint,
+        workload=workload,
+        config=config,
+        compression=compression or CompressConfig(),
+        model=model,
+        weights={one.name: one for one in weights},
+        calibration=calibration,
+        fed=FedWeights(model, values, calibration, workload.outputs),
+    )
     for done, weight in enumerate(weights):
-        progress(done, total, f"sensitivity of {weight.name}")
-        work.curves[weight.name] = measure(weight, few, work.compression)
-    solutions = chain([[*_options(work, weight)] for weight in weights])
+        progress(done, found.steps, f"sensitivity of {weight.name}")
+        found.curves[weight.name] = measure(weight, few, found.compression)
+    for candidate in (Candidate(bits, scale) for scale in config.scales for bits in config.num_bits):
+        progress(len(weights) + len(found.uniform), found.steps, f"all weights: {candidate}")
+        found.uniform.append(_uniform(found, candidate))
+    return found
 
-    fed = FedWeights(model, work.values, calibration, workload.outputs)
-    uniform = []
-    for done, candidate in enumerate(Candidate(bits, scale) for scale in config.scales for bits in config.num_bits):
-        progress(len(weights) + done, total, f"all tensors: {candidate}")
-        uniform.append(_uniform(work, candidate, fed))
 
-    tried: dict[int, float] = {}
+def settle(work: Survey, max_disagreement: float, progress: Progress = silent) -> tuple[Checkpoint, PlanReport]:
+    """The part of `plan` that holds a budget, which may be another than the survey's config says.
+
+    Raises:
+        BudgetExceededError: no plan but the float graph is within it.
+    """
+    solutions = chain([[*_options(work, weight)] for weight in work.weights.values()])
+    points, tried = work.config.points, dict[int, float]()
 
     def disagreement(position: int) -> float:
         if position not in tried:
-            tried[position] = fed.disagreement(work.dequantized(work.choice(solutions, position)))
-            progress(total - config.points - 2, total, f"disagreement {tried[position]:.3g} of the whole plan")
+            tried[position] = work.fed.disagreement(work.dequantized(work.choice(solutions, position)))
+            progress(work.steps - points - 2, work.steps, f"disagreement {tried[position]:.3g} of the whole plan")
         return tried[position]
 
-    judge = Judge(checkpoint, calibration, workload.outputs)
-    position = furthest(solutions, disagreement, config.max_disagreement)
+    judge = Judge(work.checkpoint, work.calibration, work.workload.outputs)
+    position = furthest(solutions, disagreement, max_disagreement)
     made = work.build(work.choice(solutions, position))
     found = judge.disagreement(made)
-    while found > config.max_disagreement and position > 1:  # a session of its own may differ in the last digits
+    while found > max_disagreement and position > 1:  # a session of its own may differ in the last digits
         position -= 1
         made = work.build(work.choice(solutions, position))
         found = judge.disagreement(made)
-
+    if found > max_disagreement:
+        raise too_far(found, max_disagreement)
     front = []
-    for done, place in enumerate(_places(solutions, position, config.points)):
-        progress(total - config.points - 1 + done, total, "Pareto front")
+    for done, place in enumerate(_places(solutions, position, points)):
+        progress(work.steps - points - 1 + done, work.steps, "Pareto front")
         front.append(_point(work, solutions, place, judge))
-    progress(total - 1, total, "held-out data")
-    verdict = held_out.compare(checkpoint, made, workload)
-    progress(total, total, f"disagreement {found:.3g}")
+    progress(work.steps - 1, work.steps, "held-out data")
+    verdict = held_out.compare(work.checkpoint, made, work.workload)
+    progress(work.steps, work.steps, f"disagreement {found:.3g}")
+    choice = work.choice(solutions, position)
     return made, PlanReport(
-        divergence="kl" if workload.outputs == "logits" else "cosine",
-        max_disagreement=config.max_disagreement,
-        calibration_samples=sum(len(next(iter(batch.values()))) for batch in calibration),
+        divergence="kl" if work.workload.outputs == "logits" else "cosine",
+        max_disagreement=max_disagreement,
+        calibration_samples=sum(len(next(iter(batch.values()))) for batch in work.calibration),
         predicted_disagreement=solutions.errors[position],
         disagreement=found,
-        predicted_bytes=work.coded(work.choice(solutions, position)),
+        predicted_bytes=work.coded(choice),
         coded_bytes=coded_bytes(made, work.compression),
         file_bytes=file_bytes(made),
         float_bytes=work.coded({}),
         measurements=sum(one.is_measured for curve in work.curves.values() for one in curve),
-        tensors=_rows(work, work.choice(solutions, position)),
+        tensors=_rows(work, choice),
         front=front,
-        uniform=uniform,
+        uniform=work.uniform,
         held_out_disagreement=verdict.disagreement,
         quality=verdict.quality,
     )
@@ -156,75 +177,19 @@ def uniform_checkpoint(checkpoint: Checkpoint, candidate: Candidate, config: Pla
     return Checkpoint("onnx", made.tensors, checkpoint.files | made.files, checkpoint.metadata)
 
 
-@dataclass
-class _Work:
-    """What the parts of a search share."""
-
-    model: ModelProto
-    weights: Mapping[str, PlannedWeight]
-    compression: CompressConfig
-    checkpoint: Checkpoint
-    curves: dict[str, list[Measured]] = field(default_factory=dict)
-    _costs: dict[tuple[str, Candidate | None], Cost] = field(default_factory=dict)
-    _rest: int | None = None
-
-    @property
-    def values(self) -> dict[str, Floats]:
-        """The float weights."""
-        return {name: weight.values for name, weight in self.weights.items()}
-
-    def cost(self, name: str, candidate: Candidate | None) -> Cost:
-        """Of a weight as a candidate, or in float."""
-        key = (name, candidate)
-        if key not in self._costs:
-            weight = self.weights[name]
-            known = next((one.cost for one in self.curves[name] if one.candidate == candidate), None)
-            if candidate is None:
-                known = float_cost(weight, self.compression)
-            elif known is None:
-                known = coding_cost(weight, encode(weight.values, candidate, weight.channel_axis), self.compression)
-            self._costs[key] = known
-        return self._costs[key]
-
-    def coded(self, choice: Choice) -> int:
-        """What all tensors of a choice take when they are coded."""
-        if self._rest is None:
-            others = {name: one for name, one in self.checkpoint.tensors.items() if name not in self.weights}
-            self._rest = coded_bytes(Checkpoint("onnx", others), self.compression)
-        return self._rest + sum(self.cost(name, choice.get(name)).coded for name in self.weights)
-
-    def choice(self, solutions: Chain, position: int) -> Choice:
-        """The candidates of a solution; the last option of each weight is to stay in float."""
-        chosen = {}
-        for (name, weight), option in zip(self.weights.items(), solutions.choice(position), strict=True):
-            if option < len(weight.candidates):
-                chosen[name] = weight.candidates[option]
-        return chosen
-
-    def dequantized(self, choice: Choice) -> dict[str, Floats]:
-        """The weights that a choice stands for."""
-        weights = {name: self.weights[name] for name in choice}
-        return {name: encode(one.values, choice[name], one.channel_axis).dequantize() for name, one in weights.items()}
-
-    def build(self, choice: Choice) -> Checkpoint:
-        """The checkpoint of a choice."""
-        made = graph.split(stored_weights(self.model, choice, self.weights))
-        return Checkpoint("onnx", made.tensors, self.checkpoint.files | made.files, self.checkpoint.metadata)
-
-
-def _options(work: _Work, weight: PlannedWeight) -> Iterator[Option]:
+def _options(work: Survey, weight: PlannedWeight) -> Iterator[Option]:
     for one in work.curves[weight.name]:
         yield Option(one.cost.bytes, one.disagreement)
     yield Option(work.cost(weight.name, None).bytes, 0.0)
 
 
-def _uniform(work: _Work, candidate: Candidate, fed: FedWeights) -> PlanPoint:
+def _uniform(work: Survey, candidate: Candidate) -> PlanPoint:
     """All weights in one form; where its groups do not fit, with a scale per channel."""
     choice = _same(work.weights, candidate)
     return PlanPoint(
         label=str(candidate),
         coded_bytes=work.coded(choice),
-        disagreement=fed.disagreement(work.dequantized(choice)),
+        disagreement=work.fed.disagreement(work.dequantized(choice)),
         predicted_disagreement=None,
     )
 
@@ -234,7 +199,7 @@ def _same(weights: Mapping[str, PlannedWeight], candidate: Candidate) -> Choice:
     return {name: candidate if candidate in one.candidates else own for name, one in weights.items()}
 
 
-def _point(work: _Work, solutions: Chain, position: int, judge: Judge) -> PlanPoint:
+def _point(work: Survey, solutions: Chain, position: int, judge: Judge) -> PlanPoint:
     made = work.build(work.choice(solutions, position))
     return PlanPoint(
         label=f"plan {position} of {len(solutions.moves)}",
@@ -256,7 +221,7 @@ def _places(solutions: Chain, chosen: int, points: int) -> list[int]:
     return sorted(nearest | {chosen})
 
 
-def _rows(work: _Work, choice: Choice) -> list[PlannedTensor]:
+def _rows(work: Survey, choice: Choice) -> list[PlannedTensor]:
     rows = []
     for name, weight in work.weights.items():
         candidate, curve = choice.get(name), work.curves[name]

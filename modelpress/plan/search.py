@@ -36,10 +36,15 @@ def furthest(solutions: Chain, measure: Callable[[int], float], budget: float) -
         if found > 0:
             correction = solutions.errors[position] / found
     if within == 0:
-        raise BudgetExceededError(
-            "planning within plan.max_disagreement",
-            found=f"{least:.3g} on calibration data with the least of all changes",
-            expected=f"at most {budget:.3g}",
-            fix="widen plan.max_disagreement, or give more plan.num_bits",
-        )
+        raise too_far(least, budget)
     return within
+
+
+def too_far(found: float, budget: float) -> BudgetExceededError:
+    """The error where nothing fits."""
+    return BudgetExceededError(
+        "planning within plan.max_disagreement",
+        found=f"{found:.3g} on calibration data with the least of all changes",
+        expected=f"at most {budget:.3g}",
+        fix="widen plan.max_disagreement, or give more plan.num_bits",
+    )
