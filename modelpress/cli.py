@@ -92,6 +92,50 @@ def run(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe: name, workload, and perhaps export, plan, compress.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder for checkpoint, report and plot.")] = Path("plan"),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the weights, what they may become and how much is to be measured.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Give each weight its own bits: the fewest coded bytes within one budget of disagreement with the float graph."""
+    from modelpress.config import load_plan_recipe
+
+    checked = load_plan_recipe(recipe)
+    from modelpress import plan as planning
+    from modelpress.export import export
+    from modelpress.plan import show
+    from modelpress.workload import check_disjoint, load_workload
+
+    workload = load_workload(checked.workload)
+    check_disjoint(workload)
+    with _Bar("source") as progress:
+        source = workload.source(progress)
+    exported, _ = export(source, workload, checked.export)
+    if dry_run:
+        outlined = planning.outline(exported, workload, checked.plan)
+        if as_json:
+            typer.echo(json.dumps([one.model_dump(mode="json") for one in outlined], indent=2))
+            return
+        _print(_rows_table(show.outline(outlined)))
+        _print(show.effort(outlined, checked.plan))
+        return
+    show.check_folder(to, checked.name)
+    with _Bar("plan") as progress:
+        made, report = planning.plan(exported, workload, checked.plan, checked.compress, progress)
+    written = show.write(made, report, to, checked.name)
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+        return
+    _print(_rows_table(show.tensors(report)))
+    _print(_rows_table(show.points(report)))
+    _print(show.summary(report))
+    _print("wrote " + ", ".join(map(str, written)))
+
+
+@app.command()
 def pull(
     pack: PackArgument,
     to: Annotated[Path, typer.Option("--to", help="Folder to write into.")],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -24,6 +24,9 @@ Alias = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
 
 Bytes = Annotated[int, Field(gt=0)]
 
+Scale = Literal["tensor", "channel"] | Annotated[int, Field(ge=8, le=4096)]
+"""What shares a scale: the whole tensor, an output channel, or so many neighbouring inputs of one."""
+
 
 class Config(BaseModel):
     """Base of all configs: frozen, unknown keys refused, docstrings as help text."""
@@ -34,6 +37,9 @@ class Config(BaseModel):
         """sha256 (hex) of the canonical JSON of this config: part of a stage's cache key."""
         canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+Checked = TypeVar("Checked", bound=Config)
 
 
 class WorkloadConfig(Config):
@@ -293,6 +299,38 @@ class QuantizeConfig(Config):
         return self
 
 
+class PlanConfig(Config):
+    """Give each weight of a float graph its own bits and scales, so that all take the fewest coded bytes within one
+    budget. The graph goes on computing in float."""
+
+    max_disagreement: float = Field(default=0.01, gt=0)
+    """Budget on calibration data, against the float graph: mean Kullback-Leibler divergence of the softmax of logits,
+    in nats, or 1 − mean cosine of embeddings."""
+    num_bits: list[Annotated[int, Field(ge=2, le=8)]] = Field(default=[8, 7, 6, 5, 4, 3], min_length=1)
+    """Bits of codes that a weight may take."""
+    scales: list[Scale] = Field(default=["tensor", "channel", 64], min_length=1)
+    """What may share a scale: `tensor`, `channel` (a row of a table), or a number of neighbouring inputs; the last is
+    offered where it divides them."""
+    embeddings: bool = True
+    """Plan embedding tables (Gather) as well."""
+    targets: list[str] = []
+    """ONNX node names or globs; empty takes every MatMul, Gemm, Conv and, with `embeddings`, Gather. A weight that
+    several nodes share is planned if one of them is named."""
+    ignore: list[str] = []
+    """ONNX node names or globs whose weights stay in float."""
+    sensitivity_samples: int = Field(default=32, ge=8)
+    """Calibration samples on which single weights are measured; whole plans are measured on all."""
+    points: int = Field(default=8, ge=0, le=64)
+    """Points of the front of bytes against disagreement that are built, measured and coded; 0: none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PlanConfig:
+        for name in ("num_bits", "scales"):
+            if len(set(getattr(self, name))) != len(getattr(self, name)):
+                raise ValueError(f"plan.{name} must not repeat")
+        return self
+
+
 class CompressConfig(Config):
     """Lossless coding of tensors, each by whichever codec is smallest."""
 
@@ -399,6 +437,21 @@ class OptimizeConfig(Config):
         return self
 
 
+class PlanRecipe(Config):
+    """One run of `modelpress plan`: source → export → plan."""
+
+    name: PackName
+    """Name of the plan's files."""
+    workload: WorkloadConfig
+    """The model, the data and the metric."""
+    export: ExportConfig = ExportConfig()
+    """The ONNX graph that is planned."""
+    plan: PlanConfig = PlanConfig()
+    """The budget, and what a weight may become."""
+    compress: CompressConfig = CompressConfig()
+    """The codecs whose bytes are counted."""
+
+
 def load_config(path: str | Path) -> OptimizeConfig:
     """Read an `OptimizeConfig` from a YAML file.
 
@@ -406,15 +459,27 @@ def load_config(path: str | Path) -> OptimizeConfig:
         ConfigError: the file is missing, is not YAML, or holds an unknown or illegal value; every offending field is
             named with what it may hold.
     """
+    return parse_config(_read_yaml(path), origin=str(path))
+
+
+def load_plan_recipe(path: str | Path) -> PlanRecipe:
+    """Read a `PlanRecipe` from a YAML file.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    return _checked(PlanRecipe, _read_yaml(path), str(path))
+
+
+def _read_yaml(path: str | Path) -> Any:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"reading config {path}", found=str(error), fix="give the path of a YAML recipe") from error
     try:
-        document = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"parsing config {path}", found=str(error), expected="a YAML mapping") from error
-    return parse_config(document, origin=str(path))
 
 
 def parse_config(document: Any, *, origin: str = "config") -> OptimizeConfig:
@@ -423,28 +488,32 @@ def parse_config(document: Any, *, origin: str = "config") -> OptimizeConfig:
     Raises:
         ConfigError: see `load_config`.
     """
+    return _checked(OptimizeConfig, document, origin)
+
+
+def _checked(kind: type[Checked], document: Any, origin: str) -> Checked:
     if not isinstance(document, dict):
         raise ConfigError(f"parsing {origin}", found=type(document).__name__, expected="a mapping")
     try:
-        return OptimizeConfig.model_validate(document)
+        return kind.model_validate(document)
     except ValidationError as error:
-        problems = [_describe(problem) for problem in error.errors(include_url=False)]
+        problems = [_describe(problem, kind) for problem in error.errors(include_url=False)]
         raise ConfigError(f"checking {origin}", found="\n    ".join(["", *problems]).strip("\n")) from error
 
 
-def _describe(problem: Any) -> str:
+def _describe(problem: Any, kind: type[Config]) -> str:
     """One line for one pydantic error: the field, what is wrong, and the legal keys for an unknown one."""
     location = [part for part in problem["loc"] if isinstance(part, str)]
     where = ".".join(str(part) for part in problem["loc"]) or "config"
     if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown field; legal here: {', '.join(_legal_keys(location[:-1]))}"
+        return f"{where}: unknown field; legal here: {', '.join(_legal_keys(kind, location[:-1]))}"
     if problem["type"] == "missing":
         return f"{where}: missing"
     return f"{where}: {problem['msg']} (found {problem['input']!r})"
 
 
-def _legal_keys(path: list[str]) -> list[str]:
-    model: type[BaseModel] = OptimizeConfig
+def _legal_keys(kind: type[Config], path: list[str]) -> list[str]:
+    model: type[BaseModel] = kind
     for name in path:
         annotation = model.model_fields[name].annotation
         options = [annotation, *getattr(annotation, "__args__", ())]

@@ -1,0 +1,119 @@
+"""A plan as tables, sentences and files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+
+from modelpress import graph
+from modelpress.checkpoint import Checkpoint
+from modelpress.config import PlanConfig
+from modelpress.errors import ConfigError
+from modelpress.plan import figure
+from modelpress.reports import PlanOutline, PlanPoint, PlanReport
+
+Table = list[dict[str, str]]
+
+
+def outline(rows: Sequence[PlanOutline]) -> Table:
+    """A row per weight that would be planned."""
+    return [
+        {
+            "weight": row.name,
+            "shape": "×".join(map(str, row.shape)),
+            "read by": str(len(row.nodes)),
+            "candidates": str(len(row.candidates)),
+            "measurements": f"{row.least_measurements} to {len(row.candidates)}",
+        }
+        for row in rows
+    ]
+
+
+def effort(rows: Sequence[PlanOutline], config: PlanConfig) -> str:
+    """How much a plan takes."""
+    least, most = sum(row.least_measurements for row in rows), sum(len(row.candidates) for row in rows)
+    whole = len(config.num_bits) * len(config.scales) + config.points
+    return (
+        f"{len(rows)} weights, {least} to {most} measurements on {config.sensitivity_samples} samples, "
+        f"{whole} and a few more on the whole calibration split"
+    )
+
+
+def tensors(report: PlanReport) -> Table:
+    """A row per weight."""
+    return [
+        {
+            "weight": row.name,
+            "shape": "×".join(map(str, row.shape)),
+            "bits": "float" if row.num_bits is None else str(row.num_bits),
+            "scale": "" if row.scale is None else str(row.scale),
+            "coded bytes": f"{row.coded_bytes + row.inline_bytes:,}",
+            "alone": f"{row.disagreement:.2e}" + ("" if row.is_measured else " foretold"),
+        }
+        for row in report.tensors
+    ]
+
+
+def points(report: PlanReport) -> Table:
+    """The front and the uniform settings, by bytes."""
+    rows: list[PlanPoint] = sorted([*report.front, *report.uniform], key=lambda point: point.coded_bytes)
+    return [
+        {
+            "choice": row.label,
+            "coded bytes": f"{row.coded_bytes:,}",
+            "disagreement": f"{row.disagreement:.3e}",
+            "foretold": "" if row.predicted_disagreement is None else f"{row.predicted_disagreement:.3e}",
+        }
+        for row in rows
+    ] or [{"choice": "none"}]
+
+
+def summary(report: PlanReport) -> str:
+    """What was asked, reached, and is worth on held-out data."""
+    found = report.quality
+    lines = [
+        f"{report.float_bytes:,} bytes coded in float, {report.coded_bytes:,} planned; "
+        f"the graph's file {report.file_bytes:,}",
+        f"disagreement {report.disagreement:.3e} on calibration data (foretold {report.predicted_disagreement:.3e}, "
+        f"asked at most {report.max_disagreement:.3e}), {report.held_out_disagreement:.3e} on held-out data",
+        f"{found.metric} {found.value:.4f} on {found.samples} held-out samples",
+    ]
+    if found.difference is not None:
+        lines[-1] += (
+            f", {found.difference:+.4f} to the float graph "
+            f"({found.confidence:.0%} interval {found.difference_low:+.4f} to {found.difference_high:+.4f})"
+        )
+    return "\n".join(lines)
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Refuse to write over another plan.
+
+    Raises:
+        ConfigError: a file of this name is there, or the folder is no folder.
+    """
+    standing = [str(path) for path in _paths(folder, name) if path.exists()]
+    if standing or (folder.exists() and not folder.is_dir()):
+        raise ConfigError(
+            f"writing plan {name!r}",
+            found=", ".join(standing) or f"{folder}, which is no folder",
+            expected="nothing of this name",
+            fix="name another folder with --to",
+        )
+
+
+def write(made: Checkpoint, report: PlanReport, folder: Path, name: str) -> list[Path]:
+    """The checkpoint, the graph as other tools read it, the report and the plot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint, model, document, plot = _paths(folder, name)
+    checkpoint.write_bytes(made.to_bytes())
+    onnx.save_model(graph.join(made), str(model), save_as_external_data=True, location=f"{model.name}.data")
+    document.write_text(report.model_dump_json(indent=2) + "\n")
+    figure.draw(report, plot)
+    return [checkpoint, model, document, plot]
+
+
+def _paths(folder: Path, name: str) -> list[Path]:
+    return [folder / f"{name}.{ending}" for ending in ("safetensors", "onnx", "json", "png")]

@@ -1,0 +1,128 @@
+"""Which weights of a graph are planned, and what each may become."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+from onnx import ModelProto, NodeProto, numpy_helper
+
+from modelpress.config import PlanConfig
+from modelpress.errors import ConfigError, CoverageError, StageError
+from modelpress.plan.candidates import Candidate, Floats, fits
+from modelpress.quantize.selection import Layer, eligible_layers
+
+
+@dataclass(frozen=True)
+class PlannedWeight:
+    """A weight that one node or several read."""
+
+    name: str
+    """Of the initializer."""
+    nodes: tuple[str, ...]
+    """All nodes that read it as their weight or table."""
+    values: Floats
+    """The float weight."""
+    channel_axis: int
+    """What numbers the output channels (the rows of a table): 0 or the last axis."""
+    candidates: tuple[Candidate, ...]
+    """What it may become beside staying in float."""
+
+
+def planned_weights(model: ModelProto, config: PlanConfig) -> list[PlannedWeight]:
+    """The weights that the config takes, in graph order; one that several nodes read is one, and so is its plan.
+
+    Raises:
+        ConfigError: a pattern that matches no eligible node, or a group size that divides none of the weights.
+        CoverageError: nothing is eligible, or nothing is left.
+        StageError: a weight that is NaN or infinite.
+    """
+    layers = eligible_layers(model, config.embeddings)
+    chosen = {layer.weight for layer in _chosen(layers, config)}
+    initializers = {one.name: one for one in model.graph.initializer}
+    nodes = {node.name: node for node in model.graph.node}
+    replaceable = {one.name for one in model.graph.input}
+    readers: dict[str, list[Layer]] = {}
+    for layer in layers:
+        if layer.weight in chosen and layer.weight not in replaceable:
+            readers.setdefault(layer.weight, []).append(layer)
+    weights = []
+    for name, those in readers.items():
+        values = np.ascontiguousarray(numpy_helper.to_array(initializers[name]))
+        _check_finite(name, values)
+        axis = _channel_axis(nodes[those[0].node], values.ndim)
+        wanted = [Candidate(bits, scale) for scale in config.scales for bits in sorted(config.num_bits)]
+        offered = tuple(one for one in wanted if fits(one, values.shape, axis))
+        if offered:
+            weights.append(PlannedWeight(name, tuple(layer.node for layer in those), values, axis, offered))
+    _check_scales(weights, config, len(readers))
+    return weights
+
+
+def _chosen(layers: Sequence[Layer], config: PlanConfig) -> list[Layer]:
+    if not layers:
+        raise CoverageError(
+            "looking for weights to plan",
+            found="no MatMul, Gemm or Conv with a constant float32 weight",
+            expected="at least one",
+            fix="look at the graph's nodes: is it quantized already?",
+        )
+    names = [layer.node for layer in layers]
+    for field, patterns in (("targets", config.targets), ("ignore", config.ignore)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+                raise ConfigError(
+                    f"matching plan.{field} against the graph",
+                    found=f"{pattern!r}, which matches none of {len(names)} eligible nodes",
+                    expected="a node name or glob" + (f", such as {', '.join(map(repr, near))}" if near else ""),
+                )
+    ignored = {layer.weight for layer in layers if _matches(layer, config.ignore)}
+    chosen = [
+        layer
+        for layer in layers
+        if (not config.targets or _matches(layer, config.targets)) and layer.weight not in ignored
+    ]
+    if not chosen:
+        raise CoverageError(
+            "choosing weights to plan",
+            found=f"none of {len(layers)} eligible layers",
+            expected="at least one",
+            fix="widen plan.targets or narrow plan.ignore",
+        )
+    return chosen
+
+
+def _check_finite(name: str, values: Floats) -> None:
+    wrong = int(np.count_nonzero(~np.isfinite(values)))
+    if wrong:
+        raise StageError(
+            f"planning {name!r}",
+            found=f"{wrong} of its {values.size} values NaN or infinite",
+            expected="finite weights",
+            fix="repair the model, or name its node in plan.ignore",
+        )
+
+
+def _check_scales(weights: Sequence[PlannedWeight], config: PlanConfig, readers: int) -> None:
+    for scale in config.scales:
+        if not any(one.scale == scale for weight in weights for one in weight.candidates):
+            raise ConfigError(
+                f"offering plan.scales {scale!r}",
+                found=f"a group size that divides the inputs of none of {readers} weights into two groups or more",
+                expected="one that fits some weight",
+                fix="take a smaller power of two, or leave it out of plan.scales",
+            )
+
+
+def _channel_axis(node: NodeProto, dimensions: int) -> int:
+    if node.op_type in ("Conv", "Gather") or any(one.name == "transB" and one.i for one in node.attribute):
+        return 0
+    return dimensions - 1
+
+
+def _matches(layer: Layer, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(layer.node, pattern) for pattern in patterns)

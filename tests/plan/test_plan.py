@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+from torch import Tensor, nn
+
+from modelpress import graph
+from modelpress.checkpoint import Checkpoint
+from modelpress.compress import compress
+from modelpress.config import CompressConfig, ExportConfig, PlanConfig
+from modelpress.errors import BudgetExceededError, ConfigError, CoverageError, StageError, WorkloadError
+from modelpress.export import export
+from modelpress.plan import outline, plan
+from modelpress.plan.candidates import Candidate, encode, fits
+from modelpress.plan.judge import FedWeights, Judge, divergence
+from modelpress.plan.rewrite import stored_weights
+from modelpress.plan.tensors import planned_weights
+from modelpress.reports import PlanReport
+from tests.toys import CNN_WEIGHTS, ImageToy, TextToy
+
+SCALES = ["tensor", "channel", 16]
+
+
+class TiedToy(TextToy):
+    """A language model whose head is its table; outputs are logits per token."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(Tied().eval())
+
+    def score(self, outputs: np.ndarray) -> np.ndarray:
+        return (outputs.argmax(-1)[:, -1] > 50).astype(np.float64)
+
+    def condense(self, outputs: np.ndarray, batch: object) -> np.ndarray:
+        return outputs[:, -2:]
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(100, 32)
+        self.inner = nn.Linear(32, 32)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.table(ids) * mask.unsqueeze(-1)
+        return nn.functional.linear(hidden + torch.tanh(self.inner(hidden)), self.table.weight)
+
+
+@pytest.fixture(scope="module")
+def cnn() -> tuple[ImageToy, Checkpoint]:
+    workload = ImageToy()
+    return workload, export(workload.module, workload, ExportConfig())[0]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> tuple[TextToy, Checkpoint]:
+    workload = TextToy()
+    return workload, export(workload.module, workload, ExportConfig())[0]
+
+
+@pytest.fixture(scope="module")
+def tied() -> tuple[TiedToy, Checkpoint]:
+    workload = TiedToy()
+    return workload, export(workload.module, workload, ExportConfig())[0]
+
+
+@pytest.fixture(scope="module")
+def planned(encoder) -> tuple[Checkpoint, PlanReport]:
+    workload, checkpoint = encoder
+    return plan(checkpoint, workload, PlanConfig(max_disagreement=1e-3, scales=SCALES, points=3))
+
+
+def batches(workload) -> list[dict[str, Tensor]]:
+    return [batch.inputs for batch in workload.batches("calibration", 8)]
+
+
+@pytest.mark.parametrize("scale", ["tensor", "channel", 16, 8])
+@pytest.mark.parametrize("num_bits", [2, 5, 8])
+@pytest.mark.parametrize(("shape", "axis"), [((32, 24), 1), ((24, 32), 0), ((6, 4, 2, 4), 0), ((2, 32, 12), 2)])
+def test_every_weight_is_within_half_a_scale(shape, axis: int, scale, num_bits: int) -> None:
+    weight = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    weight[0] = 0
+    candidate = Candidate(num_bits, scale)
+    assert fits(candidate, shape, axis)
+    coding = encode(weight, candidate, axis)
+    halves = np.broadcast_to(coding.scale, coding.grouped).reshape(shape) / 2
+    assert (np.abs(coding.dequantize() - weight) <= halves * (1 + 1e-5)).all()
+    assert np.abs(coding.codes.astype(int)).max() == 2 ** (num_bits - 1) - 1
+    counts = {"tensor": 1, "channel": shape[axis]}
+    assert coding.scale.size == counts.get(scale, weight.size // scale if isinstance(scale, int) else 0)
+
+
+def test_groups_that_do_not_divide_are_not_offered() -> None:
+    assert not fits(Candidate(4, 16), (24, 10), 1)
+    assert not fits(Candidate(4, 16), (8, 1, 3, 3), 0)
+    assert not fits(Candidate(4, 16), (8, 16), 0)  # one group: that is a scale per channel
+
+
+@pytest.mark.parametrize("kind", ["cnn", "encoder", "tied"])
+@pytest.mark.parametrize("scale", ["tensor", "channel", 16])
+def test_the_graph_computes_with_the_dequantized_weights(kind: str, scale, request) -> None:
+    workload, checkpoint = request.getfixturevalue(kind)
+    model = graph.join(checkpoint)
+    weights = {one.name: one for one in planned_weights(model, PlanConfig(scales=[scale]))}
+    choice = {name: Candidate(4, scale) for name in weights}
+    made = graph.split(stored_weights(model, choice, weights))
+    onnx.checker.check_model(graph.join(made))
+    by_hand = graph.join(checkpoint)
+    for one in by_hand.graph.initializer:
+        if one.name in weights:
+            values = encode(weights[one.name].values, choice[one.name], weights[one.name].channel_axis).dequantize()
+            one.CopyFrom(numpy_helper.from_array(values, one.name))
+    sessions = graph.session(made), graph.session(graph.split(by_hand))
+    for inputs in batches(workload):
+        found, expected = (graph.run(session, inputs) for session in sessions)
+        assert np.abs(found - expected).max() <= 1e-5 * max(1, np.abs(expected).max())
+
+
+def test_the_report_says_what_the_checkpoint_is(encoder, planned) -> None:
+    workload, checkpoint = encoder
+    made, report = planned
+    assert report.divergence == "kl"
+    judge = Judge(checkpoint, batches(workload), "logits")
+    assert judge.disagreement(made) == pytest.approx(report.disagreement, rel=1e-9)
+    assert 0 < report.disagreement <= report.max_disagreement
+    assert report.coded_bytes == compress(made, CompressConfig())[1].stored_bytes
+    assert report.predicted_bytes == report.coded_bytes
+    assert report.float_bytes == compress(checkpoint, CompressConfig())[1].stored_bytes
+    stored = {row.name: row.stored_bytes for row in compress(made, CompressConfig())[1].tensors}
+    initializers = {one.name: one for one in graph.join(made).graph.initializer}
+    for row in report.tensors:
+        parts = [name for name in (row.name + "_codes", row.name + "_scale", row.name) if name in stored]
+        assert row.coded_bytes == sum(stored[name] for name in parts)
+        if row.num_bits is not None:
+            codes = numpy_helper.to_array(initializers[row.name + "_codes"])
+            assert np.abs(codes.astype(int)).max() == 2 ** (row.num_bits - 1) - 1
+            assert initializers[row.name + "_codes"].data_type == TensorProto.INT8
+    assert {row.num_bits for row in report.tensors} != {8}
+
+
+def test_every_point_is_what_it_says(encoder, planned) -> None:
+    workload, checkpoint = encoder
+    _, report = planned
+    assert len(report.uniform) == 18
+    assert any(point.coded_bytes == report.coded_bytes for point in report.front)
+    sizes = [point.coded_bytes for point in report.front]
+    assert sizes == sorted(sizes, reverse=True)
+    label = "4 bits, scale per channel"
+    point = next(one for one in report.uniform if one.label == label)
+    model = graph.join(checkpoint)
+    weights = {one.name: one for one in planned_weights(model, PlanConfig(scales=SCALES))}
+    made = graph.split(stored_weights(model, {name: Candidate(4, "channel") for name in weights}, weights))
+    assert point.coded_bytes == compress(made, CompressConfig())[1].stored_bytes
+    found = Judge(checkpoint, batches(workload), "logits").disagreement(made)
+    assert point.disagreement == pytest.approx(found, rel=1e-3)
+
+
+def test_a_larger_budget_takes_no_more_bytes(cnn) -> None:
+    workload, checkpoint = cnn
+    sizes = []
+    for budget in (1e-7, 1e-6, 1e-5, 1e-4):
+        _, report = plan(checkpoint, workload, PlanConfig(max_disagreement=budget, scales=SCALES, points=0))
+        assert report.disagreement <= budget
+        sizes.append(sum(row.coded_bytes + row.inline_bytes for row in report.tensors))
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > sizes[-1]
+
+
+def test_a_weight_that_is_shared_is_planned_once(tied) -> None:
+    workload, checkpoint = tied
+    rows = outline(checkpoint, workload, PlanConfig(scales=["channel"]))
+    assert sorted(row.shape for row in rows) == [[32, 32], [100, 32]]
+    made, report = plan(checkpoint, workload, PlanConfig(max_disagreement=0.05, scales=["channel"], points=0))
+    assert len(report.tensors) == 2
+    names = [one.name for one in graph.join(made).graph.initializer]
+    assert len(names) == len(set(names))
+    assert sum(list(one.dims) == [100, 32] for one in graph.join(made).graph.initializer) == 1
+
+
+def test_planning_is_deterministic_and_leaves_its_input_alone(encoder, planned) -> None:
+    workload, checkpoint = encoder
+    before = checkpoint.to_bytes()
+    made, report = plan(checkpoint, workload, PlanConfig(max_disagreement=1e-3, scales=SCALES, points=3))
+    assert made.to_bytes() == planned[0].to_bytes()
+    assert report == planned[1]
+    assert checkpoint.to_bytes() == before
+
+
+def test_what_is_ignored_stays_in_float(cnn) -> None:
+    workload, checkpoint = cnn
+    config = PlanConfig(max_disagreement=1e-3, scales=["tensor"], ignore=["body.7.*"], points=0)
+    made, report = plan(checkpoint, workload, config)
+    assert {node for row in report.tensors for node in row.nodes} == set(CNN_WEIGHTS) - {"body.7.Gemm"}
+    name = next(name for name in checkpoint.tensors if name.startswith("body.7") and "weight" in name)
+    assert torch.equal(made.tensors[name], checkpoint.tensors[name])
+
+
+def test_weights_that_are_fed_give_what_weights_that_are_stored_give(encoder) -> None:
+    workload, checkpoint = encoder
+    model = graph.join(checkpoint)
+    weights = {one.name: one for one in planned_weights(model, PlanConfig(scales=["tensor"]))}
+    name, weight = next(iter(weights.items()))
+    candidate = Candidate(3, "tensor")
+    fed = FedWeights(model, {one: other.values for one, other in weights.items()}, batches(workload), "logits")
+    found = fed.disagreement({name: encode(weight.values, candidate, weight.channel_axis).dequantize()})
+    made = graph.split(stored_weights(model, {name: candidate}, weights))
+    assert found == pytest.approx(Judge(checkpoint, batches(workload), "logits").disagreement(made), rel=1e-3)
+    assert fed.disagreement({}) == 0
+
+
+def test_divergences_are_those_of_the_textbook() -> None:
+    p, q = np.array([[0.5, 0.25, 0.25]]), np.array([[0.25, 0.25, 0.5]])
+    expected = 0.5 * np.log(2) - 0.25 * np.log(2)
+    assert divergence(np.log(q) + 3, np.log(p) - 1, "logits") == pytest.approx(expected)
+    assert divergence(np.array([[0.0, 2.0]]), np.array([[1.0, 1.0]]), "embeddings") == pytest.approx(1 - 0.5**0.5)
+    with pytest.raises(StageError, match="1 of 2 NaN"):
+        divergence(np.array([[0.0, np.nan]]), np.array([[1.0, 1.0]]), "embeddings")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"targets": ["body.8*"]}, ConfigError, "'body.8*', which matches none of 4 eligible nodes"),
+        ({"ignore": ["conv*"]}, ConfigError, "plan.ignore"),
+        ({"ignore": ["*"]}, CoverageError, "none of 4 eligible layers"),
+        ({"scales": ["tensor", 640]}, ConfigError, "plan.scales 640"),
+        ({"max_disagreement": 1e-15, "points": 0}, BudgetExceededError, "at most 1e-15"),
+    ],
+    ids=str,
+)
+def test_bad_configs_are_named(cnn, options: dict, error: type[Exception], said: str) -> None:
+    workload, checkpoint = cnn
+    with pytest.raises(error) as raised:
+        plan(checkpoint, workload, PlanConfig(**{"scales": ["tensor"], "num_bits": [8, 4], **options}))
+    assert said in str(raised.value)
+
+
+def test_weights_that_are_not_finite_are_named(cnn) -> None:
+    workload, checkpoint = cnn
+    tensors = {name: tensor.clone() for name, tensor in checkpoint.tensors.items()}
+    name = next(name for name in tensors if name.startswith("body.7"))
+    tensors[name][0, 3] = torch.nan
+    with pytest.raises(StageError, match=rf"(?s)planning '{name}'.*1 of its 3072 values NaN or infinite"):
+        outline(Checkpoint("onnx", tensors, checkpoint.files), workload, PlanConfig(scales=["tensor"]))
+
+
+def test_too_little_calibration_data_is_refused(cnn) -> None:
+    _, checkpoint = cnn
+    with pytest.raises(WorkloadError, match=r"(?s)found: 5 samples.*at least 8.*calibration_samples"):
+        plan(checkpoint, ImageToy(samples=5), PlanConfig(scales=["tensor"]))

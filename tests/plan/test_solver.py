@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modelpress.plan.solver import Option, chain, hull
+
+OPTIONS = st.lists(st.builds(Option, st.integers(0, 50), st.integers(0, 50).map(float)), min_size=1, max_size=4)
+PROBLEMS = st.lists(OPTIONS, min_size=1, max_size=4)
+
+
+def total(tensors: list[list[Option]], choice: tuple[int, ...]) -> Option:
+    taken = [options[place] for options, place in zip(tensors, choice, strict=True)]
+    return Option(sum(one.bytes for one in taken), sum(one.error for one in taken))
+
+
+@settings(max_examples=200, deadline=None)
+@given(PROBLEMS)
+def test_no_choice_at_all_beats_a_solution_at_its_own_error(tensors: list[list[Option]]) -> None:
+    found = chain(tensors)
+    every = [total(tensors, choice) for choice in itertools.product(*(range(len(options)) for options in tensors))]
+    for position in range(len(found.moves) + 1):
+        cost = total(tensors, found.choice(position))
+        assert cost.bytes == found.sizes[position]
+        assert abs(cost.error - found.errors[position]) < 1e-9
+        assert cost.bytes == min(one.bytes for one in every if one.error <= cost.error)
+
+
+@settings(max_examples=200, deadline=None)
+@given(PROBLEMS, st.integers(0, 200))
+def test_a_budget_is_spent_up_to_the_hull(tensors: list[list[Option]], budget: int) -> None:
+    """Brute force cannot be better than the line between the two solutions next to the budget."""
+    found = chain(tensors)
+    position = found.solve(budget)
+    every = [total(tensors, choice) for choice in itertools.product(*(range(len(options)) for options in tensors))]
+    allowed = [one.bytes for one in every if one.error <= budget]
+    if not allowed:
+        assert position == 0
+        return
+    assert found.errors[position] <= budget
+    if position == len(found.moves):
+        assert found.sizes[position] == min(allowed)
+        return
+    saved = found.sizes[position] - found.sizes[position + 1]
+    share = (budget - found.errors[position]) / (found.errors[position + 1] - found.errors[position])
+    assert found.sizes[position] - share * saved <= min(allowed) + 1e-6 <= found.sizes[position] + 1e-6
+
+
+@settings(max_examples=100, deadline=None)
+@given(PROBLEMS)
+def test_bytes_fall_and_errors_rise_along_the_chain(tensors: list[list[Option]]) -> None:
+    found = chain(tensors)
+    assert all(before > after for before, after in itertools.pairwise(found.sizes))
+    assert all(before < after for before, after in itertools.pairwise(found.errors))
+
+
+def test_what_lies_above_the_hull_is_left_out() -> None:
+    options = [Option(100, 0.0), Option(90, 1.0), Option(40, 2.0), Option(40, 3.0), Option(0, 100.0)]
+    assert hull(options) == [0, 2, 4]
