@@ -24,6 +24,11 @@ def call(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def hear_interrupts() -> None:
+    """A suite that a shell runs in the background is started deaf to them, and so are its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def daemons(folder: Path) -> list[str]:
     """Command lines of the processes that run with this folder's configuration."""
     found = []
@@ -66,7 +71,8 @@ def test_only_its_own_folder_of_sockets_is_removed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_start_that_is_interrupted_leaves_no_daemon(tmp_path: Path, number: int) -> None:
     folder = tmp_path / "ceph"
-    with subprocess.Popen([sys.executable, str(SCRIPT), "start", "--folder", str(folder)]) as process:
+    command = [sys.executable, str(SCRIPT), "start", "--folder", str(folder)]
+    with subprocess.Popen(command, preexec_fn=hear_interrupts) as process:
         while process.poll() is None and not (folder / "osd.0.pid").exists():
             time.sleep(0.01)
         assert daemons(folder)
