@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from modelpress.codec.base import WORDS, Bytes, ChunkError, Coder, Stream
+from modelpress.codec.base import HEAD_BYTES, WORDS, Bytes, ChunkError, Coder, Stream
 from modelpress.dtypes import DType
 
 WRONG = (
@@ -68,6 +68,9 @@ def encode_planes(
     kernels.encode_planes(
         words, dtype.itemsize, is_rotated(dtype), chunk_symbols, is_coded, worth, *_places(bodies), bounds
     )
+    useless = is_coded & (bounds[:, -1] == symbols + HEAD_BYTES * chunks)
+    if coded is None and useless.any():  # the probes said yes and every chunk no
+        return encode_planes(raw, dtype, chunk_symbols, names, (is_coded & ~useless).tolist())
     return _streams(names, ["huffman" if huffman else "raw" for huffman in is_coded], bodies, bounds)
 
 
