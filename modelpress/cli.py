@@ -111,8 +111,12 @@ def plan(
 
     workload = load_workload(checked.workload)
     check_disjoint(workload)
+    if not dry_run:
+        show.check_folder(to, checked.name)
     with _Bar("source") as progress:
-        source = workload.source(progress)
+        # A dry run looks at shapes: nothing is trained for it.
+        untrained = dry_run and workload.trains_source
+        source = workload.skeleton({}) if untrained else workload.source(progress)
     exported, _ = export(source, workload, checked.export)
     if dry_run:
         outlined = planning.outline(exported, workload, checked.plan)
@@ -122,7 +126,6 @@ def plan(
         _print(_rows_table(show.outline(outlined)))
         _print(show.effort(outlined, checked.plan))
         return
-    show.check_folder(to, checked.name)
     with _Bar("plan") as progress:
         made, report = planning.plan(exported, workload, checked.plan, checked.compress, progress)
     written = show.write(made, report, to, checked.name)

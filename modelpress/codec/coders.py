@@ -40,12 +40,12 @@ def words_of(raw: Bytes, dtype: DType) -> npt.NDArray[Any]:
     return (raw.copy() if raw.ctypes.data % dtype.itemsize else raw).view(WORDS[dtype.itemsize])
 
 
-def count_planes(raw: Bytes, dtype: DType, every: int = 1) -> npt.NDArray[np.int64]:
-    """Counts of every byte value in every plane, of every so manieth segment: (itemsize, 256) int64."""
+def count_planes(raw: Bytes, dtype: DType) -> npt.NDArray[np.int64]:
+    """Counts of every byte value in every plane: (itemsize, 256) int64."""
     from modelpress.codec import kernels
 
     counts = np.zeros((dtype.itemsize, 256), np.int64)
-    kernels.count_planes(words_of(raw, dtype).view(np.uint8), dtype.itemsize, is_rotated(dtype), every, counts)
+    kernels.count_planes(words_of(raw, dtype).view(np.uint8), dtype.itemsize, is_rotated(dtype), counts)
     return counts
 
 

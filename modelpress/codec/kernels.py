@@ -701,12 +701,12 @@ def _count(data, counts):
 
 
 @_jit
-def count_planes(raw, planes, rotated, step, counts):
-    """Add the histograms of every `step`-th segment's planes to `counts`, (planes, 256) int64."""
+def count_planes(raw, planes, rotated, counts):
+    """Add the histograms of all planes to `counts`, (planes, 256) int64."""
     scratch = np.empty((planes, SEGMENT), np.uint8)
     own = np.empty(256, np.int64)
     symbols = raw.size // planes
-    for start in range(0, symbols, step * SEGMENT):
+    for start in range(0, symbols, SEGMENT):
         count = min(SEGMENT, symbols - start)
         _split(raw[start * planes : (start + count) * planes], planes, rotated, scratch)
         for plane in range(planes):

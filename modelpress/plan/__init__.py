@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from onnx import ModelProto
+
 from modelpress import graph
 from modelpress.checkpoint import Checkpoint
 from modelpress.config import CompressConfig, PlanConfig
@@ -24,6 +26,7 @@ from modelpress.plan.solver import Chain, Option, chain
 from modelpress.plan.survey import Choice, Survey
 from modelpress.plan.tensors import PlannedWeight, planned_weights
 from modelpress.progress import Progress, silent
+from modelpress.quantize.rewrite import name_nodes_
 from modelpress.reports import PlannedTensor, PlanOutline, PlanPoint, PlanReport
 from modelpress.workload import Workload
 
@@ -44,7 +47,7 @@ def outline(checkpoint: Checkpoint, workload: Workload, config: PlanConfig) -> l
         WorkloadError: too few calibration samples.
         CorruptionError: no ONNX checkpoint.
     """
-    weights = planned_weights(graph.join(checkpoint), config)
+    weights = planned_weights(_named(checkpoint), config)
     _calibration(workload)
     return [
         PlanOutline(
@@ -93,7 +96,7 @@ def survey(
 ) -> Survey:
     """The part of `plan` that knows no budget: each weight by itself, and all weights alike. It takes and raises what
     `plan` does."""
-    model = graph.join(checkpoint)
+    model = _named(checkpoint)
     weights = planned_weights(model, config)
     calibration = _calibration(workload)
     values = {one.name: one.values for one in weights}
@@ -171,10 +174,17 @@ def settle(work: Survey, max_disagreement: float, progress: Progress = silent) -
 
 def uniform_checkpoint(checkpoint: Checkpoint, candidate: Candidate, config: PlanConfig) -> Checkpoint:
     """The checkpoint in which every weight that the config takes has one form, as `PlanReport.uniform` has them."""
-    model = graph.join(checkpoint)
+    model = _named(checkpoint)
     weights = {one.name: one for one in planned_weights(model, config)}
     made = graph.split(stored_weights(model, _same(weights, candidate), weights))
     return Checkpoint("onnx", made.tensors, checkpoint.files | made.files, checkpoint.metadata)
+
+
+def _named(checkpoint: Checkpoint) -> ModelProto:
+    """The graph, each of its nodes with a name of its own."""
+    model = graph.join(checkpoint)
+    name_nodes_(model)
+    return model
 
 
 def _options(work: Survey, weight: PlannedWeight) -> Iterator[Option]:

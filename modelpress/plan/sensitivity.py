@@ -62,7 +62,7 @@ def _curve(
         coding = encode(weight.values, candidate, weight.channel_axis)
         error = _mean_square(weight, coding)
         foretold = curve[-1].disagreement * error / error_before if curve and error_before > 0 else None
-        is_measured = agreeing < AGREEING_STEPS
+        is_measured = agreeing < AGREEING_STEPS or foretold is None
         disagreement = foretold
         if is_measured or disagreement is None:
             disagreement = judge.disagreement({weight.name: coding.dequantize()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from modelpress.config import PlanConfig
 from modelpress.errors import ConfigError
 from modelpress.plan import figure
 from modelpress.reports import PlanOutline, PlanPoint, PlanReport
+from modelpress.store.local import local_errors
 
 Table = list[dict[str, str]]
 
@@ -105,15 +107,25 @@ def check_folder(folder: Path, name: str) -> None:
 
 
 def write(made: Checkpoint, report: PlanReport, folder: Path, name: str) -> list[Path]:
-    """The checkpoint, the graph as other tools read it, the report and the plot."""
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, model, document, plot = _paths(folder, name)
-    checkpoint.write_bytes(made.to_bytes())
-    onnx.save_model(graph.join(made), str(model), save_as_external_data=True, location=f"{model.name}.data")
-    document.write_text(report.model_dump_json(indent=2) + "\n")
-    figure.draw(report, plot)
-    return [checkpoint, model, document, plot]
+    """The checkpoint, the graph as other tools read it, the report and the plot: all of them, or none.
+
+    Raises:
+        StoreError: they cannot be written.
+    """
+    targets = _paths(folder, name)
+    with local_errors(f"writing plan {name!r} to {folder}", writing=True):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".plan-") as partial:
+            checkpoint, model, data, document, plot = _paths(Path(partial), name)
+            checkpoint.write_bytes(made.to_bytes())
+            onnx.save_model(graph.join(made), str(model), save_as_external_data=True, location=data.name)
+            document.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            figure.draw(report, plot)
+            for path, target in zip((checkpoint, model, data, document, plot), targets, strict=True):
+                if path.exists():  # a graph without large tensors has no data beside it
+                    path.rename(target)
+    return [target for target in targets if target.exists()]
 
 
 def _paths(folder: Path, name: str) -> list[Path]:
-    return [folder / f"{name}.{ending}" for ending in ("safetensors", "onnx", "json", "png")]
+    return [folder / f"{name}.{ending}" for ending in ("safetensors", "onnx", "onnx.data", "json", "png")]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import numpy as np
-from onnx import ModelProto, NodeProto, numpy_helper
+from onnx import ModelProto, numpy_helper
 
 from modelpress.config import PlanConfig
 from modelpress.errors import ConfigError, CoverageError, StageError
 from modelpress.plan.candidates import Candidate, Floats, fits
-from modelpress.quantize.selection import Layer, eligible_layers
+from modelpress.quantize.rewrite import channel_axis
+from modelpress.quantize.selection import Layer, check_patterns, eligible_layers, matches
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def planned_weights(model: ModelProto, config: PlanConfig) -> list[PlannedWeight
     for name, those in readers.items():
         values = np.ascontiguousarray(numpy_helper.to_array(initializers[name]))
         _check_finite(name, values)
-        axis = _channel_axis(nodes[those[0].node], values.ndim)
+        axis = channel_axis(nodes[those[0].node], values.ndim)
         wanted = [Candidate(bits, scale) for scale in config.scales for bits in sorted(config.num_bits)]
         offered = tuple(one for one in wanted if fits(one, values.shape, axis))
         if offered:
@@ -70,21 +69,12 @@ def _chosen(layers: Sequence[Layer], config: PlanConfig) -> list[Layer]:
             expected="at least one",
             fix="look at the graph's nodes: is it quantized already?",
         )
-    names = [layer.node for layer in layers]
-    for field, patterns in (("targets", config.targets), ("ignore", config.ignore)):
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
-                raise ConfigError(
-                    f"matching plan.{field} against the graph",
-                    found=f"{pattern!r}, which matches none of {len(names)} eligible nodes",
-                    expected="a node name or glob" + (f", such as {', '.join(map(repr, near))}" if near else ""),
-                )
-    ignored = {layer.weight for layer in layers if _matches(layer, config.ignore)}
+    check_patterns(layers, "plan", targets=config.targets, ignore=config.ignore)
+    ignored = {layer.weight for layer in layers if matches(layer, config.ignore)}
     chosen = [
         layer
         for layer in layers
-        if (not config.targets or _matches(layer, config.targets)) and layer.weight not in ignored
+        if (not config.targets or matches(layer, config.targets)) and layer.weight not in ignored
     ]
     if not chosen:
         raise CoverageError(
@@ -116,13 +106,3 @@ def _check_scales(weights: Sequence[PlannedWeight], config: PlanConfig, readers:
                 expected="one that fits some weight",
                 fix="take a smaller power of two, or leave it out of plan.scales",
             )
-
-
-def _channel_axis(node: NodeProto, dimensions: int) -> int:
-    if node.op_type in ("Conv", "Gather") or any(one.name == "transB" and one.i for one in node.attribute):
-        return 0
-    return dimensions - 1
-
-
-def _matches(layer: Layer, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(layer.node, pattern) for pattern in patterns)

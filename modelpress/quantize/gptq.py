@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from modelpress.errors import StageError
+from modelpress.moments import inverse_factor
 from modelpress.quantize.groups import Grid, GroupedWeight, encode, grouped, in_groups, parameters
 
 DAMPING = 0.01
@@ -36,10 +37,11 @@ def gptq(
     """
     groups = in_groups(weight, grid.group_size)
     outputs, inputs = weight.shape
+    _check_hessian(hessian, inputs)
     order = torch.arange(inputs)
     if act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
-    factor = _inverse_factor(hessian, inputs, order, damping).float()
+    factor = inverse_factor(hessian.double()[order][:, order], damping, "a layer that GPTQ rounds").float()
     scale, zero_point = (one.T.contiguous() for one in parameters(groups, grid))
     left = weight.float().T[order].contiguous()  # (in, out): what is worked on lies together
     pruned = left == 0
@@ -66,8 +68,7 @@ def gptq(
     return grouped(codes[order.argsort()].T.contiguous(), scale.T.contiguous(), zero_point.T.contiguous(), grid)
 
 
-def _inverse_factor(hessian: Tensor, inputs: int, order: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped H, its inputs in `order`; float64."""
+def _check_hessian(hessian: Tensor, inputs: int) -> None:
     if hessian.shape != (inputs, inputs) or not torch.isfinite(hessian).all():
         raise StageError(
             "reading the Hessian for GPTQ",
@@ -75,19 +76,3 @@ def _inverse_factor(hessian: Tensor, inputs: int, order: Tensor, damping: float)
             expected=f"finite values of shape {[inputs, inputs]}",
             fix="look for NaN or infinity in the calibration data, or use quantize.algorithm 'rtn'",
         )
-    damped = hessian.double()[order][:, order]
-    diagonal = damped.diagonal()
-    mean = float(diagonal.mean())
-    diagonal[diagonal == 0] = mean or 1.0
-    diagonal += damping * mean
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    if not int(failed):
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not int(failed):
-            return torch.as_tensor(upper)
-    raise StageError(
-        "inverting the Hessian for GPTQ",
-        found=f"a singular matrix of {inputs} inputs, with damping {damping}",
-        expected="a positive definite one",
-        fix="give more calibration samples, or more damping, or use quantize.algorithm 'rtn'",
-    )

@@ -67,7 +67,7 @@ def quantize_weights_(model: ModelProto, nodes: Collection[str], per_channel: bo
             if weight not in spelt:
                 spelt.add(weight)
                 values = numpy_helper.to_array(initializers[weight])
-                axis = _channel_axis(node, values.ndim) if per_channel else None
+                axis = channel_axis(node, values.ndim) if per_channel else None
                 codes, scale = quantize_symmetric(values, axis)
                 if axis is not None:
                     scale = scale.reshape([-1 if one == axis else 1 for one in range(values.ndim)])
@@ -153,9 +153,9 @@ def _scaled_rows(node: NodeProto, by_row: bool) -> list[NodeProto]:
     ]
 
 
-def _channel_axis(node: NodeProto, dimensions: int) -> int:
-    """Axis of a weight that numbers the output channels."""
-    if node.op_type == "Conv" or any(one.name == "transB" and one.i for one in node.attribute):
+def channel_axis(node: NodeProto, dimensions: int) -> int:
+    """Axis of a weight that numbers the output channels, or of a table that numbers its rows."""
+    if node.op_type in ("Conv", "Gather") or any(one.name == "transB" and one.i for one in node.attribute):
         return 0
     return dimensions - 1
 

@@ -69,19 +69,10 @@ def chosen_layers(layers: Sequence[Layer], config: QuantizeConfig) -> list[Layer
             expected="at least one",
             fix="leave the quantize stage out, or look at the graph's nodes",
         )
-    names = [layer.node for layer in layers]
-    for field, patterns in (("targets", config.targets), ("ignore", config.ignore)):
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
-                raise ConfigError(
-                    f"matching quantize.{field} against the graph",
-                    found=f"{pattern!r}, which matches none of {len(names)} eligible nodes",
-                    expected="a node name or glob" + (f", such as {', '.join(map(repr, near))}" if near else ""),
-                )
+    check_patterns(layers, "quantize", targets=config.targets, ignore=config.ignore)
     chosen = []
     for layer in layers:
-        targeted = _matches(layer, config.targets)
+        targeted = matches(layer, config.targets)
         obstacle = _obstacle(layer, config)
         if obstacle:
             if targeted:
@@ -93,7 +84,7 @@ def chosen_layers(layers: Sequence[Layer], config: QuantizeConfig) -> list[Layer
                 )
             continue
         wanted = targeted or not config.targets or layer.op_type == "Gather"
-        if wanted and not _matches(layer, config.ignore):
+        if wanted and not matches(layer, config.ignore):
             chosen.append(layer)
     if not chosen:
         raise CoverageError(
@@ -105,6 +96,24 @@ def chosen_layers(layers: Sequence[Layer], config: QuantizeConfig) -> list[Layer
             else "widen quantize.targets or narrow quantize.ignore",
         )
     return chosen
+
+
+def check_patterns(layers: Sequence[Layer], stage: str, **fields: Sequence[str]) -> None:
+    """Refuse a pattern that no layer's node matches; `fields` are the patterns by the config's field.
+
+    Raises:
+        ConfigError: one matches none; names that are near are given.
+    """
+    names = [layer.node for layer in layers]
+    for field, patterns in fields.items():
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+                raise ConfigError(
+                    f"matching {stage}.{field} against the graph",
+                    found=f"{pattern!r}, which matches none of {len(names)} eligible nodes",
+                    expected="a node name or glob" + (f", such as {', '.join(map(repr, near))}" if near else ""),
+                )
 
 
 def shared_weights(layers: Sequence[Layer]) -> list[tuple[str, ...]]:
@@ -127,5 +136,6 @@ def _obstacle(layer: Layer, config: QuantizeConfig) -> tuple[str, str] | None:
     return None
 
 
-def _matches(layer: Layer, patterns: Sequence[str]) -> bool:
+def matches(layer: Layer, patterns: Sequence[str]) -> bool:
+    """Whether one of the patterns names the layer's node."""
     return any(fnmatchcase(layer.node, pattern) for pattern in patterns)

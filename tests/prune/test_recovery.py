@@ -165,7 +165,7 @@ def test_blocks_are_matched_by_their_place_whatever_pruning_leaves() -> None:
 
     toy = Toy(Convolutions, (1, 8, 8))
     config = PruneConfig(structures=["channels"], sparsity=0.5, recovery=TRAINING)
-    assert prune_(toy.source(), toy, config).matched_states < 3
+    assert prune_(toy.source(), toy, config).matched_states == 1  # the last one lost none
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])

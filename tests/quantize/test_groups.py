@@ -139,7 +139,7 @@ def test_gptq_rounds_inputs_that_were_never_seen_to_the_nearest() -> None:
 def test_hessians_that_cannot_be_used_are_named() -> None:
     weight, samples = weights(4, 64, seed=0), correlated_inputs(64)[:10]
     hessian = samples.T @ samples
-    with pytest.raises(StageError, match=r"singular matrix of 64 inputs, with damping 0"):
+    with pytest.raises(StageError, match=r"singular matrix of 64 features with 0 of"):
         gptq(weight, hessian.double(), Grid(4, 32), damping=0)
     gptq(weight, hessian, Grid(4, 32))
     hessian[3, 3] = torch.nan
