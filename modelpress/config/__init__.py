@@ -1,0 +1,43 @@
+"""The configuration of a run: one set of models for the function, the flow, the form, the command line and the YAML.
+
+Every field's docstring is its help text everywhere. Validators check and never rewrite. This module imports neither
+torch nor numpy, so that a deployment's form can be built where neither is installed.
+"""
+
+from __future__ import annotations
+
+from modelpress.config.base import Alias, Bytes, Config, PackName
+from modelpress.config.distill import DistillConfig
+from modelpress.config.judge import EvaluateConfig, GateConfig
+from modelpress.config.pack import CompressConfig, ShardConfig, UploadConfig
+from modelpress.config.plan import PlanConfig, Scale
+from modelpress.config.prune import PruneConfig
+from modelpress.config.quantize import ExportConfig, QuantizeConfig
+from modelpress.config.recipes import OptimizeConfig, PlanRecipe, load_config, load_plan_recipe, parse_config
+from modelpress.config.train import TrainConfig
+from modelpress.config.workload import WorkloadConfig
+
+__all__ = [
+    "Alias",
+    "Bytes",
+    "CompressConfig",
+    "Config",
+    "DistillConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "GateConfig",
+    "OptimizeConfig",
+    "PackName",
+    "PlanConfig",
+    "PlanRecipe",
+    "PruneConfig",
+    "QuantizeConfig",
+    "Scale",
+    "ShardConfig",
+    "TrainConfig",
+    "UploadConfig",
+    "WorkloadConfig",
+    "load_config",
+    "load_plan_recipe",
+    "parse_config",
+]

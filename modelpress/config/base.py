@@ -1,0 +1,28 @@
+"""What all configs share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+PackName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
+"""Name of a pack: lower-case letters, digits, dot, dash, underscore; it is part of object keys."""
+
+Alias = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
+"""Name of a pointer, such as ``champion``."""
+
+Bytes = Annotated[int, Field(gt=0)]
+
+
+class Config(BaseModel):
+    """Base of all configs: frozen, unknown keys refused, docstrings as help text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the canonical JSON of this config: part of a stage's cache key."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()

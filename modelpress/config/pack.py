@@ -1,0 +1,40 @@
+"""The configs of coding, sharding and sending."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from modelpress.config.base import Bytes, Config
+
+
+class CompressConfig(Config):
+    """Lossless coding of tensors, each by whichever codec is smallest."""
+
+    codecs: list[Literal["zstd", "planes-huffman", "rle-huffman", "mask-huffman"]] = Field(
+        default=["zstd", "planes-huffman", "rle-huffman", "mask-huffman"], min_length=1
+    )
+    """Codecs that are tried; `raw` always is."""
+    zstd_level: int = Field(default=9, ge=1, le=22)
+    """Level of the `zstd` codec."""
+    min_decode_bytes_per_second: float = Field(default=200e6, ge=0)
+    """Decode-speed floor, in raw bytes per second on one core; a codec known to be slower is not chosen. 0: none."""
+    chunk_symbols: int = Field(default=131_072, ge=4_096, le=16_777_216)
+    """Symbols (elements) per independently decodable chunk."""
+
+
+class ShardConfig(Config):
+    """How the coded tensors are cut into objects."""
+
+    by: Literal["size", "layer"] = "size"
+    """`size` fills shards in tensor order; `layer` also starts a new shard at each layer."""
+    max_shard_size: Bytes = 64 * 2**20
+    """Bytes; no shard is larger. A single tensor that is larger is split over several."""
+
+
+class UploadConfig(Config):
+    """How shards travel to the store."""
+
+    concurrency: int = Field(default=4, ge=1, le=64)
+    """Objects in flight."""

@@ -1,0 +1,140 @@
+"""Whole runs, and how they are read from YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError, model_validator
+
+from modelpress.config.base import Config, PackName
+from modelpress.config.distill import DistillConfig
+from modelpress.config.judge import EvaluateConfig, GateConfig
+from modelpress.config.pack import CompressConfig, ShardConfig, UploadConfig
+from modelpress.config.plan import PlanConfig
+from modelpress.config.prune import PruneConfig
+from modelpress.config.quantize import ExportConfig, QuantizeConfig
+from modelpress.config.workload import WorkloadConfig
+from modelpress.errors import ConfigError
+
+Checked = TypeVar("Checked", bound=Config)
+
+
+class OptimizeConfig(Config):
+    """One run of the line: source → distill → prune → export → quantize → compress → shard → upload → register."""
+
+    name: PackName
+    """Name of the published pack and of the registered model."""
+    workload: WorkloadConfig
+    """The model, the data and the metric."""
+    distill: DistillConfig | None = None
+    """Absent: no distillation."""
+    prune: PruneConfig | None = None
+    """Absent: no pruning."""
+    export: ExportConfig = ExportConfig()
+    """The ONNX graph that is served."""
+    quantize: QuantizeConfig | None = None
+    """Absent: the graph stays in float."""
+    compress: CompressConfig | None = CompressConfig()
+    """Null: every tensor is stored raw, and the pack is a plain safetensors checkpoint."""
+    shard: ShardConfig = ShardConfig()
+    """How the coded tensors are cut into objects."""
+    upload: UploadConfig = UploadConfig()
+    """How shards travel."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """What is measured after each stage."""
+    gate: GateConfig = GateConfig()
+    """Who may become champion."""
+    promote: bool = True
+    """Judge the new version at the end, and move the alias if it passes."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizeConfig:
+        if self.gate.min_attribution_agreement and not self.evaluate.attribution_samples:
+            raise ValueError("gate.min_attribution_agreement needs evaluate.attribution_samples")
+        return self
+
+
+class PlanRecipe(Config):
+    """One run of `modelpress plan`: source → export → plan."""
+
+    name: PackName
+    """Name of the plan's files."""
+    workload: WorkloadConfig
+    """The model, the data and the metric."""
+    export: ExportConfig = ExportConfig()
+    """The ONNX graph that is planned."""
+    plan: PlanConfig = PlanConfig()
+    """The budget, and what a weight may become."""
+    compress: CompressConfig = CompressConfig()
+    """The codecs whose bytes are counted."""
+
+
+def load_config(path: str | Path) -> OptimizeConfig:
+    """Read an `OptimizeConfig` from a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or holds an unknown or illegal value; every offending field is
+            named with what it may hold.
+    """
+    return parse_config(_read_yaml(path), origin=str(path))
+
+
+def load_plan_recipe(path: str | Path) -> PlanRecipe:
+    """Read a `PlanRecipe` from a YAML file.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    return _checked(PlanRecipe, _read_yaml(path), str(path))
+
+
+def _read_yaml(path: str | Path) -> Any:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"reading config {path}", found=str(error), fix="give the path of a YAML recipe") from error
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"parsing config {path}", found=str(error), expected="a YAML mapping") from error
+
+
+def parse_config(document: Any, *, origin: str = "config") -> OptimizeConfig:
+    """Validate a plain mapping, naming each wrong field.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    return _checked(OptimizeConfig, document, origin)
+
+
+def _checked(kind: type[Checked], document: Any, origin: str) -> Checked:
+    if not isinstance(document, dict):
+        raise ConfigError(f"parsing {origin}", found=type(document).__name__, expected="a mapping")
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        problems = [_describe(problem, kind) for problem in error.errors(include_url=False)]
+        raise ConfigError(f"checking {origin}", found="\n    ".join(["", *problems]).strip("\n")) from error
+
+
+def _describe(problem: Any, kind: type[Config]) -> str:
+    """One line for one pydantic error: the field, what is wrong, and the legal keys for an unknown one."""
+    location = [part for part in problem["loc"] if isinstance(part, str)]
+    where = ".".join(str(part) for part in problem["loc"]) or "config"
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown field; legal here: {', '.join(_legal_keys(kind, location[:-1]))}"
+    if problem["type"] == "missing":
+        return f"{where}: missing"
+    return f"{where}: {problem['msg']} (found {problem['input']!r})"
+
+
+def _legal_keys(kind: type[Config], path: list[str]) -> list[str]:
+    model: type[BaseModel] = kind
+    for name in path:
+        annotation = model.model_fields[name].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+    return list(model.model_fields)

@@ -1,0 +1,44 @@
+"""What stages measured: frozen pydantic models, `metrics()` gives flat floats for any tracker.
+
+Bytes end in ``_bytes``, times in ``_seconds``. A value that was not measured is ``None``, never 0. This module
+imports neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+from modelpress.reports.base import ArtifactRef, Report, Stage
+from modelpress.reports.graph import CodebookReport, ExportReport, QuantizeReport, SensitivityRow, SharedTensor
+from modelpress.reports.module import DistillReport, PruneReport, PruneStep, SourceReport, TensorChange, TrainReport
+from modelpress.reports.pack import CodedTensor, CompressReport, ShardReport, UploadReport, VerifyReport
+from modelpress.reports.plan import PlannedTensor, PlanOutline, PlanPoint, PlanReport
+from modelpress.reports.quality import AttributionReport, EvaluationReport, LatencyReport, QualityReport
+
+__all__ = [
+    "ArtifactRef",
+    "AttributionReport",
+    "CodebookReport",
+    "CodedTensor",
+    "CompressReport",
+    "DistillReport",
+    "EvaluationReport",
+    "ExportReport",
+    "LatencyReport",
+    "PlanOutline",
+    "PlanPoint",
+    "PlanReport",
+    "PlannedTensor",
+    "PruneReport",
+    "PruneStep",
+    "QualityReport",
+    "QuantizeReport",
+    "Report",
+    "SensitivityRow",
+    "ShardReport",
+    "SharedTensor",
+    "SourceReport",
+    "Stage",
+    "TensorChange",
+    "TrainReport",
+    "UploadReport",
+    "VerifyReport",
+]

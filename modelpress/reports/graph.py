@@ -1,0 +1,82 @@
+"""Reports of the graph and of its quantization."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from modelpress.reports.base import Report
+from modelpress.reports.module import TrainReport
+
+
+class ExportReport(Report):
+    """The ONNX graph."""
+
+    opset: int
+    """Operator set."""
+    nodes: int
+    """Nodes in the graph."""
+    max_difference: float
+    """Largest absolute difference to the torch module on the example inputs."""
+
+
+class SensitivityRow(Report):
+    """How much one layer suffers from quantization."""
+
+    node: str
+    """ONNX node name."""
+    disagreement: float
+    """1 − agreement with the float graph, with this node alone quantized (or alone left in float)."""
+    kept_float: bool
+    """Whether the method left it out to keep the budget: it computes in float (its weight may be stored as integers
+    all the same), or beside 4-bit weights has one of 8 bits."""
+
+
+class SharedTensor(Report):
+    """One weight tensor with few values."""
+
+    name: str
+    """Its name in the model."""
+    shape: list[int]
+    """Shape."""
+    values: int
+    """Distinct values, 0 among them where it occurs."""
+    zeros: int
+    """Zero elements."""
+    relative_error: float
+    """Root-mean-square of the change by clustering ÷ that of the weights, before values were trained."""
+
+
+class CodebookReport(Report):
+    """What weight sharing did to a module."""
+
+    num_bits: int
+    """Bits of an index."""
+    eligible_weights: int
+    """Weights in the layers that can be shared."""
+    shared_weights: int
+    """Weights in the layers that are."""
+    tensors: list[SharedTensor]
+    """Each of them."""
+    recovery: TrainReport | None = None
+    """The training of the values."""
+
+
+class QuantizeReport(Report):
+    """What quantization did."""
+
+    method: str
+    """The method."""
+    eligible_weights: int
+    """Weights in the operators that the method can quantize."""
+    quantized_weights: int
+    """Weights that are integers now."""
+    coverage: float
+    """quantized ÷ eligible."""
+    agreement: float
+    """Agreement with the float graph on calibration data (mean cosine of the outputs)."""
+    sensitivity: list[SensitivityRow] = Field(default_factory=list)
+    """Layers by falling sensitivity."""
+    codebook: CodebookReport | None = None
+    """For `codebook`: the values that the weights share."""
+    recovery: TrainReport | None = None
+    """For int8: the training with rounded weights and activations that came before."""

@@ -1,0 +1,111 @@
+"""Reports of the stages that change the torch module."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from modelpress.reports.base import Report
+
+
+class TensorChange(Report):
+    """What happened to one tensor or module."""
+
+    name: str
+    """Its name in the model."""
+    before: list[int]
+    """Shape before."""
+    after: list[int]
+    """Shape after."""
+    zeros: int = 0
+    """Zero elements after."""
+    kept: list[int] | None = None
+    """Indices of the structures that were kept, for structured pruning."""
+    calibration_rows: int | None = None
+    """Inputs (tokens, positions) of calibration data by which it was judged, where it was."""
+    output_error: float | None = None
+    """Squared change of the layer's outputs on them, as a share of the outputs' squares; before any recovery."""
+
+
+class TrainReport(Report):
+    """How a training went."""
+
+    epochs: int
+    """Epochs run."""
+    updates: int
+    """Optimizer steps."""
+    first_loss: float
+    """Mean loss of the first epoch."""
+    final_loss: float
+    """Mean loss of the last epoch."""
+    best_validation_loss: float | None = None
+    """Least calibration loss, when early stop watches it."""
+    stopped_early: bool = False
+    """Whether early stop ended it."""
+    losses: list[float] = Field(default_factory=list)
+    """Mean loss per epoch."""
+
+
+class SourceReport(Report):
+    """The model as the user gave it."""
+
+    parameters: int
+    """Number of parameters."""
+    size_bytes: int
+    """Bytes of its checkpoint."""
+    trained: bool
+    """Whether it was trained in the run."""
+
+
+class DistillReport(Report):
+    """What distillation did."""
+
+    teacher_parameters: int
+    """Parameters of the teacher."""
+    student_parameters: int
+    """Parameters of the student."""
+    architecture: dict[str, int | float | str | bool | list[int]] = Field(default_factory=dict)
+    """What the student was built from."""
+    keep_layers: list[int] = Field(default_factory=list)
+    """Teacher layers kept."""
+    cache_bytes: int | None = None
+    """Bytes of the teacher's cached answers; None: it ran in each epoch."""
+    train: TrainReport
+    """Its training."""
+
+
+class PruneStep(Report):
+    """One step of gradual pruning."""
+
+    sparsity: float
+    """Fraction of zeros that it went to."""
+    zeros: int
+    """Zero weights after it, in the touched tensors."""
+    recovery: TrainReport | None = None
+    """The fine-tune that followed."""
+
+
+class PruneReport(Report):
+    """What pruning removed."""
+
+    method: str
+    """The method."""
+    eligible_parameters: int
+    """Parameters that the method could touch."""
+    touched_parameters: int
+    """Parameters in the tensors that it did touch."""
+    parameters_before: int
+    """All parameters before."""
+    parameters_after: int
+    """All parameters after."""
+    zeros_after: int
+    """Zero weights after, in the touched tensors."""
+    tensors: list[TensorChange]
+    """Each tensor that changed."""
+    coverage: float | None = None
+    """touched ÷ eligible; None in the records of earlier versions."""
+    recovery: TrainReport | None = None
+    """The fine-tune that followed; of gradual pruning, the last step's."""
+    matched_states: int = 0
+    """Hidden states that the fine-tune matched with the unpruned model's, beside the outputs."""
+    steps: list[PruneStep] = Field(default_factory=list)
+    """Of gradual pruning, each step."""

@@ -1,0 +1,102 @@
+"""Reports of coding, sharding, sending and verifying."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from modelpress.reports.base import Report
+
+
+class CodedTensor(Report):
+    """How one tensor is stored."""
+
+    name: str
+    """Tensor name."""
+    dtype: str
+    """safetensors dtype name."""
+    shape: list[int]
+    """Shape."""
+    codec: str
+    """Codec that won."""
+    raw_bytes: int
+    """Bytes before."""
+    stored_bytes: int
+    """Bytes after."""
+    entropy_bound_bytes: float
+    """Order-0 entropy bound of the planes, in bytes."""
+    decode_seconds: float | None = None
+    """CPU time of decoding, measured when the result was proved; None: stored raw. It stays out of the manifest."""
+    candidates: dict[str, int] = Field(default_factory=dict)
+    """Bytes in a shard, the description's among them, by codec that was tried, and of `raw`."""
+    too_slow: list[str] = Field(default_factory=list)
+    """Codecs left out because they decode more slowly than `min_decode_bytes_per_second`."""
+    not_tried: list[str] = Field(default_factory=list)
+    """Codecs left out at a look: too few zeros, nothing that repeats."""
+
+
+class CompressReport(Report):
+    """What lossless coding reached."""
+
+    raw_bytes: int
+    """All tensors before."""
+    stored_bytes: int
+    """All tensors after."""
+    compression_ratio: float
+    """raw ÷ stored."""
+    coded_share: float
+    """Share of the raw bytes that a codec other than `raw` won."""
+    tensors: list[CodedTensor]
+    """Per tensor."""
+
+
+class ShardReport(Report):
+    """What sharding made."""
+
+    shards: int
+    """Number of shards."""
+    total_bytes: int
+    """Bytes of all shards."""
+    largest_bytes: int
+    """The largest shard."""
+
+
+class UploadReport(Report):
+    """What publishing sent."""
+
+    pack: str
+    """Digest of the manifest: the pack's identity."""
+    uri: str
+    """Where the manifest lies."""
+    objects: int
+    """Blobs of the pack."""
+    sent_objects: int
+    """Blobs that were not there already."""
+    sent_bytes: int
+    """Bytes sent."""
+    published_bytes: int
+    """All bytes of the pack: shards, files and manifest."""
+    source_bytes: int
+    """The source model's checkpoint."""
+    compression_ratio: float
+    """source ÷ published."""
+    seconds: float
+    """Wall time."""
+
+
+class VerifyReport(Report):
+    """What a verification read and found in order."""
+
+    pack: str
+    """Digest of the manifest."""
+    uri: str
+    """Where the manifest lies."""
+    shards: int
+    """Shards read."""
+    tensors: int
+    """Tensors decoded, each equal to its digest."""
+    files: int
+    """Files read, each equal to its digest."""
+    read_bytes: int
+    """Bytes of all blobs and of the manifest."""
+    seconds: float
+    """Wall time."""
