@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -26,3 +27,19 @@ class Config(BaseModel):
         """sha256 (hex) of the canonical JSON of this config: part of a stage's cache key."""
         canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def refuse_unread(config: Config, stage: str, unread: Mapping[str, str]) -> None:
+    """Refuse what is set and would have no effect; a default, spelt out, is no claim.
+
+    Args:
+        config: of a stage.
+        stage: its name in a recipe.
+        unread: fields that nothing reads as the others stand, each with what would read it.
+
+    Raises:
+        ValueError: one of them has another value than its default.
+    """
+    for name, reader in unread.items():
+        if getattr(config, name) != type(config).model_fields[name].get_default(call_default_factory=True):
+            raise ValueError(f"{stage}.{name} is only read with {reader}")

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from modelpress.config.base import Config
+from modelpress.config.base import Config, refuse_unread
 from modelpress.config.train import TrainConfig
 
 
@@ -57,4 +57,12 @@ class PruneConfig(Config):
                 raise ValueError("prune.steps needs a method that sets weights to zero")
             if self.recovery is None or self.recovery.epochs < self.steps:
                 raise ValueError("prune.steps needs prune.recovery with an epoch for each step, at least")
+        unread = {}
+        if self.method != "structured":
+            unread |= dict.fromkeys(("structures", "repair"), "prune.method 'structured'")
+        if self.method != "sparsegpt":
+            unread["damping"] = "prune.method 'sparsegpt'"
+        if self.recovery is None:
+            unread["recovery_hidden_weight"] = "prune.recovery"
+        refuse_unread(self, "prune", unread)
         return self

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from modelpress.config.base import Config
+from modelpress.config.base import Config, refuse_unread
 from modelpress.config.train import TrainConfig
 
 
@@ -86,4 +86,15 @@ class QuantizeConfig(Config):
             raise ValueError("quantize.act_order needs quantize.algorithm 'gptq'")
         if self.method == "weight-only" and self.algorithm == "hqq" and (self.symmetric or self.num_bits != 4):
             raise ValueError("quantize.algorithm 'hqq' needs quantize.symmetric false and quantize.num_bits 4")
+        unread = {}
+        if self.method != "static":
+            unread["calibration"] = "quantize.method 'static'"
+        if self.method != "static" or self.calibration != "percentile":
+            unread["percentile"] = "quantize.method 'static' and quantize.calibration 'percentile'"
+        if self.method not in ("dynamic", "static"):
+            unread |= dict.fromkeys(("smooth", "per_channel"), "quantize.method 'dynamic' or 'static'")
+        if self.method != "weight-only":
+            names = ("group_size", "symmetric", "algorithm", "act_order")
+            unread |= dict.fromkeys(names, "quantize.method 'weight-only'")
+        refuse_unread(self, "quantize", unread)
         return self

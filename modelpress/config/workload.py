@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from modelpress.config.base import Config
+from modelpress.config.base import Config, refuse_unread
 
 
 class WorkloadConfig(Config):
@@ -56,6 +56,14 @@ class WorkloadConfig(Config):
             raise ValueError("workload.factory is only read when workload.kind is 'custom'")
         if self.weights and not self.model.startswith(("timm:", "torchvision:")):
             raise ValueError("workload.weights needs a workload.model of 'timm:NAME' or 'torchvision:NAME'")
+        unread = {}
+        if self.kind != "custom":
+            unread["options"] = "workload.kind 'custom'"
+        if self.kind not in ("image-classification", "custom"):
+            unread["image_size"] = "workload.kind 'image-classification'"
+        if self.kind not in ("causal-lm", "text-classification", "custom"):
+            unread["length"] = "workload.kind 'causal-lm' or 'text-classification'"
+        refuse_unread(self, "workload", unread)
         if self.kind != "custom" and not (self.model and self.data):
             raise ValueError(f"workload.model and workload.data are needed when workload.kind is {self.kind!r}")
         return self

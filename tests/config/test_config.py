@@ -96,6 +96,14 @@ def test_typo_names_the_field_and_what_is_legal(change: dict[str, Any], field: s
         ({"distill": {"cache_top_k": 8, "alpha": 0.0}}, "alpha above 0"),
         ({"distill": {"cache_top_k": 8, "hidden_weight": 1.0}}, "must be 0"),
         ({"distill": {"divergence": "js"}}, "forward-kl"),
+        ({"quantize": {"method": "codebook", "num_bits": 4, "smooth": 0.5}}, "quantize.smooth is only read with"),
+        ({"quantize": {"algorithm": "rtn"}}, "quantize.algorithm is only read with quantize.method 'weight-only'"),
+        ({"quantize": {"percentile": 99.0}}, "is only read with quantize.method 'static' and quantize.calibration"),
+        ({"prune": {"method": "wanda", "repair": False}}, "prune.repair is only read with prune.method 'structured'"),
+        ({"prune": {"damping": 0.1}}, "prune.damping is only read with prune.method 'sparsegpt'"),
+        ({"prune": {"recovery_hidden_weight": 0.0}}, "is only read with prune.recovery"),
+        ({"workload": DIGITS["workload"] | {"length": 64}}, "workload.length is only read with workload.kind"),
+        ({"workload": DIGITS["workload"] | {"options": {"a": 1}}}, "workload.options is only read with"),
         ({"workload": {"kind": "custom"}}, "workload.factory must be"),
         ({"workload": {"kind": "sentence-embedding"}}, "workload.model and workload.data are needed"),
     ],
@@ -104,6 +112,11 @@ def test_illegal_value_is_named(change: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match="checking config") as caught:
         c.parse_config(DIGITS | change)
     assert expected in str(caught.value)
+
+
+def test_a_default_that_nothing_reads_may_be_spelt_out() -> None:
+    config = c.QuantizeConfig(method="codebook", num_bits=4)
+    assert c.QuantizeConfig.model_validate(config.model_dump()) == config
 
 
 def test_every_problem_is_reported_at_once() -> None:
