@@ -18,6 +18,8 @@ import numpy.typing as npt
 Scores = npt.NDArray[np.float64]
 
 RESAMPLES = 4_000
+ENOUGH_DIFFERENCES = 30
+"""Distinct ones, to know their scale by."""
 _RESAMPLED_AT_ONCE = 2**21
 _BISECTIONS = 60
 
@@ -157,7 +159,8 @@ def paired_difference(scores: Scores, baseline: Scores, confidence: float) -> In
 
     0/1 scores take `tango`. Others take `bootstrap_mean` of the differences, never narrower than what the same number
     of samples without one disagreement would leave open on the metric's range (see `_range`): a bootstrap of
-    differences that are nearly all equal, or of a single one, would otherwise be sure of what it never saw.
+    differences that are nearly all equal, or of a single one, would otherwise be sure of what it never saw. Where
+    `ENOUGH_DIFFERENCES` are there and most samples differ, the range is that of the differences: they show their scale.
 
     Args:
         scores: (samples,), float64.
@@ -174,8 +177,13 @@ def paired_difference(scores: Scores, baseline: Scores, confidence: float) -> In
         gained = int(np.count_nonzero(scores > baseline))
         lost = int(np.count_nonzero(scores < baseline))
         return tango(gained, lost, scores.size, confidence)
-    found = bootstrap_mean(scores - baseline, confidence)
-    least, most = _range(np.concatenate([scores, baseline]))
+    differences = scores - baseline
+    found = bootstrap_mean(differences, confidence)
+    changed = differences[differences != 0]
+    if 2 * changed.size > differences.size and np.unique(changed).size >= ENOUGH_DIFFERENCES:
+        least, most = float(differences.min()), float(differences.max())
+    else:
+        least, most = _range(np.concatenate([scores, baseline]))
     unseen = tango(0, 0, scores.size, confidence).high * (most - least)
     return Interval(found.value, min(found.low, found.value - unseen), max(found.high, found.value + unseen))
 

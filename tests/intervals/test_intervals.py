@@ -112,6 +112,23 @@ def test_many_scores_are_as_the_bootstrap_has_them() -> None:
     assert intervals.paired_difference(scores, baseline, 0.9) == intervals.bootstrap_mean(scores - baseline, 0.9)
 
 
+def test_differences_that_show_their_scale_do_not_take_the_metric_s() -> None:
+    """Log-likelihoods lie over many nats; two like models differ by hundredths in each sample."""
+    random = np.random.default_rng(0)
+    baseline = random.uniform(-9.0, -2.0, 400)
+    found = intervals.paired_difference(baseline + random.normal(-0.003, 0.02, 400), baseline, 0.95)
+    assert found.low < -0.003 < found.high
+    assert found.high - found.low < 0.01
+
+
+def test_few_changes_among_many_ties_take_the_metric_s_scale() -> None:
+    baseline = np.random.default_rng(0).uniform(0.0, 1.0, 400)
+    scores = baseline.copy()
+    scores[:3] -= (0.01, 0.02, 0.03)
+    found = intervals.paired_difference(scores, baseline, 0.95)
+    assert found.high - found.low > 2 * intervals.tango(0, 0, 400, 0.95).high * 0.9
+
+
 def test_more_samples_narrow_the_interval() -> None:
     scores = np.linspace(0, 1, 40)
     few = intervals.paired_difference(scores, scores[::-1], 0.95)
