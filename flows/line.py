@@ -21,6 +21,7 @@ from modelpress.reports import (
     ArtifactRef,
     CompressReport,
     EvaluationReport,
+    PlanReport,
     Report,
     Stage,
     UploadReport,
@@ -183,18 +184,28 @@ class Line:
         create_table_artifact(table(self.rows), key=f"{key}-stages", description=f"Stages of `{self.config.name}`")
         text = f"# {self.config.name}\n\n{markdown(self.rows)}\n\n[MLflow run]({self.mlflow_url})\n"
         create_markdown_artifact(text, key=f"{key}-report", description=f"Report of `{self.config.name}`")
-        compressed = self.reports.get("compress")
+        planned, compressed = self.reports.get("plan"), self.reports.get("compress")
         shown = compressed if isinstance(compressed, CompressReport) else None
         with tempfile.TemporaryDirectory(prefix="modelpress-") as folder:
             with local_errors(f"writing the report into {folder}", writing=True):
                 Path(folder, "report.md").write_text(text, encoding="utf-8")
                 figures.draw(self.rows, shown, Path(folder, "stages.png"))
+                if isinstance(planned, PlanReport):
+                    self._show_plan(planned, key, Path(folder))
             self.run.folder(Path(folder))
+
+    def _show_plan(self, report: PlanReport, key: str, folder: Path) -> None:
+        """The front of a plan: as a table in Prefect, and as a plot for MLflow."""
+        from modelpress.plan import figure, show
+
+        figure.draw(report, folder / "plan.png")
+        description = f"The plan of `{self.config.name}`, its front, and all weights alike"
+        create_table_artifact(show.points(report), key=f"{key}-plan", description=description)
 
     @property
     def _served(self) -> str:
         """Label of the graph that is published."""
-        return "quantize" if self.config.quantize else "export"
+        return "quantize" if self.config.quantize else "plan" if self.config.plan else "export"
 
     def _note(self, label: str, finished: Finished[ReportT]) -> None:
         self.reports[label] = finished.report

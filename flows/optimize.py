@@ -7,7 +7,7 @@ from prefect import flow
 from flows.line import tracked
 from flows.result import OptimizeResult
 from modelpress.config import OptimizeConfig
-from tasks.models import distill, export, prune, quantize, source
+from tasks.models import distill, export, plan, prune, quantize, source
 from tasks.packs import compress, shard, upload
 from tasks.release import promote, register
 
@@ -32,6 +32,8 @@ def optimize(config: OptimizeConfig) -> OptimizeResult:
         graph = line.judged("export", export(run, model, config.export))
         if config.quantize:
             graph = line.judged("quantize", quantize(run, graph, config.quantize, model, config.export))
+        if config.plan:
+            graph = line.judged("plan", plan(run, graph, config.plan, config.compress))
         coded = line.passed("compress", compress(run, graph, config.compress))
         shards = line.passed("shard", shard(run, coded.output, config.shard))
         published = line.passed("upload", upload(run, coded.output, shards.outputs, config, line.provenance()))

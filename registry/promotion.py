@@ -209,8 +209,8 @@ def _gather(store: Store, manifest: Manifest, version: Version, champion: str | 
         compression_ratio=_compression_ratio(manifest, reports),
         speedup=versions.measured_number(version, "speedup"),
         attribution=_attribution(version),
-        coverage=reports.get("quantize", {}).get("coverage"),
-        quantized=manifest.config.get("quantize") is not None,
+        coverage=(reports.get("quantize") or reports.get("plan") or {}).get("coverage"),
+        quantized=any(manifest.config.get(stage) is not None for stage in ("quantize", "plan")),
     )
 
 

@@ -1,4 +1,4 @@
-"""The stages that make and change a model: source, distill, prune, export, quantize."""
+"""The stages that make and change a model: source, distill, prune, export, quantize, plan."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ from collections.abc import Mapping
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from modelpress.config import DistillConfig, ExportConfig, PruneConfig, QuantizeConfig
+from modelpress.config import CompressConfig, DistillConfig, ExportConfig, PlanConfig, PruneConfig, QuantizeConfig
 from modelpress.progress import Progress
-from modelpress.reports import ArtifactRef, DistillReport, ExportReport, PruneReport, QuantizeReport, SourceReport
+from modelpress.reports import (
+    ArtifactRef,
+    DistillReport,
+    ExportReport,
+    PlanReport,
+    PruneReport,
+    QuantizeReport,
+    SourceReport,
+)
+from tasks.evaluation import host_fingerprint
 from tasks.records import Finished
 from tasks.runner import RunContext, fetch_checkpoint, open_workload, run_stage
 
@@ -117,3 +126,22 @@ def quantize(
     inputs = [graph, model] if config.needs_module else [graph]
     extra = {"export": export_config.fingerprint()} if config.needs_module else None
     return run_stage(context, "quantize", QuantizeReport, work, inputs=inputs, config=config, extra=extra)
+
+
+@task(name="plan", task_run_name="plan", cache_policy=NO_CACHE)
+def plan(
+    context: RunContext, graph: ArtifactRef, config: PlanConfig, compression: CompressConfig | None
+) -> Finished[PlanReport]:
+    """Give each weight a form of its own within one budget; `compression` is how the pack will be coded."""
+
+    def work(progress: Progress) -> tuple[Mapping[str, bytes], PlanReport]:
+        from modelpress.plan import plan as run
+
+        workload = open_workload(context.workload, context.mlflow_run)
+        planned, report = run(fetch_checkpoint(graph), workload, config, compression, progress)
+        return {"output": planned.to_bytes()}, report
+
+    extra: dict[str, object] = {"compress": compression.fingerprint() if compression else None}
+    if config.objective == "seconds":
+        extra["host"] = host_fingerprint()
+    return run_stage(context, "plan", PlanReport, work, inputs=[graph], config=config, extra=extra)

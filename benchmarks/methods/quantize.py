@@ -27,6 +27,7 @@ from torch import Tensor
 
 from benchmarks._report import Row, main
 from modelpress import graph
+from modelpress.agreement import mean_cosine
 from modelpress.checkpoint import Checkpoint
 from modelpress.compress import compress
 from modelpress.config import CompressConfig, ExportConfig, QuantizeConfig, WorkloadConfig
@@ -35,7 +36,6 @@ from modelpress.progress import silent
 from modelpress.quantize import static
 from modelpress.quantize.build import builder
 from modelpress.quantize.selection import chosen_layers, eligible_layers
-from modelpress.quantize.sensitivity import mean_cosine
 from modelpress.workloads.sentence_embedding import SentenceEmbedding
 
 NOTE = """\

@@ -22,7 +22,8 @@ Checked = TypeVar("Checked", bound=Config)
 
 
 class OptimizeConfig(Config):
-    """One run of the line: source → distill → prune → export → quantize → compress → shard → upload → register."""
+    """One run of the line: source → distill → prune → export → quantize or plan → compress → shard → upload →
+    register."""
 
     name: PackName
     """Name of the published pack and of the registered model."""
@@ -36,6 +37,8 @@ class OptimizeConfig(Config):
     """The ONNX graph that is served."""
     quantize: QuantizeConfig | None = None
     """Absent: the graph stays in float."""
+    plan: PlanConfig | None = None
+    """Absent: no weight has a form of its own. Not beside `quantize`: a plan takes a float graph."""
     compress: CompressConfig | None = CompressConfig()
     """Null: every tensor is stored raw, and the pack is a plain safetensors checkpoint."""
     shard: ShardConfig = ShardConfig()
@@ -51,6 +54,8 @@ class OptimizeConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> OptimizeConfig:
+        if self.plan and self.quantize:
+            raise ValueError("plan and quantize exclude each other: a plan takes the float graph; leave one out")
         if self.gate.min_attribution_agreement and not self.evaluate.attribution_samples:
             raise ValueError("gate.min_attribution_agreement needs evaluate.attribution_samples")
         return self

@@ -1,8 +1,9 @@
-"""What a weight tensor may become: integer codes of some width, with a scale in all, per channel or per group."""
+"""What a weight tensor may become: integer codes of some width, with a scale in all, per channel or per group, and
+perhaps zeros in place of the weights that matter least."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +21,18 @@ class Candidate:
     """Codes lie in ±(2^(bits − 1) − 1): as many above zero as below, and zero among them."""
     scale: Scale
     """What shares a scale: the tensor, an output channel (a row of a table), or so many neighbouring inputs of one."""
+    sparsity: float = 0.0
+    """Fraction of each output channel's weights that become zero before rounding."""
 
     def __str__(self) -> str:
         shared = f"groups of {self.scale}" if isinstance(self.scale, int) else f"scale per {self.scale}"
-        return f"{self.num_bits} bits, {shared}"
+        zeros = f", {100 * self.sparsity:g} % zeros" if self.sparsity else ""
+        return f"{self.num_bits} bits, {shared}{zeros}"
+
+    @property
+    def dense(self) -> Candidate:
+        """The same without zeros of its own."""
+        return replace(self, sparsity=0.0)
 
     @property
     def largest_code(self) -> int:
@@ -56,15 +65,20 @@ def fits(candidate: Candidate, shape: tuple[int, ...], channel_axis: int) -> boo
     return inputs % candidate.scale == 0 and inputs > candidate.scale
 
 
-def encode(weight: Floats, candidate: Candidate, channel_axis: int) -> Coding:
-    """Round a finite weight to the nearest codes; each is within half a scale.
+def encode(weight: Floats, candidate: Candidate, channel_axis: int, importance: Floats | None = None) -> Coding:
+    """Round a finite weight to the nearest codes; each that does not become zero is within half a scale.
 
     Args:
         weight: float32, of two or more axes.
         candidate: one that `fits`.
         channel_axis: 0 or the last; it numbers the output channels.
+        importance: broadcasts to the weight. The weights of least |weight| · importance become zero; with the root mean
+            square of each input that is Wanda (Sun et al. 2023, arXiv:2306.11695). None: those of least magnitude.
     """
     grouped, shared = _layout(weight.shape, candidate.scale, channel_axis)
+    if candidate.sparsity:
+        score = np.abs(weight) if importance is None else np.abs(weight) * importance
+        weight = np.where(_least(score, candidate.sparsity, channel_axis), np.float32(0), weight)
     values = weight.reshape(grouped)
     largest = np.abs(values).max(axis=shared, keepdims=True) if shared else np.abs(values).max()
     scale = np.asarray(largest / candidate.largest_code, np.float32)
@@ -72,6 +86,17 @@ def encode(weight: Floats, candidate: Candidate, channel_axis: int) -> Coding:
     scale = np.where(scale < np.finfo(np.float32).tiny, np.float32(1.0), scale)
     codes = np.clip(np.rint(values / scale), -candidate.largest_code, candidate.largest_code).astype(np.int8)
     return Coding(codes.reshape(weight.shape), scale, grouped)
+
+
+def _least(score: Floats, share: float, channel_axis: int) -> npt.NDArray[np.bool_]:
+    """Where the smallest of each output channel's scores are, so many of them to the element."""
+    rows = np.moveaxis(score, channel_axis, 0).reshape(score.shape[channel_axis], -1)
+    taken = np.zeros(rows.shape, np.bool_)
+    count = int(share * rows.shape[1])
+    places = np.argpartition(rows, count, axis=1)[:, :count]
+    np.put_along_axis(taken, places, True, axis=1)
+    moved = tuple(np.moveaxis(score, channel_axis, 0).shape)
+    return np.moveaxis(taken.reshape(moved), 0, channel_axis)
 
 
 def _layout(shape: tuple[int, ...], scale: Scale, channel_axis: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

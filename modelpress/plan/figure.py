@@ -1,4 +1,4 @@
-"""The plot of a plan: coded bytes against disagreement, with the uniform settings. Drawn without a display."""
+"""The plot of a plan: bytes or seconds against disagreement, with the uniform settings. Drawn without a display."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from modelpress.reports import PlanPoint, PlanReport
 
-COLOURS = ("#c8752d", "#4f8a5b", "#8a4f7d", "#999999")
-MARKS = ("s", "^", "D", "v")
+COLOURS = ("#c8752d", "#4f8a5b", "#8a4f7d", "#5f9ea0", "#b0a160", "#999999")
+MARKS = ("s", "^", "D", "v", "P", "X")
 
 
 def draw(report: PlanReport, path: Path) -> None:
@@ -26,11 +26,18 @@ def draw(report: PlanReport, path: Path) -> None:
     for place, (scale, points) in enumerate(groupby(by_scale, key=lambda point: point.label.partition(", ")[2])):
         colour, mark = COLOURS[place % len(COLOURS)], MARKS[place % len(MARKS)]
         axes.plot(*_columns(list(points)), mark, color=colour, label=f"uniform, {scale}")
-    axes.plot([report.coded_bytes], [report.disagreement], "*", color="#b3261e", markersize=14, label="the plan")
+    axes.plot(
+        [report.coded_bytes if report.seconds is None else report.seconds],
+        [report.disagreement],
+        "*",
+        color="#b3261e",
+        markersize=14,
+        label="the plan",
+    )
     axes.axhline(report.max_disagreement, color="#999999", linewidth=0.8, linestyle="--")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("coded bytes")
+    axes.set_xlabel("coded bytes" if report.seconds is None else "seconds of a call")
     meaning = "mean KL divergence, nats" if report.divergence == "kl" else "1 − mean cosine"
     axes.set_ylabel(f"disagreement with the float graph ({meaning})")
     axes.spines[["top", "right"]].set_visible(False)
@@ -38,6 +45,8 @@ def draw(report: PlanReport, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def _columns(points: list[PlanPoint]) -> tuple[list[int], list[float]]:
-    shown = sorted((point.coded_bytes, point.disagreement) for point in points if point.disagreement > 0)
-    return [size for size, _ in shown], [error for _, error in shown]
+def _columns(points: list[PlanPoint]) -> tuple[list[float], list[float]]:
+    costs = [point.coded_bytes if point.seconds is None else point.seconds for point in points]
+    pairs = sorted((cost, point.disagreement) for cost, point in zip(costs, points, strict=True))
+    shown = [(cost, error) for cost, error in pairs if error > 0]
+    return [cost for cost, _ in shown], [error for _, error in shown]

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from modelpress import graph
+from modelpress.agreement import divergence
 from modelpress.checkpoint import Checkpoint
 from modelpress.errors import WorkloadError
 from modelpress.evaluate import quality
-from modelpress.plan.judge import divergence
 from modelpress.reports import QualityReport
 from modelpress.workload import Workload
 

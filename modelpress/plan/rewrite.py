@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from modelpress.plan.candidates import Candidate, Coding, encode
+from modelpress.plan.candidates import Candidate, Coding
 from modelpress.plan.tensors import PlannedWeight
 
 CODES, SCALE = "_codes", "_scale"
@@ -34,7 +34,7 @@ def stored_weights(
     nodes: list[onnx.NodeProto] = []
     for name, candidate in plan.items():
         weight = weights[name]
-        coding = encode(weight.values, candidate, weight.channel_axis)
+        coding = weight.encode(candidate)
         made.graph.initializer.remove(initializers[name])
         made.graph.initializer.append(numpy_helper.from_array(coding.codes, name + CODES))
         made.graph.initializer.append(numpy_helper.from_array(coding.scale, name + SCALE))

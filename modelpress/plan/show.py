@@ -36,22 +36,28 @@ def outline(rows: Sequence[PlanOutline]) -> Table:
 def effort(rows: Sequence[PlanOutline], config: PlanConfig) -> str:
     """How much a plan takes."""
     least, most = sum(row.least_measurements for row in rows), sum(len(row.candidates) for row in rows)
-    whole = len(config.num_bits) * len(config.scales) + config.points
+    if config.objective == "seconds":
+        return (
+            f"{len(rows)} products, at most {most} measurements on {config.sensitivity_samples} samples; the time of "
+            f"each kernel for each class of products; {config.points} and a few more on the whole calibration split"
+        )
+    whole = len(config.num_bits) * len(config.sharing) * len(config.sparsity) + config.points
     return (
         f"{len(rows)} weights, {least} to {most} measurements on {config.sensitivity_samples} samples, "
-        f"{whole} and a few more on the whole calibration split"
+        f"up to {whole} and a few more on the whole calibration split"
     )
 
 
 def tensors(report: PlanReport) -> Table:
     """A row per weight."""
+    timed = report.objective == "seconds"
     return [
         {
             "weight": row.name,
             "shape": "×".join(map(str, row.shape)),
-            "bits": "float" if row.num_bits is None else str(row.num_bits),
-            "scale": "" if row.scale is None else str(row.scale),
+            "form": row.form,
             "coded bytes": f"{row.coded_bytes + row.inline_bytes:,}",
+            **({"ms off": f"{1000 * (row.seconds or 0):.3f}"} if timed else {}),
             "alone": f"{row.disagreement:.2e}" + ("" if row.is_measured else " foretold"),
         }
         for row in report.tensors
@@ -59,11 +65,15 @@ def tensors(report: PlanReport) -> Table:
 
 
 def points(report: PlanReport) -> Table:
-    """The front and the uniform settings, by bytes."""
-    rows: list[PlanPoint] = sorted([*report.front, *report.uniform], key=lambda point: point.coded_bytes)
+    """The front and the uniform settings, by what was made least."""
+    timed = report.objective == "seconds"
+    rows: list[PlanPoint] = sorted(
+        [*report.front, *report.uniform], key=lambda point: (point.seconds or 0.0, point.coded_bytes)
+    )
     return [
         {
             "choice": row.label,
+            **({"ms a call": f"{1000 * (row.seconds or 0):.3f}"} if timed else {}),
             "coded bytes": f"{row.coded_bytes:,}",
             "disagreement": f"{row.disagreement:.3e}",
             "foretold": "" if row.predicted_disagreement is None else f"{row.predicted_disagreement:.3e}",
@@ -82,6 +92,12 @@ def summary(report: PlanReport) -> str:
         f"asked at most {report.max_disagreement:.3e}), {report.held_out_disagreement:.3e} on held-out data",
         f"{found.metric} {found.value:.4f} on {found.samples} held-out samples",
     ]
+    if report.seconds is not None and report.float_seconds is not None and report.predicted_seconds is not None:
+        lines.insert(
+            0,
+            f"{1000 * report.float_seconds:.3f} ms a call in float, {1000 * report.seconds:.3f} planned "
+            f"(foretold {1000 * report.predicted_seconds:.3f}): {report.float_seconds / report.seconds:.2f}× as fast",
+        )
     if found.difference is not None:
         lines[-1] += (
             f", {found.difference:+.4f} to the float graph "

@@ -14,11 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
+STEPS = 4096
+"""Of an error budget, as the knapsack counts it."""
+
 
 class Option(NamedTuple):
-    """What one choice for one tensor costs."""
+    """What one choice for one tensor costs: bytes, or seconds."""
 
-    bytes: int
+    cost: float
     error: float
 
 
@@ -32,8 +37,8 @@ class Chain:
     """The tensor that moves, and its new option."""
     errors: tuple[float, ...]
     """Of each solution; they rise."""
-    sizes: tuple[int, ...]
-    """Bytes of each solution; they fall."""
+    costs: tuple[float, ...]
+    """Cost of each solution; they fall."""
 
     def choice(self, position: int) -> tuple[int, ...]:
         """Option of each tensor in the solution at `position`."""
@@ -54,24 +59,24 @@ def chain(tensors: Sequence[Sequence[Option]]) -> Chain:
     for tensor, vertices in enumerate(hulls):
         for place, (before, after) in enumerate(itertools.pairwise(vertices)):
             one, other = tensors[tensor][before], tensors[tensor][after]
-            multiplier = (one.bytes - other.bytes) / (other.error - one.error)
+            multiplier = (one.cost - other.cost) / (other.error - one.error)
             edges.append((-multiplier, tensor, place, before, after))
     edges.sort()
     start = tuple(vertices[0] for vertices in hulls)
     errors = [sum(options[first].error for options, first in zip(tensors, start, strict=True))]
-    sizes = [sum(options[first].bytes for options, first in zip(tensors, start, strict=True))]
+    costs = [sum(options[first].cost for options, first in zip(tensors, start, strict=True))]
     for _, tensor, _, before, after in edges:
         errors.append(errors[-1] + tensors[tensor][after].error - tensors[tensor][before].error)
-        sizes.append(sizes[-1] + tensors[tensor][after].bytes - tensors[tensor][before].bytes)
-    return Chain(start, tuple((tensor, after) for _, tensor, _, _, after in edges), tuple(errors), tuple(sizes))
+        costs.append(costs[-1] + tensors[tensor][after].cost - tensors[tensor][before].cost)
+    return Chain(start, tuple((tensor, after) for _, tensor, _, _, after in edges), tuple(errors), tuple(costs))
 
 
 def hull(options: Sequence[Option]) -> list[int]:
     """Places of the vertices of the lower convex hull, by rising error and falling bytes."""
-    order = sorted(range(len(options)), key=lambda place: (options[place].error, options[place].bytes, place))
+    order = sorted(range(len(options)), key=lambda place: (options[place].error, options[place].cost, place))
     vertices: list[int] = []
     for place in order:
-        if vertices and options[place].bytes >= options[vertices[-1]].bytes:
+        if vertices and options[place].cost >= options[vertices[-1]].cost:
             continue
         while len(vertices) > 1 and _saving(options, vertices[-2], vertices[-1]) <= _saving(
             options, vertices[-2], place
@@ -81,6 +86,39 @@ def hull(options: Sequence[Option]) -> list[int]:
     return vertices
 
 
+def knapsack(tensors: Sequence[Sequence[Option]], budget: float) -> tuple[int, ...] | None:
+    """The choice of fewest bytes within a budget of error, by dynamic programming; None where none is within it.
+
+    It is exact but for the errors, each of which is rounded up to a multiple of the budget ÷ `STEPS`: so it finds what
+    lies between two solutions of the chain, where a multiplier finds nothing.
+    """
+    best = np.zeros(STEPS + 1)  # fewest bytes of the tensors so far, by steps of the budget that are taken
+    taken: list[np.ndarray] = []
+    for options in tensors:
+        costs = np.full((len(options), STEPS + 1), np.inf)
+        for place, option in enumerate(options):
+            steps = int(np.ceil(option.error / budget * STEPS)) if option.error else 0
+            if steps <= STEPS:
+                costs[place, steps:] = best[: STEPS + 1 - steps] + option.cost
+        taken.append(costs.argmin(axis=0))
+        best = costs.min(axis=0)
+    if not np.isfinite(best[STEPS]):
+        return None
+    left, choice = STEPS, []
+    for options, places in zip(reversed(tensors), reversed(taken), strict=True):
+        place = int(places[left])
+        choice.append(place)
+        error = options[place].error
+        left -= int(np.ceil(error / budget * STEPS)) if error else 0
+    return tuple(reversed(choice))
+
+
+def total(tensors: Sequence[Sequence[Option]], choice: Sequence[int]) -> Option:
+    """What a choice takes in all."""
+    taken = [options[place] for options, place in zip(tensors, choice, strict=True)]
+    return Option(sum(one.cost for one in taken), sum(one.error for one in taken))
+
+
 def _saving(options: Sequence[Option], before: int, after: int) -> float:
     """Bytes saved per error accepted."""
-    return (options[before].bytes - options[after].bytes) / (options[after].error - options[before].error)
+    return (options[before].cost - options[after].cost) / (options[after].error - options[before].error)

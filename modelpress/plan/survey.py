@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from onnx import ModelProto
 
 from modelpress import graph
+from modelpress.agreement import Inputs
 from modelpress.checkpoint import Checkpoint
 from modelpress.config import CompressConfig, PlanConfig
-from modelpress.plan.candidates import Candidate, Floats, encode
+from modelpress.plan.candidates import Candidate, Floats
 from modelpress.plan.costs import Cost, coded_bytes, coding_cost, float_cost
-from modelpress.plan.judge import FedWeights, Inputs
+from modelpress.plan.fed import FedWeights
 from modelpress.plan.rewrite import stored_weights
 from modelpress.plan.sensitivity import Measured
-from modelpress.plan.solver import Chain
+from modelpress.plan.solver import Option
 from modelpress.plan.tensors import PlannedWeight
 from modelpress.reports import PlanPoint
 from modelpress.workload import Workload
@@ -33,7 +35,7 @@ class Survey:
     """Its data."""
     config: PlanConfig
     """What may be chosen."""
-    compression: CompressConfig
+    compression: CompressConfig | None
     """How bytes are counted."""
     model: ModelProto
     """The checkpoint's graph."""
@@ -51,9 +53,20 @@ class Survey:
     _rest: int | None = None
 
     @property
+    def settings(self) -> list[Candidate]:
+        """What all weights may be alike, those without zeros of their own first."""
+        config = self.config
+        return [
+            Candidate(bits, scale, sparsity)
+            for sparsity in sorted(config.sparsity)
+            for scale in config.sharing
+            for bits in config.num_bits
+        ]
+
+    @property
     def steps(self) -> int:
         """Of the progress bar."""
-        return len(self.weights) + len(self.config.num_bits) * len(self.config.scales) + self.config.points + 2
+        return len(self.weights) + len(self.settings) + self.config.points + 2
 
     def cost(self, name: str, candidate: Candidate | None) -> Cost:
         """Of a weight as a candidate, or in float."""
@@ -64,7 +77,7 @@ class Survey:
             if candidate is None:
                 known = float_cost(weight, self.compression)
             elif known is None:
-                known = coding_cost(weight, encode(weight.values, candidate, weight.channel_axis), self.compression)
+                known = coding_cost(weight, weight.encode(candidate), self.compression)
             self._costs[key] = known
         return self._costs[key]
 
@@ -75,18 +88,43 @@ class Survey:
             self._rest = coded_bytes(Checkpoint("onnx", others), self.compression)
         return self._rest + sum(self.cost(name, choice.get(name)).coded for name in self.weights)
 
-    def choice(self, solutions: Chain, position: int) -> Choice:
-        """The candidates of a solution; the last option of each weight is to stay in float."""
-        chosen = {}
-        for (name, weight), option in zip(self.weights.items(), solutions.choice(position), strict=True):
-            if option < len(weight.candidates):
-                chosen[name] = weight.candidates[option]
-        return chosen
+    def options(self) -> list[list[Option]]:
+        """Of each weight, its candidates; the last option is to stay in float."""
+        return [
+            [
+                *(Option(one.cost.bytes, one.disagreement) for one in self.curves[name]),
+                Option(self.cost(name, None).bytes, 0.0),
+            ]
+            for name in self.weights
+        ]
+
+    def choice(self, options: Sequence[int]) -> Choice:
+        """The candidates that options stand for."""
+        return {
+            name: weight.candidates[option]
+            for (name, weight), option in zip(self.weights.items(), options, strict=True)
+            if option < len(weight.candidates)
+        }
+
+    def alike(self, candidate: Candidate) -> Choice:
+        """All weights in one form; where its groups do not fit, with a scale per channel."""
+        own = replace(candidate, scale="channel")
+        return {name: candidate if candidate in one.candidates else own for name, one in self.weights.items()}
+
+    def foretold(self, choice: Choice) -> float | None:
+        """What the disagreements of single weights add up to; None where one is of no candidate."""
+        known = {name: {one.candidate: one.disagreement for one in curve} for name, curve in self.curves.items()}
+        if any(candidate not in known[name] for name, candidate in choice.items()):
+            return None
+        return sum(known[name][candidate] for name, candidate in choice.items())
+
+    def disagreement(self, choice: Choice) -> float:
+        """Of a choice, measured on the whole calibration split."""
+        return self.fed.disagreement(self.dequantized(choice))
 
     def dequantized(self, choice: Choice) -> dict[str, Floats]:
         """The weights that a choice stands for."""
-        weights = {name: self.weights[name] for name in choice}
-        return {name: encode(one.values, choice[name], one.channel_axis).dequantize() for name, one in weights.items()}
+        return {name: self.weights[name].encode(candidate).dequantize() for name, candidate in choice.items()}
 
     def build(self, choice: Choice) -> Checkpoint:
         """The checkpoint of a choice."""

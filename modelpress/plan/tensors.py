@@ -10,7 +10,7 @@ from onnx import ModelProto, numpy_helper
 
 from modelpress.config import PlanConfig
 from modelpress.errors import ConfigError, CoverageError, StageError
-from modelpress.plan.candidates import Candidate, Floats, fits
+from modelpress.plan.candidates import Candidate, Coding, Floats, encode, fits
 from modelpress.quantize.rewrite import channel_axis
 from modelpress.quantize.selection import Layer, check_patterns, eligible_layers, matches
 
@@ -29,6 +29,12 @@ class PlannedWeight:
     """What numbers the output channels (the rows of a table): 0 or the last axis."""
     candidates: tuple[Candidate, ...]
     """What it may become beside staying in float."""
+    importance: Floats | None = None
+    """Root mean square of each input, which broadcasts to the weight; None: not known."""
+
+    def encode(self, candidate: Candidate) -> Coding:
+        """Its codes as a candidate."""
+        return encode(self.values, candidate, self.channel_axis, self.importance)
 
 
 def planned_weights(model: ModelProto, config: PlanConfig) -> list[PlannedWeight]:
@@ -40,7 +46,7 @@ def planned_weights(model: ModelProto, config: PlanConfig) -> list[PlannedWeight
         StageError: a weight that is NaN or infinite.
     """
     layers = eligible_layers(model, config.embeddings)
-    chosen = {layer.weight for layer in _chosen(layers, config)}
+    chosen = {layer.weight for layer in chosen_layers(layers, config)}
     initializers = {one.name: one for one in model.graph.initializer}
     nodes = {node.name: node for node in model.graph.node}
     replaceable = {one.name for one in model.graph.input}
@@ -53,7 +59,12 @@ def planned_weights(model: ModelProto, config: PlanConfig) -> list[PlannedWeight
         values = np.ascontiguousarray(numpy_helper.to_array(initializers[name]))
         _check_finite(name, values)
         axis = channel_axis(nodes[those[0].node], values.ndim)
-        wanted = [Candidate(bits, scale) for scale in config.scales for bits in sorted(config.num_bits)]
+        wanted = [
+            Candidate(bits, scale, sparsity)
+            for sparsity in sorted(config.sparsity)
+            for scale in config.sharing
+            for bits in sorted(config.num_bits)
+        ]
         offered = tuple(one for one in wanted if fits(one, values.shape, axis))
         if offered:
             weights.append(PlannedWeight(name, tuple(layer.node for layer in those), values, axis, offered))
@@ -61,7 +72,13 @@ def planned_weights(model: ModelProto, config: PlanConfig) -> list[PlannedWeight
     return weights
 
 
-def _chosen(layers: Sequence[Layer], config: PlanConfig) -> list[Layer]:
+def chosen_layers(layers: Sequence[Layer], config: PlanConfig) -> list[Layer]:
+    """The layers whose weights the config takes.
+
+    Raises:
+        ConfigError: a pattern that matches no layer.
+        CoverageError: there is none, or none is left.
+    """
     if not layers:
         raise CoverageError(
             "looking for weights to plan",
@@ -98,11 +115,16 @@ def _check_finite(name: str, values: Floats) -> None:
 
 
 def _check_scales(weights: Sequence[PlannedWeight], config: PlanConfig, readers: int) -> None:
-    for scale in config.scales:
-        if not any(one.scale == scale for weight in weights for one in weight.candidates):
+    for size in config.group_sizes:
+        if not any(one.scale == size for weight in weights for one in weight.candidates):
             raise ConfigError(
-                f"offering plan.scales {scale!r}",
+                f"offering plan.group_sizes {size}",
                 found=f"a group size that divides the inputs of none of {readers} weights into two groups or more",
                 expected="one that fits some weight",
-                fix="take a smaller power of two, or leave it out of plan.scales",
+                fix="take a smaller power of two, or leave it out of plan.group_sizes",
             )
+
+
+def eligible_elements(model: ModelProto, config: PlanConfig) -> int:
+    """Weights that could be planned, also those that `targets` and `ignore` leave out; shared ones count once."""
+    return sum({layer.weight: layer.elements for layer in eligible_layers(model, config.embeddings)}.values())

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from onnx import ModelProto
 
 from modelpress import graph
+from modelpress.agreement import Judge, from_cosine
 from modelpress.checkpoint import Checkpoint
 from modelpress.config import QuantizeConfig
 from modelpress.errors import ConfigError, CoverageError
@@ -72,7 +73,7 @@ def quantize(
     ranked = sensitivity.rank(
         build,
         units,
-        sensitivity.Judge(model, _some(batches)),
+        Judge(graph.split(model), _some(batches), from_cosine),
         lambda done, node: progress(done - 1, total, f"sensitivity of {node}"),
     )
     kept, quantized, disagreement = _within_budget(build, model, ranked, batches, config, progress)
@@ -107,7 +108,7 @@ def _within_budget(
     progress: Progress,
 ) -> tuple[int, ModelProto, float]:
     """Units in float, the model and its disagreement; float layers have integer weights if that fits the budget."""
-    judge = sensitivity.Judge(model, batches)
+    judge = Judge(graph.split(model), batches, from_cosine)
     units = [unit for unit, _ in ranked]
 
     def note(kept: int, disagreement: float) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from modelpress import graph
+from modelpress.agreement import Judge, from_cosine
 from modelpress.checkpoint import Checkpoint
 from modelpress.config import ExportConfig, QuantizeConfig
 from modelpress.errors import ConfigError, CoverageError
@@ -21,7 +22,6 @@ from modelpress.quantize.aware import train_aware_
 from modelpress.quantize.codebook import cluster_
 from modelpress.quantize.indices import halve_, index_
 from modelpress.quantize.selection import chosen_layers, eligible_layers
-from modelpress.quantize.sensitivity import Judge
 from modelpress.reports import QuantizeReport
 from modelpress.workload import Workload
 
@@ -128,7 +128,7 @@ def _train_and_round(
 def _agreement(model: ModelProto, checkpoint: Checkpoint, workload: Workload) -> float:
     """Mean cosine between the outputs of a graph and those of a checkpoint's, on the calibration split."""
     batches = [batch.inputs for batch in workload.batches("calibration", min(_BATCH, workload.evaluation_batch_size))]
-    return 1.0 - Judge(graph.join(checkpoint), batches).disagreement(model)
+    return 1.0 - Judge(checkpoint, batches, from_cosine).disagreement(graph.split(model))
 
 
 def fold_norms_(module: nn.Module, workload: Workload) -> list[str]:

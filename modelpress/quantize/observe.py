@@ -35,7 +35,7 @@ def observe(
     Raises:
         StageError: with `finite`, a value holds NaN or infinity.
     """
-    session = graph.session(graph.split(_until(model, values)))
+    session = graph.session(graph.split(until(model, values)))
     names = [one.name for one in session.get_inputs()]
     for batch in batches:
         found = session.run(list(values), {name: batch[name].numpy() for name in names})
@@ -73,7 +73,7 @@ def _rows(array: Floats, mask: npt.NDArray[np.bool_] | None) -> Floats:
     return array.reshape(-1, array.shape[-1]) if array.ndim else array.reshape(1, 1)
 
 
-def _until(model: ModelProto, values: Sequence[str]) -> ModelProto:
+def until(model: ModelProto, values: Sequence[str]) -> ModelProto:
     """The part of the graph that the values need, with the values as its outputs."""
     part = ModelProto()
     part.CopyFrom(model)

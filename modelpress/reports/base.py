@@ -6,7 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Stage = Literal["source", "distill", "prune", "export", "quantize", "compress", "shard", "upload", "register", "gate"]
+Stage = Literal[
+    "source", "distill", "prune", "export", "quantize", "plan", "compress", "shard", "upload", "register", "gate"
+]
 
 
 class Report(BaseModel):

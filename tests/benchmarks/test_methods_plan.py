@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-from benchmarks.methods.plan import _best, _candidate
-from modelpress.plan.candidates import Candidate
+from benchmarks.methods.plan import _best
 from modelpress.reports import PlanPoint
 
 
@@ -14,8 +13,3 @@ def test_the_peer_is_the_smallest_of_all_settings_that_agree_as_well() -> None:
     five = [point("5 bits, scale per tensor", 90, 0.3), point("5 bits, groups of 64", 120, 0.1)]
     six = [point("6 bits, scale per tensor", 100, 0.09), point("6 bits, groups of 64", 150, 0.01)]
     assert _best(five, [*five, *six]).label == "6 bits, scale per tensor"
-
-
-def test_a_setting_is_found_by_its_label() -> None:
-    assert _candidate("6 bits, scale per tensor") == Candidate(6, "tensor")
-    assert _candidate("3 bits, groups of 64") == Candidate(3, 64)

@@ -241,6 +241,32 @@ def test_a_refused_candidate_changes_nothing_but_challenger_and_a_rollback_retur
         rollback(QUICK.name)
 
 
+def test_a_plan_is_a_stage_of_the_line(first: OptimizeResult, client: MlflowClient) -> None:
+    """In place of `quantize`, on what the stages before it left; what it promised is what is published."""
+    plan = {"max_disagreement": 0.02, "num_bits": [8, 5, 3], "group_sizes": [], "points": 3}
+    planned = optimize(variant(quantize=None, plan=plan, promote=False))
+    assert set(planned.recomputed) == {"plan", "evaluate plan", "compress", "shard", "upload", "register"}
+    rows = {row.stage: row for row in planned.stages}
+    assert list(rows)[-4:] == ["plan", "compress", "shard", "upload"]
+    assert rows["plan"].runtime == "onnxruntime"
+    assert rows["plan"].quality is not None
+    assert planned.published_bytes < first.published_bytes
+
+    found = {stage: run.data for stage, run in children(client, run_of(client, planned)).items()}
+    assert found["plan"].metrics["coded_bytes"] == found["compress"].metrics["stored_bytes"]
+    assert 0 < found["plan"].metrics["disagreement"] <= 0.02
+    assert found["plan"].metrics["coverage"] == 1
+    assert found["plan"].params["max_disagreement"] == "0.02"
+    assert "plan.png" in {entry.path for entry in client.list_artifacts(planned.mlflow_run)}
+    flow_run = UUID(run_of(client, planned).data.tags["prefect.flow_run_id"])
+    with get_client(sync_client=True) as prefect:
+        of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run]))
+        artifacts = {artifact.key: artifact for artifact in prefect.read_artifacts(artifact_filter=of_run)}
+    choices = [row["choice"] for row in json.loads(str(artifacts["digits-quick-plan"].data))]
+    assert {"the plan", "8 bits, scale per tensor"} <= set(choices)
+    assert optimize(variant(quantize=None, plan=plan, promote=False)).recomputed == []
+
+
 def test_damaged_published_bytes_are_never_promoted(first: OptimizeResult, store: Store, client: MlflowClient) -> None:
     other = optimize(variant(shard={"max_shard_size": 24576}, promote=False))
     manifest = load.load_manifest(store, QUICK.name, other.pack)

@@ -16,7 +16,7 @@ RECIPE = """
 name: digits
 workload: {kind: image-classification, model: digits-cnn, data: digits, train_epochs: 1, train_samples: 300,
   evaluation_samples: 100, calibration_samples: 32, architecture: {channels: [4, 8], hidden: 16}}
-plan: {max_disagreement: 0.01, num_bits: [8, 5, 3], scales: [tensor, channel], points: 2}
+plan: {max_disagreement: 0.01, num_bits: [8, 5, 3], group_sizes: [], points: 2}
 """
 
 
@@ -57,7 +57,7 @@ def test_a_dry_run_shows_the_work_and_writes_nothing(
     assert run("plan", str(recipe), "--dry-run", "--to", str(tmp_path / "out")) == 0
     out = capsys.readouterr().out
     assert "weights, " in out
-    assert "6 to 6" in out
+    assert "5 to 12" in out
     assert not (tmp_path / "out").exists()
 
 

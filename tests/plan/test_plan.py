@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -7,7 +10,8 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
-from modelpress import graph
+from modelpress import agreement, graph
+from modelpress.agreement import Judge, divergence
 from modelpress.checkpoint import Checkpoint
 from modelpress.compress import compress
 from modelpress.config import CompressConfig, ExportConfig, PlanConfig
@@ -15,13 +19,14 @@ from modelpress.errors import BudgetExceededError, ConfigError, CoverageError, S
 from modelpress.export import export
 from modelpress.plan import outline, plan
 from modelpress.plan.candidates import Candidate, encode, fits
-from modelpress.plan.judge import FedWeights, Judge, divergence
+from modelpress.plan.fed import FedWeights
+from modelpress.plan.importance import weighed
 from modelpress.plan.rewrite import stored_weights
 from modelpress.plan.tensors import planned_weights
 from modelpress.reports import PlanReport
 from tests.toys import CNN_WEIGHTS, ImageToy, TextToy
 
-SCALES = ["tensor", "channel", 16]
+SCALES: dict[str, Any] = {"scales": ["tensor", "channel"], "group_sizes": [16]}
 
 
 class TiedToy(TextToy):
@@ -70,7 +75,17 @@ def tied() -> tuple[TiedToy, Checkpoint]:
 @pytest.fixture(scope="module")
 def planned(encoder) -> tuple[Checkpoint, PlanReport]:
     workload, checkpoint = encoder
-    return plan(checkpoint, workload, PlanConfig(max_disagreement=1e-3, scales=SCALES, points=3))
+    return plan(checkpoint, workload, PlanConfig(max_disagreement=1e-3, **SCALES, points=3))
+
+
+def sharing(scale: str | int, **options: Any) -> PlanConfig:
+    """One sharing of scales alone."""
+    alone = {"scales": [], "group_sizes": [scale]} if isinstance(scale, int) else {"scales": [scale], "group_sizes": []}
+    return PlanConfig.model_validate(alone | options)
+
+
+def judge(checkpoint: Checkpoint, workload: Any) -> Judge:
+    return Judge(checkpoint, batches(workload), partial(divergence, outputs="logits"))
 
 
 def batches(workload) -> list[dict[str, Tensor]]:
@@ -104,7 +119,7 @@ def test_groups_that_do_not_divide_are_not_offered() -> None:
 def test_the_graph_computes_with_the_dequantized_weights(kind: str, scale, request) -> None:
     workload, checkpoint = request.getfixturevalue(kind)
     model = graph.join(checkpoint)
-    weights = {one.name: one for one in planned_weights(model, PlanConfig(scales=[scale]))}
+    weights = {one.name: one for one in planned_weights(model, sharing(scale))}
     choice = {name: Candidate(4, scale) for name in weights}
     made = graph.split(stored_weights(model, choice, weights))
     onnx.checker.check_model(graph.join(made))
@@ -123,8 +138,7 @@ def test_the_report_says_what_the_checkpoint_is(encoder, planned) -> None:
     workload, checkpoint = encoder
     made, report = planned
     assert report.divergence == "kl"
-    judge = Judge(checkpoint, batches(workload), "logits")
-    assert judge.disagreement(made) == pytest.approx(report.disagreement, rel=1e-9)
+    assert judge(checkpoint, workload).disagreement(made) == pytest.approx(report.disagreement, rel=1e-9)
     assert 0 < report.disagreement <= report.max_disagreement
     assert report.coded_bytes == compress(made, CompressConfig())[1].stored_bytes
     assert report.predicted_bytes == report.coded_bytes
@@ -144,17 +158,18 @@ def test_the_report_says_what_the_checkpoint_is(encoder, planned) -> None:
 def test_every_point_is_what_it_says(encoder, planned) -> None:
     workload, checkpoint = encoder
     _, report = planned
-    assert len(report.uniform) == 18
+    dense = [point for point in report.uniform if "zeros" not in point.label]
+    assert len(dense) == 18
     assert any(point.coded_bytes == report.coded_bytes for point in report.front)
     sizes = [point.coded_bytes for point in report.front]
     assert sizes == sorted(sizes, reverse=True)
     label = "4 bits, scale per channel"
     point = next(one for one in report.uniform if one.label == label)
     model = graph.join(checkpoint)
-    weights = {one.name: one for one in planned_weights(model, PlanConfig(scales=SCALES))}
+    weights = {one.name: one for one in planned_weights(model, PlanConfig(**SCALES))}
     made = graph.split(stored_weights(model, {name: Candidate(4, "channel") for name in weights}, weights))
     assert point.coded_bytes == compress(made, CompressConfig())[1].stored_bytes
-    found = Judge(checkpoint, batches(workload), "logits").disagreement(made)
+    found = judge(checkpoint, workload).disagreement(made)
     assert point.disagreement == pytest.approx(found, rel=1e-3)
 
 
@@ -162,7 +177,7 @@ def test_a_larger_budget_takes_no_more_bytes(cnn) -> None:
     workload, checkpoint = cnn
     sizes = []
     for budget in (1e-7, 1e-6, 1e-5, 1e-4):
-        _, report = plan(checkpoint, workload, PlanConfig(max_disagreement=budget, scales=SCALES, points=0))
+        _, report = plan(checkpoint, workload, PlanConfig(max_disagreement=budget, **SCALES, points=0))
         assert report.disagreement <= budget
         sizes.append(sum(row.coded_bytes + row.inline_bytes for row in report.tensors))
     assert sizes == sorted(sizes, reverse=True)
@@ -171,9 +186,9 @@ def test_a_larger_budget_takes_no_more_bytes(cnn) -> None:
 
 def test_a_weight_that_is_shared_is_planned_once(tied) -> None:
     workload, checkpoint = tied
-    rows = outline(checkpoint, workload, PlanConfig(scales=["channel"]))
+    rows = outline(checkpoint, workload, sharing("channel"))
     assert sorted(row.shape for row in rows) == [[32, 32], [100, 32]]
-    made, report = plan(checkpoint, workload, PlanConfig(max_disagreement=0.05, scales=["channel"], points=0))
+    made, report = plan(checkpoint, workload, sharing("channel", max_disagreement=0.05, points=0))
     assert len(report.tensors) == 2
     names = [one.name for one in graph.join(made).graph.initializer]
     assert len(names) == len(set(names))
@@ -183,7 +198,7 @@ def test_a_weight_that_is_shared_is_planned_once(tied) -> None:
 def test_planning_is_deterministic_and_leaves_its_input_alone(encoder, planned) -> None:
     workload, checkpoint = encoder
     before = checkpoint.to_bytes()
-    made, report = plan(checkpoint, workload, PlanConfig(max_disagreement=1e-3, scales=SCALES, points=3))
+    made, report = plan(checkpoint, workload, PlanConfig(max_disagreement=1e-3, **SCALES, points=3))
     assert made.to_bytes() == planned[0].to_bytes()
     assert report == planned[1]
     assert checkpoint.to_bytes() == before
@@ -191,7 +206,7 @@ def test_planning_is_deterministic_and_leaves_its_input_alone(encoder, planned) 
 
 def test_what_is_ignored_stays_in_float(cnn) -> None:
     workload, checkpoint = cnn
-    config = PlanConfig(max_disagreement=1e-3, scales=["tensor"], ignore=["body.7.*"], points=0)
+    config = sharing("tensor", max_disagreement=1e-3, ignore=["body.7.*"], points=0)
     made, report = plan(checkpoint, workload, config)
     assert {node for row in report.tensors for node in row.nodes} == set(CNN_WEIGHTS) - {"body.7.Gemm"}
     name = next(name for name in checkpoint.tensors if name.startswith("body.7") and "weight" in name)
@@ -201,13 +216,13 @@ def test_what_is_ignored_stays_in_float(cnn) -> None:
 def test_weights_that_are_fed_give_what_weights_that_are_stored_give(encoder) -> None:
     workload, checkpoint = encoder
     model = graph.join(checkpoint)
-    weights = {one.name: one for one in planned_weights(model, PlanConfig(scales=["tensor"]))}
+    weights = {one.name: one for one in planned_weights(model, sharing("tensor"))}
     name, weight = next(iter(weights.items()))
     candidate = Candidate(3, "tensor")
     fed = FedWeights(model, {one: other.values for one, other in weights.items()}, batches(workload), "logits")
     found = fed.disagreement({name: encode(weight.values, candidate, weight.channel_axis).dequantize()})
     made = graph.split(stored_weights(model, {name: candidate}, weights))
-    assert found == pytest.approx(Judge(checkpoint, batches(workload), "logits").disagreement(made), rel=1e-3)
+    assert found == pytest.approx(judge(checkpoint, workload).disagreement(made), rel=1e-3)
     assert fed.disagreement({}) == 0
 
 
@@ -226,7 +241,7 @@ def test_divergences_are_those_of_the_textbook() -> None:
         ({"targets": ["body.8*"]}, ConfigError, "'body.8*', which matches none of 4 eligible nodes"),
         ({"ignore": ["conv*"]}, ConfigError, "plan.ignore"),
         ({"ignore": ["*"]}, CoverageError, "none of 4 eligible layers"),
-        ({"scales": ["tensor", 640]}, ConfigError, "plan.scales 640"),
+        ({"group_sizes": [640]}, ConfigError, "plan.group_sizes 640"),
         ({"max_disagreement": 1e-15, "points": 0}, BudgetExceededError, "at most 1e-15"),
     ],
     ids=str,
@@ -234,7 +249,7 @@ def test_divergences_are_those_of_the_textbook() -> None:
 def test_bad_configs_are_named(cnn, options: dict, error: type[Exception], said: str) -> None:
     workload, checkpoint = cnn
     with pytest.raises(error) as raised:
-        plan(checkpoint, workload, PlanConfig(**{"scales": ["tensor"], "num_bits": [8, 4], **options}))
+        plan(checkpoint, workload, sharing("tensor", **{"num_bits": [8, 4], **options}))
     assert said in str(raised.value)
 
 
@@ -244,10 +259,58 @@ def test_weights_that_are_not_finite_are_named(cnn) -> None:
     name = next(name for name in tensors if name.startswith("body.7"))
     tensors[name][0, 3] = torch.nan
     with pytest.raises(StageError, match=rf"(?s)planning '{name}'.*1 of its 3072 values NaN or infinite"):
-        outline(Checkpoint("onnx", tensors, checkpoint.files), workload, PlanConfig(scales=["tensor"]))
+        outline(Checkpoint("onnx", tensors, checkpoint.files), workload, sharing("tensor"))
 
 
 def test_too_little_calibration_data_is_refused(cnn) -> None:
     _, checkpoint = cnn
     with pytest.raises(WorkloadError, match=r"(?s)found: 5 samples.*at least 8.*calibration_samples"):
-        plan(checkpoint, ImageToy(samples=5), PlanConfig(scales=["tensor"]))
+        plan(checkpoint, ImageToy(samples=5), sharing("tensor"))
+
+
+def test_zeros_are_the_least_important_weights_of_each_channel() -> None:
+    """Wanda's score by hand: a weight that is small may still matter, by what it multiplies."""
+    weight = np.array([[3.0, -1.0, 2.0, 4.0], [0.5, 8.0, -0.25, 1.0]], np.float32)
+    importance = np.array([[1.0, 10.0, 1.0, 0.1]], np.float32)
+    by_size = encode(weight, Candidate(8, "tensor", 0.5), 0).codes
+    by_score = encode(weight, Candidate(8, "tensor", 0.5), 0, importance).codes
+    assert (by_size == 0).tolist() == [[False, True, True, False], [True, False, True, False]]
+    assert (by_score == 0).tolist() == [[False, False, True, True], [False, False, True, True]]
+    kept = encode(weight, Candidate(8, "tensor"), 0).codes
+    assert (by_score[by_score != 0] == kept[by_score != 0]).all()
+
+
+def test_importance_is_what_the_products_read(cnn, encoder) -> None:
+    for workload, checkpoint in (cnn, encoder):
+        model, inputs = graph.join(checkpoint), batches(workload)
+        found = {one.nodes[0]: one for one in weighed(model, planned_weights(model, sharing("tensor")), inputs)}
+        for one in found.values():
+            if one.importance is not None:
+                assert np.broadcast_shapes(one.importance.shape, one.values.shape) == one.values.shape
+        if "table.Gather" in found:
+            assert found["table.Gather"].importance is None
+            hidden = [torch.as_tensor(workload.module.table(batch["ids"])) for batch in inputs]
+            expected = np.sqrt(np.mean([one.square().mean((0, 1)).detach().numpy() for one in hidden], axis=0))
+            assert found["up.MatMul"].importance.ravel() == pytest.approx(expected, rel=1e-5)
+        else:
+            images = torch.cat([batch["x"] for batch in inputs])
+            assert found["body.0.Conv"].importance == pytest.approx(images.square().mean().sqrt().item(), rel=1e-5)
+            hidden = workload.module.body[:3](images).square().mean((0, 2, 3)).sqrt().detach().numpy()
+            assert found["body.3.Conv"].importance.shape == (12, 8, 1, 1)
+            assert found["body.3.Conv"].importance[5].ravel() == pytest.approx(hidden, rel=1e-4)
+
+
+def test_what_a_reference_cannot_hold_it_computes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = [np.full((4, 2), float(index + 1), np.float32) for index in range(5)]
+    asked: list[int] = []
+
+    def run(index: int) -> np.ndarray:
+        asked.append(index)
+        return outputs[index]
+
+    monkeypatch.setattr(agreement, "MAX_HELD_BYTES", 2 * outputs[0].nbytes)
+    reference = agreement.Reference(run, 5)
+    asked.clear()
+    found = reference.distance(lambda index: outputs[index] + index, lambda one, other: float((one - other).mean()))
+    assert found == pytest.approx(2.0)
+    assert asked == [2, 3, 4]

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from modelpress.errors import BudgetExceededError
-from modelpress.plan.search import furthest
-from modelpress.plan.solver import Option, chain
+from modelpress.plan.search import fill, furthest
+from modelpress.plan.solver import Option, chain, total
 
 
 def problem(tensors: int = 30) -> list[list[Option]]:
@@ -20,25 +20,54 @@ def problem(tensors: int = 30) -> list[list[Option]]:
 def test_the_last_solution_that_is_measured_to_fit_is_found(ratio: float, budget: float) -> None:
     """However wrong the sum is, and in fewer measurements than there are solutions."""
     solutions = chain(problem())
+    positions = {solutions.choice(place): place for place in range(len(solutions.moves) + 1)}
     calls: list[int] = []
 
-    def measure(position: int) -> float:
+    def measure(chosen: tuple[int, ...]) -> float:
+        position = positions[chosen]
         calls.append(position)
         return solutions.errors[position] * ratio * (1 + position / 200)
 
     found = furthest(solutions, measure, budget)
-    assert measure(found) <= budget
-    assert found == len(solutions.moves) or measure(found + 1) > budget
+    assert measure(solutions.choice(found)) <= budget
+    assert found == len(solutions.moves) or measure(solutions.choice(found + 1)) > budget
     assert len(calls) <= 14
 
 
 def test_a_larger_budget_never_takes_more_bytes() -> None:
-    solutions = chain(problem())
-    places = [furthest(solutions, lambda place: solutions.errors[place] * 1.7, budget) for budget in range(8, 3000, 97)]
+    tensors = problem()
+    solutions = chain(tensors)
+    places = [
+        furthest(solutions, lambda chosen: total(tensors, chosen).error * 1.7, budget) for budget in range(8, 3000, 97)
+    ]
     assert places == sorted(places)
 
 
 def test_where_nothing_fits_both_numbers_are_named() -> None:
-    solutions = chain(problem())
+    tensors = problem()
+    solutions = chain(tensors)
     with pytest.raises(BudgetExceededError, match=r"(?s)found: 4 .*at most 0\.5.*widen plan\.max_disagreement"):
-        furthest(solutions, lambda place: solutions.errors[place], 0.5)
+        furthest(solutions, lambda chosen: total(tensors, chosen).error, 0.5)
+
+
+@pytest.mark.parametrize("ratio", [0.3, 1.0, 2.5])
+def test_what_one_large_tensor_leaves_is_filled_by_smaller_ones(ratio: float) -> None:
+    """The chain stops before the large tensor, of best saving; the small ones behind it fit."""
+    large = [Option(10_000, 0.0), Option(1_000, 50.0)]
+    small = [[Option(100, 0.0), Option(60, 1.0), Option(50, 4.0)] for _ in range(8)]
+    tensors = [large, *small]
+    solutions = chain(tensors)
+    calls: list[tuple[int, ...]] = []
+
+    def measure(chosen: tuple[int, ...]) -> float:
+        calls.append(chosen)
+        return total(tensors, chosen).error * ratio
+
+    budget = 20.0 * ratio
+    position = solutions.solve(20.0)
+    assert position == 0, "the large tensor comes first, and does not fit"
+    first = solutions.choice(0)[:1] + (1,) + (0,) * 7
+    filled = fill(tensors, first, measure, budget)
+    assert total(tensors, filled).error * ratio <= budget
+    assert total(tensors, filled).cost == 10_000 + 4 * 60 + 4 * 50
+    assert len(calls) <= 7

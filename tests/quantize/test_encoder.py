@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from modelpress import graph
+from modelpress.agreement import mean_cosine
 from modelpress.checkpoint import Checkpoint
 from modelpress.config import ExportConfig, QuantizeConfig, WorkloadConfig
 from modelpress.export import export
@@ -23,7 +24,6 @@ from modelpress.progress import silent
 from modelpress.quantize import static
 from modelpress.quantize.build import builder
 from modelpress.quantize.selection import chosen_layers, eligible_layers
-from modelpress.quantize.sensitivity import mean_cosine
 from modelpress.workloads.sentence_embedding import SentenceEmbedding
 
 LAYERS = 2

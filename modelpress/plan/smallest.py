@@ -1,0 +1,191 @@
+"""The plan of fewest coded bytes: what each weight costs and does by itself, and the choice that a budget allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from modelpress.agreement import Judge, divergence
+from modelpress.checkpoint import Checkpoint
+from modelpress.config import CompressConfig, PlanConfig
+from modelpress.plan import held_out
+from modelpress.plan.candidates import Candidate
+from modelpress.plan.costs import coded_bytes, file_bytes
+from modelpress.plan.data import calibration, named, samples, some
+from modelpress.plan.fed import FedWeights
+from modelpress.plan.importance import weighed
+from modelpress.plan.search import fill, furthest, spread, too_far
+from modelpress.plan.sensitivity import HOPE, measure, on_hull
+from modelpress.plan.solver import Chain, Option, chain
+from modelpress.plan.survey import Choice, Survey
+from modelpress.plan.tensors import eligible_elements, planned_weights
+from modelpress.progress import Progress, silent
+from modelpress.reports import PlannedTensor, PlanPoint, PlanReport
+from modelpress.workload import Workload
+
+
+def survey(
+    checkpoint: Checkpoint,
+    workload: Workload,
+    config: PlanConfig,
+    compression: CompressConfig | None,
+    progress: Progress = silent,
+) -> Survey:
+    """The part of a plan that knows no budget: each weight by itself, and all weights alike. It takes and raises what
+    `modelpress.plan.plan` does."""
+    model = named(checkpoint)
+    batches = calibration(workload)
+    weights = planned_weights(model, config)
+    if any(config.sparsity):
+        weights = weighed(model, weights, batches)
+    values = {one.name: one.values for one in weights}
+    few = FedWeights(model, values, some(batches, config.sensitivity_samples), workload.outputs)
+    found = Survey(
+        checkpoint=checkpoint,
+        workload=workload,
+        config=config,
+        compression=compression,
+        model=model,
+        weights={one.name: one for one in weights},
+        calibration=batches,
+        fed=FedWeights(model, values, batches, workload.outputs),
+    )
+    for done, weight in enumerate(weights):
+        progress(done, found.steps, f"sensitivity of {weight.name}")
+        found.curves[weight.name] = measure(weight, few, compression)
+    for done, setting in enumerate(found.settings, start=len(weights)):
+        progress(done, found.steps, f"all weights: {setting}")
+        found.uniform += _uniform(found, setting)
+    return found
+
+
+def settle(work: Survey, max_disagreement: float, progress: Progress = silent) -> tuple[Checkpoint, PlanReport]:
+    """The part of a plan that holds a budget, which may be another than the survey's config says.
+
+    Raises:
+        BudgetExceededError: no plan but the float graph is within it.
+    """
+    options, points, tried = work.options(), work.config.points, dict[tuple[int, ...], float]()
+    solutions = chain(options)
+
+    def disagreement(chosen: tuple[int, ...]) -> float:
+        if chosen not in tried:
+            tried[chosen] = work.disagreement(work.choice(chosen))
+            progress(work.steps - points - 2, work.steps, f"disagreement {tried[chosen]:.3g} of the whole plan")
+        return tried[chosen]
+
+    judge = Judge(work.checkpoint, work.calibration, partial(divergence, outputs=work.workload.outputs))
+    position = furthest(solutions, disagreement, max_disagreement)
+    filled = fill(options, solutions.choice(position), disagreement, max_disagreement)
+    made, choice, found = _within(work, judge, [filled, *_backwards(solutions, position)], max_disagreement)
+    size = coded_bytes(made, work.compression)
+    front = [_own(size, found, work.foretold(choice))] if points else []
+    for done, place in enumerate(spread(solutions, position, points)):
+        progress(work.steps - points - 1 + done, work.steps, "Pareto front")
+        front.append(_point(work, solutions, place, judge))
+    progress(work.steps - 1, work.steps, "held-out data")
+    verdict = held_out.compare(work.checkpoint, made, work.workload)
+    progress(work.steps, work.steps, f"disagreement {found:.3g}")
+    eligible = eligible_elements(work.model, work.config)
+    planned = sum(work.weights[name].values.size for name in choice)
+    return made, PlanReport(
+        objective="bytes",
+        divergence="kl" if work.workload.outputs == "logits" else "cosine",
+        max_disagreement=max_disagreement,
+        eligible_weights=eligible,
+        planned_weights=planned,
+        coverage=planned / eligible,
+        calibration_samples=samples(work.calibration),
+        predicted_disagreement=work.foretold(choice) or 0.0,
+        disagreement=found,
+        predicted_bytes=work.coded(choice),
+        coded_bytes=size,
+        unfilled_bytes=work.coded(work.choice(solutions.choice(position))),
+        file_bytes=file_bytes(made),
+        float_bytes=work.coded({}),
+        measurements=sum(one.is_measured for curve in work.curves.values() for one in curve),
+        tensors=_rows(work, choice),
+        front=sorted(front, key=lambda point: (-point.coded_bytes, point.disagreement)),
+        uniform=work.uniform,
+        held_out_disagreement=verdict.disagreement,
+        quality=verdict.quality,
+    )
+
+
+def _uniform(work: Survey, candidate: Candidate) -> Iterator[PlanPoint]:
+    """All weights in one form. With zeros: only where it could save bytes, were it to disagree `HOPE` times less than
+    what is foretold, and corrected as the same form without zeros was."""
+    choice = work.alike(candidate)
+    size = work.coded(choice)
+    if candidate.sparsity:
+        dense = next(one for one in work.uniform if one.label == str(candidate.dense))
+        foretold, before = work.foretold(choice), dense.predicted_disagreement
+        known = [Option(one.coded_bytes, one.disagreement) for one in work.uniform]
+        if foretold and before and not on_hull(Option(size, foretold * dense.disagreement / before / HOPE), known):
+            return
+    yield PlanPoint(
+        label=str(candidate),
+        coded_bytes=size,
+        disagreement=work.disagreement(choice),
+        predicted_disagreement=work.foretold(choice),
+    )
+
+
+def _backwards(solutions: Chain, position: int) -> Iterator[tuple[int, ...]]:
+    return (solutions.choice(place) for place in range(position, 0, -1))
+
+
+def _within(
+    work: Survey, judge: Judge, chosen: Sequence[tuple[int, ...]], budget: float
+) -> tuple[Checkpoint, Choice, float]:
+    """The first of the choices that is within the budget as it is stored: a session of its own may differ from one
+    with its weights fed in the last digits."""
+    least = float("inf")
+    for options in chosen:
+        choice = work.choice(options)
+        made = work.build(choice)
+        found = judge.disagreement(made)
+        if found <= budget:
+            return made, choice, found
+        least = min(least, found)
+    raise too_far(least, budget)
+
+
+def _own(size: int, disagreement: float, foretold: float | None) -> PlanPoint:
+    return PlanPoint(label="the plan", coded_bytes=size, disagreement=disagreement, predicted_disagreement=foretold)
+
+
+def _point(work: Survey, solutions: Chain, position: int, judge: Judge) -> PlanPoint:
+    made = work.build(work.choice(solutions.choice(position)))
+    return PlanPoint(
+        label=f"plan {position} of {len(solutions.moves)}",
+        coded_bytes=coded_bytes(made, work.compression),
+        disagreement=judge.disagreement(made),
+        predicted_disagreement=solutions.errors[position],
+    )
+
+
+def _rows(work: Survey, choice: Choice) -> list[PlannedTensor]:
+    rows = []
+    for name, weight in work.weights.items():
+        candidate, curve = choice.get(name), work.curves[name]
+        taken = next((one for one in curve if one.candidate == candidate), None)
+        cost = work.cost(name, candidate)
+        rows.append(
+            PlannedTensor(
+                name=name,
+                nodes=list(weight.nodes),
+                shape=list(weight.values.shape),
+                form=str(candidate) if candidate else "float",
+                num_bits=candidate.num_bits if candidate else None,
+                scale=candidate.scale if candidate else None,
+                sparsity=candidate.sparsity if candidate else None,
+                coded_bytes=cost.coded,
+                inline_bytes=cost.inline,
+                disagreement=taken.disagreement if taken else 0.0,
+                is_measured=taken.is_measured if taken else True,
+                measurements=sum(one.is_measured for one in curve),
+                law_holds=any(not one.is_measured for one in curve if not one.candidate.sparsity),
+            )
+        )
+    return rows
