@@ -37,7 +37,7 @@ def _rows(module: nn.Module, group: Group, name: str) -> Tensor:
 
 
 def taylor(module: nn.Module, groups: list[Group], workload: Workload, progress: Progress) -> list[Tensor]:
-    """First-order change of the loss when each structure vanishes, squared, the mean over calibration batches.
+    """First-order change of the loss when each structure vanishes, squared, the sum over calibration batches.
 
     Molchanov et al. 2019 (arXiv:1906.10771) with a gate on each structure: Σ gradient · weight over the columns that
     read it is what the loss changes as the gate closes, exactly where one layer reads it.
