@@ -8,7 +8,7 @@ et al. 2024, arXiv:2403.17887, take the angle), or what the loss would lose with
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +43,6 @@ class _Stack:
     blocks: list[nn.Module]
     slot: int | str
     """Argument by which a block takes what the one before it gave."""
-
-    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The hidden states that a block was called with, (batch, …, dim)."""
-        return torch.as_tensor(args[self.slot] if isinstance(self.slot, int) else kwargs[self.slot])
 
 
 def prune_layers_(module: nn.Module, workload: Workload, config: PruneConfig, progress: Progress) -> Outcome:
@@ -101,35 +97,25 @@ def _find(module: nn.Module, workload: Workload) -> _Stack:
 
 
 @contextlib.contextmanager
-def _watched(stack: _Stack) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
-    """By block what it took and what it gave in the latest forward pass."""
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
+def _watched(stack: _Stack, numbers: Collection[int], look: Callable[[int, Tensor, Any], Any]) -> Iterator[None]:
+    """Call `look` with a block's number, what it takes (a copy: it may change it in place) and what it gives, after
+    each call of one of these blocks; what `look` returns, if anything, is given instead."""
+    taken: dict[int, Tensor] = {}
 
-    def watch(number: int) -> Any:
-        def hook(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            seen[number] = stack.given(args, kwargs), output[0] if isinstance(output, tuple | list) else output
+    def before(number: int) -> Any:
+        def hook(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = args[stack.slot] if isinstance(stack.slot, int) else kwargs[stack.slot]
+            taken[number] = torch.as_tensor(given).detach().clone()
 
         return hook
 
-    handles = [
-        block.register_forward_hook(watch(number), with_kwargs=True) for number, block in enumerate(stack.blocks)
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+    def after(number: int) -> Any:
+        return lambda _block, _args, output: look(number, taken.pop(number), output)
 
-
-@contextlib.contextmanager
-def _skipped(stack: _Stack, gone: Collection[int]) -> Iterator[None]:
-    """The blocks of these numbers give what they take."""
-
-    def skip(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        given = stack.given(args, kwargs)
-        return (given, *output[1:]) if isinstance(output, tuple | list) else given
-
-    handles = [stack.blocks[number].register_forward_hook(skip, with_kwargs=True) for number in gone]
+    handles = []
+    for number in numbers:
+        handles.append(stack.blocks[number].register_forward_pre_hook(before(number), with_kwargs=True))
+        handles.append(stack.blocks[number].register_forward_hook(after(number)))
     try:
         yield
     finally:
@@ -137,34 +123,43 @@ def _skipped(stack: _Stack, gone: Collection[int]) -> Iterator[None]:
             handle.remove()
 
 
+def _hidden(output: Any) -> Tensor:
+    return torch.as_tensor(output[0] if isinstance(output, tuple | list) else output)
+
+
 def _turns(module: nn.Module, stack: _Stack, workload: Workload, progress: Progress) -> list[float]:
     """1 − cosine of what each block takes and what it gives, the mean over the positions that are not padding."""
-    sums, rows = [0.0] * len(stack.blocks), 0
+    sums, rows = [0.0] * len(stack.blocks), [0] * len(stack.blocks)
+    mask: list[Tensor | None] = [None]
+
+    def look(number: int, taken: Tensor, output: Any) -> None:
+        turned = 1 - nn.functional.cosine_similarity(counted(taken, mask[0]), counted(_hidden(output), mask[0]), dim=-1)
+        sums[number] += float(turned.sum())
+        rows[number] += len(turned)
+
     batches = list(workload.batches("calibration", BATCH_SIZE))
-    with torch.no_grad(), _watched(stack) as seen:
+    with torch.no_grad(), _watched(stack, range(len(stack.blocks)), look):
         for index, batch in enumerate(batches):
+            mask[0] = batch.inputs.get("attention_mask")
             module(**batch.inputs)
-            mask = batch.inputs.get("attention_mask")
-            for number, states in seen.items():
-                taken, gave = (counted(state, mask) for state in states)
-                sums[number] += float((1 - nn.functional.cosine_similarity(taken, gave, dim=-1)).sum())
-            rows += len(taken)
             progress(index + 1, len(batches), "influence of the blocks")
-    return _finite(stack, [total / rows for total in sums])
+    return _finite(stack, [total / count for total, count in zip(sums, rows, strict=True)])
 
 
 def _losses(module: nn.Module, stack: _Stack, workload: Workload, progress: Progress) -> list[float]:
-    """First-order change of the loss when a block's output shrinks to its input, squared, the mean over batches."""
-    sums, batches = [0.0] * len(stack.blocks), 0
-    with _watched(stack) as seen:
+    """First-order change of the loss when a block's output shrinks to its input, squared, the sum over batches."""
+    sums = [0.0] * len(stack.blocks)
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def look(number: int, taken: Tensor, output: Any) -> None:
+        seen[number] = _hidden(output), _hidden(output).detach() - taken
+
+    with _watched(stack, range(len(stack.blocks)), look):
         for loss in losses(module, workload, progress):
-            numbers = sorted(seen)
-            found = torch.autograd.grad(loss, [seen[number][1] for number in numbers])
-            for number, gradient in zip(numbers, found, strict=True):
-                taken, gave = seen[number]
-                sums[number] += float((gradient * (gave - taken).detach()).sum(dtype=torch.float64)) ** 2
-            batches += 1
-    return _finite(stack, [total / batches for total in sums])
+            slopes = torch.autograd.grad(loss, [gave for gave, _ in seen.values()])
+            for number, slope in zip(seen, slopes, strict=True):
+                sums[number] += float((slope * seen[number][1]).sum(dtype=torch.float64)) ** 2
+    return _finite(stack, sums)
 
 
 INFLUENCES = {"activation": _turns, "taylor": _losses}
@@ -188,7 +183,11 @@ def _prove(module: nn.Module, stack: _Stack, gone: list[int], example: dict[str,
     Raises:
         StageError: it does not.
     """
-    with _skipped(stack, gone):
+
+    def skip(_number: int, taken: Tensor, output: Any) -> Any:
+        return (taken, *output[1:]) if isinstance(output, tuple | list) else taken
+
+    with _watched(stack, gone, skip):
         masked = module(**example)
     cut, rebuilt = sketch(module), sketch(module)
     drop_layers_(cut, gone)

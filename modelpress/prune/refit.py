@@ -50,8 +50,12 @@ class _Seen:
     inputs: dict[nn.Module, Tensor]
 
 
+class _Done(Exception):  # noqa: N818 - no error: it ends a forward pass that has shown what it should
+    """The rest of the forward pass is not needed, and might change what was seen in place."""
+
+
 class _Watch:
-    """Hooks on a block and its linear layers and normalisations, while it is open."""
+    """Hooks on a block and its linear layers and normalisations; the forward pass inside ends with the block."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block, self.seen = block, _Seen([], {}, {})
@@ -60,8 +64,9 @@ class _Watch:
         def hook(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             self.seen.order.append(child)
             self.seen.outputs[child] = output[0] if isinstance(output, tuple | list) else output
-            if child is not self.block:
-                self.seen.inputs[child] = input_of(args, kwargs)
+            if child is self.block:
+                raise _Done
+            self.seen.inputs[child] = input_of(args, kwargs)
 
         watched = [child for child in self.block.modules() if isinstance(child, nn.Linear | nn.LayerNorm)]
         self.handles = [
@@ -69,9 +74,10 @@ class _Watch:
         ]
         return self.seen
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
         for handle in self.handles:
             handle.remove()
+        return kind is _Done
 
 
 def find_joint(module: nn.Module, block: nn.Module, name: str, example: dict[str, Tensor]) -> Joint:
