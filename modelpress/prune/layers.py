@@ -110,7 +110,18 @@ def _watched(stack: _Stack, numbers: Collection[int], look: Callable[[int, Tenso
         return hook
 
     def after(number: int) -> Any:
-        return lambda _block, _args, output: look(number, taken.pop(number), output)
+        def hook(_block: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+            states = taken.pop(number)
+            if states.shape != _hidden(output).shape:
+                raise StageError(
+                    f"watching {stack.names[number]}",
+                    found=f"outputs of shape {list(_hidden(output).shape)} of inputs of shape {list(states.shape)}",
+                    expected="blocks that give what they take: only such can leave",
+                    fix="remove other structures than layers",
+                )
+            return look(number, states, output)
+
+        return hook
 
     handles = []
     for number in numbers:

@@ -111,7 +111,7 @@ def test_no_loss_at_all_says_so() -> None:
 
 
 def test_heads_that_queries_share_are_refused_by_name() -> None:
-    toy = Toy(Llama, (12,))
+    toy = Toy(lambda: Llama(layers=1), (12,))
     with pytest.raises(CoverageError, match=r"k_proj: (.|\n)*several queries share"):
         prune_(toy.source(), toy, PruneConfig(structures=["heads"]))
 
