@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from modelpress.blocks import sync_depth
 from modelpress.errors import CorruptionError, WorkloadError
 from modelpress.workload import Workload
 
@@ -138,12 +139,15 @@ def fit_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Shrink `module` in place to the shapes in `tensors`: shorter `ModuleList`s, smaller layers.
 
     Linear, convolution, batch and layer normalisation and embedding layers take the shapes of their tensors; a
-    `ModuleList` loses its last child as long as that has tensors and none of them is stored. Values are left for
-    `load_state_dict`.
+    `ModuleList` loses its last child as long as that has tensors and none of them is stored, and configs around it
+    count what is left. Values are left for `load_state_dict`.
     """
     for name, child in list(module.named_modules()):
         if isinstance(child, nn.ModuleList):
+            before = len(child)
             _fit_list(child, f"{name}." if name else "", tensors)
+            if len(child) < before:
+                sync_depth(module, child, before, range(len(child)))
     for name, child in module.named_modules():
         _fit_layer(child, name, tensors)
 

@@ -240,6 +240,36 @@ class _Survey:
         return {group: members for group, members in found.items() if members}
 
 
+def chain_of(module: nn.Module, batch: Batch) -> tuple[list[nn.Module], int | str]:
+    """The blocks in the order of their calls, and the argument by which each takes what the one before it gave.
+
+    Raises:
+        StageError: the module has no blocks, or they are no chain in which all else that each takes is the same.
+    """
+    with torch.no_grad(), frozen(module):
+        survey = _Survey(module, {}, [_moved(module, batch)])
+        survey.run(1)
+    found = ""
+    if not survey.listed:
+        found = "no torch.nn.ModuleList"
+    elif len(survey.blocks) != len(survey.listed):
+        found = "blocks that are not called exactly once, or not in a list that holds nothing else"
+    elif survey.blocks != survey.listed:
+        found = "blocks that are called in another order than they stand in"
+    elif len(survey.blocks) > 1 and not survey.chained:
+        found = "blocks that take more than what the one before gave and what the first took, or not just that"
+    elif survey.slot is None:
+        found = f"{len(survey.blocks)} block"
+    if found or survey.slot is None:
+        raise StageError(
+            f"looking for the blocks of {type(module).__name__}",
+            found=found,
+            expected="a chain of at least two blocks in a torch.nn.ModuleList, each on the outputs of the one before",
+            fix="remove other structures, or name the module as a student's own architecture: distill.architecture",
+        )
+    return survey.blocks, survey.slot
+
+
 def users(module: nn.Module, layer: nn.Module) -> list[nn.Module]:
     """All modules that hold a layer's weight as theirs."""
     return [child for child in module.modules() if getattr(child, "weight", None) is layer.weight]

@@ -1,4 +1,4 @@
-"""Pruning: what zeros cost a sentence encoder before and after recovery, and what they bring in speed; and channels.
+"""Pruning: what zeros cost a sentence encoder before and after recovery, and what they bring in speed.
 
 The peers are the published algorithms, which the library implements: magnitude, Wanda and SparseGPT, each with the same
 calibration data. `nvidia-modelopt` has SparseGPT and magnitude at 2:4; its rows are measured
@@ -38,7 +38,7 @@ the unpruned model's, and mrr, on texts that no other part sees. All methods hav
 trains on texts of the training split; it costs minutes, and only SparseGPT's model has it here. Seconds are the wall
 time of the pruning alone and of the recovery alone.
 
-The CNN (0.70M parameters): half of the channels and neurons removed, repaired by least squares, then recovered.
+The CNN (0.70M parameters): half of the weights as zeros; of its channels, see `benchmarks.methods.structured`.
 
 Throughput: ONNX Runtime, fp32, all cores; the best of several rounds in which the models take turns.
 """
@@ -90,7 +90,7 @@ def measure(quick: bool) -> Iterable[Row]:
             for method in ("magnitude", "sparsegpt"):
                 yield from _modelopt(case, method, dense, encoder, target)
     timed = {name: module for name, module in models.items() if name.startswith(("unpruned", "sparsegpt"))}
-    yield from _throughput("encoder, throughput", timed, encoder, quick)
+    yield from throughput("encoder, throughput", timed, encoder, quick)
     yield from _cnn(quick)
 
 
@@ -147,11 +147,7 @@ def _cnn(quick: bool) -> Iterator[Row]:
         WorkloadConfig(kind="image-classification", model="digits-cnn", data="digits", train_epochs=3 if quick else 30)
     )
     dense = workload.source()
-    training = TrainConfig(epochs=2 if quick else 20, batch_size=64, learning_rate=3e-3)
-    half = PruneConfig(method="structured", structures=["channels", "neurons"], sparsity=0.5)
     configs = {
-        "modelpress structured, 50 % of the channels and neurons": half,
-        "the same, recovered": half.model_copy(update={"recovery": training}),
         "modelpress magnitude, 50 % zeros": PruneConfig(method="magnitude"),
         # The first convolution reads 9 values, which 4 does not divide.
         "modelpress magnitude, 2:4": PruneConfig(method="magnitude", pattern="2:4", ignore=["features.0"]),
@@ -166,7 +162,7 @@ def _cnn(quick: bool) -> Iterator[Row]:
         parameters = sum(parameter.numel() for parameter in module.parameters())
         yield Row(case, name, "parameters", "", float(parameters))
         yield Row(case, name, "accuracy", "", float(accuracy))
-    yield from _throughput(case, models, workload, quick)
+    yield from throughput(case, models, workload, quick)
 
 
 def outputs(module: nn.Module, workload: Workload) -> Tensor:
@@ -175,7 +171,8 @@ def outputs(module: nn.Module, workload: Workload) -> Tensor:
         return torch.cat([module(**batch.inputs) for batch in workload.batches("evaluation", BATCH)])
 
 
-def _throughput(case: str, models: Mapping[str, nn.Module], workload: Workload, quick: bool) -> Iterator[Row]:
+def throughput(case: str, models: Mapping[str, nn.Module], workload: Workload, quick: bool) -> Iterator[Row]:
+    """Samples per second in ONNX Runtime, fp32, all cores, and beside those of the model named `unpruned`."""
     sessions = {name: _session(export(module, workload, ExportConfig())[0]) for name, module in models.items()}
     for size in (1, BATCH):
         inputs = workload.example(size)

@@ -11,25 +11,31 @@ from modelpress.config.train import TrainConfig
 
 
 class PruneConfig(Config):
-    """Remove weights: as zeros, or as whole channels, neurons and heads that physically disappear."""
+    """Remove weights: as zeros, or as whole channels, neurons, heads and layers that physically disappear."""
 
     method: Literal["magnitude", "wanda", "sparsegpt", "structured"] = "structured"
     """Zeros: `magnitude` takes the smallest weights, `wanda` those that move the outputs least on calibration data, and
-    `sparsegpt` also updates the weights that stay. `structured` removes channels, neurons and heads."""
+    `sparsegpt` also updates the weights that stay. `structured` removes channels, neurons, heads or layers."""
     pattern: Literal["unstructured", "2:4", "4:8"] = "unstructured"
     """For zeros: anywhere, or in exactly 2 of each 4 (4 of each 8) neighbours that an output reads."""
     scope: Literal["layer", "global"] = "layer"
     """For `magnitude`: the threshold is found per tensor (exact sparsity in each), or over all of them."""
-    structures: list[Literal["channels", "neurons", "heads"]] = ["channels", "neurons"]
-    """For `structured`: what may be removed."""
+    structures: list[Literal["channels", "neurons", "heads", "layers"]] = ["channels", "neurons"]
+    """For `structured`: what may be removed. `layers` are whole blocks, the elements of the model's largest ModuleList;
+    it stands alone, as removing blocks renumbers what `targets` and `ignore` name."""
+    importance: Literal["magnitude", "activation", "taylor"] = "activation"
+    """For `structured`: what a structure is worth. `magnitude`: the size of its weights. `activation`: what it changes
+    in what reads it, on calibration data; of a layer, how far its outputs point from its inputs. `taylor`: what the
+    loss loses without it, to first order, on calibration data (of embeddings: how far they move)."""
     sparsity: float = Field(default=0.5, gt=0, lt=1)
-    """Fraction of zeros, or of the structures removed in each layer (`structured`)."""
+    """Fraction of zeros, or of the structures removed in each layer, or of the layers (`structured`)."""
     targets: list[str] = []
     """Module names or globs (`*.layer.0.intermediate.dense`); a name also takes what is below it. Empty takes all."""
     ignore: list[str] = []
     """Module names or globs that stay untouched."""
     repair: bool = True
-    """For `structured`: re-fit the next layer by least squares on calibration data."""
+    """For `structured`: re-fit what reads the removed structures by least squares on calibration data; of `layers`, the
+    last linear layer of the block before each gap."""
     damping: float = Field(default=0.01, ge=0)
     """For `sparsegpt`: added to the diagonal of the inputs' second moments, as a share of its mean."""
     steps: int = Field(default=1, ge=1, le=1000)
@@ -40,6 +46,19 @@ class PruneConfig(Config):
     recovery_hidden_weight: float = Field(default=1.0, ge=0)
     """For `recovery`: weight of the difference between the outputs of the model's blocks (the elements of its largest
     ModuleList) and the unpruned model's, beside that of the outputs. A model without blocks has only outputs."""
+
+    @model_validator(mode="after")
+    def _check_structures(self) -> PruneConfig:
+        if self.method != "structured":
+            for option in ("structures", "importance", "repair"):
+                if getattr(self, option) != type(self).model_fields[option].default:
+                    raise ValueError(f"prune.{option} needs prune.method 'structured' (found {self.method!r})")
+        if "layers" in self.structures:
+            if len(self.structures) > 1:
+                raise ValueError(f"prune.structures 'layers' stands alone (found {', '.join(self.structures)})")
+            if self.importance == "magnitude":
+                raise ValueError("prune.structures 'layers' needs prune.importance 'activation' or 'taylor'")
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> PruneConfig:

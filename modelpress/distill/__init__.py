@@ -11,12 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from modelpress.blocks import count_parameters, layer_list
 from modelpress.config import DistillConfig
 from modelpress.distill.cache import TeacherCache
 from modelpress.distill.hooks import frozen, recorded, without_dropout
-from modelpress.distill.losses import hidden_loss, imitation_loss
+from modelpress.distill.losses import counted, hidden_loss, imitation_loss
 from modelpress.distill.matching import Matching, matched
-from modelpress.distill.students import count_parameters, layer_list, make_student
+from modelpress.distill.students import make_student
 from modelpress.errors import StageError
 from modelpress.progress import Progress, silent
 from modelpress.reports import DistillReport
@@ -28,6 +29,7 @@ __all__ = [
     "Matching",
     "TeacherCache",
     "count_parameters",
+    "counted",
     "distill",
     "distillation_loss",
     "frozen",

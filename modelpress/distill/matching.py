@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from modelpress.blocks import layer_list
 from modelpress.config import DistillConfig
 from modelpress.distill.hooks import recorded
 from modelpress.distill.losses import attention_loss, feature_map_loss, hidden_loss
-from modelpress.distill.students import layer_list
 from modelpress.errors import StageError
 from modelpress.workload import Workload
 

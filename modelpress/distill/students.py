@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import nn
 
+from modelpress.blocks import drop_layers_, layer_list
 from modelpress.config import DistillConfig, PruneConfig
 from modelpress.errors import WorkloadError
 from modelpress.progress import silent
@@ -36,9 +37,7 @@ def make_student(teacher: nn.Module, workload: Workload, config: DistillConfig) 
             found=f"distill.keep_layers names {missing}",
             expected=f"numbers from 0 to {len(layers) - 1}: the teacher has {len(layers)} layers",
         )
-    dropped = [index for index in range(len(layers)) if index not in config.keep_layers]
-    for index in reversed(dropped):
-        del layers[index]
+    drop_layers_(student, [index for index in range(len(layers)) if index not in config.keep_layers])
     return student
 
 
@@ -50,25 +49,3 @@ def _narrowed(student: nn.Module, workload: Workload, keep_width: float) -> nn.M
     config = PruneConfig(structures=["channels", "neurons", "heads"], sparsity=1 - keep_width)
     prune_structured_(student, workload, config, silent, {})
     return student
-
-
-def layer_list(module: nn.Module) -> nn.ModuleList:
-    """The `ModuleList` that holds most of a module's parameters: an encoder's or decoder's layers.
-
-    Raises:
-        WorkloadError: there is none.
-    """
-    lists = [child for child in module.modules() if isinstance(child, nn.ModuleList) and len(child)]
-    if not lists:
-        raise WorkloadError(
-            f"looking for the layers of {type(module).__name__}",
-            found="no torch.nn.ModuleList",
-            expected="layers in a ModuleList",
-            fix="set distill.student to 'architecture'",
-        )
-    return max(lists, key=count_parameters)
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Number of parameters, shared ones once."""
-    return sum(parameter.numel() for parameter in module.parameters())

@@ -63,7 +63,14 @@ def prune_(module: nn.Module, workload: Workload, config: PruneConfig, progress:
         if unpruned is not None and config.recovery is not None:
             training = _share(config.recovery, step, config.steps)
             recovery, matched = recover_(
-                module, unpruned, workload, training, config.recovery_hidden_weight, outcome.hold, progress
+                module,
+                unpruned,
+                workload,
+                training,
+                config.recovery_hidden_weight,
+                outcome.hold,
+                progress,
+                outcome.kept_layers,
             )
         outcome.hold()
         rows.append(PruneStep(sparsity=sparsity, zeros=sum(row.zeros for row in outcome.tensors), recovery=recovery))
@@ -79,6 +86,9 @@ def prune_(module: nn.Module, workload: Workload, config: PruneConfig, progress:
         recovery=recovery,
         matched_states=matched,
         steps=rows if config.steps > 1 else [],
+        kept_layers=outcome.kept_layers,
+        influences=outcome.influences,
+        refitted_layers=outcome.refitted_layers,
     )
 
 

@@ -31,6 +31,7 @@ KEEPING = {
 """Operators that work on each channel apart and leave the shape's axes in place."""
 ELEMENTWISE = {"add", "add_", "sub", "mul", "mul_", "div"}
 RESHAPING = {"view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "unsqueeze"}
+REPEATING = {"expand", "repeat", "repeat_interleave"}
 PRODUCTS = {"matmul", "bmm", "scaled_dot_product_attention"}
 
 
@@ -163,7 +164,8 @@ class _Tracer:
         elif operator in ELEMENTWISE or operator in PRODUCTS:
             after = _joined(flow, place, node, user)
         if after is None:
-            flow.obstacle = f"its output meets {operator}"
+            shared = " (heads that several queries share)" if operator in REPEATING else ""
+            flow.obstacle = f"its output meets {operator}{shared}"
             return False
         flow.places[user] = after
         return True

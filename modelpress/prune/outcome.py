@@ -27,3 +27,9 @@ class Outcome:
     """Restores the zeros; called after each update of a recovery."""
     masks: Masks = field(default_factory=dict)
     """For methods that set weights to zero: where they stay."""
+    kept_layers: list[int] = field(default_factory=list)
+    """Blocks that stayed, by their numbers before; empty where none was removed."""
+    influences: list[float] = field(default_factory=list)
+    """Of each block before, where blocks were judged."""
+    refitted_layers: list[int] = field(default_factory=list)
+    """Those of the kept whose last linear layer was fitted to fill a gap."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from modelpress.distill import (
 )
 from modelpress.errors import WorkloadError
 from modelpress.progress import Progress
+from modelpress.prune.layers import last_filled
 from modelpress.reports import TrainReport
 from modelpress.train import train_
 from modelpress.workload import Batch, Workload
@@ -33,6 +34,7 @@ def recover_(
     hidden_weight: float,
     hold: Callable[[], None],
     progress: Progress,
+    kept_layers: Sequence[int] = (),
 ) -> tuple[TrainReport, int]:
     """Train `module` on the unpruned model's outputs and hidden states, in place and without dropout.
 
@@ -44,6 +46,7 @@ def recover_(
         hidden_weight: of the hidden states' relative squared difference (their mean) beside the outputs' loss.
         hold: restores the zeros, after each update.
         progress: called once per update.
+        kept_layers: the blocks that stayed, by their numbers before; none means all.
 
     Returns:
         How it went, and how many hidden states were matched: those of the blocks whose outputs kept their shape.
@@ -53,7 +56,7 @@ def recover_(
     """
     with frozen(unpruned), without_dropout(module), contextlib.ExitStack() as stack:
         answers = distillation_loss(unpruned, workload, RECOVERY_LOSS)
-        pairs = _matched_blocks(unpruned, module, workload) if hidden_weight else []
+        pairs = _matched_blocks(unpruned, module, workload, kept_layers) if hidden_weight else []
         if not pairs:
             return train_(module, answers, workload, config, progress, hold), 0
         taught = stack.enter_context(recorded([block for block, _ in pairs]))
@@ -68,14 +71,20 @@ def recover_(
         return train_(module, loss, workload, config, progress, hold), len(pairs)
 
 
-def _matched_blocks(unpruned: nn.Module, module: nn.Module, workload: Workload) -> list[tuple[nn.Module, nn.Module]]:
-    """Blocks of both models that give a tensor of the same shape on an example."""
+def _matched_blocks(
+    unpruned: nn.Module, module: nn.Module, workload: Workload, kept_layers: Sequence[int]
+) -> list[tuple[nn.Module, nn.Module]]:
+    """Blocks of both models that give a tensor of the same shape on an example.
+
+    A block before a gap has to give what the last of the removed ones gave.
+    """
     try:
         blocks = layer_list(unpruned)
     except WorkloadError:  # a model without blocks
         return []
     name = next(name for name, child in unpruned.named_modules() if child is blocks)
-    pairs = list(zip(blocks.children(), module.get_submodule(name).children(), strict=True))
+    last = last_filled(list(kept_layers or range(len(blocks))), len(blocks))
+    pairs = list(zip([blocks[index] for index in last.values()], module.get_submodule(name).children(), strict=True))
     device = next(module.parameters()).device
     example = {name: tensor.to(device) for name, tensor in workload.example(2).items()}
     with torch.no_grad(), frozen(module), recorded([block for pair in pairs for block in pair]) as states:

@@ -1,4 +1,4 @@
-"""Structured pruning: channels, neurons and heads disappear from every tensor that holds them."""
+"""Structured pruning: channels, neurons and heads disappear from every tensor that holds them; or whole layers do."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from modelpress.errors import ConfigError, CoverageError, StageError
 from modelpress.moments import Moments, flat_weight
 from modelpress.progress import Progress
 from modelpress.prune.dependencies import Group, find_groups
+from modelpress.prune.importance import magnitudes, taylor
+from modelpress.prune.layers import prune_layers_
 from modelpress.prune.masks import Masks
 from modelpress.prune.outcome import Outcome
+from modelpress.prune.proof import unequal
 from modelpress.prune.repair import collect, damped, plain_costs, repaired_costs, without
 from modelpress.prune.select import matches, select
 from modelpress.reports import TensorChange
@@ -25,9 +28,6 @@ TRACE_BATCH = 3
 
 ROUNDS = 4
 """Structures of a layer are removed in this many rounds, their costs computed anew before each."""
-
-EQUAL_TOLERANCE = 1e-4
-"""Of the largest output: float32 sums in another order."""
 
 
 @dataclass(frozen=True)
@@ -50,24 +50,29 @@ def prune_structured_(
 ) -> Outcome:
     """Remove round(sparsity · n) of the n structures of each chosen group, in place; the module is left in eval mode.
 
-    The cost of a structure is what its loss changes in the outputs of the layers that read it, on calibration data.
-    With `repair` these layers' other weights make up for it (see `modelpress.prune.repair`); without, they stay.
+    The cost of a structure is `config.importance`: by `activation` what its loss changes in the outputs of the layers
+    that read it, on calibration data. With `repair` these layers' other weights make up for it (see
+    `modelpress.prune.repair`); without, they stay. For whole layers see `modelpress.prune.layers`.
 
     Raises:
         ConfigError, CoverageError, StageError, ExportError: see `prune_`.
     """
+    if "layers" in config.structures:
+        return prune_layers_(module, workload, config, progress)
     module.eval()
     with torch.no_grad():
         groups, refused = find_groups(module, workload.example(TRACE_BATCH))
         eligible = [group for group in groups if group.kind in config.structures]
         chosen = _choose(eligible, refused, config)
         readers = list(dict.fromkeys(reader.name for group in chosen for reader in group.readers))
-        moments = collect(module, readers, workload, progress)
+        judged = config.repair or config.importance == "activation"
+        moments = collect(module, readers, workload, progress) if judged else {}
+        worth = _worth(module, chosen, workload, config, progress)
         before = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
         keeps: list[list[int]] = []
         for index, group in enumerate(chosen):
             progress(index, len(chosen), f"removing {group.kind} of {group.producers[0]}")
-            keeps.append(_decide_and_mask(module, group, moments, config))
+            keeps.append(_decide_and_mask(module, group, moments, worth[index], config))
         example = workload.example(TRACE_BATCH)
         masked = module(**example)
         for group, keep in zip(chosen, keeps, strict=True):
@@ -119,21 +124,36 @@ def _count(group: Group, config: PruneConfig) -> int:
     return round(config.sparsity * group.size)
 
 
-def _decide_and_mask(module: nn.Module, group: Group, moments: dict[str, Moments], config: PruneConfig) -> list[int]:
+def _worth(
+    module: nn.Module, groups: list[Group], workload: Workload, config: PruneConfig, progress: Progress
+) -> list[Tensor | None]:
+    """What each group's structures are worth by themselves; None where it follows from what reads them."""
+    if config.importance == "magnitude":
+        return list(magnitudes(module, groups))
+    return list(taylor(module, groups, workload, progress)) if config.importance == "taylor" else [None] * len(groups)
+
+
+def _decide_and_mask(
+    module: nn.Module, group: Group, moments: dict[str, Moments], worth: Tensor | None, config: PruneConfig
+) -> list[int]:
     """Indices of the structures that stay. The readers' columns of the others become zero, and the rest is repaired
     if the config says so."""
     readings = [
-        _reading(module.get_submodule(reader.name), reader.block, moments[reader.name]) for reader in group.readers
+        _reading(module.get_submodule(reader.name), reader.block, moments[reader.name])
+        for reader in group.readers
+        if moments
     ]
     alive = torch.ones(group.size, dtype=torch.bool)
     count = _count(group, config)
-    for step in range(1, ROUNDS + 1):
-        goal = round(step / ROUNDS * count)
+    rounds = ROUNDS if worth is None else 1
+    for step in range(1, rounds + 1):
+        goal = round(step / rounds * count)
         batch = goal - int((~alive).sum())
         if not batch:
             continue
         costs = torch.full((group.size,), torch.inf, dtype=torch.float64)
-        costs[alive] = sum(_costs(reading, alive, config.repair) for reading in readings)
+        found = sum(_costs(reading, alive, config.repair) for reading in readings) if worth is None else worth[alive]
+        costs[alive] = torch.as_tensor(found)
         if not torch.isfinite(costs[alive]).all():
             raise StageError(
                 f"pruning {group.producers[0]}", found="costs that are NaN or infinite", expected="finite weights"
@@ -142,10 +162,12 @@ def _decide_and_mask(module: nn.Module, group: Group, moments: dict[str, Moments
         alive[removed] = False
         if config.repair:
             readings = [_remove(reading, removed) for reading in readings]
+    if config.repair:
+        for reading in readings:
+            _store(reading)
     gone = (~alive).nonzero().flatten()
-    for reading in readings:
-        reading.weight[:, _features(gone, reading.block)] = 0.0
-        _store(reading)
+    for reader in group.readers:
+        _mask(module.get_submodule(reader.name), _features(gone, reader.block))
     return alive.nonzero().flatten().tolist()
 
 
@@ -186,6 +208,11 @@ def _store(reading: _Reading) -> None:
         bias.copy_(reading.weight[:, columns])
 
 
+def _mask(layer: nn.Module, inputs: Tensor) -> None:
+    """Zeros in the columns of these inputs (of a convolution: channels)."""
+    torch.as_tensor(layer.weight).index_fill_(1, inputs, 0.0)
+
+
 def _shrink(module: nn.Module, group: Group, keep: list[int]) -> None:
     """Take the rows and columns of all but the kept structures out of every layer of the group."""
     structures = torch.tensor(keep)
@@ -204,13 +231,8 @@ def _check_equal(module: nn.Module, example: dict[str, Tensor], masked: Tensor) 
     Raises:
         StageError: it was not: the module's forward pass holds a size of its own, such as a number of heads.
     """
-    try:
-        shrunk = module(**example)
-        found = f"outputs that differ by up to {float((shrunk - masked).abs().max()):.3g}"
-        equal = torch.allclose(shrunk, masked, rtol=EQUAL_TOLERANCE, atol=EQUAL_TOLERANCE * float(masked.abs().max()))
-    except RuntimeError as error:
-        equal, found = False, str(error)
-    if not equal:
+    found = unequal(module, example, masked)
+    if found:
         raise StageError(
             "comparing the pruned model with the masked one",
             found=found,

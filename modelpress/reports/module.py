@@ -15,7 +15,7 @@ class TensorChange(Report):
     before: list[int]
     """Shape before."""
     after: list[int]
-    """Shape after."""
+    """Shape after; [0] where it is gone as a whole."""
     zeros: int = 0
     """Zero elements after."""
     kept: list[int] | None = None
@@ -109,3 +109,9 @@ class PruneReport(Report):
     """Hidden states that the fine-tune matched with the unpruned model's, beside the outputs."""
     steps: list[PruneStep] = Field(default_factory=list)
     """Of gradual pruning, each step."""
+    kept_layers: list[int] = Field(default_factory=list)
+    """Of depth pruning, the blocks that stayed, by their numbers before; the tensors' names are those from before."""
+    influences: list[float] = Field(default_factory=list)
+    """Of depth pruning, what each block was worth by `prune.importance`."""
+    refitted_layers: list[int] = Field(default_factory=list)
+    """Of depth pruning, the kept blocks whose last linear layer was re-fitted to fill the gap behind them."""

@@ -91,6 +91,14 @@ def test_typo_names_the_field_and_what_is_legal(change: dict[str, Any], field: s
             {"prune": {"method": "magnitude", "scope": "global", "pattern": "2:4"}},
             "needs prune.method 'magnitude' and no pattern",
         ),
+        ({"prune": {"method": "wanda", "structures": ["heads"]}}, "prune.structures needs prune.method 'structured'"),
+        ({"prune": {"method": "wanda", "importance": "taylor"}}, "prune.importance needs prune.method 'structured'"),
+        ({"prune": {"method": "wanda", "repair": False}}, "prune.repair needs prune.method 'structured'"),
+        ({"prune": {"structures": ["layers", "heads"]}}, "'layers' stands alone (found layers, heads)"),
+        (
+            {"prune": {"structures": ["layers"], "importance": "magnitude"}},
+            "'layers' needs prune.importance 'activation' or 'taylor'",
+        ),
         ({"prune": {"steps": 2, "recovery": {}}}, "prune.steps needs a method that sets weights to zero"),
         ({"prune": {"method": "wanda", "steps": 2}}, "prune.steps needs prune.recovery with an epoch for each step"),
         (

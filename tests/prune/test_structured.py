@@ -172,13 +172,15 @@ def masked(dense: nn.Module, report: PruneReport, groups: list[Group]) -> nn.Mod
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("sparsity", [0.25, 0.5])
-def test_pruned_equals_masked(case: str, sparsity: float) -> None:
+@pytest.mark.parametrize(("sparsity", "importance"), [(0.25, "activation"), (0.5, "magnitude"), (0.5, "taylor")])
+def test_pruned_equals_masked(case: str, sparsity: float, importance: str) -> None:
     toy = toy_of(case)
     dense = settled(toy)
     groups, _ = find_groups(dense, toy.example(3))
     pruned = copy.deepcopy(dense)
-    report = prune_(pruned, toy, PruneConfig(structures=ALL, sparsity=sparsity, repair=False))
+    config = PruneConfig(structures=ALL, sparsity=sparsity, repair=False, importance=importance)
+    report = prune_(pruned, toy, config)
+    assert all(parameter.requires_grad for parameter in pruned.parameters())
     expected = masked(dense, report, groups)(toy.x)
     assert (pruned(toy.x) - expected).abs().max() < 1e-5
     assert (expected - dense(toy.x)).abs().max() > 1e-3
@@ -204,14 +206,15 @@ def test_every_shrunken_tensor_is_reported(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_repair_is_nearer_to_the_dense_model(case: str) -> None:
+@pytest.mark.parametrize("importance", ["activation", "magnitude"])
+def test_repair_is_nearer_to_the_dense_model(case: str, importance: str) -> None:
     toy = toy_of(case)
     dense = settled(toy)
     x = toy.x[toy.rows["calibration"]]
     error = {}
     for repair in (False, True):
         module = copy.deepcopy(dense)
-        prune_(module, toy, PruneConfig(structures=ALL, sparsity=0.5, repair=repair))
+        prune_(module, toy, PruneConfig(structures=ALL, sparsity=0.5, repair=repair, importance=importance))
         error[repair] = float((module(x) - dense(x)).square().mean().detach())
     assert error[True] < 0.8 * error[False]
 
