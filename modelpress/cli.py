@@ -139,6 +139,46 @@ def plan(
 
 
 @app.command()
+def quantize(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe: workload, quantize and perhaps max_shard_size.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder to write; a new or empty one.")],
+    layout: Annotated[  # noqa: ARG001  the one there is; others may follow
+        Literal["compressed-tensors"],
+        typer.Option("--as", help="compressed-tensors: a Hugging Face folder as vLLM and transformers read it."),
+    ] = "compressed-tensors",
+    as_json: JsonOption = False,
+) -> None:
+    """Write a Hugging Face model with its linear weights in 4 or 8 bits, or float8; activations stay in float."""
+    from modelpress.config import load_quantize_recipe
+
+    checked = load_quantize_recipe(recipe)
+    from modelpress import compressed_tensors, hf_writer
+    from modelpress.workload import check_disjoint, load_workload
+
+    compressed_tensors.check_config(checked.quantize)  # before hours are spent
+    hf_writer.check_folder(to)
+    workload = load_workload(checked.workload)
+    check_disjoint(workload)
+    with _Bar("source") as progress:
+        source = workload.source(progress)
+    with _Bar("quantize") as progress:
+        report = compressed_tensors.deliver(source, workload, checked.quantize, to, checked.max_shard_size, progress)
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+        return
+    found = report.quality
+    _print(
+        f"{report.scheme} ({report.quantize.method}): {len(report.layers)} linear layers, {len(report.in_float)} in "
+        f"float; coverage {report.quantize.coverage:.1%}, agreement {report.quantize.agreement:.4f}"
+    )
+    _print(
+        f"{found.metric} {found.value:.4f} on {found.samples} held-out samples, {found.difference:+.4f} to the float "
+        f"model ({found.confidence:.0%} interval {found.difference_low:+.4f} to {found.difference_high:+.4f})"
+    )
+    _print(f"{report.source_bytes:,} → {report.size_bytes:,} bytes of {report.dtype} tensors, {to}")
+
+
+@app.command()
 def pull(
     pack: PackArgument,
     to: Annotated[Path, typer.Option("--to", help="Folder to write into.")],

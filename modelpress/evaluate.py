@@ -15,7 +15,7 @@ from types import TracebackType
 import numpy as np
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modelpress import graph, intervals
 from modelpress.checkpoint import Checkpoint, to_module
@@ -92,6 +92,29 @@ def evaluate(
         report = report.model_copy(update={"attribution": attribution.compare(original, checkpoint, workload, config)})
     progress(total, total, f"{workload.metric} {report.quality.value:.4f}")
     return report, scores
+
+
+def compare_modules(
+    module: nn.Module, original: nn.Module, workload: Workload, confidence: float, progress: Progress = silent
+) -> QualityReport:
+    """The workload's metric of a torch module on the evaluation split, paired with that of the one it was made from.
+
+    Raises:
+        WorkloadError: see `evaluate`.
+    """
+
+    def scores(one: nn.Module, done: int) -> np.ndarray:
+        with torch.inference_mode():
+            outputs = _outputs(
+                lambda inputs: np.asarray(one(**inputs).numpy()),
+                workload,
+                lambda samples: progress(done, 2, f"{workload.metric}: {samples} samples"),
+            )
+        return _finite(workload.metric, workload.score(outputs))
+
+    baseline = scores(original.eval(), 0)
+    judged = quality(workload.metric, scores(module.eval(), 1), baseline, confidence)
+    return judged.model_copy(update={"shown": workload.shown(judged.value)})
 
 
 def check_budget(report: EvaluationReport, config: EvaluateConfig) -> None:

@@ -13,10 +13,10 @@ from transformers import BertConfig, BertModel
 WORDS = [f"word{index}" for index in range(60)]
 
 
-def make_encoder_folder(path: Path, pairs: int) -> Path:
+def make_encoder_folder(path: Path, pairs: int, hidden: int = 16, intermediate: int = 24) -> Path:
     """Three random layers with a word-level tokenizer, and retrieval pairs in `pairs.jsonl`."""
     config = BertConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=3, num_attention_heads=4, intermediate_size=24,
+        vocab_size=64, hidden_size=hidden, num_hidden_layers=3, num_attention_heads=4, intermediate_size=intermediate,
         max_position_embeddings=20,
     )  # fmt: skip
     torch.manual_seed(0)

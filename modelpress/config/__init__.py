@@ -13,7 +13,15 @@ from modelpress.config.pack import CompressConfig, ShardConfig, UploadConfig
 from modelpress.config.plan import PlanConfig, Scale
 from modelpress.config.prune import PruneConfig
 from modelpress.config.quantize import ExportConfig, QuantizeConfig
-from modelpress.config.recipes import OptimizeConfig, PlanRecipe, load_config, load_plan_recipe, parse_config
+from modelpress.config.recipes import (
+    OptimizeConfig,
+    PlanRecipe,
+    QuantizeRecipe,
+    load_config,
+    load_plan_recipe,
+    load_quantize_recipe,
+    parse_config,
+)
 from modelpress.config.train import TrainConfig
 from modelpress.config.workload import WorkloadConfig
 
@@ -32,6 +40,7 @@ __all__ = [
     "PlanRecipe",
     "PruneConfig",
     "QuantizeConfig",
+    "QuantizeRecipe",
     "Scale",
     "ShardConfig",
     "TrainConfig",
@@ -39,5 +48,6 @@ __all__ = [
     "WorkloadConfig",
     "load_config",
     "load_plan_recipe",
+    "load_quantize_recipe",
     "parse_config",
 ]

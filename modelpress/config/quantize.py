@@ -40,19 +40,20 @@ class QuantizeConfig(Config):
     """For `weight-only`: neighbouring inputs that share a scale, a power of two; a last group may have fewer."""
     symmetric: bool = True
     """For `weight-only`: no zero points; without, each group's range may lie off centre, for 4 or 8 bits a group."""
-    algorithm: Literal["rtn", "gptq", "hqq"] = "gptq"
+    algorithm: Literal["rtn", "gptq", "hqq", "fp8"] = "gptq"
     """For `weight-only`: round to the nearest; let later weights make up for the rounding of earlier ones (Frantar et
-    al. 2022, arXiv:2210.17323); or real zero points without data (Badri & Shaji 2023; 4 bits, not symmetric; slow
-    on the CPU)."""
+    al. 2022, arXiv:2210.17323); real zero points without data (Badri & Shaji 2023; 4 bits, not symmetric; slow
+    on the CPU); or `fp8`, the nearest float8 e4m3, in a byte, without groups (Micikevicius et al. 2022,
+    arXiv:2209.05433)."""
     act_order: bool = False
     """For `gptq`: round the inputs of the largest activations first."""
     per_channel: bool = True
-    """One weight scale per output channel."""
+    """One weight scale per output channel; without, one per weight. Not for `weight-only` in groups."""
     embeddings: bool = False
     """Quantize embedding tables (Gather) as well; their rows are stored as int8."""
     targets: list[str] = []
     """ONNX node names or globs; empty takes every MatMul and Gemm, and with `static` every Conv. For `codebook`, module
-    names or globs."""
+    names or globs; for `modelpress quantize`, names of the Hugging Face model's linear layers."""
     ignore: list[str] = []
     """ONNX node names or globs that stay in float. For `codebook`, module names or globs."""
     max_quality_drop: float = Field(default=0.01, ge=0)
@@ -84,6 +85,7 @@ class QuantizeConfig(Config):
             raise ValueError("quantize.group_size must be a power of two")
         if self.act_order and self.algorithm != "gptq":
             raise ValueError("quantize.act_order needs quantize.algorithm 'gptq'")
+        self._check_float8()
         if self.method == "weight-only" and self.algorithm == "hqq" and (self.symmetric or self.num_bits != 4):
             raise ValueError("quantize.algorithm 'hqq' needs quantize.symmetric false and quantize.num_bits 4")
         unread = {}
@@ -98,3 +100,16 @@ class QuantizeConfig(Config):
             unread |= dict.fromkeys(names, "quantize.method 'weight-only'")
         refuse_unread(self, "quantize", unread)
         return self
+
+    def _check_float8(self) -> None:
+        if self.algorithm != "fp8":
+            if self.method == "weight-only" and not self.per_channel:
+                raise ValueError("quantize.per_channel false needs quantize.algorithm 'fp8' with 'weight-only'")
+            return
+        if self.method != "weight-only":
+            raise ValueError("quantize.algorithm 'fp8' needs quantize.method 'weight-only'")
+        if self.num_bits != 8:
+            raise ValueError("quantize.algorithm 'fp8' needs quantize.num_bits 8")
+        for name in ("group_size", "symmetric"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"quantize.{name} needs an integer quantize.algorithm: 'fp8' does not read it")

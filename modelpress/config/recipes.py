@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
-from modelpress.config.base import Config, PackName
+from modelpress.config.base import Bytes, Config, PackName
 from modelpress.config.distill import DistillConfig
 from modelpress.config.judge import EvaluateConfig, GateConfig
 from modelpress.config.pack import CompressConfig, ShardConfig, UploadConfig
@@ -76,6 +76,17 @@ class PlanRecipe(Config):
     """The codecs whose bytes are counted."""
 
 
+class QuantizeRecipe(Config):
+    """One run of `modelpress quantize`: source → quantize → a Hugging Face folder."""
+
+    workload: WorkloadConfig
+    """The model, the data and the metric."""
+    quantize: QuantizeConfig
+    """Of method `weight-only`. `targets` and `ignore` are names or globs of the model's linear layers."""
+    max_shard_size: Bytes = 5_000_000_000
+    """Bytes of one safetensors file; a tensor that is larger has a file of its own."""
+
+
 def load_config(path: str | Path) -> OptimizeConfig:
     """Read an `OptimizeConfig` from a YAML file.
 
@@ -93,6 +104,15 @@ def load_plan_recipe(path: str | Path) -> PlanRecipe:
         ConfigError: see `load_config`.
     """
     return _checked(PlanRecipe, _read_yaml(path), str(path))
+
+
+def load_quantize_recipe(path: str | Path) -> QuantizeRecipe:
+    """Read a `QuantizeRecipe` from a YAML file.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    return _checked(QuantizeRecipe, _read_yaml(path), str(path))
 
 
 def _read_yaml(path: str | Path) -> Any:

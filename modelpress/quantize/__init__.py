@@ -1,11 +1,11 @@
 """From a float ONNX graph to one with integer weights, and mostly integer activations, within a quality budget.
 
 `dynamic` ranges activations per call, `static` by calibration; for both, outliers are first moved from the activations
-into the weights. `weight-only` leaves activations in float and rounds weights to 4 or 8 bits in groups. Each layer's
-sensitivity is measured by itself, or together with those that share its weight; the most sensitive compute in float
-until the graph agrees with the float one as closely as the config asks. Their weights are stored as integers all the
-same, where the budget allows it: mostly it is the rounding of activations that costs. Sensitive 4-bit weights take 8
-bits first.
+into the weights. `weight-only` leaves activations in float and rounds weights to 4 or 8 bits in groups, or to a byte of
+floating point. Each layer's sensitivity is measured by itself, or together with those that share its weight; the most
+sensitive compute in float until the graph agrees with the float one as closely as the config asks. Their weights are
+stored as integers all the same, where the budget allows it: mostly it is the rounding of activations that costs.
+Sensitive 4-bit weights take 8 bits first.
 """
 
 from __future__ import annotations
@@ -129,8 +129,13 @@ def _some(batches: Sequence[Inputs]) -> list[Inputs]:
 
 def _method(config: QuantizeConfig) -> str:
     if config.method == "weight-only":
-        return f"weight-only-{config.algorithm}-int{config.num_bits}"
+        return weight_only_method(config)
     return config.method if config.method == "dynamic" else f"static-{config.calibration}"
+
+
+def weight_only_method(config: QuantizeConfig) -> str:
+    """Name of what `weight-only` does, for reports."""
+    return "weight-only-fp8" if config.algorithm == "fp8" else f"weight-only-{config.algorithm}-int{config.num_bits}"
 
 
 def _elements(layers: Iterable[Layer]) -> int:

@@ -8,7 +8,7 @@ from onnx import ModelProto
 
 from modelpress.config import QuantizeConfig
 from modelpress.progress import Progress
-from modelpress.quantize import nbits, rewrite, sensitivity, static, weight_only
+from modelpress.quantize import float8, nbits, rewrite, sensitivity, static, weight_only
 from modelpress.quantize.gelu import respell_gelu_
 from modelpress.quantize.groups import Grid
 from modelpress.quantize.observe import Inputs
@@ -71,6 +71,8 @@ def _integer(
 def _weight_only(
     model: ModelProto, layers: Sequence[Layer], batches: Sequence[Inputs], config: QuantizeConfig, progress: Progress
 ) -> sensitivity.Build:
+    if config.algorithm == "fp8":
+        return _float8(model, layers, config)
     weights = weight_only.quantize_layers(model, layers, batches, config, progress)
     finer = weight_only.round_layers(model, layers, Grid(8, config.group_size)) if config.num_bits == 4 else {}
 
@@ -78,6 +80,17 @@ def _weight_only(
         made = _copy(model)
         chosen = {node: weights[node] for node in nodes}
         nbits.replace_products_(made, chosen | {node: finer[node] for node in in_float if node in finer})
+        return made
+
+    return build
+
+
+def _float8(model: ModelProto, layers: Sequence[Layer], config: QuantizeConfig) -> sensitivity.Build:
+    weights = weight_only.float8_layers(model, layers, config.per_channel)
+
+    def build(nodes: Sequence[str], _in_float: Sequence[str]) -> ModelProto:
+        made = _copy(model)
+        float8.store_(made, {node: weights[node] for node in nodes})
         return made
 
     return build

@@ -29,6 +29,8 @@ class Grid:
     """Whether the zero point is the middle code, 2^(bits − 1), everywhere."""
     clip: bool = True
     """Shrink each group's range to where its squared rounding error is least; without, the range holds every weight."""
+    scale_dtype: torch.dtype = torch.float32
+    """What the scales will be stored in; they are rounded to that before a code is chosen."""
 
     @property
     def levels(self) -> int:
@@ -119,6 +121,15 @@ def encode(weight: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Ten
     return (weight / scale + zero_point).round().clamp(0, grid.levels)
 
 
+def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scales, float32, as `dtype` holds them; never subnormal there, and 1 where all weights are zero.
+
+    Where a scale would be subnormal in float32, any gives the weights back near enough.
+    """
+    kept = scale.clamp(min=torch.finfo(dtype).tiny).to(dtype).float()
+    return torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, kept)
+
+
 def grouped(codes: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> GroupedWeight:
     """Integer codes and zero points, given as floats, as a `GroupedWeight`."""
     return GroupedWeight(codes.to(torch.uint8), scale.float(), zero_point.to(torch.uint8), grid)
@@ -127,8 +138,7 @@ def grouped(codes: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Gro
 def _range_parameters(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     # Symmetric: half a step beyond the largest code, so that all 2^bits codes are in use and none errs by more.
     scale = torch.maximum(-low, high) * 2 / grid.levels if grid.symmetric else (high - low) / grid.levels
-    # Where all are zero any scale gives them back; so it does, near enough, where the scale would be subnormal.
-    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+    scale = storable(scale, grid.scale_dtype)
     if grid.symmetric:
         return scale, torch.full_like(scale, grid.middle)
     return scale, (-low / scale).round().clamp(0, grid.levels)

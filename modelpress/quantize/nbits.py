@@ -78,7 +78,7 @@ def pack_codes(weight: GroupedWeight) -> npt.NDArray[np.uint8]:
     zeros = weight.zero_point.float().round().clamp(0, weight.grid.levels).to(torch.uint8)
     padded = zeros.repeat_interleave(size, dim=1)
     padded[:, : weight.codes.shape[1]] = weight.codes
-    return _in_bytes(padded, bits).reshape(outputs, groups, size * bits // 8)
+    return in_bytes(padded, bits).reshape(outputs, groups, size * bits // 8)
 
 
 def pack_zero_points(weight: GroupedWeight) -> npt.NDArray[np.uint8] | npt.NDArray[np.float32] | None:
@@ -87,11 +87,11 @@ def pack_zero_points(weight: GroupedWeight) -> npt.NDArray[np.uint8] | npt.NDArr
         return None
     if weight.zero_point.is_floating_point():
         return np.asarray(weight.zero_point.numpy(), dtype=np.float32)
-    return _in_bytes(weight.zero_point, weight.grid.num_bits)
+    return in_bytes(weight.zero_point, weight.grid.num_bits)
 
 
-def _in_bytes(codes: Tensor, num_bits: int) -> npt.NDArray[np.uint8]:
-    """Rows of codes as rows of bytes."""
+def in_bytes(codes: Tensor, num_bits: int) -> npt.NDArray[np.uint8]:
+    """Rows of codes, (rows, columns) uint8, as rows of bytes: of two 4-bit codes the first in the low half."""
     array: npt.NDArray[np.uint8] = codes.numpy()
     if num_bits == 8:
         return array

@@ -24,6 +24,7 @@ TABLE_TOLERANCE = 0.05
 
 _CODES, _UNSIGNED, _ROWS = "_quantized", "_unsigned", "_rows"
 _SCALE, _ZERO_POINT = "_scale", "_zero_point"
+_VALUE = "_value"
 
 
 def quantize_dynamic_(model: ModelProto, nodes: Collection[str], per_channel: bool) -> None:
@@ -71,14 +72,8 @@ def quantize_weights_(model: ModelProto, nodes: Collection[str], per_channel: bo
                 codes, scale = quantize_symmetric(values, axis)
                 if axis is not None:
                     scale = scale.reshape([-1 if one == axis else 1 for one in range(values.ndim)])
-                add_initializer(model, weight + _CODES, codes)
-                add_initializer(model, weight + _SCALE, scale)
-                cast, product = f"{weight}_float", f"{weight}_value"
-                rewritten += [
-                    helper.make_node("Cast", [weight + _CODES], [cast], f"{node.name}_cast", to=TensorProto.FLOAT),
-                    helper.make_node("Mul", [cast, weight + _SCALE], [product], f"{node.name}_scale"),
-                ]
-            node.input[1] = f"{weight}_value"
+                rewritten += scaled_back(model, weight, codes, scale, node.name)
+            node.input[1] = weight + _VALUE
         rewritten.append(node)
     replace_nodes(model, rewritten)
 
@@ -198,6 +193,22 @@ def transposes_weight(node: NodeProto) -> bool:
             fix=f"add {node.name!r} to quantize.ignore",
         )
     return bool(attributes.get("transB", 0))
+
+
+def scaled_back(model: ModelProto, weight: str, codes: np.ndarray, scale: np.ndarray, node: str) -> list[NodeProto]:
+    """Add codes and scales of a weight to the graph, and spell codes · scale: Cast and Mul, whose output is the weight.
+
+    The nodes are named after the `node` that reads it; the scale must broadcast to the codes.
+
+    Raises:
+        StageError: see `add_initializer`.
+    """
+    add_initializer(model, weight + _CODES, codes)
+    add_initializer(model, weight + _SCALE, scale)
+    return [
+        helper.make_node("Cast", [weight + _CODES], [f"{weight}_float"], f"{node}_cast", to=TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{weight}_float", weight + _SCALE], [weight + _VALUE], f"{node}_scale"),
+    ]
 
 
 def add_initializer(model: ModelProto, name: str, array: np.ndarray) -> None:

@@ -129,9 +129,11 @@ def _obstacle(layer: Layer, config: QuantizeConfig) -> tuple[str, str] | None:
     """What the method cannot take about a layer, and what it takes."""
     if layer.op_type == "Conv" and config.method == "dynamic":
         return "a convolution", "MatMul or Gemm: dynamic int8 makes convolutions slower"
-    if config.method == "weight-only" and layer.op_type == "Conv":
+    if config.method != "weight-only" or config.algorithm == "fp8":
+        return None
+    if layer.op_type == "Conv":
         return "a convolution", "MatMul or Gemm: ONNX Runtime has no convolution with grouped weights"
-    if config.method == "weight-only" and layer.op_type != "Gather" and layer.dimensions != 2:
+    if layer.op_type != "Gather" and layer.dimensions != 2:
         return f"a weight of {layer.dimensions} axes", "one of 2 axes"
     return None
 

@@ -15,11 +15,12 @@ from modelpress.config import QuantizeConfig
 from modelpress.errors import StageError
 from modelpress.progress import Progress
 from modelpress.quantize import nbits
+from modelpress.quantize.float8 import Float8Weight, round_to_float8
 from modelpress.quantize.gptq import gptq
 from modelpress.quantize.groups import Grid, GroupedWeight, round_to_nearest
 from modelpress.quantize.hqq import hqq
 from modelpress.quantize.observe import Inputs, hessians
-from modelpress.quantize.rewrite import transposes_weight
+from modelpress.quantize.rewrite import channel_axis, transposes_weight
 from modelpress.quantize.selection import Layer
 
 MOST_ZEROS = 0.25
@@ -42,10 +43,11 @@ def quantize_layers(
             is named.
     """
     shared = _shared(model, layers)
+    grid = Grid(config.num_bits, config.group_size, config.symmetric)
     made: dict[str, GroupedWeight] = {}
     if config.algorithm != "gptq":
         for one in shared:
-            made |= dict.fromkeys(one.nodes, _quantize(one, config, None))
+            made |= dict.fromkeys(one.nodes, quantize_weight(one.nodes, one.values, grid, config))
         return made
     steps: dict[str, list[_Weight]] = {}
     for one in shared:
@@ -58,7 +60,7 @@ def quantize_layers(
         moments = hessians(current, list(dict.fromkeys(name for one in step for name in one.inputs)), batches)
         for one in step:
             hessian = torch.stack([moments[name] for name in one.inputs]).sum(0)
-            made |= dict.fromkeys(one.nodes, _quantize(one, config, hessian))
+            made |= dict.fromkeys(one.nodes, quantize_weight(one.nodes, one.values, grid, config, hessian))
     return made
 
 
@@ -66,9 +68,29 @@ def round_layers(model: ModelProto, layers: Sequence[Layer], grid: Grid) -> dict
     """The same by rounding to the nearest, whatever the config's algorithm: for layers that need more bits."""
     made: dict[str, GroupedWeight] = {}
     for one in _shared(model, layers):
-        with _naming(one):
+        with naming(one.nodes):
             made |= dict.fromkeys(one.nodes, round_to_nearest(one.values, grid))
     return made
+
+
+def float8_layers(model: ModelProto, layers: Sequence[Layer], per_channel: bool) -> dict[str, Float8Weight]:
+    """The weights of MatMul, Gemm and Conv nodes in float8, by node, in the shape that the node reads.
+
+    Raises:
+        StageError: a weight that is not finite; the node is named.
+    """
+    nodes = {node.name: node for node in model.graph.node}
+    initializers = {one.name: one for one in model.graph.initializer}
+    made: dict[tuple[str, int | None], Float8Weight] = {}
+    found: dict[str, Float8Weight] = {}
+    for layer in layers:
+        axis = channel_axis(nodes[layer.node], layer.dimensions) if per_channel else None
+        if (layer.weight, axis) not in made:
+            values = torch.from_numpy(np.array(numpy_helper.to_array(initializers[layer.weight])))
+            with naming([layer.node]):
+                made[layer.weight, axis] = round_to_float8(values, axis)
+        found[layer.node] = made[layer.weight, axis]
+    return found
 
 
 @dataclass(frozen=True)
@@ -98,14 +120,27 @@ def _shared(model: ModelProto, layers: Sequence[Layer]) -> list[_Weight]:
     return list(found.values())
 
 
-def _quantize(one: _Weight, config: QuantizeConfig, hessian: Tensor | None) -> GroupedWeight:
-    grid = Grid(config.num_bits, config.group_size, config.symmetric)
-    with _naming(one):
+def quantize_weight(
+    names: Sequence[str], weight: Tensor, grid: Grid, config: QuantizeConfig, hessian: Tensor | None = None
+) -> GroupedWeight:
+    """Round one weight by `config.algorithm`: a graph's or a module's.
+
+    Args:
+        names: of the nodes or layers that it belongs to, for errors.
+        weight: (out, in) float.
+        grid: bits, group size, symmetric or not.
+        config: the algorithm, and whether `gptq` orders its inputs.
+        hessian: (in, in), for `gptq`: Σ x xᵀ of the inputs.
+
+    Raises:
+        StageError: see `quantize_layers`.
+    """
+    with naming(names):
         if hessian is not None:
-            return gptq(one.values, hessian, grid, config.act_order)
+            return gptq(weight, hessian, grid, config.act_order)
         if config.algorithm == "rtn":
-            return round_to_nearest(one.values, grid)
-        zeros = float((one.values == 0).float().mean())
+            return round_to_nearest(weight, grid)
+        zeros = float((weight == 0).float().mean())
         if zeros > MOST_ZEROS:
             raise StageError(
                 "quantizing with real zero points",
@@ -113,14 +148,14 @@ def _quantize(one: _Weight, config: QuantizeConfig, hessian: Tensor | None) -> G
                 expected=f"at most {MOST_ZEROS:.0%}",
                 fix="use quantize.algorithm 'gptq' or 'rtn', which keep zeros",
             )
-        return hqq(one.values, grid)
+        return hqq(weight, grid)
 
 
 @contextlib.contextmanager
-def _naming(one: _Weight) -> Iterator[None]:
+def naming(names: Sequence[str]) -> Iterator[None]:
     """Errors say whose weight it was."""
     try:
         yield
     except StageError as error:
-        doing = f"quantizing {', '.join(map(repr, one.nodes))}: {error.doing}"
+        doing = f"quantizing {', '.join(map(repr, names))}: {error.doing}"
         raise StageError(doing, found=error.found, expected=error.expected, fix=error.fix) from error

@@ -7,6 +7,7 @@ imports neither torch nor numpy.
 from __future__ import annotations
 
 from modelpress.reports.base import ArtifactRef, Report, Stage
+from modelpress.reports.folder import FolderReport
 from modelpress.reports.graph import CodebookReport, ExportReport, QuantizeReport, SensitivityRow, SharedTensor
 from modelpress.reports.module import DistillReport, PruneReport, PruneStep, SourceReport, TensorChange, TrainReport
 from modelpress.reports.pack import CodedTensor, CompressReport, ShardReport, UploadReport, VerifyReport
@@ -22,6 +23,7 @@ __all__ = [
     "DistillReport",
     "EvaluationReport",
     "ExportReport",
+    "FolderReport",
     "LatencyReport",
     "PlanOutline",
     "PlanPoint",

@@ -69,7 +69,7 @@ class QuantizeReport(Report):
     eligible_weights: int
     """Weights in the operators that the method can quantize."""
     quantized_weights: int
-    """Weights that are integers now."""
+    """Weights that are integers now, or float8."""
     coverage: float
     """quantized ÷ eligible."""
     agreement: float

@@ -1,0 +1,197 @@
+"""Write a Hugging Face folder: config.json, the tokenizer's files, safetensors shards with their index.
+
+Whole or not at all: everything goes to a folder beside, which is renamed at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from modelpress.errors import ConfigError, WorkloadError
+from modelpress.store.local import local_errors
+from modelpress.workload import Workload
+from modelpress.workloads.hf_folder import read_object
+
+SHARD_BYTES = 5_000_000_000
+"""What transformers writes at most into one file."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_COPIED = {".json", ".txt", ".model", ".jinja", ".md"}
+_WRITTEN = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"}
+_INDEX = "model.safetensors.index.json"
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse to write over something.
+
+    Raises:
+        ConfigError: it is there, and is no empty folder.
+    """
+    with local_errors(f"looking at {folder}"):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(
+                f"writing a Hugging Face folder to {folder}",
+                found="something there already",
+                expected="a new or empty folder",
+                fix="name another folder",
+            )
+
+
+def write(tensors: Mapping[str, Tensor], files: Mapping[str, bytes], folder: Path, max_shard_size: int) -> None:
+    """Write a folder.
+
+    Args:
+        tensors: by name, none sharing memory.
+        files: by name, relative to the folder.
+        folder: new, or empty.
+        max_shard_size: bytes; a file is larger only where one tensor is.
+
+    Raises:
+        ConfigError: see `check_folder`.
+        StoreError: it cannot be written; nothing is left of it.
+    """
+    folder = Path(os.path.abspath(folder))
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
+    check_folder(folder)
+    with local_errors(f"writing a Hugging Face folder to {folder}", writing=True):
+        try:
+            partial.mkdir(parents=True)
+            _write_tensors(tensors, partial, max_shard_size)
+            for name, data in files.items():
+                path = partial / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    """The model that a reader builds from the config alone; without memory."""
+    with torch.device("meta"):
+        return type(model)(model.config)
+
+
+def check_structure(model: PreTrainedModel) -> None:
+    """Refuse a model whose config does not say what it is: pruned heads and channels, dropped layers.
+
+    A submodule that was set to None is not refused: see `left_out`.
+
+    Raises:
+        WorkloadError: a tensor that the config does not foresee, or of another shape, or one that it foresees and that
+            the model has lost.
+    """
+    expected = {name: tuple(value.shape) for name, value in skeleton(model).state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name in sorted(set(expected) | set(found)):
+        if found.get(name) != expected.get(name) and not (name not in found and _does_without(model, name)):
+            shown = [f"shape {list(one[name])}" if name in one else "none" for one in (found, expected)]
+            raise WorkloadError(
+                f"comparing {type(model).__name__} with its config.json",
+                found=f"{name}: {shown[0]}",
+                expected=shown[1],
+                fix="structured pruning and dropped layers give sizes that this config.json does not say: publish the "
+                "ONNX graph",
+            )
+
+
+def left_out(model: PreTrainedModel, workload: Workload) -> dict[str, Tensor]:
+    """Tensors of the source folder that belong to submodules that the module has set to None, such as an unused pooler.
+
+    Where the source folder has none either, there are none.
+    """
+    shapes = {name: tuple(value.shape) for name, value in skeleton(model).state_dict().items()}
+    missing = {name for name in set(shapes) - set(model.state_dict()) if _does_without(model, name)}
+    found: dict[str, Tensor] = {}
+    folder = source_folder(workload)
+    if folder is None or not missing:
+        return found
+    prefix = f"{model.base_model_prefix}."
+    with local_errors(f"reading {folder}"):
+        for path in sorted(folder.glob("*.safetensors")):
+            with safetensors.safe_open(path, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  no mapping
+                    short = name if name in missing else name.removeprefix(prefix)
+                    if short in missing:
+                        found[short] = opened.get_tensor(name)
+    return found
+
+
+def _does_without(model: PreTrainedModel, name: str) -> bool:
+    """Whether a tensor belongs to a submodule that was set to None."""
+    owner: nn.Module | None = model
+    for part in name.split(".")[:-1]:
+        assert owner is not None
+        if part not in owner._modules:
+            return False
+        owner = owner._modules[part]
+        if owner is None:
+            return True
+    return False
+
+
+def other_files(model: PreTrainedModel, workload: Workload) -> dict[str, bytes]:
+    """The folder's other files: those of the source folder (tokenizer, pooling, model card), or the workload's.
+
+    Weights, code and what is written anew are left out.
+    """
+    folder = source_folder(workload)
+    if folder is None:
+        files = dict(workload.files())
+    else:
+        with local_errors(f"reading {folder}"):
+            paths = [path for path in sorted(folder.glob("*")) + sorted(folder.glob("*/*.json")) if path.is_file()]
+            files = {
+                path.relative_to(folder).as_posix(): path.read_bytes()
+                for path in paths
+                if (path.suffix in _COPIED and path.name not in _WRITTEN) or path.parent != folder
+            }
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and model.can_generate():
+        files.setdefault("generation_config.json", generation.to_json_string().encode())
+    return files
+
+
+def stored_dtype(workload: Workload) -> torch.dtype:
+    """What the source folder's config.json says of its weights; float32 where there is none, or it says nothing.
+
+    Raises:
+        WorkloadError: another type than float32, bfloat16 or float16.
+    """
+    folder = source_folder(workload)
+    document = {} if folder is None else read_object(folder / "config.json")
+    stated = document.get("dtype") or document.get("torch_dtype") or "float32"
+    if stated not in _DTYPES:
+        raise WorkloadError(
+            f"reading dtype of {folder}/config.json", found=repr(stated)[:80], expected=f"one of {', '.join(_DTYPES)}"
+        )
+    return _DTYPES[stated]
+
+
+def source_folder(workload: Workload) -> Path | None:
+    """The Hugging Face folder that a workload's model comes from."""
+    folder = getattr(workload, "folder", None)
+    return folder if isinstance(folder, Path) else None
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: int) -> None:
+    plan = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size)
+    for name, members in plan.filename_to_tensors.items():
+        content = {member: tensors[member] for member in members}
+        # Through bytes: the library's own writer turns a full disk into an error of no type.
+        (folder / name).write_bytes(safetensors.torch.save(content, {"format": "pt"}))
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
