@@ -27,7 +27,8 @@ class Moments:
         weight = flat_weight(layer)
         self.features = weight.shape[1]
         size = self.features + int(constant)
-        self.sum = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
+        device = "cpu" if weight.is_meta else weight.device  # one on disk is worked on where it will be read to
+        self.sum = torch.zeros(size, size, dtype=torch.float64, device=device)
         self.rows = 0
 
     def add(self, inputs: Tensor, mask: Tensor | None = None) -> None:

@@ -13,12 +13,21 @@ from modelpress.config.pack import CompressConfig, ShardConfig, UploadConfig
 from modelpress.config.plan import PlanConfig, Scale
 from modelpress.config.prune import PruneConfig
 from modelpress.config.quantize import ExportConfig, QuantizeConfig
-from modelpress.config.recipes import OptimizeConfig, PlanRecipe, load_config, load_plan_recipe, parse_config
+from modelpress.config.recipes import (
+    BlockwiseRecipe,
+    OptimizeConfig,
+    PlanRecipe,
+    load_blockwise_recipe,
+    load_config,
+    load_plan_recipe,
+    parse_config,
+)
 from modelpress.config.train import TrainConfig
 from modelpress.config.workload import WorkloadConfig
 
 __all__ = [
     "Alias",
+    "BlockwiseRecipe",
     "Bytes",
     "CompressConfig",
     "Config",
@@ -37,6 +46,7 @@ __all__ = [
     "TrainConfig",
     "UploadConfig",
     "WorkloadConfig",
+    "load_blockwise_recipe",
     "load_config",
     "load_plan_recipe",
     "parse_config",

@@ -71,6 +71,25 @@ class PlanRecipe(Config):
     """The codecs whose bytes are counted."""
 
 
+class BlockwiseRecipe(Config):
+    """One run of `modelpress blockwise`: a Hugging Face folder, pruned or quantized one block at a time."""
+
+    workload: WorkloadConfig
+    """The model, a folder, and the calibration data."""
+    prune: PruneConfig | None = None
+    """Weights to zeros: `magnitude`, `wanda` or `sparsegpt`, without `recovery`."""
+    quantize: QuantizeConfig | None = None
+    """`weight-only` by `rtn` or `gptq`; `targets` and `ignore` are module names or globs."""
+    activations_on_disk: bool = False
+    """Keep the calibration data's activations between two blocks in files beside the new folder."""
+
+    @model_validator(mode="after")
+    def _check(self) -> BlockwiseRecipe:
+        if (self.prune is None) == (self.quantize is None):
+            raise ValueError("give one of prune and quantize; for both, quantize the folder that pruning made")
+        return self
+
+
 def load_config(path: str | Path) -> OptimizeConfig:
     """Read an `OptimizeConfig` from a YAML file.
 
@@ -88,6 +107,15 @@ def load_plan_recipe(path: str | Path) -> PlanRecipe:
         ConfigError: see `load_config`.
     """
     return _checked(PlanRecipe, _read_yaml(path), str(path))
+
+
+def load_blockwise_recipe(path: str | Path) -> BlockwiseRecipe:
+    """Read a `BlockwiseRecipe` from a YAML file.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    return _checked(BlockwiseRecipe, _read_yaml(path), str(path))
 
 
 def _read_yaml(path: str | Path) -> Any:

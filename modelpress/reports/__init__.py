@@ -7,7 +7,15 @@ imports neither torch nor numpy.
 from __future__ import annotations
 
 from modelpress.reports.base import ArtifactRef, Report, Stage
-from modelpress.reports.graph import CodebookReport, ExportReport, QuantizeReport, SensitivityRow, SharedTensor
+from modelpress.reports.graph import (
+    CodebookReport,
+    ExportReport,
+    LayersReport,
+    QuantizeReport,
+    RoundedLayer,
+    SensitivityRow,
+    SharedTensor,
+)
 from modelpress.reports.module import DistillReport, PruneReport, PruneStep, SourceReport, TensorChange, TrainReport
 from modelpress.reports.pack import CodedTensor, CompressReport, ShardReport, UploadReport, VerifyReport
 from modelpress.reports.plan import PlannedTensor, PlanOutline, PlanPoint, PlanReport
@@ -23,6 +31,7 @@ __all__ = [
     "EvaluationReport",
     "ExportReport",
     "LatencyReport",
+    "LayersReport",
     "PlanOutline",
     "PlanPoint",
     "PlanReport",
@@ -32,6 +41,7 @@ __all__ = [
     "QualityReport",
     "QuantizeReport",
     "Report",
+    "RoundedLayer",
     "SensitivityRow",
     "ShardReport",
     "SharedTensor",
