@@ -321,6 +321,8 @@ class _Chain:
     def moments(self, module: nn.Module, names: list[str]) -> dict[str, Moments]:
         """Statistics of the present block's layers."""
         moments = {name: Moments(module.get_submodule(name), name) for name in names}
+        for one in moments.values():
+            one.sum = self.residence.kept(one.sum)
         mask: list[Tensor | None] = [None]
         with observed(module, moments, mask):
             for batch, call in zip(self.batches, self.calls, strict=True):

@@ -30,9 +30,9 @@ class Residence:
     def settle_(self, layer: nn.Module) -> None:
         """Bring a weight that was changed to what will be read again: fewer bits, where it is stored so."""
 
-    def kept(self, activations: Tensor) -> Tensor:
-        """A block's outputs, until the next block has read them."""
-        return activations
+    def kept(self, scratch: Tensor) -> Tensor:
+        """A tensor of this one's values that will be read, or added to, later: a block's outputs, second moments."""
+        return scratch
 
 
 IN_MEMORY = Residence()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import shutil
 import subprocess
@@ -46,6 +47,12 @@ STAGES: dict[str, PruneConfig | QuantizeConfig] = {
     "gptq, int4": QuantizeConfig(method="weight-only", algorithm="gptq", num_bits=4),
 }
 QUICK = ("magnitude, 50%", "wanda, 2:4", "rtn, int4")
+SYSTEMS = {
+    "blockwise": "modelpress, one block at a time",
+    "scratch": "the same, scratch on disk",
+    "memory": "modelpress, all in memory",
+}
+"""By route."""
 SAMPLE_SECONDS = 0.005
 NOTE = (
     "Memory is beyond what the process had when the stage began, with interpreter, libraries and data loaded. What "
@@ -69,7 +76,8 @@ def measure(quick: bool) -> Iterator[Row]:
 
 
 def _stage(stage: str, home: Path, facts: dict[str, int]) -> Iterator[Row]:
-    systems = {"blockwise": "modelpress, one block at a time", "memory": "modelpress, all in memory"}
+    routes = ["blockwise", "scratch", "memory"] if _looks_at_data(STAGES[stage]) else ["blockwise", "memory"]
+    systems = {route: SYSTEMS[route] for route in routes}
     for route, system in systems.items():
         found = _child(stage, route, home, None)
         yield Row(stage, system, "peak", "MB", found["peak"] / 1e6)
@@ -79,12 +87,18 @@ def _stage(stage: str, home: Path, facts: dict[str, int]) -> Iterator[Row]:
         yield Row(stage, system, "written", "MB", _bytes_of(home / route) / 1e6)
     if isinstance(STAGES[stage], PruneConfig):
         differing = _differing(home / "blockwise", home / "memory")
-        yield Row(stage, systems["blockwise"], "differing tensors", "", differing)
+        yield Row(stage, SYSTEMS["blockwise"], "differing tensors", "", differing)
     for route, system in systems.items():
         shutil.rmtree(home / route)
         held = _child(stage, route, home, facts["model"] // 2)
         yield Row(stage, system, "finished within half of the model", "", float(held["finished"]))
         shutil.rmtree(home / route, ignore_errors=True)
+
+
+def _looks_at_data(config: PruneConfig | QuantizeConfig) -> bool:
+    if isinstance(config, QuantizeConfig):
+        return config.algorithm == "gptq"
+    return config.method != "magnitude"
 
 
 def _sizes(quick: bool) -> LlamaConfig:
@@ -166,7 +180,9 @@ def _child(stage: str, route: str, home: Path, limit: int | None) -> dict[str, A
     """Run `child` in a process of its own; what it printed, and whether it finished."""
     call = f"child({stage!r}, {route!r}, {str(home)!r}, {limit})"
     code = f"from benchmarks.methods.larger_than_memory import child; {call}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    # glibc would keep freed blocks of up to 32 MiB; so it gives them back, as it always does larger ones.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return {**json.loads(done.stdout.splitlines()[-1]), "finished": True}
     refused = ("allocate memory", "MemoryError", "bad_alloc", "ENOMEM")
@@ -180,7 +196,7 @@ def child(stage: str, route: str, home: str, limit: int | None) -> None:
 
     Args:
         stage: of `STAGES`.
-        route: `blockwise` or `memory`; also the name of the folder to write.
+        route: `blockwise`, `scratch` (the same, scratch on disk) or `memory`; also the name of the folder to write.
         home: where `model` and `texts` are.
         limit: bytes that the process may have beyond what it has when the stage begins.
     """
@@ -194,19 +210,18 @@ def child(stage: str, route: str, home: str, limit: int | None) -> None:
             calibration_samples=16,
         )
     )
-    with without_memory():
-        workload.skeleton({})
-    torch.linalg.cholesky(torch.eye(512) @ torch.eye(512))  # the libraries and their threads are there now
+    _warm_up()
     if limit is not None:
         most = _status("VmData") + limit
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     with _Peak() as peak:
         started = time.perf_counter()
-        if route == "blockwise":
+        if route != "memory":
+            on_disk = route == "scratch"
             if isinstance(config, PruneConfig):
-                prune_folder(workload, config, place / route)
+                prune_folder(workload, config, place / route, scratch_on_disk=on_disk)
             else:
-                quantize_folder(workload, config, place / route)
+                quantize_folder(workload, config, place / route, scratch_on_disk=on_disk)
         else:
             module = workload.source()
             if isinstance(config, PruneConfig):
@@ -216,6 +231,15 @@ def child(stage: str, route: str, home: str, limit: int | None) -> None:
             module.get_submodule("model").save_pretrained(place / route)  # type: ignore[operator]
         seconds = time.perf_counter() - started
     print(json.dumps({"peak": peak.bytes, "seconds": seconds}))
+
+
+def _warm_up() -> None:
+    """What libraries load and allocate when they are first used is no part of a stage."""
+    config = _sizes(quick=True)
+    config.num_hidden_layers = 1
+    with torch.no_grad():
+        LlamaForCausalLM(config)(input_ids=torch.zeros(16, 64, dtype=torch.int64), use_cache=False)
+    torch.linalg.cholesky(torch.eye(512, dtype=torch.float64))
 
 
 class _Peak:

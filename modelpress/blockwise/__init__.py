@@ -38,9 +38,9 @@ def run_recipe(recipe: BlockwiseRecipe, to: Path, progress: Progress = silent) -
     """Do what a recipe says; see `prune_folder` and `quantize_folder`."""
     workload = load_workload(recipe.workload)
     if recipe.prune is not None:
-        return prune_folder(workload, recipe.prune, to, progress, activations_on_disk=recipe.activations_on_disk)
+        return prune_folder(workload, recipe.prune, to, progress, scratch_on_disk=recipe.scratch_on_disk)
     assert recipe.quantize is not None
-    return quantize_folder(workload, recipe.quantize, to, progress, activations_on_disk=recipe.activations_on_disk)
+    return quantize_folder(workload, recipe.quantize, to, progress, scratch_on_disk=recipe.scratch_on_disk)
 
 
 def table(report: PruneReport | LayersReport) -> list[dict[str, str]]:
@@ -68,7 +68,7 @@ def prune_folder(
     to: Path,
     progress: Progress = silent,
     *,
-    activations_on_disk: bool = False,
+    scratch_on_disk: bool = False,
 ) -> PruneReport:
     """Prune the model that a workload reads from a Hugging Face folder, and write it into another.
 
@@ -80,7 +80,8 @@ def prune_folder(
         config: `magnitude`, `wanda` or `sparsegpt`, by layer and without `recovery`.
         to: a folder that is not there yet. It appears when it is whole.
         progress: called once per block.
-        activations_on_disk: keep the calibration data's activations between two blocks in files beside `to`.
+        scratch_on_disk: keep what the calibration data give, activations between two blocks and second moments, in
+            files beside `to`: the kernel may take their pages back.
 
     Raises:
         ConfigError: `to` is there already, an option that needs all weights at once, or a pattern without a match.
@@ -93,7 +94,7 @@ def prune_folder(
     def work(paged: Paged) -> tuple[PruneReport, Mapping[str, Any]]:
         return prune_(paged.module, workload, config, progress, paged), {}
 
-    return _from_folder_to_folder(workload, config, to, activations_on_disk, work)
+    return _from_folder_to_folder(workload, config, to, scratch_on_disk, work)
 
 
 def quantize_folder(
@@ -102,7 +103,7 @@ def quantize_folder(
     to: Path,
     progress: Progress = silent,
     *,
-    activations_on_disk: bool = False,
+    scratch_on_disk: bool = False,
 ) -> LayersReport:
     """Quantize the linear layers of a model that a workload reads from a Hugging Face folder into another folder.
 
@@ -115,7 +116,8 @@ def quantize_folder(
             for layers to leave in float: `max_quality_drop` must be left as it is.
         to: a folder that is not there yet. It appears when it is whole.
         progress: called once per block.
-        activations_on_disk: keep the calibration data's activations between two blocks in files beside `to`.
+        scratch_on_disk: keep what the calibration data give, activations between two blocks and second moments, in
+            files beside `to`: the kernel may take their pages back.
 
     Raises:
         ConfigError, WorkloadError, CoverageError, StageError, CorruptionError, StoreFullError: see `prune_folder` and
@@ -147,14 +149,14 @@ def quantize_folder(
         ignored = [name.removeprefix(paged.prefix) for name, one in linears if one not in packed]
         return report, {"quantization_config": describe(grid, ignored)}
 
-    return _from_folder_to_folder(workload, config, to, activations_on_disk, work)
+    return _from_folder_to_folder(workload, config, to, scratch_on_disk, work)
 
 
 def _from_folder_to_folder(
     workload: Workload,
     config: Config,
     to: Path,
-    activations_on_disk: bool,
+    scratch_on_disk: bool,
     work: Callable[[Paged], tuple[ReportT, Mapping[str, Any]]],
 ) -> ReportT:
     """Open, let `work` change and write blocks, write the rest, and give the folder its name."""
@@ -170,7 +172,7 @@ def _from_folder_to_folder(
     with new_folder(to) as writer:
         with without_memory():
             module = workload.skeleton({})
-        paged = Paged(module, folder, prefix, writer, activations_on_disk=activations_on_disk)
+        paged = Paged(module, folder, prefix, writer, scratch_on_disk=scratch_on_disk)
         try:
             report, changes = work(paged)
         except NotImplementedError as error:  # torch's word for a meta tensor that something tries to read

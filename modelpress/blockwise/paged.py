@@ -55,7 +55,7 @@ class Paged(Residence):
         folder: Hugging Face folder.
         prefix: what the module's names have before the folder's.
         writer: takes what `held` blocks and layers become; the rest follows with `write_rest`.
-        activations_on_disk: whether `kept` puts them into files in the writer's folder.
+        scratch_on_disk: whether `kept` puts them into files in the writer's folder.
 
     Raises:
         WorkloadError: a module without blocks, or the folder's tensors are not the module's.
@@ -65,9 +65,9 @@ class Paged(Residence):
     at_once = False
 
     def __init__(
-        self, module: nn.Module, folder: Path, prefix: str, writer: FolderWriter, *, activations_on_disk: bool = False
+        self, module: nn.Module, folder: Path, prefix: str, writer: FolderWriter, *, scratch_on_disk: bool = False
     ) -> None:
-        self.on_disk = activations_on_disk
+        self.on_disk = scratch_on_disk
         self.module, self.folder, self.prefix, self.writer = module.eval(), folder, prefix, writer
         self.source = open_folder(folder)
         self.blocks = blocks_of(module)
@@ -118,15 +118,15 @@ class Paged(Residence):
                 fix="name the layer in `ignore`",
             )
 
-    def kept(self, activations: Tensor) -> Tensor:
+    def kept(self, scratch: Tensor) -> Tensor:
         """See `Residence`. A file without a name is gone with the tensor that is mapped from it."""
         if not self.on_disk:
-            return activations
-        path = self.writer.folder / "activations"
+            return scratch
+        path = self.writer.folder / "scratch"
         with local_errors(f"writing {path}", writing=True):
-            mapped = torch.from_file(str(path), shared=True, size=activations.numel(), dtype=activations.dtype)
+            mapped = torch.from_file(str(path), shared=True, size=scratch.numel(), dtype=scratch.dtype)
             path.unlink()
-        return mapped.view_as(activations).copy_(activations)
+        return mapped.view_as(scratch).copy_(scratch)
 
     def pack(self, weight: nn.Parameter, packed: Packed) -> None:
         """Write these tensors in the place of a weight that is held, which has the value that they give back."""

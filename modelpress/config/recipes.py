@@ -80,8 +80,9 @@ class BlockwiseRecipe(Config):
     """Weights to zeros: `magnitude`, `wanda` or `sparsegpt`, without `recovery`."""
     quantize: QuantizeConfig | None = None
     """`weight-only` by `rtn` or `gptq`; `targets` and `ignore` are module names or globs."""
-    activations_on_disk: bool = False
-    """Keep the calibration data's activations between two blocks in files beside the new folder."""
+    scratch_on_disk: bool = False
+    """Keep what the calibration data give, activations between two blocks and second moments, in files beside the new
+    folder and not in memory."""
 
     @model_validator(mode="after")
     def _check(self) -> BlockwiseRecipe:

@@ -185,7 +185,7 @@ def test_no_more_than_a_block_is_in_memory(tmp_path: Path, decoder: Path, texts:
     """Of six parts of about the same size (the embedding, four blocks, the output layer), one at a time."""
     one = Counted(workload(decoder, texts).config)
     config = PruneConfig(method=method, ignore=["*.layers.1"])
-    prune_folder(one, config, tmp_path / "out", activations_on_disk=method == "sparsegpt")
+    prune_folder(one, config, tmp_path / "out", scratch_on_disk=method == "sparsegpt")
     whole = sum(tensor.nbytes for tensor in tensors(decoder).values())
     sizes = json.loads((tmp_path / "out" / "modelpress.json").read_text())["sizes"]
     assert sizes["model_bytes"] == whole
