@@ -23,12 +23,13 @@ from modelpress.reports import (
     EvaluationReport,
     PlanReport,
     Report,
+    SourceReport,
     Stage,
     UploadReport,
 )
 from modelpress.settings import Settings, read_settings
 from modelpress.store.local import local_errors
-from registry import runs
+from registry import runs, sources
 from registry.gates import Decision
 from tasks.evaluation import evaluate
 from tasks.packs import INDEX, Provenance
@@ -45,7 +46,10 @@ class Line:
 
     def __init__(self, config: OptimizeConfig, settings: Settings, run: runs.Run, flow_run_url: str) -> None:
         self.config, self.run, self.flow_run_url = config, run, flow_run_url
-        self.context = RunContext(name=config.name, mlflow_run=run.id, workload=config.workload)
+        workload = sources.pin(settings, config.workload)
+        if workload != config.workload:  # an alias, which may name another version by the end of the run
+            run.tag("source_model", workload.model)
+        self.context = RunContext(name=config.name, mlflow_run=run.id, workload=workload)
         self.mlflow_url = runs.run_url(settings, run.id, run.experiment_id)
         self.rows: list[StageRow] = []
         self.reports: dict[str, Report] = {}
@@ -105,8 +109,10 @@ class Line:
 
     def provenance(self) -> Provenance:
         """What the manifest says of how the pack came to be: nothing in it changes when a run is repeated."""
+        source = self.reports["source"]
+        origin = {source.origin: source.origin_sha256} if isinstance(source, SourceReport) and source.origin else {}
         return Provenance(
-            lineage={label: ref.sha256 for label, ref in self.outputs.items()},
+            lineage={**origin, **{label: ref.sha256 for label, ref in self.outputs.items()}},
             reports={
                 **{label: _timeless(report) for label, report in self.reports.items() if not label.startswith("eval")},
                 **{f"quality {label}": report.quality.metrics() for label, report in self.evaluations.items()},

@@ -179,6 +179,29 @@ def quantize(
 
 
 @app.command()
+def blockwise(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe: workload, and prune or quantize.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder to make, in the layout of Hugging Face.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Prune or quantize a model larger than memory: from a folder into another, one block at a time."""
+    from modelpress.config import load_blockwise_recipe
+
+    checked = load_blockwise_recipe(recipe)
+    from modelpress.blockwise import run_recipe, table
+    from modelpress.blockwise.folder import check_new
+
+    check_new(to)
+    with _Bar("blockwise") as progress:
+        report = run_recipe(checked, to, progress)
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+        return
+    _print(_rows_table(table(report)))
+    _print(f"{report.method}: {report.coverage:.1%} of the eligible weights → {to}")
+
+
+@app.command()
 def pull(
     pack: PackArgument,
     to: Annotated[Path, typer.Option("--to", help="Folder to write into.")],

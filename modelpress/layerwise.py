@@ -8,6 +8,8 @@ The blocks are the elements of the module's largest `nn.ModuleList`, in the orde
 (a convolutional network) is one block. Where a block takes more from its surroundings than the block before it gave and
 what the first block took (a residual sum outside the blocks, a mask of its own, a cache), its statistics come from
 forward passes of the whole module: the same numbers, only slower.
+
+The module need not be in memory: a `Residence` says where its weights are, and what is worked on is asked of it.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelpress.distill import frozen, layer_list
-from modelpress.errors import StageError, WorkloadError
+from modelpress.distill import frozen
+from modelpress.errors import StageError
 from modelpress.moments import Moments, input_of, rows_seen, unreadable
 from modelpress.progress import Progress, silent
+from modelpress.residence import IN_MEMORY, Residence, blocks_of
 from modelpress.workload import Batch
 
 FIRST = -1
@@ -56,6 +59,7 @@ def walk_(
     *,
     min_rows: int = 1,
     progress: Progress = silent,
+    residence: Residence = IN_MEMORY,
 ) -> None:
     """Call `visit` for each named layer once, with statistics that include what earlier visits changed.
 
@@ -75,6 +79,7 @@ def walk_(
         visit: may change the layer's weight in place, not its shape.
         min_rows: fewest rows that a layer must see.
         progress: called once per group of layers.
+        residence: where the weights are.
 
     Raises:
         StageError: a layer that cannot be treated, that no batch reaches or too few rows do, or whose inputs are NaN or
@@ -95,21 +100,36 @@ def walk_(
         survey = _Survey(module, layers, [_moved(module, batch) for batch in batches])
         survey.run(min_rows)
         groups = survey.groups()
-        chain = _Chain(survey.blocks, survey.slot, survey.batches) if survey.chained else None
+        inside = [group for group in groups if 0 <= group < len(survey.blocks)]
+        chain = _Chain(survey.blocks, survey.slot, survey.batches, residence) if survey.chained else None
         for index, (group, members) in enumerate(groups.items()):
             progress(index, len(groups), f"{len(members)} layers from {members[0]} on")
-            inside = 0 <= group < len(survey.blocks)
-            if inside and chain is not None:
-                moments = chain.moments(module, group, members)
-            else:
-                moments = _whole(module, members, survey.batches, survey.blocks[group] if inside else None)
-            for name, statistics in moments.items():
-                visit(LayerInputs(name, layers[name], statistics.sum, statistics.rows))
+            block = survey.blocks[group] if group in inside else None
+            if block is None or chain is None:
+                moments = _whole(module, members, survey.batches, block)
+                with residence.held([layers[name] for name in members] if block is None else [block]):
+                    _visit_each(layers, moments, visit, residence)
+                continue
+            chain.reach(module, group)
+            with residence.held([block]):
+                _visit_each(layers, chain.moments(module, members), visit, residence)
+                if group != inside[-1]:
+                    chain.advance()
         progress(len(groups), len(groups), f"{len(layers)} layers")
+
+
+def _visit_each(layers: dict[str, nn.Module], moments: dict[str, Moments], visit: Visit, residence: Residence) -> None:
+    """The layers of one group; the statistics of each are let go when it is done, as together they outweigh a block."""
+    for name in list(moments):
+        statistics = moments.pop(name)
+        visit(LayerInputs(name, layers[name], statistics.sum, statistics.rows))
+        residence.settle_(layers[name])
 
 
 def _moved(module: nn.Module, batch: Batch) -> Batch:
     device = next(module.parameters()).device
+    if device.type == "meta":  # not in memory now; it is computed where the data are
+        return Batch(dict(batch.inputs))
     return Batch({name: tensor.to(device) for name, tensor in batch.inputs.items()})
 
 
@@ -165,10 +185,7 @@ class _Survey:
     """Argument by which a block takes the output of the one before it; None where there is just one block."""
 
     def __post_init__(self) -> None:
-        try:
-            self.listed = list(layer_list(self.module))
-        except WorkloadError:  # a module without a list of layers is one block
-            self.listed = []
+        self.listed = blocks_of(self.module)
         self.users = {name: users(self.module, layer) for name, layer in self.layers.items()}
         self.order: dict[nn.Module, int] = {}
         self.rows = dict.fromkeys(self.layers, 0)
@@ -316,33 +333,50 @@ def _whole(module: nn.Module, names: list[str], batches: Sequence[Batch], last: 
 class _Chain:
     """The blocks one after the other, each on the outputs of the one before it."""
 
-    def __init__(self, blocks: list[nn.Module], slot: int | str | None, batches: list[Batch]) -> None:
-        self.blocks, self.slot, self.batches = blocks, slot, batches
+    def __init__(
+        self, blocks: list[nn.Module], slot: int | str | None, batches: list[Batch], residence: Residence
+    ) -> None:
+        self.blocks, self.slot, self.batches, self.residence = blocks, slot, batches, residence
         self.calls: list[Arguments] = []
         """Arguments of the present block, per batch."""
         self.position = 0
 
-    def moments(self, module: nn.Module, index: int, names: list[str]) -> dict[str, Moments]:
+    def reach(self, module: nn.Module, index: int) -> None:
+        """Go on to a block."""
         if not self.calls:
             self._capture(module)
         while self.position < index:
-            for call in self.calls:
-                assert self.slot is not None
-                call[self.slot] = _first_output(_call(self.blocks[self.position], _kept(call)))
-            self.position += 1
+            self.advance()
+
+    def moments(self, module: nn.Module, names: list[str]) -> dict[str, Moments]:
+        """Statistics of the present block's layers."""
         moments = {name: Moments(module.get_submodule(name), name) for name in names}
+        for one in moments.values():
+            one.sum = self.residence.kept(one.sum)
         mask: list[Tensor | None] = [None]
         with observed(module, moments, mask):
             for batch, call in zip(self.batches, self.calls, strict=True):
                 mask[0] = batch.inputs.get("attention_mask")
-                _call(self.blocks[index], _kept(call))
+                _call(self.blocks[self.position], _kept(call))
         return moments
+
+    def advance(self) -> None:
+        """Run the present block, changed as it may be, for the next one's inputs."""
+        with self.residence.held([self.blocks[self.position]]):  # once for all batches
+            for call in self.calls:
+                assert self.slot is not None
+                output = _first_output(_call(self.blocks[self.position], _kept(call)))
+                call[self.slot] = self.residence.kept(output)
+        self.position += 1
 
     def _capture(self, module: nn.Module) -> None:
         """Arguments of the first block, once what runs before it has changed."""
 
         def keep(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.calls.append(_arguments(args, kwargs))
+            call = _arguments(args, kwargs)
+            if self.slot is not None:
+                call[self.slot] = self.residence.kept(call[self.slot])
+            self.calls.append(call)
             raise _Done
 
         with _hooked([self.blocks[0].register_forward_pre_hook(keep, with_kwargs=True)]):

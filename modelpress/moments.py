@@ -27,7 +27,8 @@ class Moments:
         weight = flat_weight(layer)
         self.features = weight.shape[1]
         size = self.features + int(constant)
-        self.sum = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
+        device = "cpu" if weight.is_meta else weight.device  # one on disk is worked on where it will be read to
+        self.sum = torch.zeros(size, size, dtype=torch.float64, device=device)
         self.rows = 0
 
     def add(self, inputs: Tensor, mask: Tensor | None = None) -> None:
@@ -137,10 +138,15 @@ def inverse_factor(second_moment: Tensor, damping: float, name: str) -> Tensor:
     """
     mean = float(second_moment.diagonal().mean())
     epsilon = damping * mean if mean else 1.0
-    damped = second_moment + epsilon * torch.eye(len(second_moment), dtype=torch.float64, device=second_moment.device)
+    damped = second_moment.clone()  # each matrix is let go as soon as it can be: of a wide layer they outweigh a block
+    damped.diagonal().add_(epsilon)
     lower, failed = torch.linalg.cholesky_ex(damped)
+    del damped
     if not failed:
-        factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        inverse = torch.cholesky_inverse(lower)
+        del lower
+        factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+        del inverse
         if not failed and bool(torch.isfinite(factor).all()):
             return torch.as_tensor(factor)
     raise StageError(

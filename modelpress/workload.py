@@ -11,6 +11,7 @@ import hashlib
 import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -146,6 +147,13 @@ class Workload(abc.ABC):
     def files(self) -> dict[str, bytes]:
         """Files that belong to the served model (tokenizer, labels), published with it."""
         return {}
+
+    def weights(self) -> tuple[Path, str] | None:
+        """The Hugging Face folder that `source` reads as it is, and what a name in its state dict has before that in
+        the folder; None where the model comes from elsewhere.
+
+        `skeleton({})` must build the same module."""
+        return None
 
     def licence(self) -> str:
         """SPDX identifier or text of the source model's licence, for the manifest."""

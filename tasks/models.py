@@ -20,7 +20,7 @@ from modelpress.reports import (
 )
 from tasks.evaluation import host_fingerprint
 from tasks.records import Finished
-from tasks.runner import RunContext, fetch_checkpoint, open_workload, run_stage
+from tasks.runner import RunContext, fetch_checkpoint, find_source, open_workload, run_stage
 
 # Prefect's own cache would pickle inputs to hash them, and would not see a changed library; tasks/records.py keys by
 # content. The library is imported inside the tasks, so that a form can be built where torch is not installed.
@@ -37,7 +37,14 @@ def source(context: RunContext) -> Finished[SourceReport]:
         module = workload.source(progress)
         data = from_module(module).to_bytes()
         parameters = sum(parameter.numel() for parameter in module.parameters())
-        report = SourceReport(parameters=parameters, size_bytes=len(data), trained=workload.trains_source)
+        found = find_source(context.workload)
+        report = SourceReport(
+            parameters=parameters,
+            size_bytes=len(data),
+            trained=workload.trains_source,
+            origin=found.uri if found else None,
+            origin_sha256=found.sha256 if found else None,
+        )
         return {"output": data}, report
 
     from modelpress.workload import check_disjoint

@@ -15,7 +15,7 @@ from modelpress.reports import ArtifactRef, Report
 from modelpress.settings import read_settings
 from modelpress.store.artifacts import load_artifact, save_artifact
 from modelpress.store.base import Store, open_store
-from registry import runs
+from registry import runs, sources
 from tasks.progress import StageProgress
 from tasks.records import Finished, Record, ReportT, find_record, read_report, save_record, stage_key
 
@@ -32,7 +32,7 @@ class RunContext(Report):
     mlflow_run: str
     """Id of the parent run; each stage logs to a child of it."""
     workload: WorkloadConfig
-    """The model, the data and the metric."""
+    """The model, the data and the metric; a model of MLflow's by its version, never by an alias."""
 
 
 Work = Callable[[Progress], tuple[Mapping[str, bytes], ReportT]]
@@ -85,7 +85,15 @@ def run_stage(
 def _open_workload(config: str, _run: str) -> Workload:
     from modelpress.workload import load_workload
 
-    return load_workload(WorkloadConfig.model_validate_json(config))
+    checked = WorkloadConfig.model_validate_json(config)
+    if found := find_source(checked):
+        checked = checked.model_copy(update={"model": str(found.folder)})
+    return load_workload(checked)
+
+
+def find_source(config: WorkloadConfig) -> sources.Source | None:
+    """The folder of a model that MLflow keeps, fetched where it is not here; None where the model is elsewhere."""
+    return sources.fetch(read_settings(), config.model) if sources.is_mlflow(config.model) else None
 
 
 def open_workload(config: WorkloadConfig, run: str = "") -> Workload:

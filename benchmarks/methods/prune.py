@@ -28,6 +28,7 @@ from modelpress.export import export
 from modelpress.progress import silent
 from modelpress.prune import PRUNERS, prune_
 from modelpress.prune.recovery import recover_
+from modelpress.residence import IN_MEMORY
 from modelpress.workload import Batch, Split, Workload
 from modelpress.workloads.image_classification import ImageClassification
 from modelpress.workloads.sentence_embedding import SentenceEmbedding
@@ -100,7 +101,7 @@ def _encoder(
     """Prune in place and measure; recover and measure."""
     system = f"modelpress {config.method}"
     started = time.perf_counter()
-    outcome = PRUNERS[config.method](module, workload, config, silent, {})
+    outcome = PRUNERS[config.method](module, workload, config, silent, {}, IN_MEMORY)
     yield Row(case, system, "pruning", "s", time.perf_counter() - started)
     yield from _quality(case, system, "before", module, workload, target)
     if config.recovery is not None:

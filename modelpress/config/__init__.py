@@ -14,9 +14,11 @@ from modelpress.config.plan import PlanConfig, Scale
 from modelpress.config.prune import PruneConfig
 from modelpress.config.quantize import ExportConfig, QuantizeConfig
 from modelpress.config.recipes import (
+    BlockwiseRecipe,
     OptimizeConfig,
     PlanRecipe,
     QuantizeRecipe,
+    load_blockwise_recipe,
     load_config,
     load_plan_recipe,
     load_quantize_recipe,
@@ -27,6 +29,7 @@ from modelpress.config.workload import WorkloadConfig
 
 __all__ = [
     "Alias",
+    "BlockwiseRecipe",
     "Bytes",
     "CompressConfig",
     "Config",
@@ -46,6 +49,7 @@ __all__ = [
     "TrainConfig",
     "UploadConfig",
     "WorkloadConfig",
+    "load_blockwise_recipe",
     "load_config",
     "load_plan_recipe",
     "load_quantize_recipe",

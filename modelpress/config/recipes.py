@@ -87,6 +87,26 @@ class QuantizeRecipe(Config):
     """Bytes of one safetensors file; a tensor that is larger has a file of its own."""
 
 
+class BlockwiseRecipe(Config):
+    """One run of `modelpress blockwise`: a Hugging Face folder, pruned or quantized one block at a time."""
+
+    workload: WorkloadConfig
+    """The model, a folder, and the calibration data."""
+    prune: PruneConfig | None = None
+    """Weights to zeros: `magnitude`, `wanda` or `sparsegpt`, without `recovery`."""
+    quantize: QuantizeConfig | None = None
+    """`weight-only` by `rtn` or `gptq`; `targets` and `ignore` are module names or globs."""
+    scratch_on_disk: bool = False
+    """Keep what the calibration data give, activations between two blocks and second moments, in files beside the new
+    folder and not in memory."""
+
+    @model_validator(mode="after")
+    def _check(self) -> BlockwiseRecipe:
+        if (self.prune is None) == (self.quantize is None):
+            raise ValueError("give one of prune and quantize; for both, quantize the folder that pruning made")
+        return self
+
+
 def load_config(path: str | Path) -> OptimizeConfig:
     """Read an `OptimizeConfig` from a YAML file.
 
@@ -113,6 +133,15 @@ def load_quantize_recipe(path: str | Path) -> QuantizeRecipe:
         ConfigError: see `load_config`.
     """
     return _checked(QuantizeRecipe, _read_yaml(path), str(path))
+
+
+def load_blockwise_recipe(path: str | Path) -> BlockwiseRecipe:
+    """Read a `BlockwiseRecipe` from a YAML file.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    return _checked(BlockwiseRecipe, _read_yaml(path), str(path))
 
 
 def _read_yaml(path: str | Path) -> Any:

@@ -17,7 +17,8 @@ class WorkloadConfig(Config):
     model: str = ""
     """The model: `digits-cnn`, `lenet-300-100`, `lenet-5` or `tiny-decoder` (trained in the run), `timm:NAME` or
     `torchvision:NAME`, or a Hugging Face folder (safetensors + config + tokenizer) as a path, as
-    `package://PACKAGE/FOLDER` or as `hf://OWNER/NAME@REVISION` (a commit, fetched once)."""
+    `package://PACKAGE/FOLDER`, as `hf://OWNER/NAME@REVISION` (a commit, fetched once), or from MLflow as
+    `models:/NAME/VERSION`, `models:/NAME@ALIAS` or `runs:/ID/PATH`."""
     data: str = ""
     """The data. Images: `digits`, `digits-28` (the same at 28×28 pixels), an .npz with arrays `images` and `labels`, a
     folder with a sub-folder of PNG or JPEG files per class, a .parquet with `image` and `label`. Retrieval:

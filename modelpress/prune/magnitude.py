@@ -9,7 +9,8 @@ from modelpress.config import PruneConfig
 from modelpress.progress import Progress
 from modelpress.prune.masks import Masks, least, least_in_groups, parse_pattern, without_gone
 from modelpress.prune.outcome import Outcome
-from modelpress.prune.zeros import choose, outcome, refuse_empty
+from modelpress.prune.zeros import Zeros, refuse_empty
+from modelpress.residence import IN_MEMORY, Residence, visit_
 from modelpress.workload import Workload
 
 
@@ -17,8 +18,9 @@ def prune_magnitude_(
     module: nn.Module,
     workload: Workload,  # noqa: ARG001
     config: PruneConfig,
-    progress: Progress,  # noqa: ARG001
+    progress: Progress,
     held: Masks,
+    residence: Residence = IN_MEMORY,
 ) -> Outcome:
     """Set the smallest weights of linear and convolution layers to zero, in place.
 
@@ -29,22 +31,31 @@ def prune_magnitude_(
     Raises:
         ConfigError, CoverageError, StageError: see `prune_`.
     """
-    weights, chosen = choose(module, config)
-    scores = {name: without_gone(weight.detach().abs().flatten(1), held.get(name)) for name, weight in chosen.items()}
-    flat = global_masks(scores, config.sparsity) if config.scope == "global" else _layer_masks(scores, config)
-    masks = {name: mask.view_as(chosen[name]) for name, mask in flat.items()}
-    for name, mask in masks.items():
-        if not mask.any():
-            refuse_empty(name, mask.numel(), config)
-    return outcome(weights, chosen, masks)
+    zeros = Zeros(module, config, residence)
+
+    def score(name: str, weight: Tensor) -> Tensor:
+        return without_gone(weight.detach().abs().flatten(1), held.get(name))
+
+    def visit(name: str, layer: nn.Module) -> None:
+        weight = torch.as_tensor(layer.weight)
+        zeros.put_(name, _layer_mask(score(name, weight), config).view_as(weight))
+
+    if config.scope == "global":
+        masks = global_masks({name: score(name, weight) for name, weight in zeros.chosen.items()}, config.sparsity)
+        for name, mask in masks.items():
+            if not mask.any():
+                refuse_empty(name, mask.numel(), config)
+        for name, mask in masks.items():
+            zeros.put_(name, mask.view_as(zeros.chosen[name]))
+    else:
+        visit_(module, list(zeros.chosen), visit, progress=progress, residence=residence)
+    return zeros.outcome()
 
 
-def _layer_masks(scores: dict[str, Tensor], config: PruneConfig) -> Masks:
-    """Masks with exactly round(sparsity · n) False in each, or with the pattern."""
+def _layer_mask(score: Tensor, config: PruneConfig) -> Tensor:
+    """Mask with exactly round(sparsity · n) False, or with the pattern."""
     pattern = parse_pattern(config.pattern)
-    if pattern:
-        return {name: least_in_groups(score, *pattern) for name, score in scores.items()}
-    return {name: least(score, round(config.sparsity * score.numel())) for name, score in scores.items()}
+    return least_in_groups(score, *pattern) if pattern else least(score, round(config.sparsity * score.numel()))
 
 
 def global_masks(scores: dict[str, Tensor], sparsity: float) -> Masks:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from modelpress.config import PruneConfig
 from modelpress.errors import StageError
-from modelpress.layerwise import LayerInputs, walk_
-from modelpress.moments import flat_weight, inverse_factor
+from modelpress.layerwise import LayerInputs
+from modelpress.moments import inverse_factor
 from modelpress.progress import Progress
 from modelpress.prune.masks import Masks, least, least_in_groups, parse_pattern, without_gone
 from modelpress.prune.outcome import Outcome
-from modelpress.prune.zeros import BATCH_SIZE, MIN_ROWS, Judged, choose, judge, outcome
+from modelpress.prune.zeros import prune_by_inputs_
+from modelpress.residence import IN_MEMORY, Residence
 from modelpress.workload import Workload
 
 BLOCK = 128
@@ -27,7 +28,12 @@ BLOCK = 128
 
 
 def prune_sparsegpt_(
-    module: nn.Module, workload: Workload, config: PruneConfig, progress: Progress, held: Masks
+    module: nn.Module,
+    workload: Workload,
+    config: PruneConfig,
+    progress: Progress,
+    held: Masks,
+    residence: Residence = IN_MEMORY,
 ) -> Outcome:
     """Set weights to zero and update the others of their rows, in place, block by block.
 
@@ -37,27 +43,17 @@ def prune_sparsegpt_(
     Raises:
         ConfigError, CoverageError, StageError: see `prune_`; a second moment that is singular with `config.damping`.
     """
-    weights, chosen = choose(module, config)
-    masks: Masks = {}
-    judged: dict[str, Judged] = {}
 
-    def visit(inputs: LayerInputs) -> None:
-        weight = torch.as_tensor(inputs.layer.weight)
-        before = flat_weight(inputs.layer).double()
+    def method(weight: Tensor, inputs: LayerInputs, known: Tensor | None) -> tuple[Tensor, Tensor]:
         factor = inverse_factor(inputs.second_moment, config.damping, inputs.name)
-        known = held.get(inputs.name)
-        after, mask = sparsify(before, factor, config, None if known is None else known.view_as(before))
+        after, mask = sparsify(weight, factor, config, known)
         if not torch.isfinite(after).all():
             raise StageError(
                 f"pruning {inputs.name}", found="updated weights that are NaN or infinite", fix="raise prune.damping"
             )
-        judged[inputs.name] = judge(before, after, inputs)
-        masks[inputs.name] = mask.view_as(weight)
-        weight.copy_(after.view_as(weight))
+        return after, mask
 
-    batches = list(workload.batches("calibration", BATCH_SIZE))
-    walk_(module, list(chosen), batches, visit, min_rows=MIN_ROWS, progress=progress)
-    return outcome(weights, chosen, masks, judged)
+    return prune_by_inputs_(module, workload, config, progress, held, residence, method)
 
 
 def sparsify(weight: Tensor, factor: Tensor, config: PruneConfig, held: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from modelpress.prune.proof import unequal
 from modelpress.prune.repair import collect, damped, plain_costs, repaired_costs, without
 from modelpress.prune.select import matches, select
 from modelpress.reports import TensorChange
+from modelpress.residence import IN_MEMORY, Residence
 from modelpress.workload import Workload
 
 TRACE_BATCH = 3
@@ -47,6 +48,7 @@ def prune_structured_(
     config: PruneConfig,
     progress: Progress,
     held: Masks,  # noqa: ARG001
+    residence: Residence = IN_MEMORY,  # noqa: ARG001 - `prune_` lets no other through
 ) -> Outcome:
     """Remove round(sparsity · n) of the n structures of each chosen group, in place; the module is left in eval mode.
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from modelpress.config import PruneConfig
-from modelpress.layerwise import LayerInputs, walk_
-from modelpress.moments import flat_weight
+from modelpress.layerwise import LayerInputs
 from modelpress.progress import Progress
 from modelpress.prune.masks import Masks, least_in_groups, least_in_rows, parse_pattern, without_gone
 from modelpress.prune.outcome import Outcome
-from modelpress.prune.zeros import BATCH_SIZE, MIN_ROWS, Judged, choose, judge, outcome
+from modelpress.prune.zeros import prune_by_inputs_
+from modelpress.residence import IN_MEMORY, Residence
 from modelpress.workload import Workload
 
 SILENT = 1e-12
@@ -19,7 +18,12 @@ SILENT = 1e-12
 
 
 def prune_wanda_(
-    module: nn.Module, workload: Workload, config: PruneConfig, progress: Progress, held: Masks
+    module: nn.Module,
+    workload: Workload,
+    config: PruneConfig,
+    progress: Progress,
+    held: Masks,
+    residence: Residence = IN_MEMORY,
 ) -> Outcome:
     """Set the weights of least |W| · ‖X‖₂ in each row to zero, in place, block by block; no weight is updated.
 
@@ -28,27 +32,18 @@ def prune_wanda_(
     Raises:
         ConfigError, CoverageError, StageError: see `prune_`.
     """
-    weights, chosen = choose(module, config)
-    masks: Masks = {}
-    judged: dict[str, Judged] = {}
+    pattern = parse_pattern(config.pattern)
 
-    def visit(inputs: LayerInputs) -> None:
-        weight = torch.as_tensor(inputs.layer.weight)
-        flat = flat_weight(inputs.layer).double()
-        scores = without_gone(scores_of(flat, inputs.second_moment), held.get(inputs.name))
-        pattern = parse_pattern(config.pattern)
+    def method(weight: Tensor, inputs: LayerInputs, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        scores = without_gone(scores_of(weight, inputs.second_moment), known)
         mask = (
             least_in_groups(scores, *pattern)
             if pattern
-            else least_in_rows(scores, round(config.sparsity * len(flat.T)))
+            else least_in_rows(scores, round(config.sparsity * len(weight.T)))
         )
-        judged[inputs.name] = judge(flat, flat.masked_fill(~mask, 0.0), inputs)
-        masks[inputs.name] = mask.view_as(weight)
-        weight.masked_fill_(~masks[inputs.name], 0.0)
+        return weight.masked_fill(~mask, 0.0), mask
 
-    batches = list(workload.batches("calibration", BATCH_SIZE))
-    walk_(module, list(chosen), batches, visit, min_rows=MIN_ROWS, progress=progress)
-    return outcome(weights, chosen, masks, judged)
+    return prune_by_inputs_(module, workload, config, progress, held, residence, method)
 
 
 def scores_of(weight: Tensor, second_moment: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,11 +10,15 @@ from torch import Tensor, nn
 
 from modelpress.config import PruneConfig
 from modelpress.errors import CoverageError, StageError
-from modelpress.layerwise import LayerInputs
+from modelpress.layerwise import LayerInputs, walk_
+from modelpress.moments import flat_weight
+from modelpress.progress import Progress
 from modelpress.prune.masks import Masks, parse_pattern
 from modelpress.prune.outcome import Outcome
 from modelpress.prune.select import select
 from modelpress.reports import TensorChange
+from modelpress.residence import Residence
+from modelpress.workload import Workload
 
 BATCH_SIZE = 32
 """Calibration samples at a time."""
@@ -69,7 +74,7 @@ def choose(module: nn.Module, config: PruneConfig) -> tuple[dict[str, Tensor], d
         )
     pattern = parse_pattern(config.pattern)
     for name, weight in chosen.items():
-        if not torch.isfinite(weight).all():
+        if not weight.is_meta and not torch.isfinite(weight).all():  # one on disk is looked at when it is read
             raise StageError(
                 f"pruning {name}",
                 found="weights that are NaN or infinite",
@@ -111,35 +116,91 @@ def judge(before: Tensor, after: Tensor, inputs: LayerInputs) -> Judged:
     return Judged(inputs.rows, energy(before - after) / whole if whole else 0.0)
 
 
-def outcome(
-    weights: dict[str, Tensor], chosen: dict[str, Tensor], masks: Masks, judged: dict[str, Judged] | None = None
-) -> Outcome:
-    """Set what the masks leave out to zero, and say what was done."""
+class Zeros:
+    """Weights of a module that become zero, layer by layer, and the rows of the report.
 
-    def hold() -> None:
+    Args:
+        module: the module; its weights are changed in place.
+        config: which of them; see `choose`.
+        residence: masks of all layers are kept where all weights may be in memory.
+    """
+
+    def __init__(self, module: nn.Module, config: PruneConfig, residence: Residence) -> None:
+        self.weights, self.chosen = choose(module, config)
+        self.masks: Masks = {}
+        self._keep = residence.at_once
+        self._rows: dict[str, TensorChange] = {}
+
+    def put_(self, name: str, mask: Tensor, judged: Judged | None = None) -> None:
+        """Set what a layer's mask leaves out to zero; the mask has the shape of its weight."""
+        weight = self.chosen[name]
         with torch.no_grad():
-            for name, mask in masks.items():
-                # Not a product: infinity times 0 is NaN, and -1 times 0 is a negative zero.
-                chosen[name].masked_fill_(~mask, 0.0)
+            _mask_(weight, mask)
+        if self._keep:
+            self.masks[name] = mask
+        if not mask.all():
+            self._rows[name] = TensorChange(
+                name=f"{name}.weight",
+                before=list(weight.shape),
+                after=list(weight.shape),
+                zeros=int((weight == 0).sum()),
+                calibration_rows=judged.rows if judged else None,
+                output_error=judged.error if judged else None,
+            )
 
-    hold()
-    judged = judged or {}
-    changes = [
-        TensorChange(
-            name=f"{name}.weight",
-            before=list(weight.shape),
-            after=list(weight.shape),
-            zeros=int((weight == 0).sum()),
-            calibration_rows=judged[name].rows if name in judged else None,
-            output_error=judged[name].error if name in judged else None,
+    def outcome(self) -> Outcome:
+        """What was done."""
+
+        def hold() -> None:
+            with torch.no_grad():
+                for name, mask in self.masks.items():
+                    _mask_(self.chosen[name], mask)
+
+        touched = [name for name in self.chosen if name in self._rows]
+        return Outcome(
+            eligible_parameters=sum(weight.numel() for weight in self.weights.values()),
+            touched_parameters=sum(self.chosen[name].numel() for name in touched),
+            tensors=[self._rows[name] for name in touched],
+            hold=hold,
+            masks=self.masks,
         )
-        for name, weight in chosen.items()
-        if not masks[name].all()
-    ]
-    return Outcome(
-        eligible_parameters=sum(weight.numel() for weight in weights.values()),
-        touched_parameters=sum(chosen[change.name.removesuffix(".weight")].numel() for change in changes),
-        tensors=changes,
-        hold=hold,
-        masks=masks,
-    )
+
+
+def _mask_(weight: Tensor, mask: Tensor) -> None:
+    # Not a product: infinity times 0 is NaN, and -1 times 0 is a negative zero.
+    weight.masked_fill_(~mask, 0.0)
+
+
+Method = Callable[[Tensor, LayerInputs, Tensor | None], tuple[Tensor, Tensor]]
+"""From a layer's weight, (outputs, features) float64, its inputs, and the mask of an earlier step of the same shape or
+None, to the weight as it is to be and its mask. The weight given is left as it is."""
+
+
+def prune_by_inputs_(
+    module: nn.Module,
+    workload: Workload,
+    config: PruneConfig,
+    progress: Progress,
+    held: Masks,
+    residence: Residence,
+    method: Method,
+) -> Outcome:
+    """Run a method that judges weights by their layer's inputs on each chosen layer, in place, block by block.
+
+    Raises:
+        ConfigError, CoverageError, StageError: see `prune_`.
+    """
+    zeros = Zeros(module, config, residence)
+
+    def visit(inputs: LayerInputs) -> None:
+        weight = torch.as_tensor(inputs.layer.weight)
+        before = flat_weight(inputs.layer).double()
+        known = held.get(inputs.name)
+        after, mask = method(before, inputs, None if known is None else known.view_as(before))
+        judged = judge(before, after, inputs)
+        weight.copy_(after.view_as(weight))
+        zeros.put_(inputs.name, mask.view_as(weight), judged)
+
+    batches = list(workload.batches("calibration", BATCH_SIZE))
+    walk_(module, list(zeros.chosen), batches, visit, min_rows=MIN_ROWS, progress=progress, residence=residence)
+    return zeros.outcome()

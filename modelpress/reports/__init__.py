@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from modelpress.reports.base import ArtifactRef, Report, Stage
 from modelpress.reports.folder import FolderReport
-from modelpress.reports.graph import CodebookReport, ExportReport, QuantizeReport, SensitivityRow, SharedTensor
+from modelpress.reports.graph import (
+    CodebookReport,
+    ExportReport,
+    LayersReport,
+    QuantizeReport,
+    RoundedLayer,
+    SensitivityRow,
+    SharedTensor,
+)
 from modelpress.reports.module import DistillReport, PruneReport, PruneStep, SourceReport, TensorChange, TrainReport
 from modelpress.reports.pack import CodedTensor, CompressReport, ShardReport, UploadReport, VerifyReport
 from modelpress.reports.plan import PlannedTensor, PlanOutline, PlanPoint, PlanReport
@@ -25,6 +33,7 @@ __all__ = [
     "ExportReport",
     "FolderReport",
     "LatencyReport",
+    "LayersReport",
     "PlanOutline",
     "PlanPoint",
     "PlanReport",
@@ -34,6 +43,7 @@ __all__ = [
     "QualityReport",
     "QuantizeReport",
     "Report",
+    "RoundedLayer",
     "SensitivityRow",
     "ShardReport",
     "SharedTensor",

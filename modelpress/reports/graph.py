@@ -80,3 +80,35 @@ class QuantizeReport(Report):
     """For `codebook`: the values that the weights share."""
     recovery: TrainReport | None = None
     """For int8: the training with rounded weights and activations that came before."""
+
+
+class RoundedLayer(Report):
+    """One layer of a torch module whose weight was rounded."""
+
+    name: str
+    """The weight's name in the model."""
+    shape: list[int]
+    """(outputs, inputs)."""
+    num_bits: int
+    """Bits of a code."""
+    weight_error: float
+    """Squared change of the weights, as a share of their squares."""
+    calibration_rows: int | None = None
+    """Inputs of calibration data by which it was rounded, for `gptq`."""
+    output_error: float | None = None
+    """Squared change of the layer's outputs on them, as a share of the outputs' squares."""
+
+
+class LayersReport(Report):
+    """What weight-only quantization did to a torch module, layer by layer."""
+
+    method: str
+    """The method."""
+    eligible_weights: int
+    """Weights in linear layers; those that are an embedding as well do not count."""
+    quantized_weights: int
+    """Weights that are codes now."""
+    coverage: float
+    """quantized ÷ eligible."""
+    layers: list[RoundedLayer]
+    """Each of them."""

@@ -54,6 +54,10 @@ class SourceReport(Report):
     """Bytes of its checkpoint."""
     trained: bool
     """Whether it was trained in the run."""
+    origin: str | None = None
+    """The version or the run that MLflow keeps it in, where it does: `models:/NAME/VERSION`, `runs:/ID/PATH`."""
+    origin_sha256: str | None = None
+    """Digest of its files there."""
 
 
 class DistillReport(Report):

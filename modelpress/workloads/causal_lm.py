@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -220,6 +221,10 @@ class CausalLM(Workload):
         if self.folder is None:
             return {"tokenizer.json": self.tokenizer.to_str().encode(), "decoder.json": facts.encode()}
         return {"tokenizer.json": (self.folder / "tokenizer.json").read_bytes(), "decoder.json": facts.encode()}
+
+    def weights(self) -> tuple[Path, str] | None:
+        """The folder, where there is one; `Decoder` wraps its model."""
+        return (self.folder, "model.") if self.folder is not None else None
 
     def licence(self) -> str:
         """The folder's; that of Python for a decoder trained on its sources."""

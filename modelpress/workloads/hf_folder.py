@@ -47,6 +47,13 @@ def resolve_folder(model: str) -> Path:
         WorkloadError: no such package or name, or no Hugging Face folder.
         SetupError: the Hub is needed and cannot be reached.
     """
+    if model.startswith(("mlflow://", "models:/", "runs:/")):
+        raise WorkloadError(
+            f"looking for {model}",
+            found="a model in MLflow, which only `modelpress run` fetches",
+            expected="a folder here",
+            fix=f"mlflow artifacts download -u {model.removeprefix('mlflow://')} -d FOLDER, and name that folder",
+        )
     if model.startswith(hub.PREFIX):
         folder = hub.fetch(model)
     elif model.startswith("package://"):
@@ -157,7 +164,8 @@ def folder_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*")):
         if path.suffix in (".json", ".safetensors"):
-            digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+            with path.open("rb") as file:  # a shard may be larger than memory
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 

@@ -1,0 +1,295 @@
+"""One block at a time: the numbers of the whole model in memory, folders that are whole or not there, named errors."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from modelpress import cli
+from modelpress.blockwise import prune_folder, quantize_folder
+from modelpress.blockwise.packed import unpack
+from modelpress.config import PruneConfig, QuantizeConfig, WorkloadConfig
+from modelpress.errors import (
+    ConfigError,
+    CorruptionError,
+    ModelpressError,
+    StageError,
+    StoreFullError,
+    WorkloadError,
+)
+from modelpress.prune import prune_
+from modelpress.quantize.groups import Grid
+from modelpress.quantize.layers import quantize_layers_
+from modelpress.workloads.causal_lm import CausalLM
+from tests.decoders import make_decoder_folder, make_text_folder
+from tests.train.toy import Toy
+
+LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text_folder(tmp_path_factory.mktemp("texts"), ("json",))
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Path:
+    """Four blocks in several shards; the output layer is not the embedding."""
+    folder = make_decoder_folder(tmp_path_factory.mktemp("decoder"), texts, layers=LAYERS)
+    reshard(folder, folder)
+    return folder
+
+
+def reshard(folder: Path, to: Path, **changes: object) -> Path:
+    """Save a decoder again in shards of 60 kB, with other keys in its config or in another dtype."""
+    model = LlamaForCausalLM.from_pretrained(folder)
+    dtype = changes.pop("dtype", None)
+    if changes.pop("tie", False):
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    if to != folder:
+        shutil.copytree(folder, to)
+    for path in to.glob("model*"):
+        path.unlink()
+    (model.to(dtype) if dtype else model).save_pretrained(to, max_shard_size="60KB")
+    return to
+
+
+def workload(folder: Path, texts: Path) -> CausalLM:
+    return CausalLM(
+        WorkloadConfig(kind="causal-lm", model=str(folder), data=str(texts), length=24, calibration_samples=40)
+    )
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's files; each stands in one of them, the one that the index names."""
+    found: dict[str, torch.Tensor] = {}
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            assert name not in found
+            assert index.pop(name) == path.name
+            found[name] = tensor
+    assert not index
+    return found
+
+
+def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("model."): tensor for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("tie", [False, True])
+def test_pruned_block_by_block_is_pruned_in_memory_bit_by_bit(
+    tmp_path: Path, decoder: Path, texts: Path, method: str, tie: bool
+) -> None:
+    folder = reshard(decoder, tmp_path / "tied", tie=True) if tie else decoder
+    one = workload(folder, texts)
+    config = PruneConfig(method=method, sparsity=0.5)
+    module = one.source()
+    expected = prune_(module, one, config)
+    report = prune_folder(one, config, tmp_path / "out")
+    assert report == expected
+    made, whole = tensors(tmp_path / "out"), state(module)
+    assert ("lm_head.weight" in made) is not tie
+    assert len(made) == len(whole) - tie
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in made.items())
+    again = state(workload(tmp_path / "out", texts).source())  # transformers reads it, index and all
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "gptq"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantized_block_by_block_is_quantized_in_memory(
+    tmp_path: Path, decoder: Path, texts: Path, algorithm: str, dtype: torch.dtype
+) -> None:
+    """What the packed tensors mean is the weight that the module has in memory: in float32 bit by bit."""
+    one = workload(decoder if dtype == torch.float32 else reshard(decoder, tmp_path / "in", dtype=dtype), texts)
+    config = QuantizeConfig(
+        method="weight-only", algorithm=algorithm, num_bits=4, group_size=16, symmetric=algorithm == "gptq"
+    )
+    module = one.source()
+    expected = quantize_layers_(module, one, config)
+    report = quantize_folder(one, config, tmp_path / "out")
+    whole, made = state(module), tensors(tmp_path / "out")
+    if dtype == torch.float32:
+        assert report == expected
+    grid = Grid(4, 16, config.symmetric)
+    for row in report.layers:
+        name = row.name.removeprefix("model.")
+        weight = unpack(name, made, grid).dequantize()
+        assert made[f"{name}_packed"].nbytes == weight.numel() // 2
+        if dtype == torch.float32:
+            assert torch.equal(weight, whole[name])
+        else:
+            assert made[f"{name}_scale"].dtype == dtype
+            error = float((weight - whole[name]).norm() / whole[name].norm())
+            assert error < (0.005 if algorithm == "rtn" else 0.1)  # rounded scales move few codes, and later ones
+    rest = {name for name in whole if f"model.{name}" not in {row.name for row in report.layers}}
+    assert {"model.embed_tokens.weight", "model.norm.weight"} < rest
+    assert all(torch.equal(made[name].float(), whole[name]) for name in rest)
+
+
+def test_a_quantized_folder_is_read_by_compressed_tensors(tmp_path: Path, decoder: Path, texts: Path) -> None:
+    """Its own unpacking, by the scheme that config.json states, gives the same weights."""
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    one = workload(decoder, texts)
+    for symmetric in (True, False):
+        to = tmp_path / str(symmetric)
+        config = QuantizeConfig(
+            method="weight-only", algorithm="rtn", group_size=16, symmetric=symmetric, ignore=["*.lm_head"]
+        )
+        quantize_folder(one, config, to)
+        stated = json.loads((to / "config.json").read_text())["quantization_config"]
+        assert stated["ignore"] == ["lm_head"]
+        made, name = tensors(to), "model.layers.2.mlp.down_proj.weight"
+        shape = made[f"{name}_shape"].tolist()
+        codes = helpers.unpack_from_int32(made[f"{name}_packed"], 8, torch.Size(shape)).float()
+        zero = torch.zeros(())
+        if not symmetric:
+            groups = torch.Size((shape[0], shape[1] // 16))
+            zero = helpers.unpack_from_int32(made[f"{name}_zero_point"], 8, groups, packed_dim=0).repeat_interleave(
+                16, 1
+            )
+        theirs = (codes - zero) * made[f"{name}_scale"].repeat_interleave(16, 1)
+        assert torch.equal(theirs, unpack(name, made, Grid(8, 16, symmetric)).dequantize())
+
+
+class Counted(CausalLM):
+    """Counts what is in memory whenever any module of the model is called."""
+
+    def skeleton(self, architecture: Mapping[str, Any]) -> nn.Module:
+        module = super().skeleton(architecture)
+        self.most = 0
+
+        def count(*_: Any) -> None:
+            self.most = max(self.most, sum(one.nbytes for one in module.parameters() if not one.is_meta))
+
+        for child in module.modules():
+            child.register_forward_pre_hook(count)
+        return module
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "magnitude"])
+def test_no_more_than_a_block_is_in_memory(tmp_path: Path, decoder: Path, texts: Path, method: str) -> None:
+    """Of six parts of about the same size (the embedding, four blocks, the output layer), one at a time."""
+    one = Counted(workload(decoder, texts).config)
+    config = PruneConfig(method=method, ignore=["*.layers.1"])
+    prune_folder(one, config, tmp_path / "out", scratch_on_disk=method == "sparsegpt")
+    whole = sum(tensor.nbytes for tensor in tensors(decoder).values())
+    sizes = json.loads((tmp_path / "out" / "modelpress.json").read_text())["sizes"]
+    assert sizes["model_bytes"] == whole
+    assert max(one.most, sizes["block_bytes"]) <= sizes["most_live_bytes"] < whole / 5
+    assert one.most > 0 or method == "magnitude"  # which calls nothing
+    kept = tensors(tmp_path / "out")
+    assert all(torch.equal(kept[name], tensor) for name, tensor in tensors(decoder).items() if "layers.1." in name)
+
+
+def damaged(decoder: Path, to: Path, how: str) -> Path:
+    shutil.copytree(decoder, to)
+    index = json.loads((to / "model.safetensors.index.json").read_text())
+    name = "model.layers.2.mlp.up_proj.weight"
+    shard = to / index["weight_map"][name]
+    if how == "missing shard":
+        shard.unlink()
+    elif how == "missing tensor":
+        del index["weight_map"][name]
+        (to / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif how == "cut short":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif how in ("not a number", "strange"):
+        found = load_file(shard)
+        if how == "strange":
+            found["adapter.weight"] = torch.ones(3)
+            index["weight_map"]["adapter.weight"] = shard.name
+            (to / "model.safetensors.index.json").write_text(json.dumps(index))
+        found[name][3, 4] = float("nan") if how == "not a number" else 0.0
+        save_file(found, shard, {"format": "pt"})
+    elif how == "no blocks":
+        config = json.loads((to / "config.json").read_text())
+        (to / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 0}))
+    elif how == "another size":
+        config = json.loads((to / "config.json").read_text())
+        (to / "config.json").write_text(json.dumps(config | {"intermediate_size": 72}))
+    return to
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "said"),
+    [
+        ("missing shard", WorkloadError, r"no model-0000\d-of-"),
+        ("missing tensor", WorkloadError, r"no tensor 'model\.layers\.2\.mlp\.up_proj\.weight'"),
+        ("cut short", CorruptionError, r"opening .*model-0000\d-of-(.|\n)*copy the file again"),
+        ("not a number", StageError, r"tensor model\.layers\.2\.mlp\.up_proj\.weight(.|\n)*NaN or infinite"),
+        ("strange", WorkloadError, r"'adapter\.weight'"),
+        ("no blocks", WorkloadError, r"without a list of blocks"),
+        ("another size", WorkloadError, r"shape \[\d+, \d+\](.|\n)*72"),
+    ],
+)
+def test_a_damaged_folder_is_named_and_nothing_is_left(
+    tmp_path: Path, decoder: Path, texts: Path, how: str, kind: type[ModelpressError], said: str
+) -> None:
+    folder = damaged(decoder, tmp_path / "in", how)
+    with pytest.raises(kind, match=said):
+        prune_folder(workload(folder, texts), PruneConfig(method="wanda"), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, decoder: Path, texts: Path) -> None:
+    one = workload(decoder, texts)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # a block has 37 kB
+    try:
+        with pytest.raises(StoreFullError, match=r"writing .*shard-1\.safetensors"):
+            prune_folder(one, PruneConfig(method="magnitude"), tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_needs_the_whole_model_is_refused(tmp_path: Path, decoder: Path, texts: Path) -> None:
+    one = workload(decoder, texts)
+    for options in ({"method": "structured"}, {"method": "magnitude", "scope": "global"}, {"recovery": {"epochs": 1}}):
+        with pytest.raises(ConfigError, match="needs the whole model in memory"):
+            prune_folder(one, PruneConfig.model_validate({"method": "wanda"} | options), tmp_path / "out")
+    for options in ({"method": "static"}, {"max_quality_drop": 0.5}):
+        with pytest.raises(ConfigError, match="quantizing the layers of a module"):
+            quantize_folder(one, QuantizeConfig.model_validate({"method": "weight-only"} | options), tmp_path / "out")
+    with pytest.raises(StageError, match=r"packing model\.layers\.0\.self_attn\.q_proj\.weight(.|\n)*32 inputs"):
+        quantize_folder(one, QuantizeConfig(method="weight-only", algorithm="rtn", group_size=64), tmp_path / "out")
+    with pytest.raises(WorkloadError, match="not read from a Hugging Face folder"):
+        prune_folder(Toy(lambda: nn.Linear(2, 2), shape=(2,)), PruneConfig(method="magnitude"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConfigError, match="exists already"):
+        prune_folder(one, PruneConfig(method="magnitude"), tmp_path / "out")
+
+
+def test_from_the_command_line(tmp_path: Path, decoder: Path, texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"workload: {{kind: causal-lm, model: {decoder}, data: {texts}, length: 24, calibration_samples: 40}}\n"
+        "quantize: {method: weight-only, algorithm: rtn, group_size: 32, ignore: ['*.lm_head']}\n"
+    )
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["blockwise", str(recipe), "--to", str(tmp_path / "out")])
+    assert not ended.value.code
+    out = capsys.readouterr().out
+    assert "model.model.layers.3.mlp.down_proj.weight" in out
+    assert "not measured" in out  # rounding to the nearest asks no data
+    assert (tmp_path / "out" / "config.json").is_file()
+    recipe.write_text(recipe.read_text() + "prune: {method: wanda}\n")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["blockwise", str(recipe), "--to", str(tmp_path / "other")])
+    assert ended.value.code == ConfigError.exit_code
+    assert "one of prune and quantize" in capsys.readouterr().err
