@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modelpress import hf_writer
+from modelpress.agreement import mean_cosine
 from modelpress.config import QuantizeConfig
 from modelpress.errors import ConfigError, CoverageError, WorkloadError
 from modelpress.evaluate import compare_modules
@@ -29,7 +30,6 @@ from modelpress.quantize import weight_only_method
 from modelpress.quantize.float8 import Float8Weight
 from modelpress.quantize.linear import RoundedWeight, chosen_linears, eligible_linears, round_linears_
 from modelpress.quantize.nbits import in_bytes
-from modelpress.quantize.sensitivity import mean_cosine
 from modelpress.reports import FolderReport, QuantizeReport
 from modelpress.workload import Workload
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from modelpress.config.base import Config
+from modelpress.config.base import Config, refuse_unread
 
 Scale = Literal["tensor", "channel"] | int
 """What shares a scale: the whole tensor, an output channel, or so many neighbouring inputs of one."""
@@ -67,9 +67,7 @@ class PlanConfig(Config):
             if len(set(getattr(self, name))) != len(getattr(self, name)):
                 raise ValueError(f"plan.{name} must not repeat")
         other = "seconds" if self.objective == "bytes" else "bytes"
-        for name in ONLY_FOR[other]:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"plan.{name} needs plan.objective {other!r}")
+        refuse_unread(self, "plan", dict.fromkeys(ONLY_FOR[other], f"plan.objective {other!r}"))
         if self.objective == "bytes":
             self._check_codes()
         else:

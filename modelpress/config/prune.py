@@ -49,10 +49,6 @@ class PruneConfig(Config):
 
     @model_validator(mode="after")
     def _check_structures(self) -> PruneConfig:
-        if self.method != "structured":
-            for option in ("structures", "importance", "repair"):
-                if getattr(self, option) != type(self).model_fields[option].default:
-                    raise ValueError(f"prune.{option} needs prune.method 'structured' (found {self.method!r})")
         if "layers" in self.structures:
             if len(self.structures) > 1:
                 raise ValueError(f"prune.structures 'layers' stands alone (found {', '.join(self.structures)})")
@@ -76,9 +72,9 @@ class PruneConfig(Config):
                 raise ValueError("prune.steps needs a method that sets weights to zero")
             if self.recovery is None or self.recovery.epochs < self.steps:
                 raise ValueError("prune.steps needs prune.recovery with an epoch for each step, at least")
-        unread = {}
+        unread: dict[str, str] = {}
         if self.method != "structured":
-            unread |= dict.fromkeys(("structures", "repair"), "prune.method 'structured'")
+            unread |= dict.fromkeys(("structures", "importance", "repair"), "prune.method 'structured'")
         if self.method != "sparsegpt":
             unread["damping"] = "prune.method 'sparsegpt'"
         if self.recovery is None:

@@ -85,31 +85,27 @@ class QuantizeConfig(Config):
             raise ValueError("quantize.group_size must be a power of two")
         if self.act_order and self.algorithm != "gptq":
             raise ValueError("quantize.act_order needs quantize.algorithm 'gptq'")
-        self._check_float8()
         if self.method == "weight-only" and self.algorithm == "hqq" and (self.symmetric or self.num_bits != 4):
             raise ValueError("quantize.algorithm 'hqq' needs quantize.symmetric false and quantize.num_bits 4")
-        unread = {}
+        if self.algorithm == "fp8" and self.num_bits != 8:
+            raise ValueError("quantize.algorithm 'fp8' needs quantize.num_bits 8")
+        self._refuse_unread()
+        return self
+
+    def _refuse_unread(self) -> None:
+        int8, float8 = self.method in ("dynamic", "static"), self.algorithm == "fp8"
+        unread: dict[str, str] = {}
+        if self.method != "weight-only":
+            names = ("group_size", "symmetric", "algorithm", "act_order")
+            unread |= dict.fromkeys(names, "quantize.method 'weight-only'")
+        elif float8:
+            unread |= dict.fromkeys(("group_size", "symmetric"), "an integer quantize.algorithm")
         if self.method != "static":
             unread["calibration"] = "quantize.method 'static'"
         if self.method != "static" or self.calibration != "percentile":
             unread["percentile"] = "quantize.method 'static' and quantize.calibration 'percentile'"
-        if self.method not in ("dynamic", "static"):
-            unread |= dict.fromkeys(("smooth", "per_channel"), "quantize.method 'dynamic' or 'static'")
-        if self.method != "weight-only":
-            names = ("group_size", "symmetric", "algorithm", "act_order")
-            unread |= dict.fromkeys(names, "quantize.method 'weight-only'")
+        if not int8:
+            unread["smooth"] = "quantize.method 'dynamic' or 'static'"
+        if not int8 and not float8:
+            unread["per_channel"] = "quantize.method 'dynamic' or 'static', or quantize.algorithm 'fp8'"
         refuse_unread(self, "quantize", unread)
-        return self
-
-    def _check_float8(self) -> None:
-        if self.algorithm != "fp8":
-            if self.method == "weight-only" and not self.per_channel:
-                raise ValueError("quantize.per_channel false needs quantize.algorithm 'fp8' with 'weight-only'")
-            return
-        if self.method != "weight-only":
-            raise ValueError("quantize.algorithm 'fp8' needs quantize.method 'weight-only'")
-        if self.num_bits != 8:
-            raise ValueError("quantize.algorithm 'fp8' needs quantize.num_bits 8")
-        for name in ("group_size", "symmetric"):
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"quantize.{name} needs an integer quantize.algorithm: 'fp8' does not read it")

@@ -57,7 +57,7 @@ class WorkloadConfig(Config):
             raise ValueError("workload.factory is only read when workload.kind is 'custom'")
         if self.weights and not self.model.startswith(("timm:", "torchvision:")):
             raise ValueError("workload.weights needs a workload.model of 'timm:NAME' or 'torchvision:NAME'")
-        unread = {}
+        unread: dict[str, str] = {}
         if self.kind != "custom":
             unread["options"] = "workload.kind 'custom'"
         if self.kind not in ("image-classification", "custom"):
