@@ -33,7 +33,7 @@ def optimize(config: OptimizeConfig) -> OptimizeResult:
         if config.quantize:
             graph = line.judged("quantize", quantize(run, graph, config.quantize, model, config.export))
         if config.plan:
-            graph = line.judged("plan", plan(run, graph, config.plan, config.compress))
+            graph = line.judged("plan", plan(run, graph, config.plan, config.compress, model, config.export))
         coded = line.passed("compress", compress(run, graph, config.compress))
         shards = line.passed("shard", shard(run, coded.output, config.shard))
         published = line.passed("upload", upload(run, coded.output, shards.outputs, config, line.provenance()))

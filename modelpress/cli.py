@@ -127,7 +127,14 @@ def plan(
         _print(show.effort(outlined, checked.plan))
         return
     with _Bar("plan") as progress:
-        made, report = planning.plan(exported, workload, checked.plan, checked.compress, progress)
+        if checked.plan.needs_module:
+            from modelpress.plan.recovery import plan_module
+
+            made, report = plan_module(
+                source, exported, workload, checked.plan, checked.export, checked.compress, progress
+            )
+        else:
+            made, report = planning.plan(exported, workload, checked.plan, checked.compress, progress)
     written = show.write(made, report, to, checked.name)
     if as_json:
         typer.echo(report.model_dump_json(indent=2))

@@ -137,18 +137,34 @@ def quantize(
 
 @task(name="plan", task_run_name="plan", cache_policy=NO_CACHE)
 def plan(
-    context: RunContext, graph: ArtifactRef, config: PlanConfig, compression: CompressConfig | None
+    context: RunContext,
+    graph: ArtifactRef,
+    config: PlanConfig,
+    compression: CompressConfig | None,
+    model: ArtifactRef,
+    export_config: ExportConfig,
 ) -> Finished[PlanReport]:
-    """Give each weight a form of its own within one budget; `compression` is how the pack will be coded."""
+    """Give each weight a form of its own within one budget; `compression` is how the pack will be coded. `model` is
+    what the graph was exported from, as `export_config` says; it is read where the plan trains it."""
 
     def work(progress: Progress) -> tuple[Mapping[str, bytes], PlanReport]:
+        from modelpress.checkpoint import to_module
         from modelpress.plan import plan as run
+        from modelpress.plan.recovery import plan_module
 
         workload = open_workload(context.workload, context.mlflow_run)
-        planned, report = run(fetch_checkpoint(graph), workload, config, compression, progress)
+        checkpoint = fetch_checkpoint(graph)
+        if config.needs_module:
+            module = to_module(fetch_checkpoint(model), workload)
+            planned, report = plan_module(module, checkpoint, workload, config, export_config, compression, progress)
+        else:
+            planned, report = run(checkpoint, workload, config, compression, progress)
         return {"output": planned.to_bytes()}, report
 
     extra: dict[str, object] = {"compress": compression.fingerprint() if compression else None}
     if config.objective == "seconds":
         extra["host"] = host_fingerprint()
-    return run_stage(context, "plan", PlanReport, work, inputs=[graph], config=config, extra=extra)
+    if config.needs_module:
+        extra["export"] = export_config.fingerprint()
+    inputs = [graph, model] if config.needs_module else [graph]
+    return run_stage(context, "plan", PlanReport, work, inputs=inputs, config=config, extra=extra)

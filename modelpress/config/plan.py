@@ -7,12 +7,13 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from modelpress.config.base import Config, refuse_unread
+from modelpress.config.train import TrainConfig
 
 Scale = Literal["tensor", "channel"] | int
 """What shares a scale: the whole tensor, an output channel, or so many neighbouring inputs of one."""
 
 ONLY_FOR: dict[str, tuple[str, ...]] = {
-    "bytes": ("num_bits", "scales", "sparsity", "embeddings"),
+    "bytes": ("num_bits", "scales", "sparsity", "embeddings", "recovery"),
     "seconds": ("kernels", "batch_size", "latency_seconds"),
 }
 """Options that the other objective does not read."""
@@ -53,8 +54,16 @@ class PlanConfig(Config):
     """ONNX node names or globs whose weights stay in float."""
     sensitivity_samples: int = Field(default=32, ge=8)
     """Calibration samples on which single weights are measured; whole plans are measured on all."""
+    recovery: TrainConfig | None = None
+    """For `bytes`: train the model within the plan, its weights rounded as they will be stored, with the model as it
+    was before as teacher; absent means none. The budget is held before the training."""
     points: int = Field(default=8, ge=0, le=64)
     """Points of the front of bytes (or seconds) against disagreement that are built, measured and coded; 0: none."""
+
+    @property
+    def needs_module(self) -> bool:
+        """Whether the plan trains the torch module behind the graph."""
+        return self.recovery is not None
 
     @property
     def sharing(self) -> list[Scale]:

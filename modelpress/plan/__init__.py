@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from modelpress.checkpoint import Checkpoint
 from modelpress.config import CompressConfig, PlanConfig
+from modelpress.errors import ConfigError
 from modelpress.plan import fastest
 from modelpress.plan.data import calibration, named
 from modelpress.plan.kernels import offered, products
@@ -82,10 +83,18 @@ def plan(
 
     Raises:
         BudgetExceededError: no plan but the float graph is within `max_disagreement`.
+        ConfigError: a `recovery`, which needs the module.
         CoverageError: for `seconds`, no kernel is faster than float.
         StageError: for `seconds`, the plan as a whole is measured to be no faster.
         And all that `outline` raises.
     """
+    if config.needs_module:
+        raise ConfigError(
+            "planning a graph with plan.recovery",
+            found="no torch module",
+            expected="the module that the graph was exported from",
+            fix="call modelpress.plan.recovery.plan_module with it, or leave plan.recovery out",
+        )
     if config.objective == "seconds":
         return fastest.plan(checkpoint, workload, config, compression, progress)
     return settle(survey(checkpoint, workload, config, compression, progress), config.max_disagreement, progress)

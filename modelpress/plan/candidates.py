@@ -75,10 +75,9 @@ def encode(weight: Floats, candidate: Candidate, channel_axis: int, importance: 
         importance: broadcasts to the weight. The weights of least |weight| · importance become zero; with the root mean
             square of each input that is Wanda (Sun et al. 2023, arXiv:2306.11695). None: those of least magnitude.
     """
-    grouped, shared = _layout(weight.shape, candidate.scale, channel_axis)
+    grouped, shared = layout(weight.shape, candidate.scale, channel_axis)
     if candidate.sparsity:
-        score = np.abs(weight) if importance is None else np.abs(weight) * importance
-        weight = np.where(_least(score, candidate.sparsity, channel_axis), np.float32(0), weight)
+        weight = np.where(zeros(weight, candidate.sparsity, channel_axis, importance), np.float32(0), weight)
     values = weight.reshape(grouped)
     largest = np.abs(values).max(axis=shared, keepdims=True) if shared else np.abs(values).max()
     scale = np.asarray(largest / candidate.largest_code, np.float32)
@@ -86,6 +85,14 @@ def encode(weight: Floats, candidate: Candidate, channel_axis: int, importance: 
     scale = np.where(scale < np.finfo(np.float32).tiny, np.float32(1.0), scale)
     codes = np.clip(np.rint(values / scale), -candidate.largest_code, candidate.largest_code).astype(np.int8)
     return Coding(codes.reshape(weight.shape), scale, grouped)
+
+
+def zeros(
+    weight: Floats, sparsity: float, channel_axis: int, importance: Floats | None = None
+) -> npt.NDArray[np.bool_]:
+    """Where `encode` puts the zeros of a candidate's sparsity: as many in each output channel, to the element."""
+    score = np.abs(weight) if importance is None else np.abs(weight) * importance
+    return _least(score, sparsity, channel_axis)
 
 
 def _least(score: Floats, share: float, channel_axis: int) -> npt.NDArray[np.bool_]:
@@ -99,7 +106,7 @@ def _least(score: Floats, share: float, channel_axis: int) -> npt.NDArray[np.boo
     return np.moveaxis(taken.reshape(moved), 0, channel_axis)
 
 
-def _layout(shape: tuple[int, ...], scale: Scale, channel_axis: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def layout(shape: tuple[int, ...], scale: Scale, channel_axis: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shape in which scales broadcast, and the axes along which weights share one; none: all of them do."""
     if scale == "tensor":
         return shape, ()

@@ -92,6 +92,8 @@ def summary(report: PlanReport) -> str:
         f"asked at most {report.max_disagreement:.3e}), {report.held_out_disagreement:.3e} on held-out data",
         f"{found.metric} {found.value:.4f} on {found.samples} held-out samples",
     ]
+    if report.untrained_disagreement is not None:
+        lines.insert(2, f"disagreement {report.untrained_disagreement:.3e} on calibration data before the training")
     if report.seconds is not None and report.float_seconds is not None and report.predicted_seconds is not None:
         lines.insert(
             0,

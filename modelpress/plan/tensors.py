@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from onnx import ModelProto, numpy_helper
 
 from modelpress.config import PlanConfig
 from modelpress.errors import ConfigError, CoverageError, StageError
-from modelpress.plan.candidates import Candidate, Coding, Floats, encode, fits
+from modelpress.plan.candidates import Candidate, Coding, Floats, encode, fits, zeros
 from modelpress.quantize.rewrite import channel_axis
 from modelpress.quantize.selection import Layer, check_patterns, eligible_layers, matches
 
@@ -35,6 +36,13 @@ class PlannedWeight:
     def encode(self, candidate: Candidate) -> Coding:
         """Its codes as a candidate."""
         return encode(self.values, candidate, self.channel_axis, self.importance)
+
+    def zeros(self, candidate: Candidate) -> npt.NDArray[np.bool_]:
+        """Where it is zero as a candidate because it is now, or by the candidate's sparsity."""
+        already: npt.NDArray[np.bool_] = np.equal(self.values, 0)
+        if not candidate.sparsity:
+            return already
+        return np.logical_or(already, zeros(self.values, candidate.sparsity, self.channel_axis, self.importance))
 
 
 def planned_weights(model: ModelProto, config: PlanConfig) -> list[PlannedWeight]:

@@ -35,6 +35,7 @@ def recover_(
     hold: Callable[[], None],
     progress: Progress,
     kept_layers: Sequence[int] = (),
+    trained: nn.Module | None = None,
 ) -> tuple[TrainReport, int]:
     """Train `module` on the unpruned model's outputs and hidden states, in place and without dropout.
 
@@ -47,6 +48,7 @@ def recover_(
         hold: restores the zeros, after each update.
         progress: called once per update.
         kept_layers: the blocks that stayed, by their numbers before; none means all.
+        trained: what runs `module` and is trained in its place, such as one that rounds its weights.
 
     Returns:
         How it went, and how many hidden states were matched: those of the blocks whose outputs kept their shape.
@@ -58,7 +60,7 @@ def recover_(
         answers = distillation_loss(unpruned, workload, RECOVERY_LOSS)
         pairs = _matched_blocks(unpruned, module, workload, kept_layers) if hidden_weight else []
         if not pairs:
-            return train_(module, answers, workload, config, progress, hold), 0
+            return train_(trained or module, answers, workload, config, progress, hold), 0
         taught = stack.enter_context(recorded([block for block, _ in pairs]))
         learned = stack.enter_context(recorded([block for _, block in pairs]))
 
@@ -68,7 +70,7 @@ def recover_(
                 taught, learned, batch.inputs.get("attention_mask"), relative=True
             )
 
-        return train_(module, loss, workload, config, progress, hold), len(pairs)
+        return train_(trained or module, loss, workload, config, progress, hold), len(pairs)
 
 
 def _matched_blocks(

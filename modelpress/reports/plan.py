@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from modelpress.reports.base import Report
+from modelpress.reports.module import TrainReport
 from modelpress.reports.quality import QualityReport
 
 
@@ -94,6 +95,10 @@ class PlanReport(Report):
     """What the single weights' disagreements add up to."""
     disagreement: float
     """Of the planned graph, on calibration data."""
+    untrained_disagreement: float | None = None
+    """The same before `recovery`; None: there was none."""
+    recovery: TrainReport | None = None
+    """The training within the plan; None: there was none."""
     predicted_bytes: int | None
     """What the single weights' coded bytes, and those of all other tensors, add up to; None: not asked."""
     coded_bytes: int
