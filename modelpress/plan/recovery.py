@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +42,15 @@ from modelpress.workload import Workload
 
 HIDDEN_WEIGHT = 1.0
 """Of the hidden states' difference beside the outputs', as after pruning."""
+
+
+class Place(NamedTuple):
+    """Where a weight of the graph stands in the module."""
+
+    parameter: str
+    """Its name."""
+    transposed: bool
+    """Whether the graph has the parameter's transpose."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,8 @@ class Rounded(nn.Module):
         """Put the zeros back."""
         with torch.no_grad():
             for name, rounding in self.roundings.items():
-                self.module.get_parameter(name).masked_fill_(rounding.zeros, 0.0)
+                parameter = self.module.get_parameter(name)
+                parameter.masked_fill_(rounding.zeros.to(parameter.device), 0.0)
 
 
 def round_weight(weight: Tensor, candidate: Candidate, channel_axis: int) -> Tensor:
@@ -132,10 +143,14 @@ def plan_module(
     copied = copy.deepcopy(module).eval()
     # Weights are planned as they will be stored: with the normalisations in them.
     source = export(copied, workload, export_config)[0] if fold_norms_(copied, workload) else checkpoint
+    places = _places(copied, planned_weights(named(source), config))
     work = survey(source, workload, config, compression, progress)
     _, untrained = settle(work, config.max_disagreement, progress)
     choice = {row.name: form for row in untrained.tensors if (form := _form(row)) is not None}
-    student = Rounded(copied, _roundings(copied, {name: work.weights[name] for name in choice}, choice))
+    student = Rounded(
+        copied,
+        {places[name].parameter: _rounding(work.weights[name], form, places[name]) for name, form in choice.items()},
+    )
     student.hold()
     training, _ = recover_(
         copied, module, workload, config.recovery, HIDDEN_WEIGHT, student.hold, progress, trained=student
@@ -170,36 +185,35 @@ def _form(row: PlannedTensor) -> Candidate | None:
     return Candidate(row.num_bits, row.scale, row.sparsity or 0.0)
 
 
-def _roundings(
-    module: nn.Module, weights: Mapping[str, PlannedWeight], choice: Mapping[str, Candidate]
-) -> dict[str, Rounding]:
-    """How each parameter behind a planned weight is rounded; they are told by their values.
+def _rounding(weight: PlannedWeight, form: Candidate, place: Place) -> Rounding:
+    zeros = torch.from_numpy(weight.zeros(form))
+    return Rounding(form, place.transposed, weight.channel_axis, zeros.t() if place.transposed else zeros)
+
+
+def _places(module: nn.Module, weights: Sequence[PlannedWeight]) -> dict[str, Place]:
+    """The parameter behind each weight; they are told by their values.
 
     Raises:
-        StageError: a planned weight that is none of the module's parameters.
+        StageError: a weight that is none of the module's parameters.
     """
-    known: dict[tuple[tuple[int, ...], str], tuple[str, bool]] = {}
+    known: dict[tuple[tuple[int, ...], str], Place] = {}
     for name, parameter in module.named_parameters():
         values = parameter.detach().cpu().numpy()
-        known.setdefault(_identity(values), (name, False))
+        known.setdefault(_identity(values), Place(name, False))
         if values.ndim == 2:
-            known.setdefault(_identity(values.T), (name, True))
-    roundings = {}
-    for name, weight in weights.items():
+            known.setdefault(_identity(values.T), Place(name, True))
+    places = {}
+    for weight in weights:
         found = known.get(_identity(weight.values))
         if found is None:
             raise StageError(
-                f"training the planned weight {name!r}",
+                f"training the planned weight {weight.name!r}",
                 found=f"no parameter of the module with its {weight.values.size} values",
                 expected="a weight that the export took over as it is, or transposed",
                 fix=f"name its node in plan.ignore: {', '.join(weight.nodes)}",
             )
-        zeros = torch.from_numpy(weight.zeros(choice[name]))
-        device = module.get_parameter(found[0]).device
-        roundings[found[0]] = Rounding(
-            choice[name], found[1], weight.channel_axis, (zeros.t() if found[1] else zeros).to(device)
-        )
-    return roundings
+        places[weight.name] = found
+    return places
 
 
 def _identity(values: Floats) -> tuple[tuple[int, ...], str]:

@@ -100,9 +100,9 @@ def test_a_weight_that_is_no_parameter_is_named() -> None:
     workload = TextToy(Doubled().eval())
     module = workload.source()
     source = export(module, workload, ExportConfig())[0]
-    with pytest.raises(StageError, match=r"no parameter of the module with its 1024 values.*plan\.ignore") as caught:
+    with pytest.raises(StageError, match=r"no parameter of the module with its 1024 values") as caught:
         plan_module(module, source, workload, PlanConfig(max_disagreement=0.05, **COARSE), ExportConfig())
-    assert "MatMul" in str(caught.value)
+    assert "plan.ignore: matmul" in str(caught.value).lower()
 
 
 def test_without_a_module_or_a_training_there_is_none() -> None:
