@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from modelpress.errors import BudgetExceededError
 from modelpress.plan.solver import Chain, Option, knapsack, total
 
-FILL_MEASUREMENTS = 6
+FILL_MEASUREMENTS = 10
 """Whole plans that are measured at most to use up what the chain leaves of a budget."""
 
 

@@ -51,6 +51,8 @@ class Survey:
     """All weights in one form."""
     _costs: dict[tuple[str, Candidate | None], Cost] = field(default_factory=dict)
     _rest: int | None = None
+    _values: dict[str, tuple[Candidate, Floats]] = field(default_factory=dict)
+    """Of each weight, the form that was asked for last: one plan differs from the next in a few weights."""
 
     @property
     def settings(self) -> list[Candidate]:
@@ -124,7 +126,10 @@ class Survey:
 
     def dequantized(self, choice: Choice) -> dict[str, Floats]:
         """The weights that a choice stands for."""
-        return {name: self.weights[name].encode(candidate).dequantize() for name, candidate in choice.items()}
+        for name, candidate in choice.items():
+            if name not in self._values or self._values[name][0] != candidate:
+                self._values[name] = candidate, self.weights[name].encode(candidate).dequantize()
+        return {name: self._values[name][1] for name in choice}
 
     def build(self, choice: Choice) -> Checkpoint:
         """The checkpoint of a choice."""
