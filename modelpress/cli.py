@@ -173,16 +173,7 @@ def quantize(
     if as_json:
         typer.echo(report.model_dump_json(indent=2))
         return
-    found = report.quality
-    _print(
-        f"{report.scheme} ({report.quantize.method}): {len(report.layers)} linear layers, {len(report.in_float)} in "
-        f"float; coverage {report.quantize.coverage:.1%}, agreement {report.quantize.agreement:.4f}"
-    )
-    _print(
-        f"{found.metric} {found.value:.4f} on {found.samples} held-out samples, {found.difference:+.4f} to the float "
-        f"model ({found.confidence:.0%} interval {found.difference_low:+.4f} to {found.difference_high:+.4f})"
-    )
-    _print(f"{report.source_bytes:,} → {report.size_bytes:,} bytes of {report.dtype} tensors, {to}")
+    _print(f"{report.summary()}\nwrote {to}")
 
 
 @app.command()

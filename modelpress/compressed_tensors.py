@@ -67,7 +67,8 @@ def deliver(
     tensors that the module has left out and the source folder has (an unused pooler).
 
     Args:
-        module: holds a transformers model, and takes `Batch.inputs` as keyword arguments; it stays as it is.
+        module: holds a transformers model, and takes `Batch.inputs` as keyword arguments; it stays as it is, in
+            eval mode.
         workload: calibration data for `gptq` and for the agreement, held-out data for the metric; the tokenizer.
         config: of method `weight-only`; `targets` and `ignore` are names of the model's layers.
         folder: new, or empty.
@@ -93,8 +94,9 @@ def deliver(
     in_float = _in_float(rounded)
     document = model_config(rounded, config, in_float)
     judged = compare_modules(rounded.module, module, workload, CONFIDENCE, progress)
-    stored = sum(tensor.nbytes for tensor in named.values())
-    unrounded = sum(parameter.numel() for parameter in rounded.model.parameters()) * rounded.dtype.itemsize
+    size = sum(tensor.nbytes for tensor in named.values())
+    coded = sum(one.nbytes for weight in rounded.weights.values() for one in stored(weight, rounded.dtype).values())
+    before = size - coded + sum(weight.codes.numel() for weight in rounded.weights.values()) * rounded.dtype.itemsize
     made = FolderReport(
         scheme=scheme_name(config),
         quantize=report,
@@ -102,9 +104,9 @@ def deliver(
         layers=sorted(rounded.weights),
         in_float=in_float,
         dtype=str(rounded.dtype).removeprefix("torch."),
-        source_bytes=unrounded,
-        size_bytes=stored,
-        compression_ratio=unrounded / stored,
+        source_bytes=before,
+        size_bytes=size,
+        compression_ratio=before / size,
     )
     files |= {
         "config.json": (json.dumps(document, indent=2, sort_keys=True) + "\n").encode(),

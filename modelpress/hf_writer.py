@@ -85,14 +85,25 @@ def skeleton(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def check_structure(model: PreTrainedModel) -> None:
-    """Refuse a model whose config does not say what it is: pruned heads and channels, dropped layers.
+    """Refuse a model whose config does not say what it is (pruned heads and channels, dropped layers), and one whose
+    folder would have other tensors than the module.
 
     A submodule that was set to None is not refused: see `left_out`.
 
     Raises:
         WorkloadError: a tensor that the config does not foresee, or of another shape, or one that it foresees and that
-            the model has lost.
+            the model has lost; experts in one tensor, or other names in the source folder.
     """
+    fused = [name for name, value in model.named_parameters() if value.ndim > 2 and not _of_convolution(model, name)]
+    if fused or getattr(model, "_weight_conversions", None):
+        raise WorkloadError(
+            f"comparing {type(model).__name__} with its folder",
+            found=f"{len(fused)} weights of several experts in one, such as {fused[0]}"
+            if fused
+            else "other names there",
+            expected="a folder with the module's own tensors",
+            fix="this is not done here for such models; publish the ONNX graph",
+        )
     expected = {name: tuple(value.shape) for name, value in skeleton(model).state_dict().items()}
     found = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     for name in sorted(set(expected) | set(found)):
@@ -127,6 +138,10 @@ def left_out(model: PreTrainedModel, workload: Workload) -> dict[str, Tensor]:
                     if short in missing:
                         found[short] = opened.get_tensor(name)
     return found
+
+
+def _of_convolution(model: PreTrainedModel, name: str) -> bool:
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Conv1d | nn.Conv2d | nn.Conv3d)
 
 
 def _does_without(model: PreTrainedModel, name: str) -> bool:

@@ -23,8 +23,24 @@ class FolderReport(Report):
     dtype: str
     """Of the scales and of all other tensors."""
     source_bytes: int
-    """Bytes of the module's parameters in that type."""
+    """Bytes of the folder's tensors, were none rounded."""
     size_bytes: int
     """Bytes of the folder's tensors."""
     compression_ratio: float
     """source ÷ size."""
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        done, found = self.quantize, self.quality
+        lines = [
+            f"{self.scheme} ({done.method}): {len(self.layers)} linear layers, {len(self.in_float)} in float; "
+            f"coverage {done.coverage:.1%}, agreement {done.agreement:.4f}",
+            f"{found.metric} {found.value:.4f} on {found.samples} held-out samples",
+            f"{self.source_bytes:,} → {self.size_bytes:,} bytes of tensors, {self.dtype} where not rounded",
+        ]
+        if found.difference is not None:
+            lines[1] += (
+                f", {found.difference:+.4f} to the float model "
+                f"({found.confidence:.0%} interval {found.difference_low:+.4f} to {found.difference_high:+.4f})"
+            )
+        return "\n".join(lines)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import AutoModel, AutoModelForCausalLM, CompressedTensorsConfig, MixtralConfig, MixtralForCausalLM
 
 from modelpress import cli, graph, hf_writer
 from modelpress import compressed_tensors as ct
@@ -112,7 +112,9 @@ def test_transformers_computes_what_the_rounded_module_does(language: CausalLM, 
     assert len(report.layers) == 14
     assert report.in_float == ["lm_head"]
     assert report.size_bytes == sum(tensor.nbytes for tensor in stored.values())
-    assert 1.2 < report.compression_ratio < 2.5  # embeddings and the last layer are half of this model
+    plain = sum(tensor.nbytes for tensor in language.source().state_dict().values())
+    assert report.source_bytes == plain == pytest.approx(report.compression_ratio * report.size_bytes)
+    assert report.compression_ratio > 1.4  # embeddings and the last layer are half of this model
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 1
     assert all(path.stat().st_size < 45_000 for path in folder.glob("model-*"))
     assert json.loads((folder / ct.REPORT_FILE).read_text()) == report.model_dump(mode="json")
@@ -269,6 +271,15 @@ def test_weights_and_models_that_have_no_such_form(language: CausalLM, tmp_path:
     with pytest.raises(WorkloadError, match="a TinyEncoder without one"):
         ct.deliver(toy.module, toy, weight_only(), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_experts_in_one_tensor_are_refused() -> None:
+    config = MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    with pytest.raises(WorkloadError, match=r"(?s)2 weights of several experts in one, such as model\.layers\.0"):
+        hf_writer.check_structure(MixtralForCausalLM(config))
 
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
