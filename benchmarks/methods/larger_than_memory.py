@@ -4,8 +4,9 @@ A Llama of random weights is written shard by shard; memory and time do not depe
 runs in a process of its own, first by `modelpress.blockwise`, then in memory (`prune_`, `quantize_layers_`, and
 `save_pretrained`). Memory is the process's anonymous memory (RssAnon of /proc/self/status, sampled each 5 ms) at most,
 less what it was when the data were loaded and the stage began: files that are mapped do not count, the kernel takes
-their pages back when it needs them. Then both run once more under RLIMIT_DATA, which lets the process have half of the
-model's bytes beyond what it has when the stage begins: a limit that the kernel holds, and not a measurement.
+their pages back when it needs them. Each runs under RLIMIT_DATA, which lets the process have half of the model's bytes
+beyond what it has when the stage begins: a limit that the kernel holds, and not a measurement. A route that it stops
+runs once more without it.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ SYSTEMS = {
     "memory": "modelpress, all in memory",
 }
 """By route."""
+WITH_SCRATCH = ("sparsegpt, 2:4",)
 SAMPLE_SECONDS = 0.005
 NOTE = (
     "Memory is beyond what the process had when the stage began, with interpreter, libraries and data loaded. What "
@@ -76,10 +78,13 @@ def measure(quick: bool) -> Iterator[Row]:
 
 
 def _stage(stage: str, home: Path, facts: dict[str, int]) -> Iterator[Row]:
-    routes = ["blockwise", "scratch", "memory"] if _looks_at_data(STAGES[stage]) else ["blockwise", "memory"]
-    systems = {route: SYSTEMS[route] for route in routes}
-    for route, system in systems.items():
-        found = _child(stage, route, home, None)
+    half = facts["model"] // 2
+    for route, system in SYSTEMS.items():
+        if route == "scratch" and stage not in WITH_SCRATCH:
+            continue
+        held = _child(stage, route, home, half)
+        yield Row(stage, system, "finishes within half of the model", "", float(held["finished"]))
+        found = held if held["finished"] else _child(stage, route, home, None)
         yield Row(stage, system, "peak", "MB", found["peak"] / 1e6)
         yield Row(stage, system, "peak, in blocks", "", found["peak"] / facts["block"])
         yield Row(stage, system, "peak, of the model", "%", 100 * found["peak"] / facts["model"])
@@ -88,21 +93,12 @@ def _stage(stage: str, home: Path, facts: dict[str, int]) -> Iterator[Row]:
     if isinstance(STAGES[stage], PruneConfig):
         differing = _differing(home / "blockwise", home / "memory")
         yield Row(stage, SYSTEMS["blockwise"], "differing tensors", "", differing)
-    for route, system in systems.items():
-        shutil.rmtree(home / route)
-        held = _child(stage, route, home, facts["model"] // 2)
-        yield Row(stage, system, "finished within half of the model", "", float(held["finished"]))
+    for route in SYSTEMS:
         shutil.rmtree(home / route, ignore_errors=True)
 
 
-def _looks_at_data(config: PruneConfig | QuantizeConfig) -> bool:
-    if isinstance(config, QuantizeConfig):
-        return config.algorithm == "gptq"
-    return config.method != "magnitude"
-
-
 def _sizes(quick: bool) -> LlamaConfig:
-    width, inner, blocks = (384, 1024, 16) if quick else (1280, 3456, 20)
+    width, inner, blocks = (768, 2048, 16) if quick else (1280, 3456, 20)
     return LlamaConfig(
         hidden_size=width,
         intermediate_size=inner,
@@ -210,7 +206,7 @@ def child(stage: str, route: str, home: str, limit: int | None) -> None:
             calibration_samples=16,
         )
     )
-    _warm_up()
+    _warm_up(workload)
     if limit is not None:
         most = _status("VmData") + limit
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
@@ -233,12 +229,13 @@ def child(stage: str, route: str, home: str, limit: int | None) -> None:
     print(json.dumps({"peak": peak.bytes, "seconds": seconds}))
 
 
-def _warm_up() -> None:
+def _warm_up(workload: CausalLM) -> None:
     """What libraries load and allocate when they are first used is no part of a stage."""
-    config = _sizes(quick=True)
-    config.num_hidden_layers = 1
+    with without_memory():
+        workload.skeleton({})
+    small = workload.skeleton({"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64})
     with torch.no_grad():
-        LlamaForCausalLM(config)(input_ids=torch.zeros(16, 64, dtype=torch.int64), use_cache=False)
+        small(torch.zeros(16, 64, dtype=torch.int64))
     torch.linalg.cholesky(torch.eye(512, dtype=torch.float64))
 
 

@@ -144,7 +144,7 @@ def quantize_folder(
             packed.update(users(paged.module, layer))
             return replace(weight, scale=scale.float())
 
-        report = quantize_layers_(paged.module, workload, config, progress, paged, put)
+        report = quantize_layers_(paged.module, workload, config, progress, paged, put, full_groups=True)
         linears = [(name, one) for name, one in paged.module.named_modules() if isinstance(one, nn.Linear)]
         ignored = [name.removeprefix(paged.prefix) for name, one in linears if one not in packed]
         return report, {"quantization_config": describe(grid, ignored)}
@@ -175,7 +175,9 @@ def _from_folder_to_folder(
         paged = Paged(module, folder, prefix, writer, scratch_on_disk=scratch_on_disk)
         try:
             report, changes = work(paged)
-        except NotImplementedError as error:  # torch's word for a meta tensor that something tries to read
+        except RuntimeError as error:
+            if "meta" not in str(error):  # of a tensor without memory that something tries to read
+                raise
             raise StageError(
                 f"running the model of {folder} block by block",
                 found=f"a weight that is used outside the module that it belongs to ({str(error)[:200]})",

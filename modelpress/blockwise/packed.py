@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelpress.errors import StageError
 from modelpress.quantize.groups import Grid, GroupedWeight
 
 WORD = 32
@@ -20,19 +19,8 @@ WORD = 32
 
 
 def pack(name: str, weight: GroupedWeight) -> dict[str, Tensor]:
-    """The tensors that stand for the weight `name`.
-
-    Raises:
-        StageError: inputs that the group size does not divide.
-    """
+    """The tensors that stand for the weight `name`, whose groups must all be full: the layout knows no others."""
     outputs, inputs = weight.codes.shape
-    if inputs % weight.grid.group_size:
-        raise StageError(
-            f"packing {name}",
-            found=f"{inputs} inputs in groups of {weight.grid.group_size}",
-            expected="groups that are all full: the layout knows no others",
-            fix="lower quantize.group_size, or name the layer in quantize.ignore",
-        )
     tensors = {
         f"{name}_packed": _pack(weight.codes, weight.grid.num_bits),
         f"{name}_scale": weight.scale,

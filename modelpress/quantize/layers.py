@@ -37,6 +37,7 @@ def quantize_layers_(
     progress: Progress = silent,
     residence: Residence = IN_MEMORY,
     put: Put = lambda _, weight: weight,
+    full_groups: bool = False,
 ) -> LayersReport:
     """Round the weights of linear layers to 4 or 8 bits in groups, in place; they stay floats of few values.
 
@@ -49,6 +50,7 @@ def quantize_layers_(
         progress: called once per block.
         residence: where the weights are.
         put: told of each layer.
+        full_groups: refuse a layer whose inputs `group_size` does not divide.
 
     Raises:
         ConfigError: another method, an option that is not read here, or a pattern that matches nothing.
@@ -67,6 +69,14 @@ def quantize_layers_(
             expected=f"some, and at least quantize.min_coverage, {config.min_coverage:.1%}",
             fix="narrow quantize.ignore, or lower quantize.min_coverage",
         )
+    for name in chosen:
+        if full_groups and layers[name].in_features % config.group_size:
+            raise StageError(
+                f"quantizing {name}",
+                found=f"{layers[name].in_features} inputs in groups of {config.group_size}",
+                expected="groups that are all full",
+                fix="lower quantize.group_size, or name the layer in quantize.ignore",
+            )
     grid = Grid(config.num_bits, config.group_size, config.symmetric)
     rows: dict[str, RoundedLayer] = {}
 

@@ -265,7 +265,7 @@ def test_what_needs_the_whole_model_is_refused(tmp_path: Path, decoder: Path, te
     for options in ({"method": "static"}, {"max_quality_drop": 0.5}):
         with pytest.raises(ConfigError, match="quantizing the layers of a module"):
             quantize_folder(one, QuantizeConfig.model_validate({"method": "weight-only"} | options), tmp_path / "out")
-    with pytest.raises(StageError, match=r"packing model\.layers\.0\.self_attn\.q_proj\.weight(.|\n)*32 inputs"):
+    with pytest.raises(StageError, match=r"quantizing model\.model\.layers\.0\.self_attn\.q_proj(.|\n)*32 inputs"):
         quantize_folder(one, QuantizeConfig(method="weight-only", algorithm="rtn", group_size=64), tmp_path / "out")
     with pytest.raises(WorkloadError, match="not read from a Hugging Face folder"):
         prune_folder(Toy(lambda: nn.Linear(2, 2), shape=(2,)), PruneConfig(method="magnitude"), tmp_path / "out")
@@ -273,6 +273,19 @@ def test_what_needs_the_whole_model_is_refused(tmp_path: Path, decoder: Path, te
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match="exists already"):
         prune_folder(one, PruneConfig(method="magnitude"), tmp_path / "out")
+
+
+def test_a_weight_that_another_module_uses_is_said(tmp_path: Path, decoder: Path, texts: Path) -> None:
+    class Borrowing(CausalLM):
+        def skeleton(self, architecture: Mapping[str, Any]) -> nn.Module:
+            module = super().skeleton(architecture)
+            module.register_forward_pre_hook(lambda module, _: print(module.model.lm_head.weight.sum().item()))
+            return module
+
+    one = Borrowing(workload(decoder, texts).config)
+    with pytest.raises(StageError, match="used outside the module that it belongs to"):
+        prune_folder(one, PruneConfig(method="wanda"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_from_the_command_line(tmp_path: Path, decoder: Path, texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
