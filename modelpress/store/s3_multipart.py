@@ -49,14 +49,14 @@ class Buffers:
 
     def __init__(self, count: int) -> None:
         self._free: list[bytearray] = []
-        self._left = count
+        self._count = self._left = count
         self._changed = threading.Condition()
         self._closed = False
 
     @property
     def held(self) -> int:
         """Buffers that exist."""
-        return PART_BUFFERS - self._left
+        return self._count - self._left
 
     def take(self, size: int) -> bytearray:
         """A buffer of `size` bytes; give it back.

@@ -218,7 +218,7 @@ class FaultProxy:
         passed: Passed,
     ) -> Iterator[bytes]:
         broken = fault.kind in ("cut_request", "reset_request", "stall_request")
-        left = min(length, fault.after) if broken else length
+        left, begun = min(length, fault.after) if broken else length, time.monotonic()
         while left:
             block = incoming.read1(min(left, BLOCK))
             if not block:
@@ -226,7 +226,7 @@ class FaultProxy:
             left -= len(block)
             passed.sent += len(block)
             if fault.kind == "slow_request":
-                time.sleep(len(block) / fault.rate)
+                time.sleep(max(0.0, begun + passed.sent / fault.rate - time.monotonic()))
             if fault.kind == "flip_request" and passed.sent == len(block):
                 block = bytes([block[0] ^ 1]) + block[1:]
             yield block
