@@ -249,7 +249,9 @@ class _Connection(http.client.HTTPConnection):
 
     def fresh(self) -> bool:
         """True if the server has neither said nor closed anything since the last answer."""
-        return not select.select([self._line.sock], [], [], 0)[0]
+        poll = select.poll()  # select() takes no descriptor above 1023, and a server has them
+        poll.register(self._line.sock, select.POLLIN)
+        return not poll.poll(0)
 
     def exchange(
         self, method: str, target: str, headers: Mapping[str, str | bytes], body: Any, end: float
