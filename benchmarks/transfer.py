@@ -1,16 +1,20 @@
-"""Upload and download against s5cmd and plain boto3 on one S3 server: `python -m benchmarks.transfer [--quick]`.
+"""Upload and download against s5cmd, obstore and boto3 on one S3 server: `python -m benchmarks.transfer [--quick]`.
 
 The server is the one that MODELPRESS_TEST_S3_ENDPOINT names, else a Ceph RGW on loopback of this run's own (see
 `infra/s3/`), which shares the cores with the client. Each measurement is a process of its own; seconds of CPU are
 the client's, the start of Python and its imports left out. modelpress checks a sha256 of every object in both
 directions inside the measured time, the others do not. Where objects travel in both directions, every system has four
 in flight; s5cmd's own part concurrency is its default.
+
+`boto3` is its transfer manager as it comes; `boto3, signed` is one plain request per object with its sha256 in
+the signature, `boto3, unsigned` the same without. `obstore` sends whole objects, unsigned.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import resource
@@ -31,13 +35,14 @@ ROOT = Path(__file__).parents[1]
 PREFIX = "MODELPRESS_TEST_S3_"
 MIB = 2**20
 IN_FLIGHT = 4
-SYSTEMS = ("modelpress", "boto3", "s5cmd")
+SYSTEMS = ("modelpress", "boto3", "boto3, signed", "boto3, unsigned", "obstore", "s5cmd")
 
 
 def measure(quick: bool) -> Iterator[Row]:
     """Rows of all cases."""
-    repeats = 1 if quick else 5
-    cases = [("8 × 32 MiB", 8, 32)] if quick else [("16 × 64 MiB", 16, 64), ("1 × 1 GiB", 1, 1024)]
+    repeats = 2 if quick else 5
+    full = [("64 × 8 MiB", 64, 8), ("16 × 64 MiB", 16, 64), ("1 × 1 GiB", 1, 1024)]
+    cases = [("16 × 8 MiB", 16, 8), ("4 × 64 MiB", 4, 64)] if quick else full
     with _server() as environment, tempfile.TemporaryDirectory() as name:
         for case, count, size in cases:
             files = _files(Path(name), count, size)
@@ -53,7 +58,7 @@ def _case(case: str, files: Sequence[Path], folder: Path, environment: dict[str,
     for repeat in range(repeats):
         # Each round starts with another system, so that none has the quiet moments to itself.
         for system in SYSTEMS[repeat % len(SYSTEMS) :] + SYSTEMS[: repeat % len(SYSTEMS)]:
-            if system == "s5cmd" and _s5cmd() is None:
+            if not _is_here(system):
                 continue
             target = f"s3://{environment['BENCHMARK_BUCKET']}/{uuid.uuid4().hex}"
             back = folder / "back"
@@ -115,7 +120,7 @@ def _run_s5cmd(
 def work(task: str) -> None:
     """One transfer in this process; prints its wall and CPU seconds as JSON."""
     system, action, target, names, back = json.loads(task)
-    each = _modelpress(target, action) if system == "modelpress" else _boto3(target, action)
+    each = WORKERS[system](target, action)
     files = [Path(name) for name in names]
     digests = {file: _sha256(file) for file in files}  # as the shard writer knows them
     started, cpu = time.perf_counter(), time.process_time()
@@ -157,6 +162,75 @@ def _boto3(target: str, action: str) -> Callable[[Path, Path, str], None]:
             client.delete_object(Bucket=bucket, Key=key)
 
     return transfer
+
+
+def _boto3_plain(target: str, action: str, signed: bool) -> Callable[[Path, Path, str], None]:
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        s3={"payload_signing_enabled": signed},
+    )
+
+    client = boto3.client("s3", endpoint_url=os.environ["MODELPRESS_S3_ENDPOINT_URL"], config=config)
+    bucket, _, prefix = target.removeprefix("s3://").partition("/")
+
+    def transfer(file: Path, back: Path, digest: str) -> None:
+        del digest
+        key = f"{prefix}/{file.name}"
+        if action == "upload":
+            with file.open("rb") as body:
+                client.put_object(Bucket=bucket, Key=key, Body=body)
+        else:
+            with back.open("wb") as output:
+                for block in client.get_object(Bucket=bucket, Key=key)["Body"].iter_chunks(MIB):
+                    output.write(block)
+
+    return transfer
+
+
+def _obstore(target: str, action: str) -> Callable[[Path, Path, str], None]:
+    import obstore
+
+    bucket, _, prefix = target.removeprefix("s3://").partition("/")
+    store = obstore.store.S3Store(
+        bucket,
+        prefix=prefix,
+        endpoint=os.environ["MODELPRESS_S3_ENDPOINT_URL"],
+        access_key_id=os.environ["AWS_ACCESS_KEY_ID"],
+        secret_access_key=os.environ["AWS_SECRET_ACCESS_KEY"],
+        region=os.environ["AWS_REGION"],
+        unsigned_payload=True,
+        client_options={"allow_http": True},
+    )
+
+    def transfer(file: Path, back: Path, digest: str) -> None:
+        del digest
+        if action == "upload":
+            obstore.put(store, file.name, file, use_multipart=file.stat().st_size > 64 * MIB)
+        else:
+            with back.open("wb") as output:
+                for block in obstore.get(store, file.name).stream(min_chunk_size=MIB):
+                    output.write(block)
+
+    return transfer
+
+
+WORKERS: dict[str, Callable[[str, str], Callable[[Path, Path, str], None]]] = {
+    "modelpress": _modelpress,
+    "boto3": _boto3,
+    "boto3, signed": lambda target, action: _boto3_plain(target, action, True),
+    "boto3, unsigned": lambda target, action: _boto3_plain(target, action, False),
+    "obstore": _obstore,
+}
+
+
+def _is_here(system: str) -> bool:
+    if system == "s5cmd":
+        return _s5cmd() is not None
+    return system != "obstore" or importlib.util.find_spec("obstore") is not None
 
 
 @contextlib.contextmanager

@@ -39,7 +39,8 @@ def publish(
 ) -> UploadReport:
     """Send what the store lacks of a pack, then commit its manifest.
 
-    Memory beside what is given: up to 64 MiB for each of the `config.concurrency` objects that travel at once.
+    Memory beside what is given, on S3: 1 MiB for each of the `config.concurrency` objects that travel at once, and for
+    those above 64 MiB, which travel in parts, five parts of 16 MiB between them.
 
     Args:
         store: the publication store; it is proved fit first, once.

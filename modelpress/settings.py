@@ -31,10 +31,16 @@ class Settings(BaseSettings):
     """S3 endpoint; empty takes the AWS SDK's own."""
     s3_region: str = "us-east-1"
     """S3 region."""
+    s3_connect_seconds: float = Field(default=5.0, gt=0)
+    """How long a connection may take, TLS included."""
     s3_timeout_seconds: float = Field(default=30.0, gt=0)
-    """Silence after which a request is given up and sent again."""
+    """Silence, in either direction, after which a request is given up and sent again."""
+    s3_deadline_seconds: float = Field(default=600.0, gt=0)
+    """How long a request of at most 64 MiB and its repeats may take in all, however lively the line."""
     s3_attempts: int = Field(default=5, ge=1, le=20)
-    """How often a request is sent before the store counts as unavailable; waits between grow, with jitter."""
+    """How often a request is sent before the store counts as unavailable."""
+    s3_backoff_seconds: float = Field(default=0.5, ge=0)
+    """Before attempt n + 1 a random wait below this times 2ⁿ, and below 20 seconds."""
     tracking_uri: str = ""
     """MLflow tracking and registry server. Default: SQLite in `<home>/mlflow.db`."""
     reuse: bool = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import uuid
@@ -30,6 +31,15 @@ class S3Server:
     bucket: str
     writer: tuple[str, str]
     reader: tuple[str, str]
+    folder: Path | None = None
+    """Where the server keeps its files, when it is the session's own."""
+
+    def restart(self) -> None:
+        """Kill the gateway as a power cut would, and start it again."""
+        assert self.folder is not None
+        os.kill(int((self.folder / "client.rgw.pid").read_text()), signal.SIGKILL)
+        command = ["radosgw", "--conf", str(self.folder / "ceph.conf"), "-n", "client.rgw"]
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, timeout=60)
 
     def environment(self, role: str = "writer") -> dict[str, str]:
         """What a process needs to reach it: endpoint and keys."""
@@ -62,13 +72,8 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     if os.environ.get(f"{PREFIX}ENDPOINT"):
         yield from _with_bucket({name: value for name, value in os.environ.items() if name.startswith(PREFIX)})
         return
-    command = [
-        sys.executable,
-        str(ROOT / "infra/s3/server.py"),
-        "run",
-        "--folder",
-        str(tmp_path_factory.mktemp("ceph")),
-    ]
+    folder = tmp_path_factory.mktemp("ceph")
+    command = [sys.executable, str(ROOT / "infra/s3/server.py"), "run", "--folder", str(folder)]
     # It stops when its standard input closes: also when this process is killed.
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -85,13 +90,13 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         else:
             pytest.fail(f"the S3 tests need a server, and none can be had here:\n{process.stderr.read()}")
         try:
-            yield from _with_bucket(environment)
+            yield from _with_bucket(environment, folder)
         finally:
             process.stdin.close()
             process.wait(60)
 
 
-def _with_bucket(environment: dict[str, str]) -> Iterator[S3Server]:
+def _with_bucket(environment: dict[str, str], folder: Path | None = None) -> Iterator[S3Server]:
     names = ("KEY", "SECRET", "READER_KEY", "READER_SECRET")
     missing = [PREFIX + name for name in names if not environment.get(PREFIX + name)]
     if missing:
@@ -103,6 +108,7 @@ def _with_bucket(environment: dict[str, str]) -> Iterator[S3Server]:
         bucket=environment.get(f"{PREFIX}BUCKET") or f"modelpress-test-{uuid.uuid4().hex[:12]}",
         writer=(key, secret),
         reader=(reader_key, reader_secret),
+        folder=folder,
     )
     config = Config(request_checksum_calculation="when_required", retries={"mode": "standard"})
     resource = boto3.session.Session(key, secret, region_name=server.region).resource(

@@ -158,6 +158,12 @@ class LocalStore(Store):
                     path.unlink()
 
 
+def file_sha256(path: Path) -> str:
+    """Digest (hex) of a file's bytes."""
+    with local_errors(f"reading {path}"), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _write(path: Path, data: bytes | Path) -> str:
     """Write and sync a new file; return its sha256."""
     with path.open("xb") as target:

@@ -5,6 +5,8 @@ Secrets never appear: only the *source* of the credentials (``env``, ``shared-cr
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from botocore.exceptions import (
@@ -71,9 +73,23 @@ def translate(doing: str, error: BotoCoreError | ClientError, where: Where) -> M
     return StoreUnavailableError(
         doing,
         found=f"{error} ({where})",
-        expected="an answer within MODELPRESS_S3_TIMEOUT_SECONDS, in MODELPRESS_S3_ATTEMPTS attempts",
+        expected="an answer without MODELPRESS_S3_TIMEOUT_SECONDS of silence, in MODELPRESS_S3_ATTEMPTS attempts and "
+        "MODELPRESS_S3_DEADLINE_SECONDS in all",
         fix="check MODELPRESS_S3_ENDPOINT_URL, the network and the server; what was sent is kept, run it again",
     )
+
+
+@contextlib.contextmanager
+def translated(doing: str, where: Where, *, passing: Collection[str] = ()) -> Iterator[None]:
+    """Turn the SDK's errors into the store's, except refusals with the codes `passing`."""
+    try:
+        yield
+    except ClientError as error:
+        if code_of(error) in passing:
+            raise
+        raise translate(doing, error, where) from error
+    except BotoCoreError as error:
+        raise translate(doing, error, where) from error
 
 
 def _refusal(doing: str, error: ClientError, where: Where) -> ModelpressError:

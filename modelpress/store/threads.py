@@ -76,19 +76,33 @@ class DaemonPool(Executor):
                 thread.join()
 
 
-def ahead(pool: Executor, work: Callable[[S], T], items: Iterator[S], most: int) -> Iterator[T]:
-    """`map` in a pool, in order, with at most `most` items taken ahead (so memory is bounded)."""
-    waiting: deque[Future[T]] = deque()
+def ahead(
+    pool: Executor,
+    work: Callable[[S], T],
+    items: Iterator[S],
+    most: int,
+    unused: Callable[[S], object] = lambda _: None,
+) -> Iterator[T]:
+    """`map` in a pool, in order, with at most `most` items taken ahead (so memory is bounded).
+
+    `unused` gets every item that was taken and whose work will not run, because other work failed.
+    """
+    waiting: deque[tuple[Future[T], S]] = deque()
     try:
         for item in items:
-            waiting.append(pool.submit(work, item))
+            try:
+                waiting.append((pool.submit(work, item), item))
+            except BaseException:
+                unused(item)
+                raise
             if len(waiting) >= most:
-                yield waiting.popleft().result()
+                yield waiting.popleft()[0].result()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[0].result()
     finally:
-        for future in waiting:
-            future.cancel()
+        for future, item in waiting:
+            if future.cancel():
+                unused(item)
 
 
 def _work(tasks: queue.SimpleQueue[Callable[[], None] | None]) -> None:

@@ -1,0 +1,373 @@
+"""HTTP/1.1 for object storage: blocks out, one whole answer in, and no wait without an end.
+
+botocore decides what is asked and what an answer means (addresses, credentials, retries, errors); `Wire` carries it, as
+a handler of its event ``before-send``. What botocore's own transport lacks, and why this exists: a limit on the whole
+of a request, not only on each wait for a byte; bodies that are read, hashed and sent block by block, once; and a limit
+on *silence* while sending, where a socket's ``sendall`` limits all of it (and so never gets 64 MiB over a slow line).
+See docs/decisions/0019-wire.md for the measurement.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import io
+import math
+import select
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from botocore.awsrequest import AWSResponse
+from botocore.exceptions import (
+    ConnectionClosedError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+    SSLError,
+)
+
+from modelpress.errors import CorruptionError
+from modelpress.store.base import check_digest
+from modelpress.store.local import local_errors
+
+if TYPE_CHECKING:
+    from botocore.awsrequest import AWSPreparedRequest
+    from typing_extensions import Buffer
+
+BLOCK_BYTES = 2**20
+"""What a body of a file holds in memory at a time."""
+MAX_ANSWER_BYTES = 64 * 2**20
+"""A longer answer was not asked for: ranges, listings and errors are all shorter."""
+MAX_IDLE = 64
+"""Connections that are kept for later requests."""
+END = "modelpress_end"
+"""Key of a request's context: the time (monotonic) at which it and its repeats are given up."""
+
+
+class Body(io.RawIOBase):
+    """The bytes of one request: a view of memory, or a file that is read and hashed block by block while it is sent.
+
+    A file whose bytes do not have the digest is found out before its last block is sent, so the server never has it
+    whole; and the server compares what it receives with the same digest, which the signature carries.
+
+    Args:
+        source: the bytes, or the file.
+        sha256: their digest (hex), which is signed; None signs no digest (``UNSIGNED-PAYLOAD``), for bytes that TLS
+            protects and that are checked otherwise.
+        size: bytes of the file.
+
+    Raises (while it is read):
+        CorruptionError: the file holds other bytes, or fewer.
+        StoreError: the file cannot be read.
+    """
+
+    def __init__(self, source: Buffer | Path, sha256: str | None, *, size: int | None = None) -> None:
+        super().__init__()
+        self.sha256, self._source = sha256, source
+        self._view = None if isinstance(source, Path) else memoryview(source).cast("B")
+        self._size = (size or 0) if self._view is None else len(self._view)
+        self._file: io.FileIO | None = None
+        self._position, self._hash = 0, hashlib.sha256()
+
+    def __len__(self) -> int:
+        return self._size
+
+    def readable(self) -> bool:  # noqa: D102
+        return True
+
+    def seekable(self) -> bool:  # noqa: D102
+        return True
+
+    def tell(self) -> int:  # noqa: D102
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go back to the start, for another attempt; nowhere else."""
+        if offset or whence != io.SEEK_SET:
+            raise io.UnsupportedOperation("a body starts anew or goes on")
+        self._position, self._hash = 0, hashlib.sha256()
+        if self._file is not None:
+            self._file.seek(0)
+        return 0
+
+    def readinto(self, buffer: Buffer) -> int:
+        """The next bytes."""
+        target = memoryview(buffer).cast("B")[: self._size - self._position]
+        if self._view is not None:
+            target[:] = self._view[self._position : self._position + len(target)]
+            self._position += len(target)
+            return len(target)
+        return self._read_file(target)
+
+    def blocks(self) -> Iterator[memoryview]:
+        """All bytes, from the start; a block is good until the next one is asked for."""
+        self.seek(0)
+        if self._view is not None:
+            for start in range(0, self._size, BLOCK_BYTES):
+                yield self._view[start : start + BLOCK_BYTES]
+            return
+        block = memoryview(bytearray(min(BLOCK_BYTES, self._size)))
+        while self._position < self._size:
+            yield block[: self.readinto(block)]
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._file is not None:
+            self._file.close()
+        super().close()
+
+    def _read_file(self, target: memoryview) -> int:
+        assert isinstance(self._source, Path)
+        if not target:
+            return 0
+        with local_errors(f"reading {self._source}"):
+            if self._file is None:
+                self._file = self._source.open("rb", buffering=0)
+            count = self._file.readinto(target)
+        self._position += count
+        if not count:
+            raise CorruptionError(
+                f"sending {self._source}", found=f"{self._position} bytes", expected=f"{self._size} bytes"
+            )
+        self._hash.update(target[:count])
+        if self._position == self._size:
+            check_digest(f"sending {self._source}", self._hash.hexdigest(), self.sha256)
+        return count
+
+
+class Wire:
+    """Connections to object storage, kept and used again; safe to use from threads.
+
+    Args:
+        connect: seconds that a connection may take.
+        silence: seconds without a byte, in either direction, after which a request is given up.
+        deadline: seconds that a request and its repeats may take in all.
+        context: how TLS is done; None where the endpoint is plain HTTP.
+    """
+
+    def __init__(self, *, connect: float, silence: float, deadline: float, context: ssl.SSLContext | None) -> None:
+        self._connect, self._silence, self._deadline, self._context = connect, silence, deadline, context
+        self._idle: dict[tuple[str, str, int], list[_Connection]] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def send(self, request: AWSPreparedRequest, **_: object) -> AWSResponse:
+        """Carry one request; botocore's handler of ``before-send.s3``.
+
+        Raises:
+            BotoCoreError: no connection, silence, the deadline, or an answer that is not whole.
+            ModelpressError: what the body raises.
+        """
+        context: dict[str, Any] = request.context  # type: ignore[attr-defined]  # the stubs lack it
+        end: float = context.setdefault(END, time.monotonic() + self._deadline)
+        url = urlsplit(request.url)
+        where = f"{url.scheme}://{url.netloc}{url.path}"
+        connection = self._connection(url.scheme, url.hostname or "", url.port, end, where)
+        try:
+            target = f"{url.path or '/'}?{url.query}" if url.query else url.path or "/"
+            status, headers, content = connection.exchange(
+                request.method, target, _sent(dict(request.headers.items())), request.body, end
+            )
+        except TimeoutError as error:
+            raise ReadTimeoutError(endpoint_url=where, error=error) from error
+        except http.client.IncompleteRead as error:
+            raise ResponseStreamingError(error=error) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise ConnectionClosedError(endpoint_url=where, error=error) from error
+        finally:
+            self._put_back(connection)
+        return AWSResponse(request.url, status, headers, _Content(content))  # type: ignore[arg-type]  # it makes a dict
+
+    def close(self) -> None:
+        """Close what is idle; what is in use is closed after it."""
+        with self._lock:
+            self._closed = True
+            idle = [connection for kept in self._idle.values() for connection in kept]
+            self._idle.clear()
+        for connection in idle:
+            connection.close()
+
+    def _connection(self, scheme: str, host: str, port: int | None, end: float, where: str) -> _Connection:
+        address = (scheme, host, port or (443 if scheme == "https" else 80))
+        while True:
+            with self._lock:
+                kept = self._idle.get(address)
+                connection = kept.pop() if kept else None
+            if connection is None:
+                break
+            if connection.fresh():
+                return connection
+            connection.close()
+        left = min(self._connect, end - time.monotonic())
+        try:
+            if left <= 0:
+                raise TimeoutError("the deadline has passed")
+            return _Connection(address, left, self._silence, self._context if scheme == "https" else None)
+        except TimeoutError as error:
+            raise ConnectTimeoutError(endpoint_url=where, error=error) from error
+        except ssl.SSLError as error:
+            raise SSLError(endpoint_url=where, error=error) from error
+        except OSError as error:
+            raise EndpointConnectionError(endpoint_url=where, error=error) from error
+
+    def _put_back(self, connection: _Connection) -> None:
+        with self._lock:
+            kept = self._idle.setdefault(connection.address, [])
+            keep = connection.ready and not self._closed and len(kept) < MAX_IDLE
+            if keep:
+                kept.append(connection)
+        if not keep:
+            connection.close()
+
+
+class _Connection(http.client.HTTPConnection):
+    """One connection, all of whose waits end."""
+
+    def __init__(
+        self, address: tuple[str, str, int], connect: float, silence: float, context: ssl.SSLContext | None
+    ) -> None:
+        self.address, self.ready = address, False
+        super().__init__(address[1], address[2])
+        self.default_port = 443 if address[0] == "https" else 80
+        self.auto_open = 0
+        plain = socket.create_connection(address[1:], timeout=connect)
+        try:
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            self._line = _Line(context.wrap_socket(plain, server_hostname=address[1]) if context else plain, silence)
+        except BaseException:
+            plain.close()
+            raise
+        self.sock = self._line  # http.client calls its sendall, makefile and close
+
+    def fresh(self) -> bool:
+        """True if the server has neither said nor closed anything since the last answer."""
+        poll = select.poll()  # select() takes no descriptor above 1023, and a server has them
+        poll.register(self._line.sock, select.POLLIN)
+        return not poll.poll(0)
+
+    def exchange(
+        self, method: str, target: str, headers: Mapping[str, str | bytes], body: Any, end: float
+    ) -> tuple[int, list[tuple[str, str]], bytes]:
+        """Send a request and read its whole answer; `ready` tells whether the connection can take another."""
+        self.ready, self._line.end = False, end
+        self.putrequest(method, target, skip_accept_encoding=True)
+        for name, value in headers.items():
+            self.putheader(name, value)
+        broken: OSError | None = None
+        try:
+            self.endheaders()
+            for block in body.blocks() if isinstance(body, Body) else [body] if body else []:
+                self.send(block)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            broken = error  # a server that refuses early says why before it closes
+        try:
+            response = self.getresponse()
+            if response.length is not None and response.length > MAX_ANSWER_BYTES:
+                raise http.client.HTTPException(f"an answer of {response.length} bytes")
+            content = response.read(MAX_ANSWER_BYTES + 1) if response.length is None else response.read()
+            if len(content) > MAX_ANSWER_BYTES:
+                raise http.client.HTTPException(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+        except (OSError, http.client.HTTPException) as error:
+            if broken is not None:
+                raise broken from error
+            raise
+        if broken is not None and response.status < 300:
+            raise broken
+        self.ready = broken is None and not response.will_close
+        return response.status, response.getheaders(), content
+
+
+class _Line:
+    """A socket that gives up after `silence` seconds without a byte, and at the time `end` in any case."""
+
+    def __init__(self, sock: socket.socket, silence: float) -> None:
+        self.sock, self.end = sock, math.inf
+        self._silence, self._users = silence, 1
+
+    def wait(self) -> socket.socket:
+        """The socket, set to wait no longer than it may."""
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the deadline has passed")
+        self.sock.settimeout(min(self._silence, left))
+        return self.sock
+
+    def sendall(self, data: Buffer) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[self.wait().send(view) :]
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        del mode
+        self._users += 1
+        return io.BufferedReader(_Reader(self), 2**16)
+
+    def close(self) -> None:
+        """Close the socket once neither the connection nor an answer needs it."""
+        self._users -= 1
+        if not self._users:
+            self.sock.close()
+
+
+class _Reader(io.RawIOBase):
+    """What comes in on a line; every read of an answer, its head too, passes here."""
+
+    def __init__(self, line: _Line) -> None:
+        super().__init__()
+        self._line = line
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer) -> int:
+        return self._line.wait().recv_into(memoryview(buffer))
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            self._line.close()
+
+
+class _Content:
+    """The bytes of an answer as botocore reads them."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    def read(self, amount: int | None = None) -> bytes:
+        del amount  # whole: nobody asks for less
+        content, self._content = self._content, b""
+        return content
+
+    def stream(self) -> Iterator[bytes]:
+        yield self.read()
+
+    def close(self) -> None:
+        self._content = b""
+
+
+def _sent(headers: Mapping[str, str | bytes]) -> dict[str, str | bytes]:
+    """The headers that go on the line: a body is sent without waiting for leave."""
+    return {name: value for name, value in headers.items() if name.lower() not in ("expect", "host")}
+
+
+def tls_context(ca_bundle: str | None) -> ssl.SSLContext:
+    """TLS that verifies the server, against a bundle of certificates (a file or a folder) or botocore's own.
+
+    Raises:
+        OSError: the bundle cannot be read.
+    """
+    from botocore.httpsession import get_cert_path
+
+    path = Path(ca_bundle or str(get_cert_path(True)))
+    if path.is_dir():
+        return ssl.create_default_context(capath=str(path))
+    return ssl.create_default_context(cafile=str(path))

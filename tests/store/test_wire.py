@@ -1,0 +1,218 @@
+"""The wire against servers that misbehave in ways that no real one does on request."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from botocore.awsrequest import AWSRequest
+from botocore.exceptions import BotoCoreError, ConnectionClosedError, ReadTimeoutError
+
+from modelpress.errors import CorruptionError, NotFoundError
+from modelpress.settings import Settings
+from modelpress.store.s3 import S3Store
+from modelpress.store.s3_client import _Patience, back_off
+from modelpress.store.s3_multipart import Buffers
+from modelpress.store.threads import ClosedError
+from modelpress.store.wire import BLOCK_BYTES, END, Body, Wire
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+@contextmanager
+def server(*connections: Callable[[socket.socket], None]) -> Iterator[str]:
+    """Serves one connection after the other, each by the next function; yields its address."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def run() -> None:
+            for serve in connections:
+                client, _ = listener.accept()
+                with client:
+                    serve(client)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/k?x=1"
+        thread.join(10)
+
+
+def says(*answers: bytes) -> Callable[[socket.socket], None]:
+    def serve(client: socket.socket) -> None:
+        for answer in answers:
+            client.recv(2**16)
+            client.sendall(answer)
+
+    return serve
+
+
+def ask(wire: Wire, url: str, body: Any = None, method: str = "GET") -> tuple[int, bytes]:
+    headers = {"Content-Length": str(len(body))} if body else {}
+    answer = wire.send(AWSRequest(method, url, headers, body).prepare())
+    return answer.status_code, answer.content
+
+
+@pytest.fixture
+def wire() -> Iterator[Wire]:
+    opened = Wire(connect=5, silence=5, deadline=20, context=None)
+    yield opened
+    opened.close()
+
+
+def test_a_connection_is_used_again(wire: Wire) -> None:
+    with server(says(OK, OK)) as url:
+        assert ask(wire, url) == ask(wire, url) == (200, b"ok")
+
+
+def test_a_connection_that_was_closed_meanwhile_is_not(wire: Wire) -> None:
+    with server(says(OK), says(OK)) as url:
+        ask(wire, url)
+        time.sleep(0.05)
+        assert ask(wire, url) == (200, b"ok")
+
+
+def test_a_refusal_in_the_middle_of_a_body_is_heard(wire: Wire) -> None:
+    def refuse(client: socket.socket) -> None:
+        client.recv(2**12)
+        client.sendall(b"HTTP/1.1 403 No\r\nContent-Length: 4\r\nConnection: close\r\n\r\nmine")
+        client.shutdown(socket.SHUT_WR)
+        while client.recv(2**20):
+            pass
+
+    with server(refuse) as url:
+        assert ask(wire, url, Body(bytes(2**24), None), "PUT") == (403, b"mine")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000000\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nshort",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+        b"HTTP/1.1 2x0 OK\r\n\r\n",
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 200 + b"\r\n",
+        b"x" * 100_000,
+        b"",
+    ],
+)
+def test_an_answer_that_is_none_is_a_named_error(wire: Wire, answer: bytes) -> None:
+    with server(says(answer)) as url, pytest.raises(BotoCoreError):
+        ask(wire, url)
+
+
+def test_silence_and_the_deadline_both_end_a_request() -> None:
+    stop = threading.Event()
+
+    def mute(client: socket.socket) -> None:
+        stop.wait(20)
+
+    def drip(client: socket.socket) -> None:
+        client.recv(2**16)
+        while not stop.wait(0.05):
+            try:
+                client.sendall(b"H")
+            except OSError:
+                return
+
+    for serve, silence, deadline in ((mute, 0.3, 20.0), (drip, 20.0, 0.5)):
+        stop.clear()
+        with server(serve) as url:
+            with pytest.raises(ReadTimeoutError):
+                ask(Wire(connect=5, context=None, silence=silence, deadline=deadline), url)
+            stop.set()
+
+
+def test_a_body_is_checked_before_its_end_is_sent(wire: Wire, tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(os.urandom(BLOCK_BYTES + 10))
+    digest, seen = hashlib.sha256(path.read_bytes()).hexdigest(), []
+
+    def swallow(client: socket.socket) -> None:
+        while data := client.recv(2**20):
+            seen.append(len(data))
+
+    with server(swallow) as url:
+        with pytest.raises(CorruptionError, match="0" * 64):
+            ask(wire, url, Body(path, "0" * 64, size=BLOCK_BYTES + 10), "PUT")
+        wire.close()
+    assert BLOCK_BYTES < sum(seen) < BLOCK_BYTES + 1000
+    for size, error in ((BLOCK_BYTES + 11, "bytes"), (BLOCK_BYTES, "sha256")):  # it shrank, it grew
+        with pytest.raises(CorruptionError, match=error):
+            list(Body(path, digest, size=size).blocks())
+    with pytest.raises(NotFoundError):
+        list(Body(tmp_path / "none", digest, size=1).blocks())
+    body = Body(path, digest, size=BLOCK_BYTES + 10)
+    for _ in range(2):  # again, for another attempt
+        assert b"".join(bytes(block) for block in body.blocks()) == path.read_bytes()
+    body.close()
+
+
+def test_an_error_of_the_body_spoils_no_connection(wire: Wire, tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(b"x" * 10)
+    with server(says(b""), says(OK)) as url:
+        with pytest.raises(CorruptionError):
+            ask(wire, url, Body(path, "0" * 64, size=10), "PUT")
+        assert ask(wire, url) == (200, b"ok")
+
+
+def test_patience_ends() -> None:
+    patience = _Patience(attempts=3, deadline=10, backoff=0.5)
+
+    def wait(attempts: int, status: int = 503, code: str = "", context: dict[str, Any] | None = None) -> float | None:
+        parsed = {"ResponseMetadata": {"HTTPStatusCode": status}, "Error": {"Code": code}}
+        return patience.wait((None, parsed), attempts, None, {"context": {} if context is None else context})
+
+    assert 0 <= (wait(1) or 0) <= 1
+    assert wait(3) is None
+    assert wait(1, context={END: time.monotonic()}) is None
+    assert wait(1, 400, "XAmzContentSHA256Mismatch") is not None
+    for status, code in ((403, "AccessDenied"), (404, "NoSuchKey"), (412, "PreconditionFailed"), (200, "")):
+        assert wait(1, status, code) is None
+    assert patience.wait(None, 1, ConnectionClosedError(endpoint_url="x"), {"context": {}}) is not None
+    assert patience.wait(None, 1, CorruptionError("x"), {"context": {}}) is None
+    waits = [back_off(4, 0.5) for _ in range(200)]
+    assert min(waits) < 2 < 6 < max(waits) <= 8
+    assert back_off(50, 0.5) <= 20
+
+
+def test_buffers_are_as_many_as_said_and_wait_for_nobody_once_closed() -> None:
+    buffers = Buffers(2)
+    first, second = buffers.take(10), buffers.take(10)
+    third: list[bytearray] = []
+    thread = threading.Thread(target=lambda: third.append(buffers.take(20)))
+    thread.start()
+    buffers.give_back(first)
+    thread.join(10)
+    assert [len(buffer) for buffer in third] == [20]
+    failed: list[bool] = []
+
+    def refused() -> None:
+        with pytest.raises(ClosedError):
+            buffers.take(10)
+        failed.append(True)
+
+    thread = threading.Thread(target=refused)
+    thread.start()
+    buffers.close()
+    thread.join(10)
+    assert failed == [True]
+    buffers.give_back(second)
+
+
+def test_an_http_proxy_is_left_to_the_sdk(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(s3_endpoint_url="http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:2")
+    assert S3Store("s3://bucket", settings)._wire is None
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert S3Store("s3://bucket", settings)._wire is not None
