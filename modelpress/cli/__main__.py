@@ -1,0 +1,5 @@
+"""`python -m modelpress.cli`."""
+
+from modelpress.cli import main
+
+main()
