@@ -155,6 +155,15 @@ def test_the_packages_own_code_unpacks_what_is_packed(
     assert all(torch.equal(theirs[key], value) and theirs[key].dtype == value.dtype for key, value in stored.items())
 
 
+def test_the_package_has_no_shorter_last_group() -> None:
+    (scheme,) = QuantizationConfig.model_validate(
+        ct.quantization_config(weight_only(algorithm="rtn", group_size=16), [])
+    ).config_groups.values()
+    ragged = ct.stored(round_to_nearest(torch.randn(2, 24), Grid(4, 16)), torch.float32)
+    with pytest.raises(ValueError, match="divis"):
+        PackedQuantizationCompressor.decompress(ragged, scheme)
+
+
 def test_a_module_and_its_graph_get_the_same_codes() -> None:
     """Round to nearest: bit for bit what stands in `MatMulNBits`."""
     workload = TextToy()

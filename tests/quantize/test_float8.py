@@ -30,6 +30,18 @@ from tests.toys import ImageToy, TextToy, make_cnn
 SHARES = {"method": "weight-only", "algorithm": "fp8", "min_coverage": 0, "max_quality_drop": 2}
 
 
+@pytest.fixture(scope="module")
+def texts() -> tuple[TextToy, Checkpoint]:
+    workload = TextToy()
+    return workload, export(workload.module, workload, ExportConfig())[0]
+
+
+@pytest.fixture(scope="module")
+def images() -> tuple[ImageToy, Checkpoint]:
+    workload = ImageToy(make_cnn())
+    return workload, export(workload.module, workload, ExportConfig())[0]
+
+
 def spread(shape: tuple[int, ...], seed: int, size: float) -> Tensor:
     """Numbers of many magnitudes, with zeros; the largest about `size`."""
     generator = torch.Generator().manual_seed(seed)
@@ -86,11 +98,10 @@ def test_scales_are_never_subnormal_where_they_are_stored() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
+def test_a_weight_that_is_not_finite_is_named(texts, value: float) -> None:
     with pytest.raises(StageError, match="1 of its values NaN or infinite"):
         round_to_float8(torch.tensor([[1.0, value]]), 0)
-    workload = TextToy()
-    checkpoint, _ = export(workload.module, workload, ExportConfig())
+    workload, checkpoint = texts
     tensors = {name: tensor.clone() for name, tensor in checkpoint.tensors.items()}
     tensors[next(name for name in tensors if name.startswith("up"))][3, 4] = value
     with pytest.raises(StageError, match=r"(?s)quantizing 'up\.MatMul'.*1 of its values NaN"):
@@ -98,10 +109,11 @@ def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
-@pytest.mark.parametrize("toy", [TextToy, ImageToy])
-def test_a_graph_stores_a_byte_for_each_weight(toy: type, per_channel: bool, tmp_path: Path) -> None:
-    workload = toy() if toy is TextToy else ImageToy(make_cnn())
-    checkpoint, _ = export(workload.module, workload, ExportConfig())
+@pytest.mark.parametrize("toy", ["texts", "images"])
+def test_a_graph_stores_a_byte_for_each_weight(
+    toy: str, per_channel: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    workload, checkpoint = request.getfixturevalue(toy)
     quantized, report = quantize(checkpoint, workload, QuantizeConfig(**SHARES, per_channel=per_channel))
     assert report.method == "weight-only-fp8"
     assert report.coverage == 1.0
@@ -122,9 +134,8 @@ def test_a_graph_stores_a_byte_for_each_weight(toy: type, per_channel: bool, tmp
     assert not left, "weights are made anew in each call"
 
 
-def test_the_graph_computes_what_the_rounded_module_does() -> None:
-    workload = ImageToy(make_cnn())
-    checkpoint, _ = export(workload.module, workload, ExportConfig())
+def test_the_graph_computes_what_the_rounded_module_does(images) -> None:
+    workload, checkpoint = images
     quantized, _ = quantize(checkpoint, workload, QuantizeConfig(**SHARES))
     rounded = make_cnn()
     body = rounded.body
@@ -141,21 +152,16 @@ def test_the_graph_computes_what_the_rounded_module_does() -> None:
         assert np.allclose(graph.run(session, batch.inputs), rounded(**batch.inputs).detach().numpy(), atol=1e-5)
 
 
-def test_an_operator_set_without_the_type_is_refused() -> None:
-    workload = TextToy()
-    checkpoint, _ = export(workload.module, workload, ExportConfig())
-    model = graph.join(checkpoint)
-    config = QuantizeConfig(**SHARES)
-
-    weights = float8_layers(model, eligible_layers(model, False), config.per_channel)
+def test_an_operator_set_without_the_type_is_refused(texts) -> None:
+    model = graph.join(texts[1])
+    weights = float8_layers(model, eligible_layers(model, False), per_channel=True)
     model.opset_import[0].version = 17
     with pytest.raises(StageError, match=r"(?s)operator set 17.*export\.opset to 19"):
         float8.store_(model, weights)
 
 
-def test_a_pack_gives_back_every_bit(tmp_path: Path) -> None:
-    workload = TextToy()
-    checkpoint, _ = export(workload.module, workload, ExportConfig())
+def test_a_pack_gives_back_every_bit(texts, tmp_path: Path) -> None:
+    workload, checkpoint = texts
     quantized, _ = quantize(checkpoint, workload, QuantizeConfig(**SHARES))
     dtypes = {tensor.dtype for tensor in quantized.tensors.values()}
     assert torch.float8_e4m3fn in dtypes
