@@ -26,7 +26,8 @@ class PruneConfig(Config):
     importance: Literal["magnitude", "activation", "taylor"] = "activation"
     """For `structured`: what a structure is worth. `magnitude`: the size of its weights. `activation`: what it changes
     in what reads it, on calibration data; of a layer, how far its outputs point from its inputs. `taylor`: what the
-    loss loses without it, to first order, on calibration data (of embeddings: how far they move)."""
+    loss loses without it, to first order, on calibration data (of embeddings: how far they move). With `repair` the
+    default keeps most."""
     sparsity: float = Field(default=0.5, gt=0, lt=1)
     """Fraction of zeros, or of the structures removed in each layer, or of the layers (`structured`)."""
     targets: list[str] = []
