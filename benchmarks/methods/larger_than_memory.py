@@ -40,12 +40,16 @@ from modelpress.quantize.layers import quantize_layers_
 from modelpress.workloads.causal_lm import CausalLM
 from modelpress.workloads.text_corpus import Text, train_tokenizer
 
+SOME = ["*.layers.0", "*.layers.1"]
+"""What the slow methods change: how much is held does not depend on how many blocks there are."""
 STAGES: dict[str, PruneConfig | QuantizeConfig] = {
     "magnitude, 50%": PruneConfig(method="magnitude"),
     "wanda, 2:4": PruneConfig(method="wanda", pattern="2:4"),
-    "sparsegpt, 2:4": PruneConfig(method="sparsegpt", pattern="2:4"),
+    "sparsegpt, 2:4, of two blocks": PruneConfig(method="sparsegpt", pattern="2:4", targets=SOME),
     "rtn, int4": QuantizeConfig(method="weight-only", algorithm="rtn", num_bits=4),
-    "gptq, int4": QuantizeConfig(method="weight-only", algorithm="gptq", num_bits=4),
+    "gptq, int4, of two blocks": QuantizeConfig(
+        method="weight-only", algorithm="gptq", num_bits=4, targets=SOME, min_coverage=0
+    ),
 }
 QUICK = ("magnitude, 50%", "wanda, 2:4", "rtn, int4")
 SYSTEMS = {
@@ -54,7 +58,7 @@ SYSTEMS = {
     "memory": "modelpress, all in memory",
 }
 """By route."""
-WITH_SCRATCH = ("sparsegpt, 2:4",)
+WITH_SCRATCH = ("sparsegpt, 2:4, of two blocks",)
 SAMPLE_SECONDS = 0.005
 NOTE = (
     "Memory is beyond what the process had when the stage began, with interpreter, libraries and data loaded. What "
