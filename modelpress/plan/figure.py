@@ -21,11 +21,9 @@ def draw(report: PlanReport, path: Path) -> None:
     axes = figure.subplots()
     front = [point for point in report.front if point.disagreement > 0]
     axes.plot(*_columns(front), "o-", color="#2f5d8a", label="planned")
-    # The label of a uniform setting is "5 bits, scale per channel".
-    by_scale = sorted(report.uniform, key=lambda point: point.label.partition(", ")[2])
-    for place, (scale, points) in enumerate(groupby(by_scale, key=lambda point: point.label.partition(", ")[2])):
+    for place, (kind, points) in enumerate(groupby(sorted(report.uniform, key=_kind), key=_kind)):
         colour, mark = COLOURS[place % len(COLOURS)], MARKS[place % len(MARKS)]
-        axes.plot(*_columns(list(points)), mark, color=colour, label=f"uniform, {scale}")
+        axes.plot(*_columns(list(points)), mark, color=colour, label=f"uniform, {kind}")
     axes.plot(
         [report.coded_bytes if report.seconds is None else report.seconds],
         [report.disagreement],
@@ -35,7 +33,7 @@ def draw(report: PlanReport, path: Path) -> None:
         label="the plan",
     )
     axes.axhline(report.max_disagreement, color="#999999", linewidth=0.8, linestyle="--")
-    axes.set_xscale("log")
+    axes.set_xscale("log" if report.seconds is None else "linear")
     axes.set_yscale("log")
     axes.set_xlabel("coded bytes" if report.seconds is None else "seconds of a call")
     meaning = "mean KL divergence, nats" if report.divergence == "kl" else "1 − mean cosine"
@@ -43,6 +41,11 @@ def draw(report: PlanReport, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=100)
+
+
+def _kind(point: PlanPoint) -> str:
+    """What a uniform setting shares with others: of "5 bits, scale per channel" all but the bits; of a kernel, all."""
+    return point.label.partition(", ")[2] if point.seconds is None else point.label
 
 
 def _columns(points: list[PlanPoint]) -> tuple[list[float], list[float]]:
