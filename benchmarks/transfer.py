@@ -73,6 +73,8 @@ def _case(case: str, files: Sequence[Path], folder: Path, environment: dict[str,
             _run("boto3", "delete", target, files, back, environment)
     for direction in ("upload", "download"):
         for system in SYSTEMS:
+            if direction == "download" and system == "boto3, signed":
+                continue  # a download has no payload to sign
             runs = found.get((direction, system))
             speed = statistics.median(total / MIB / wall for wall, _ in runs) if runs else None
             cpu = statistics.median(seconds for _, seconds in runs) if runs else None
