@@ -1,9 +1,10 @@
 """The plan of least time: each product by the kernel with which all together stay within the budget.
 
 What a kernel takes off a call is measured once for all products of a class (the operator and the shape of the weight):
-all of them are changed at once, the graph is called in turns with the float one, and the difference is divided by their
-number. What it costs in agreement is measured for each weight alone. Neither adds up exactly, so whole plans are
-measured: their disagreement while the plan is searched, and the time of the one that was found.
+all of them are changed at once, the graph is called in turns with the float one, and the share of its call that they
+save is divided by their number: a share, as the machine may be slower in one measurement than in the next. What a
+kernel costs in agreement is measured for each weight alone. Neither adds up exactly, so whole plans are measured: their
+disagreement while the plan is searched, and the time of the one that was found.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class _Work:
     clock: Clock
     compression: CompressConfig | None
     saved: dict[str, dict[Kernel, float]] = field(default_factory=dict)
-    """By weight, the seconds that a kernel takes off a call; only of those that take any off."""
+    """By weight, the share of a call that a kernel takes off; only of those that take any off."""
     alone: dict[str, dict[Kernel, float]] = field(default_factory=dict)
     """By weight, the disagreement with a kernel for it alone."""
 
@@ -133,7 +134,7 @@ def _time(work: _Work, kernels: Sequence[Kernel], progress: Progress, steps: int
             before, after = work.clock([work.source, work.build({one.weight: kernel for one in members})])
             if after < before:
                 for one in members:
-                    work.saved[one.weight][kernel] = (before - after) / nodes * len(one.nodes)
+                    work.saved[one.weight][kernel] = (before - after) / before / nodes * len(one.nodes)
     if not any(work.saved.values()):
         raise CoverageError(
             "planning for time",
@@ -154,7 +155,7 @@ def _sensitivities(work: _Work, few: Judge, kernels: Sequence[Kernel], progress:
 
 
 def _search(work: _Work, config: PlanConfig, progress: Progress, steps: int) -> tuple[Choice, list[PlanPoint], float]:
-    """The choice of least time within the budget, points of the front, and the seconds that the choice should save."""
+    """The choice of least time within the budget, points of the front, and the share of a call that it should save."""
     options, tried = work.options(), dict[tuple[int, ...], float]()
     solutions = chain(options)
 
@@ -194,7 +195,7 @@ def _judged(
         raise StageError(
             "timing the planned graph",
             found=f"{after * 1000:.3f} ms a call, and {before * 1000:.3f} ms in float",
-            expected=f"less: the kernels by themselves took {saved * 1000:.3f} ms off",
+            expected=f"less: the kernels by themselves took {saved:.0%} off",
             fix="measure on a quiet machine with more plan.latency_seconds, or leave the plan out",
         )
     size, disagreement = coded_bytes(made, work.compression), work.disagreement(choice)
@@ -226,11 +227,11 @@ def _judged(
         coded_bytes=size,
         file_bytes=file_bytes(made),
         float_bytes=coded_bytes(work.source, work.compression),
-        predicted_seconds=before - saved,
+        predicted_seconds=before * (1 - saved),
         seconds=after,
         float_seconds=before,
         measurements=sum(map(len, work.alone.values())),
-        tensors=[_row(work, made, one, choice.get(one.weight)) for one in work.products],
+        tensors=[_row(work, made, one, choice.get(one.weight), before) for one in work.products],
         front=sorted([*front, own], key=lambda point: -(point.seconds or 0.0)) if config.points else [],
         uniform=uniform,
         held_out_disagreement=verdict.disagreement,
@@ -249,7 +250,7 @@ def _point(work: _Work, label: str, choice: Choice, foretold: float | None) -> P
     )
 
 
-def _row(work: _Work, made: Checkpoint, one: Product, kernel: Kernel | None) -> PlannedTensor:
+def _row(work: _Work, made: Checkpoint, one: Product, kernel: Kernel | None, before: float) -> PlannedTensor:
     own = {name: tensor for name, tensor in made.tensors.items() if name.removesuffix("_scale") in _names(one)}
     return PlannedTensor(
         name=one.weight,
@@ -263,7 +264,7 @@ def _row(work: _Work, made: Checkpoint, one: Product, kernel: Kernel | None) -> 
         inline_bytes=0,
         disagreement=work.alone[one.weight][kernel] if kernel else 0.0,
         is_measured=True,
-        seconds=work.saved[one.weight][kernel] if kernel else 0.0,
+        seconds=before * work.saved[one.weight][kernel] if kernel else 0.0,
         measurements=len(work.alone[one.weight]),
         law_holds=False,
     )

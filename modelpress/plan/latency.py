@@ -13,7 +13,7 @@ Clock = Callable[[Sequence[Checkpoint]], list[float]]
 """Seconds of a call to each of some checkpoints, in one measurement."""
 
 WARM_UP_CALLS = 2
-LEAST_CALLS = 5
+LEAST_CALLS = 10
 
 
 def in_turns(checkpoints: Sequence[Checkpoint], inputs: Inputs, seconds: float) -> list[float]:
@@ -23,7 +23,7 @@ def in_turns(checkpoints: Sequence[Checkpoint], inputs: Inputs, seconds: float) 
     Args:
         checkpoints: ONNX ones.
         inputs: of a call.
-        seconds: to spend in all, after two calls to warm up each; at least five calls to each are made.
+        seconds: to spend in all, after two calls to warm up each; at least ten calls to each are made.
     """
     sessions = [graph.session(one) for one in checkpoints]
     for session in sessions * WARM_UP_CALLS:
