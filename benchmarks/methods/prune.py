@@ -73,7 +73,7 @@ def measure(quick: bool) -> Iterable[Row]:
             data="docstrings",
             calibration_samples=24 if quick else 200,
             evaluation_samples=48 if quick else 200,
-            train_samples=24 if quick else 800,
+            train_samples=24 if quick else 4000,
         )
     )
     dense = encoder.source()
@@ -83,7 +83,7 @@ def measure(quick: bool) -> Iterable[Row]:
         yield from _quality(case, "unpruned", "before", dense, encoder, target)
         for method in METHODS:
             module = copy.deepcopy(dense)
-            recovery = TrainConfig(epochs=1 if quick else 3, batch_size=16, learning_rate=3e-4)
+            recovery = TrainConfig(epochs=1 if quick else 6, batch_size=16, learning_rate=5e-4)
             config = PruneConfig(method=method, pattern=pattern, recovery=recovery if method == "sparsegpt" else None)
             yield from _encoder(case, module, dense, encoder, target, config)
             models[f"{method}, {case.partition(', ')[2]}"] = module

@@ -11,6 +11,10 @@ import numpy.typing as npt
 from modelpress.config import Scale
 
 Floats = npt.NDArray[np.float32]
+Scales = npt.NDArray[np.float16] | npt.NDArray[np.float32]
+"""float16 where every scale is one of its normal numbers: half the bytes, and a scale off by 2⁻¹¹ at most."""
+
+HALF = np.finfo(np.float16)
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,14 @@ class Coding:
 
     codes: npt.NDArray[np.int8]
     """Of the weight's shape."""
-    scale: Floats
+    scale: Scales
     """Broadcasts to `grouped`."""
     grouped: tuple[int, ...]
     """The weight's shape; with groups, one axis cut in two."""
 
     def dequantize(self) -> Floats:
         """The weight that the codes stand for, float32, in the arithmetic of the graph."""
-        values: Floats = self.codes.astype(np.float32).reshape(self.grouped) * self.scale
+        values: Floats = self.codes.astype(np.float32).reshape(self.grouped) * self.scale.astype(np.float32)
         return values.reshape(self.codes.shape)
 
 
@@ -83,8 +87,12 @@ def encode(weight: Floats, candidate: Candidate, channel_axis: int, importance: 
     scale = np.asarray(largest / candidate.largest_code, np.float32)
     # Zeros have no range: any scale gives them back. So has one whose scale would be subnormal.
     scale = np.where(scale < np.finfo(np.float32).tiny, np.float32(1.0), scale)
+    stored: Scales = scale
+    if scale.min() >= HALF.tiny and scale.max() <= HALF.max:
+        stored = scale.astype(np.float16)
+        scale = stored.astype(np.float32)
     codes = np.clip(np.rint(values / scale), -candidate.largest_code, candidate.largest_code).astype(np.int8)
-    return Coding(codes.reshape(weight.shape), scale, grouped)
+    return Coding(codes.reshape(weight.shape), stored, grouped)
 
 
 def zeros(

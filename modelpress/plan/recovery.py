@@ -27,7 +27,7 @@ from modelpress.config import CompressConfig, ExportConfig, PlanConfig
 from modelpress.errors import ConfigError, StageError
 from modelpress.export import export
 from modelpress.plan import held_out
-from modelpress.plan.candidates import Candidate, Floats, layout
+from modelpress.plan.candidates import HALF, Candidate, Floats, layout
 from modelpress.plan.costs import Cost, coded_bytes, coding_cost, file_bytes
 from modelpress.plan.data import named
 from modelpress.plan.rewrite import stored_weights
@@ -100,6 +100,8 @@ def round_weight(weight: Tensor, candidate: Candidate, channel_axis: int) -> Ten
     largest = values.abs().amax(dim=shared, keepdim=True) if shared else values.abs().amax()
     scale = largest / candidate.largest_code
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
+    if scale.min() >= float(HALF.tiny) and scale.max() <= float(HALF.max):
+        scale = scale.half().float()
     codes = torch.clamp(torch.round(values / scale), -candidate.largest_code, candidate.largest_code)
     return (codes * scale).reshape(weight.shape)
 

@@ -18,7 +18,7 @@ _CAST, _GROUPED, _SCALED = "_cast", "_grouped", "_scaled"
 def stored_weights(
     model: ModelProto, plan: Mapping[str, Candidate], weights: Mapping[str, PlannedWeight]
 ) -> ModelProto:
-    """A copy of the model in which the planned weights are Mul(Cast(codes), scale), of constants.
+    """A copy of the model in which the planned weights are Mul(Cast(codes), Cast(scale)), of constants.
 
     The product has the name that the weight had, so that every node reads what it read. ONNX Runtime folds it as it
     makes a session, and a call costs what it cost. With groups, two Reshapes stand around the product.
@@ -46,14 +46,18 @@ def stored_weights(
 
 
 def _spelt(model: ModelProto, name: str, coding: Coding) -> list[onnx.NodeProto]:
-    cast = helper.make_node("Cast", [name + CODES], [name + _CAST], name + _CAST, to=TensorProto.FLOAT)
+    casts = [helper.make_node("Cast", [name + CODES], [name + _CAST], name + _CAST, to=TensorProto.FLOAT)]
+    scale = name + SCALE
+    if coding.scale.dtype == np.float16:
+        casts.append(helper.make_node("Cast", [scale], [scale + _CAST], scale + _CAST, to=TensorProto.FLOAT))
+        scale += _CAST
     if coding.grouped == coding.codes.shape:
-        return [cast, helper.make_node("Mul", [name + _CAST, name + SCALE], [name], name + _SCALED)]
+        return [*casts, helper.make_node("Mul", [name + _CAST, scale], [name], name + _SCALED)]
     for suffix, shape in ((_GROUPED + "_shape", coding.grouped), ("_shape", coding.codes.shape)):
         model.graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), name + suffix))
     return [
-        cast,
+        *casts,
         helper.make_node("Reshape", [name + _CAST, name + _GROUPED + "_shape"], [name + _GROUPED], name + _GROUPED),
-        helper.make_node("Mul", [name + _GROUPED, name + SCALE], [name + _SCALED], name + _SCALED),
+        helper.make_node("Mul", [name + _GROUPED, scale], [name + _SCALED], name + _SCALED),
         helper.make_node("Reshape", [name + _SCALED, name + "_shape"], [name], name + "_whole"),
     ]

@@ -101,11 +101,20 @@ def test_every_weight_is_within_half_a_scale(shape, axis: int, scale, num_bits: 
     candidate = Candidate(num_bits, scale)
     assert fits(candidate, shape, axis)
     coding = encode(weight, candidate, axis)
-    halves = np.broadcast_to(coding.scale, coding.grouped).reshape(shape) / 2
+    assert coding.scale.dtype == np.float16
+    halves = np.broadcast_to(coding.scale.astype(np.float32), coding.grouped).reshape(shape) / 2
     assert (np.abs(coding.dequantize() - weight) <= halves * (1 + 1e-5)).all()
     assert np.abs(coding.codes.astype(int)).max() == 2 ** (num_bits - 1) - 1
     counts = {"tensor": 1, "channel": shape[axis]}
     assert coding.scale.size == counts.get(scale, weight.size // scale if isinstance(scale, int) else 0)
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e-30, 1e8])
+def test_scales_that_float16_cannot_hold_are_float32(size: float) -> None:
+    weight = (np.random.default_rng(0).normal(size=(8, 16)) * size).astype(np.float32)
+    coding = encode(weight, Candidate(8, "channel"), 0)
+    assert coding.scale.dtype == np.float32
+    assert np.abs(coding.dequantize() - weight).max() <= 0.5 * coding.scale.max() * (1 + 1e-5)
 
 
 def test_groups_that_do_not_divide_are_not_offered() -> None:
