@@ -58,7 +58,8 @@ def test_a_broken_upload_in_parts_sends_only_what_is_missing(
         ("lost", "POST", "uploadId"),  # complete: the second one meets no upload, and the object stands
         ("twice", "POST", "uploadId"),
         ("error_500", "POST", "uploadId"),
-        ("lost", "POST", "uploads"),  # create: an empty upload stays behind
+        ("lost", "POST", "uploads"),  # create: what it left is found and used
+        ("slow_down", "POST", "uploads"),
         ("twice", "PUT", "partNumber=2"),
         ("lost", "PUT", "partNumber=2"),
         ("flip_request", "PUT", "partNumber=2"),
@@ -73,6 +74,7 @@ def test_one_fault_among_parts_is_healed(
     proxy.inject(kind, method, address, after=MIB)
     assert through.put("large", path, sha256=digest)
     assert proxy.injected() == 1
+    assert unfinished(through) == []
     assert through.download("large", tmp_path / "back") == digest
 
 
