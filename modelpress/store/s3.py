@@ -57,7 +57,7 @@ class S3Store(Store):
         self._attempts, self._backoff = settings.s3_attempts, settings.s3_backoff_seconds
         self._client, self._where, self._wire = connect(bucket, settings)
         self._pool = DaemonPool(PARTS_IN_FLIGHT, "s3-part")
-        self._multipart = Multipart(self._client, self._where, self._pool)
+        self._multipart = Multipart(self._client, self._where, self._pool, settings)
         self._bucket_seen = False
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:

@@ -42,6 +42,8 @@ TRANSIENT_CODES = {
     *("InternalError", "ServiceUnavailable", "SlowDown", "Throttling", "RequestTimeout", "OperationAborted"),
     *("BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "IncompleteBody"),  # changed on the way
 }
+NOT_REPEATED = {"CreateMultipartUpload"}
+"""What would leave one more thing behind each time; see `s3_multipart`."""
 MAX_WAIT_SECONDS = 20.0
 SIGNED_HERE = "modelpress_signed"
 
@@ -164,10 +166,13 @@ class _Patience:
         attempts: int,
         caught_exception: Exception | None,
         request_dict: dict[str, Any],
+        operation: Any = None,
         **_: object,
     ) -> float | None:
         """Seconds to wait before the next attempt; None for no other one. botocore's handler of ``needs-retry.s3``."""
         if attempts >= self._attempts or not _transient(response, caught_exception):
+            return None
+        if operation is not None and operation.name in NOT_REPEATED:
             return None
         now = time.monotonic()
         seconds = back_off(attempts, self._backoff)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
@@ -19,9 +21,10 @@ from typing import TYPE_CHECKING
 from botocore.exceptions import BotoCoreError, ClientError
 
 from modelpress.errors import CorruptionError, StoreFullError, StoreUnavailableError
+from modelpress.settings import Settings
 from modelpress.store.base import check_digest
 from modelpress.store.local import local_errors
-from modelpress.store.s3_client import body_digest
+from modelpress.store.s3_client import back_off, body_digest
 from modelpress.store.s3_errors import Where, code_of, translate, translated
 from modelpress.store.threads import ClosedError, DaemonPool, ahead
 from modelpress.store.wire import Body
@@ -104,8 +107,8 @@ class _Part:
 class Multipart:
     """Multipart uploads to one bucket, with at most `PART_BUFFERS` parts in memory."""
 
-    def __init__(self, client: S3Client, where: Where, pool: DaemonPool) -> None:
-        self._client, self._where, self._pool = client, where, pool
+    def __init__(self, client: S3Client, where: Where, pool: DaemonPool, settings: Settings) -> None:
+        self._client, self._where, self._pool, self._settings = client, where, pool, settings
         self.buffers = Buffers(PART_BUFFERS)
 
     def put(self, full: str, source: bytes | Path, size: int, sha256: str | None, doing: str) -> None:
@@ -119,10 +122,7 @@ class Multipart:
             StoreError: see `modelpress.store.Store`.
         """
         for last in (False, True):
-            upload, there = self._find(full, size, doing)
-            begun = upload is None
-            with translated(doing, self._where):
-                upload = upload or self._client.create_multipart_upload(Bucket=self._where.bucket, Key=full)["UploadId"]
+            upload, there, begun = self._open(full, size, doing)
             try:
                 with translated(doing, self._where, passing=LOST_UPLOAD):
                     self._send(full, upload, there, source, size, sha256, doing)
@@ -209,6 +209,26 @@ class Multipart:
                         f"reading {source!s:.200}", found=f"{start + count} bytes", expected=f"{size} bytes, as before"
                     )
                 yield part
+
+    def _open(self, full: str, size: int, doing: str) -> tuple[str, dict[int, tuple[int, str]], bool]:
+        """An upload to go on with and its parts; True: it was begun here.
+
+        Beginning one is the one request that leaves something behind when its answer is lost, so it is not sent again:
+        the unfinished uploads are looked at again, and what it left is among them.
+        """
+        for attempt in itertools.count(1):
+            upload, there = self._find(full, size, doing)
+            if upload is not None:
+                return upload, there, False
+            try:
+                with translated(doing, self._where):
+                    answer = self._client.create_multipart_upload(Bucket=self._where.bucket, Key=full)
+                    return answer["UploadId"], {}, True
+            except StoreUnavailableError:
+                if attempt >= self._settings.s3_attempts:
+                    raise
+            time.sleep(back_off(attempt, self._settings.s3_backoff_seconds))
+        raise AssertionError("unreachable")
 
     def _find(self, full: str, size: int, doing: str) -> tuple[str | None, dict[int, tuple[int, str]]]:
         """The newest unfinished upload of this key that was cut as we cut, with its parts (number → size, md5). One
