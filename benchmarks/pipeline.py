@@ -30,14 +30,19 @@ print("RESULT", optimize(load_config(sys.argv[1])).model_dump_json())
 
 
 def measure(quick: bool) -> Iterable[Row]:
-    """Rows of each stage and of the published pack."""
+    """Rows of two shipped recipes."""
     for recipe in ("digits-quick",) if quick else ("digits", "minilm"):
-        with tempfile.TemporaryDirectory(prefix="modelpress-") as home:
-            result = _run(recipe, Path(home))
-            parameters = _parameters(Path(home))
-        for stage in result.stages:
-            yield from _stage(recipe, stage)
-        yield from _published(recipe, result, parameters)
+        yield from rows(recipe)
+
+
+def rows(recipe: str) -> Iterator[Row]:
+    """Rows of each stage of a shipped recipe and of the published pack."""
+    with tempfile.TemporaryDirectory(prefix="modelpress-") as home:
+        result = _run(recipe, Path(home))
+        parameters = _parameters(Path(home))
+    for stage in result.stages:
+        yield from _stage(recipe, stage)
+    yield from _published(recipe, result, parameters)
 
 
 def _run(recipe: str, home: Path) -> OptimizeResult:
