@@ -8,10 +8,10 @@ from benchmarks import pipeline
 from benchmarks._report import Row, main
 
 NOTE = """\
-The recipe `configs/minilm-small.yaml`: each weight gets its own bits within one budget of disagreement, then the model is
-trained within that plan. `bytes` of what is published count shards, graph, tokenizer and manifest; those of the source
-are its checkpoint's. Asked: at least 10 times fewer, and non-inferior within 0.01 of the source's mean reciprocal rank
-(one-sided, 95 %, paired, on held-out pairs).
+The recipe `configs/minilm-small.yaml`: each weight gets its own bits within one budget of disagreement, then the model
+is trained within that plan. `bytes` of what is published count shards, graph, tokenizer and manifest; those of the
+source are its checkpoint's. Asked: at least 10 times fewer, and non-inferior within 0.01 of the source's mean
+reciprocal rank (one-sided, 95 %, paired, on held-out pairs).
 """
 
 

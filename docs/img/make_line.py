@@ -10,7 +10,7 @@ STAGES = [
     ("distill", "teacher\n→ student"),
     ("prune", "zeros, channels,\nneurons, heads"),
     ("export", "ONNX\ngraph"),
-    ("quantize", "int8,\ncalibrated"),
+    ("quantize", "int8, few bits,\nor by a plan"),
     ("compress", "Huffman,\nrun-length, zstd"),
     ("shard", "objects of\na chosen size"),
     ("upload", "by content,\nmanifest last"),
