@@ -280,6 +280,47 @@ def test_zeros_are_the_least_important_weights_of_each_channel() -> None:
     assert (by_score[by_score != 0] == kept[by_score != 0]).all()
 
 
+def graph_of(nodes: list[onnx.NodeProto], weights: dict[str, tuple[int, ...]], shape: list[Any]) -> onnx.ModelProto:
+    """From x to y, both of `shape`, with random weights."""
+    generator = np.random.default_rng(0)
+    given = [
+        numpy_helper.from_array(generator.normal(size=size).astype(np.float32), name) for name, size in weights.items()
+    ]
+    ends = [onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy"]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], given),
+        opset_imports=[onnx.helper.make_opsetid("", 18)],
+        ir_version=10,
+    )
+    onnx.checker.check_model(model)
+    return model
+
+
+@pytest.mark.parametrize("inner", [16, 24])
+def test_a_weight_that_is_read_along_both_axes_has_no_importance(inner: int) -> None:
+    nodes = [
+        onnx.helper.make_node("Gemm", ["x", "w"], ["h"], "in", transB=1),
+        onnx.helper.make_node("Gemm", ["h", "w"], ["y"], "out"),
+    ]
+    model = graph_of(nodes, {"w": (inner, 24)}, ["n", 24])
+    (found,) = weighed(model, planned_weights(model, sharing("tensor")), [{"x": torch.randn(8, 24)}])
+    assert found.nodes == ("in", "out")
+    assert found.importance is None
+
+
+def test_a_value_that_a_convolution_and_a_product_read_is_weighed_along_the_axis_of_each() -> None:
+    nodes = [
+        onnx.helper.make_node("Conv", ["x", "k"], ["h"], "conv", kernel_shape=[1]),
+        onnx.helper.make_node("MatMul", ["x", "w"], ["z"], "product"),
+        onnx.helper.make_node("Add", ["h", "z"], ["y"], "sum"),
+    ]
+    model = graph_of(nodes, {"k": (5, 5, 1), "w": (5, 5)}, ["n", 5, 5])
+    x = torch.randn(8, 5, 5) * torch.arange(1, 6)[:, None]
+    found = {one.name: one.importance for one in weighed(model, planned_weights(model, sharing("tensor")), [{"x": x}])}
+    assert found["k"][3].ravel() == pytest.approx(x.square().mean((0, 2)).sqrt().numpy(), rel=1e-5)
+    assert found["w"].ravel() == pytest.approx(x.square().mean((0, 1)).sqrt().numpy(), rel=1e-5)
+
+
 def test_importance_is_what_the_products_read(cnn, encoder) -> None:
     for workload, checkpoint in (cnn, encoder):
         model, inputs = graph.join(checkpoint), batches(workload)
