@@ -164,7 +164,8 @@ def _search(work: _Work, config: PlanConfig, progress: Progress, steps: int) -> 
             progress(steps - config.points - 3, steps, f"disagreement {tried[chosen]:.3g} of the whole plan")
         return tried[chosen]
 
-    position = furthest(solutions, disagreement, config.max_disagreement)
+    unchanged = tuple(len(one) - 1 for one in options)
+    position = furthest(solutions, disagreement, config.max_disagreement, unchanged)
     chosen = fill(options, solutions.choice(position), disagreement, config.max_disagreement)
     front = []
     for done, place in enumerate(spread(solutions, position, config.points)):

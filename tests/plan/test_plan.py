@@ -24,7 +24,7 @@ from modelpress.plan.importance import weighed
 from modelpress.plan.rewrite import stored_weights
 from modelpress.plan.tensors import planned_weights
 from modelpress.reports import PlanReport
-from tests.toys import CNN_WEIGHTS, ImageToy, TextToy
+from tests.toys import CNN_WEIGHTS, ImageToy, TextToy, make_cnn
 
 SCALES: dict[str, Any] = {"scales": ["tensor", "channel"], "group_sizes": [16]}
 
@@ -294,6 +294,25 @@ def graph_of(nodes: list[onnx.NodeProto], weights: dict[str, tuple[int, ...]], s
     )
     onnx.checker.check_model(model)
     return model
+
+
+def test_weights_on_a_grid_are_planned_without_any_loss() -> None:
+    """The one choice is the first of the chain, and no step leads to it."""
+    module = make_cnn()
+    with torch.no_grad():
+        for one in module.parameters():
+            if one.ndim == 2:
+                codes = torch.randint(-7, 8, one.shape, generator=torch.Generator().manual_seed(0))
+                codes[0, 0] = 7
+                one.copy_(codes * 2.0**-6)
+    workload = ImageToy(module)
+    checkpoint = export(module, workload, ExportConfig())[0]
+    config = sharing("tensor", num_bits=[4], sparsity=[0.0], targets=["*Gemm"], max_disagreement=1e-9, points=2)
+    made, report = plan(checkpoint, workload, config)
+    assert [row.num_bits for row in report.tensors] == [4, 4]
+    assert report.disagreement == 0
+    assert report.coded_bytes < report.float_bytes
+    assert judge(checkpoint, workload).disagreement(made) == 0
 
 
 @pytest.mark.parametrize("inner", [16, 24])
