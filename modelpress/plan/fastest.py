@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto, numpy_helper
 
 from modelpress import graph
 from modelpress.agreement import Judge, divergence
@@ -165,7 +165,8 @@ def _search(work: _Work, config: PlanConfig, progress: Progress, steps: int) -> 
             progress(steps - config.points - 3, steps, f"disagreement {tried[chosen]:.3g} of the whole plan")
         return tried[chosen]
 
-    position = furthest(solutions, disagreement, config.max_disagreement)
+    unchanged = tuple(len(one) - 1 for one in options)
+    position = furthest(solutions, disagreement, config.max_disagreement, unchanged)
     chosen = fill(options, solutions.choice(position), disagreement, config.max_disagreement)
     front = []
     for done, place in enumerate(spread(solutions, position, config.points)):
@@ -231,7 +232,7 @@ def _judged(
         seconds=after,
         float_seconds=before,
         measurements=sum(map(len, work.alone.values())),
-        tensors=[_row(work, made, one, choice.get(one.weight), before) for one in work.products],
+        tensors=_rows(work, made, choice, before),
         front=sorted([*front, own], key=lambda point: -(point.seconds or 0.0)) if config.points else [],
         uniform=uniform,
         held_out_disagreement=verdict.disagreement,
@@ -250,7 +251,18 @@ def _point(work: _Work, label: str, choice: Choice, foretold: float | None) -> P
     )
 
 
-def _row(work: _Work, made: Checkpoint, one: Product, kernel: Kernel | None, before: float) -> PlannedTensor:
+def _rows(work: _Work, made: Checkpoint, choice: Choice, before: float) -> list[PlannedTensor]:
+    inline = {
+        one.name: numpy_helper.to_array(one).nbytes
+        for one in graph.parse(made).graph.initializer
+        if one.data_location != TensorProto.EXTERNAL
+    }
+    return [_row(work, made, inline, one, choice.get(one.weight), before) for one in work.products]
+
+
+def _row(
+    work: _Work, made: Checkpoint, inline: dict[str, int], one: Product, kernel: Kernel | None, before: float
+) -> PlannedTensor:
     own = {name: tensor for name, tensor in made.tensors.items() if name.removesuffix("_scale") in _names(one)}
     return PlannedTensor(
         name=one.weight,
@@ -261,7 +273,7 @@ def _row(work: _Work, made: Checkpoint, one: Product, kernel: Kernel | None, bef
         scale=(kernel.group_size or "channel") if kernel else None,
         sparsity=0.0 if kernel else None,
         coded_bytes=coded_bytes(Checkpoint("onnx", own), work.compression) if own else 0,
-        inline_bytes=0,
+        inline_bytes=sum(size for name, size in inline.items() if name.removesuffix("_scale") in _names(one)),
         disagreement=work.alone[one.weight][kernel] if kernel else 0.0,
         is_measured=True,
         seconds=before * work.saved[one.weight][kernel] if kernel else 0.0,

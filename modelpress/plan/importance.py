@@ -19,15 +19,21 @@ Squares = npt.NDArray[np.float64]
 
 
 def weighed(model: ModelProto, weights: Sequence[PlannedWeight], batches: Sequence[Inputs]) -> list[PlannedWeight]:
-    """The weights with their `importance`; a table, and what a Gather shares with a product, has none.
+    """The weights with their `importance`; a table has none, nor has a weight that is shared with a Gather or that
+    products read along both its axes (of an autoencoder with tied weights).
 
     Raises:
         StageError: an inner value that is NaN or infinite.
     """
     nodes = {node.name: node for node in model.graph.node}
     read = {one.name: [nodes[name] for name in one.nodes] for one in weights}
-    products = {name for name, those in read.items() if all(_is_product(node) for node in those)}
-    squares = _mean_squares(model, {node.input[0]: node for name in products for node in read[name]}, batches)
+    products = {
+        name
+        for name, those in read.items()
+        if all(_is_product(node) for node in those) and len({_reading(node) for node in those}) == 1
+    }
+    read_along = {(node.input[0], _feature_axis(node)): node for name in products for node in read[name]}
+    squares = _mean_squares(model, read_along, batches)
     return [
         replace(one, importance=_broadcast(one, read[one.name], squares)) if one.name in products else one
         for one in weights
@@ -40,37 +46,51 @@ def _is_product(node: NodeProto) -> bool:
     return node.op_type in ("MatMul", "Gemm", "Conv") and not transposed
 
 
-def _mean_squares(model: ModelProto, readers: dict[str, NodeProto], batches: Sequence[Inputs]) -> dict[str, Squares]:
-    """By value, the mean square of each feature (of each channel), float64; padding counts as it is computed with."""
+def _feature_axis(node: NodeProto) -> int:
+    """The axis of its input along which a product sums: a convolution's channels, or the last one."""
+    return 1 if node.op_type == "Conv" else -1
+
+
+def _reading(node: NodeProto) -> tuple[str, bool, int]:
+    """How a product reads its weight: products that share one have inputs of the same features where this is equal."""
+    attributes = {one.name: one.i for one in node.attribute}
+    return node.op_type if node.op_type == "Conv" else "", bool(attributes.get("transB", 0)), attributes.get("group", 1)
+
+
+def _mean_squares(
+    model: ModelProto, readers: dict[tuple[str, int], NodeProto], batches: Sequence[Inputs]
+) -> dict[tuple[str, int], Squares]:
+    """By value and axis, the mean square of each feature, float64; padding counts as it is computed with."""
     given = {one.name for one in model.graph.input}
-    inner = [name for name in readers if name not in given]
+    names = dict.fromkeys(name for name, _ in readers)
+    inner = [name for name in names if name not in given]
     session = graph.session(graph.split(until(model, inner))) if inner else None
-    sums: dict[str, Squares] = {}
+    sums: dict[tuple[str, int], Squares] = {}
     for batch in batches:
-        found = {name: batch[name].numpy() for name in readers if name in given}
+        found = {name: batch[name].numpy() for name in names if name in given}
         if session is not None:
-            names = [one.name for one in session.get_inputs()]
-            found |= zip(inner, session.run(inner, {name: batch[name].numpy() for name in names}), strict=True)
-        for name, values in found.items():
-            axis = 1 if readers[name].op_type == "Conv" else values.ndim - 1
-            others = tuple(other for other in range(values.ndim) if other != axis)
+            fed = [one.name for one in session.get_inputs()]
+            found |= zip(inner, session.run(inner, {name: batch[name].numpy() for name in fed}), strict=True)
+        for (name, axis), node in readers.items():
+            values = found[name]
+            others = tuple(other for other in range(values.ndim) if other != axis % values.ndim)
             mean: Squares = np.mean(np.square(values, dtype=np.float64), axis=others)
             if not np.isfinite(mean).all():
                 raise StageError(
-                    f"measuring the input {name!r} of {readers[name].name!r}",
+                    f"measuring the input {name!r} of {node.name!r}",
                     found="values that are NaN or infinite",
                     expected="finite activations on the calibration data",
                     fix="look for NaN or infinity in the calibration data or in the model",
                 )
-            sums[name] = sums.get(name, np.zeros_like(mean)) + mean / len(batches)
+            sums[name, axis] = sums.get((name, axis), np.zeros_like(mean)) + mean / len(batches)
     return sums
 
 
 def _broadcast(
-    weight: PlannedWeight, nodes: Sequence[NodeProto], squares: dict[str, Squares]
+    weight: PlannedWeight, nodes: Sequence[NodeProto], squares: dict[tuple[str, int], Squares]
 ) -> npt.NDArray[np.float32]:
     """Root mean square over all readers, in a shape that broadcasts to the weight."""
-    mean = np.mean([squares[node.input[0]] for node in nodes], axis=0)
+    mean = np.mean([squares[node.input[0], _feature_axis(node)] for node in nodes], axis=0)
     root: npt.NDArray[np.float32] = np.sqrt(mean).astype(np.float32)
     shape = weight.values.shape
     if nodes[0].op_type == "Conv":  # (out, in ÷ groups, kernel …); a group of outputs reads a group of inputs

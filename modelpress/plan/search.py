@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from modelpress.errors import BudgetExceededError
@@ -11,7 +12,12 @@ FILL_MEASUREMENTS = 10
 """Whole plans that are measured at most to use up what the chain leaves of a budget."""
 
 
-def furthest(solutions: Chain, measure: Callable[[tuple[int, ...]], float], budget: float) -> int:
+def furthest(
+    solutions: Chain,
+    measure: Callable[[tuple[int, ...]], float],
+    budget: float,
+    unchanged: tuple[int, ...] | None = None,
+) -> int:
     """The position of least cost that is measured to be within `budget`, in a few measurements.
 
     Errors of single tensors do not quite add up: the budget that the solver is given is corrected by the ratio of the
@@ -21,6 +27,8 @@ def furthest(solutions: Chain, measure: Callable[[tuple[int, ...]], float], budg
         solutions: what the solver found.
         measure: disagreement of a choice, an option for each tensor.
         budget: largest disagreement.
+        unchanged: the choice that leaves all as it is; None: the chain's first. Another first one loses nothing and
+            costs less, as where weights are on a grid already, and is a plan of its own.
 
     Raises:
         BudgetExceededError: not even the first change is within it.
@@ -38,6 +46,10 @@ def furthest(solutions: Chain, measure: Callable[[tuple[int, ...]], float], budg
             beyond, least = position, min(least, found)
         if found > 0:
             correction = solutions.errors[position] / found
+    if within == 0 and unchanged not in (None, solutions.start):
+        least = min(least, measure(solutions.start))
+        if least <= budget:
+            return 0
     if within == 0:
         raise too_far(least, budget)
     return within
@@ -92,10 +104,12 @@ def spread(solutions: Chain, chosen: int, points: int) -> list[int]:
 
 
 def too_far(found: float, budget: float) -> BudgetExceededError:
-    """The error where nothing fits."""
+    """The error where nothing fits; an infinite `found` says that there was nothing to measure."""
     return BudgetExceededError(
         "planning within plan.max_disagreement",
-        found=f"{found:.3g} on calibration data with the least of all changes",
+        found=f"{found:.3g} on calibration data with the least of all changes"
+        if math.isfinite(found)
+        else "no change that costs less than none",
         expected=f"at most {budget:.3g}",
         fix="widen plan.max_disagreement, or offer more than plan offers now",
     )

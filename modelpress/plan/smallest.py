@@ -75,7 +75,8 @@ def settle(work: Survey, max_disagreement: float, progress: Progress = silent) -
         return tried[chosen]
 
     judge = Judge(work.checkpoint, work.calibration, partial(divergence, outputs=work.workload.outputs))
-    position = furthest(solutions, disagreement, max_disagreement)
+    unchanged = tuple(len(one) - 1 for one in options)
+    position = furthest(solutions, disagreement, max_disagreement, unchanged)
     filled = fill(options, solutions.choice(position), disagreement, max_disagreement)
     made, choice, found = _within(work, judge, [filled, *_backwards(solutions, position)], max_disagreement)
     size = coded_bytes(made, work.compression)

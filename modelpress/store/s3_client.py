@@ -28,7 +28,7 @@ from botocore.utils import get_environ_proxies
 
 from modelpress.errors import ConfigError
 from modelpress.settings import Settings
-from modelpress.store.s3_errors import Where
+from modelpress.store.s3_errors import Where, without_logins
 from modelpress.store.wire import END, Body, Wire, tls_context
 
 if TYPE_CHECKING:
@@ -77,11 +77,11 @@ def connect(bucket: str, settings: Settings) -> tuple[S3Client, Where, Wire | No
         credentials = session.get_credentials()
         wire = _install(client, core, settings)
     except (ValueError, OSError, BotoCoreError) as error:
-        found = f"endpoint {endpoint!r}, region {settings.s3_region!r}: {error}"
+        found = without_logins(f"endpoint {endpoint!r}, region {settings.s3_region!r}: {error}")
         fix = "set MODELPRESS_S3_ENDPOINT_URL to http://host:port or https://host, and AWS_CA_BUNDLE to a file, if any"
-        raise ConfigError(f"opening s3://{bucket}", found=found, fix=fix) from error
+        raise ConfigError(f"opening s3://{bucket}", found=found, fix=fix) from None  # which may show a login
     source = credentials.method if credentials else ""
-    return client, Where(endpoint=_without_login(client.meta.endpoint_url), bucket=bucket, credentials=source), wire
+    return client, Where(endpoint=without_logins(client.meta.endpoint_url), bucket=bucket, credentials=source), wire
 
 
 def body_digest(client: S3Client, data: bytes | memoryview) -> str | None:
@@ -192,8 +192,3 @@ def _transient(response: tuple[Any, dict[str, Any]] | None, error: Exception | N
     parsed = response[1]
     status = parsed.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     return status >= 400 and (status in TRANSIENT_STATUS or parsed.get("Error", {}).get("Code") in TRANSIENT_CODES)
-
-
-def _without_login(url: str) -> str:
-    parts = urllib.parse.urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

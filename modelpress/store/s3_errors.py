@@ -6,6 +6,7 @@ Secrets never appear: only the *source* of the credentials (``env``, ``shared-cr
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
@@ -51,6 +52,11 @@ class Where:
         return f"endpoint {self.endpoint}, bucket {self.bucket}, {source}"
 
 
+def without_logins(text: str) -> str:
+    """A text without the logins of the addresses in it (``http://name:password@host``)."""
+    return re.sub(r"://[^/\s]*@", "://", text)
+
+
 def status_of(error: ClientError) -> int:
     """HTTP status of a refusal; 0 if it has none."""
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
@@ -72,7 +78,7 @@ def translate(doing: str, error: BotoCoreError | ClientError, where: Where) -> M
         return ConfigError(doing, found=f"{error} ({where})", expected="a legal bucket name and key")
     return StoreUnavailableError(
         doing,
-        found=f"{error} ({where})",
+        found=without_logins(f"{error} ({where})"),
         expected="an answer without MODELPRESS_S3_TIMEOUT_SECONDS of silence, in MODELPRESS_S3_ATTEMPTS attempts and "
         "MODELPRESS_S3_DEADLINE_SECONDS in all",
         fix="check MODELPRESS_S3_ENDPOINT_URL, the network and the server; what was sent is kept, run it again",

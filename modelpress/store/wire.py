@@ -168,7 +168,7 @@ class Wire:
         context: dict[str, Any] = request.context  # type: ignore[attr-defined]  # the stubs lack it
         end: float = context.setdefault(END, time.monotonic() + self._deadline)
         url = urlsplit(request.url)
-        where = f"{url.scheme}://{url.netloc}{url.path}"
+        where = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"  # a login is no part of any message
         connection = self._connection(url.scheme, url.hostname or "", url.port, end, where)
         try:
             target = f"{url.path or '/'}?{url.query}" if url.query else url.path or "/"
@@ -227,8 +227,21 @@ class Wire:
             connection.close()
 
 
+class _Response(http.client.HTTPResponse):
+    """An answer, behind whatever the server says before it (102, 103): http.client passes over 100 alone, and would
+    take the next for a success without content."""
+
+    def begin(self) -> None:
+        super().begin()
+        while 100 <= self.status < 200 and self.status != http.HTTPStatus.SWITCHING_PROTOCOLS:
+            self.headers = self.msg = None  # type: ignore[assignment]  # with these it would not read again
+            super().begin()
+
+
 class _Connection(http.client.HTTPConnection):
     """One connection, all of whose waits end."""
+
+    response_class = _Response
 
     def __init__(
         self, address: tuple[str, str, int], connect: float, silence: float, context: ssl.SSLContext | None

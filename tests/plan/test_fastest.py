@@ -63,6 +63,10 @@ def test_the_report_says_what_was_measured(encoder: Case) -> None:
     assert [row.nodes for row in report.tensors] == [["up.MatMul"], ["down.MatMul"]]
     assert any(row.form != "float" for row in report.tensors)
     assert report.coverage == pytest.approx(sum(4096 // 2 for row in report.tensors if row.num_bits) / 7296)
+    inline = {one.name: len(one.raw_data) for one in graph.parse(made).graph.initializer}
+    for row in report.tensors:
+        assert row.inline_bytes == inline.get(f"{row.name}_scale", 0) + inline.get(f"{row.name}_quantized_scale", 0)
+        assert row.inline_bytes > 0 or row.form == "float"
     assert [point.label for point in report.uniform] == [
         "int8, activations ranged per call",
         "MatMulNBits of 8 bits, groups of 16",

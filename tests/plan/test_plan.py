@@ -24,7 +24,7 @@ from modelpress.plan.importance import weighed
 from modelpress.plan.rewrite import stored_weights
 from modelpress.plan.tensors import planned_weights
 from modelpress.reports import PlanReport
-from tests.toys import CNN_WEIGHTS, ImageToy, TextToy
+from tests.toys import CNN_WEIGHTS, ImageToy, TextToy, make_cnn
 
 SCALES: dict[str, Any] = {"scales": ["tensor", "channel"], "group_sizes": [16]}
 
@@ -287,6 +287,66 @@ def test_zeros_are_the_least_important_weights_of_each_channel() -> None:
     assert (by_score == 0).tolist() == [[False, False, True, True], [False, False, True, True]]
     kept = encode(weight, Candidate(8, "tensor"), 0).codes
     assert (by_score[by_score != 0] == kept[by_score != 0]).all()
+
+
+def graph_of(nodes: list[onnx.NodeProto], weights: dict[str, tuple[int, ...]], shape: list[Any]) -> onnx.ModelProto:
+    """From x to y, both of `shape`, with random weights."""
+    generator = np.random.default_rng(0)
+    given = [
+        numpy_helper.from_array(generator.normal(size=size).astype(np.float32), name) for name, size in weights.items()
+    ]
+    ends = [onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy"]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], given),
+        opset_imports=[onnx.helper.make_opsetid("", 18)],
+        ir_version=10,
+    )
+    onnx.checker.check_model(model)
+    return model
+
+
+def test_weights_on_a_grid_are_planned_without_any_loss() -> None:
+    """The one choice is the first of the chain, and no step leads to it."""
+    module = make_cnn()
+    with torch.no_grad():
+        for one in module.parameters():
+            if one.ndim == 2:
+                codes = torch.randint(-7, 8, one.shape, generator=torch.Generator().manual_seed(0))
+                codes[0, 0] = 7
+                one.copy_(codes * 2.0**-6)
+    workload = ImageToy(module)
+    checkpoint = export(module, workload, ExportConfig())[0]
+    config = sharing("tensor", num_bits=[4], sparsity=[0.0], targets=["*Gemm"], max_disagreement=1e-9, points=2)
+    made, report = plan(checkpoint, workload, config)
+    assert [row.num_bits for row in report.tensors] == [4, 4]
+    assert report.disagreement == 0
+    assert report.coded_bytes < report.float_bytes
+    assert judge(checkpoint, workload).disagreement(made) == 0
+
+
+@pytest.mark.parametrize("inner", [16, 24])
+def test_a_weight_that_is_read_along_both_axes_has_no_importance(inner: int) -> None:
+    nodes = [
+        onnx.helper.make_node("Gemm", ["x", "w"], ["h"], "in", transB=1),
+        onnx.helper.make_node("Gemm", ["h", "w"], ["y"], "out"),
+    ]
+    model = graph_of(nodes, {"w": (inner, 24)}, ["n", 24])
+    (found,) = weighed(model, planned_weights(model, sharing("tensor")), [{"x": torch.randn(8, 24)}])
+    assert found.nodes == ("in", "out")
+    assert found.importance is None
+
+
+def test_a_value_that_a_convolution_and_a_product_read_is_weighed_along_the_axis_of_each() -> None:
+    nodes = [
+        onnx.helper.make_node("Conv", ["x", "k"], ["h"], "conv", kernel_shape=[1]),
+        onnx.helper.make_node("MatMul", ["x", "w"], ["z"], "product"),
+        onnx.helper.make_node("Add", ["h", "z"], ["y"], "sum"),
+    ]
+    model = graph_of(nodes, {"k": (5, 5, 1), "w": (5, 5)}, ["n", 5, 5])
+    x = torch.randn(8, 5, 5) * torch.arange(1, 6)[:, None]
+    found = {one.name: one.importance for one in weighed(model, planned_weights(model, sharing("tensor")), [{"x": x}])}
+    assert found["k"][3].ravel() == pytest.approx(x.square().mean((0, 2)).sqrt().numpy(), rel=1e-5)
+    assert found["w"].ravel() == pytest.approx(x.square().mean((0, 1)).sqrt().numpy(), rel=1e-5)
 
 
 def test_importance_is_what_the_products_read(cnn, encoder) -> None:

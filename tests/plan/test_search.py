@@ -50,6 +50,21 @@ def test_where_nothing_fits_both_numbers_are_named() -> None:
         furthest(solutions, lambda chosen: total(tensors, chosen).error, 0.5)
 
 
+@pytest.mark.parametrize("lossy", [[], [Option(60, 1.0)]])
+def test_what_loses_nothing_is_a_plan_whatever_the_budget(lossy: list[Option]) -> None:
+    tensors = [[Option(100, 0.0), *lossy, Option(800, 0.0)]] * 2
+    unchanged = (len(tensors[0]) - 1,) * 2
+    solutions = chain(tensors)
+    assert furthest(solutions, lambda chosen: total(tensors, chosen).error, 1e-6, unchanged) == 0
+    assert solutions.choice(0) == (0, 0) != unchanged
+
+
+def test_where_nothing_is_cheaper_no_number_is_made_up() -> None:
+    tensors = [[Option(900, 0.1), Option(800, 0.0)]] * 2
+    with pytest.raises(BudgetExceededError, match="found: no change that costs less"):
+        furthest(chain(tensors), lambda chosen: total(tensors, chosen).error, 1.0, (1, 1))
+
+
 @pytest.mark.parametrize("ratio", [0.3, 1.0, 2.5])
 def test_what_one_large_tensor_leaves_is_filled_by_smaller_ones(ratio: float) -> None:
     """The chain stops before the large tensor, of best saving; the small ones behind it fit."""

@@ -16,7 +16,7 @@ import pytest
 from botocore.awsrequest import AWSRequest
 from botocore.exceptions import BotoCoreError, ConnectionClosedError, ReadTimeoutError
 
-from modelpress.errors import CorruptionError, NotFoundError
+from modelpress.errors import CorruptionError, ModelpressError, NotFoundError
 from modelpress.settings import Settings
 from modelpress.store.s3 import S3Store
 from modelpress.store.s3_client import _Patience, back_off
@@ -106,6 +106,26 @@ def test_a_refusal_in_the_middle_of_a_body_is_heard(wire: Wire) -> None:
 def test_an_answer_that_is_none_is_a_named_error(wire: Wire, answer: bytes) -> None:
     with server(says(answer)) as url, pytest.raises(BotoCoreError):
         ask(wire, url)
+
+
+@pytest.mark.parametrize("before", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 102 Processing\r\nwait: 1\r\n\r\n"])
+def test_what_is_said_before_an_answer_is_none(wire: Wire, before: bytes) -> None:
+    refusal = b"HTTP/1.1 507 Full\r\nContent-Length: 4\r\n\r\nfull"
+    with server(says(before * 2 + refusal, before + OK)) as url:
+        assert ask(wire, url, Body(b"mine", None), "PUT") == (507, b"full")
+        assert ask(wire, url) == (200, b"ok")
+
+
+def test_a_login_in_the_endpoint_is_in_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    for place in (f"127.0.0.1:{port}", "127.0.0.1:99999", "bad host:1"):
+        with pytest.raises(ModelpressError) as caught:
+            S3Store("s3://bucket", Settings(s3_endpoint_url=f"http://me:hidden@{place}", s3_attempts=1)).get("k")
+        assert place in str(caught.value)
+        assert "hidden" not in str(caught.value)
 
 
 def test_silence_and_the_deadline_both_end_a_request() -> None:
