@@ -4,6 +4,7 @@
 
 An alias is resolved to a version once, when a run begins. Files are fetched once into `<home>/models/`, only those that
 a Hugging Face folder has; what is there is checked against its digest before it is used. Nothing pickled is fetched.
+MLflow tells no digests: a model is known by its name, its files' names and sizes, and the end of its run.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ RUN = re.compile(r"runs:/([0-9a-f]{32})/([^/].*)")
 SUFFIXES = {".jinja", ".json", ".md", ".model", ".safetensors", ".txt"}
 """Of the files that are fetched; no pickled weights, no code."""
 PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
+MODULE = re.compile(r"\d+_\w+")
+"""Folder of a module of sentence-transformers, of which the config is fetched: it says how a model pools."""
+TOKENIZER = "components/tokenizer"
+"""Where MLflow's transformers flavour has it."""
 MARK = "source.json"
 WAY_OUT = (
     "log the model as a folder: model.save_pretrained(folder), tokenizer.save_pretrained(folder), "
@@ -100,22 +105,35 @@ def fetch(settings: Settings, uri: str) -> Source:
     """
     runs.check_server(settings.mlflow_uri)
     with runs.named_errors(settings.mlflow_uri), _absent(uri):
-        listing = _listing(settings, uri)
+        listing, ended = _listing(settings, uri), _ended(settings, uri)
     chosen = _choose(uri, listing)
-    key = hashlib.sha256(json.dumps([settings.mlflow_uri, uri, sorted(chosen.items())]).encode()).hexdigest()
+    facts = [(where, path, listing[path]) for where, path in sorted(chosen.items())]
+    key = hashlib.sha256(json.dumps([settings.mlflow_uri, uri, ended, facts]).encode()).hexdigest()
     place = settings.home.absolute() / "models" / key
     if not place.exists():
-        _download(settings, uri, chosen, place)
-    stated = json.loads((place / MARK).read_text(encoding="utf-8"))
-    found = _digest(place / "model")
-    if found != stated["sha256"]:
+        _download(settings, uri, facts, place)
+    found, stated = _digest(place / "model"), _stated(place)
+    if found != stated:
         raise CorruptionError(
             f"reading {uri} from {place}",
             found=f"sha256 {found}",
-            expected=f"sha256 {stated['sha256']}, as it was fetched",
+            expected=f"sha256 {stated}, as it was fetched",
             fix="delete that folder: the model is fetched again",
         )
     return Source(uri, place / "model", found)
+
+
+def _stated(place: Path) -> str:
+    """Digest of a folder's files when they were fetched."""
+    try:
+        return str(json.loads((place / MARK).read_text(encoding="utf-8"))["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptionError(
+            f"reading {place / MARK}",
+            found=f"{type(error).__name__}: {error}"[:200],
+            expected="the digest of what was fetched",
+            fix=f"delete {place}: the model is fetched again",
+        ) from error
 
 
 def _listing(settings: Settings, uri: str) -> dict[str, int]:
@@ -135,6 +153,12 @@ def _listing(settings: Settings, uri: str) -> dict[str, int]:
     if not found:
         raise NotFoundError(f"listing {uri} in MLflow", found=f"no files under {root}")
     return found
+
+
+def _ended(settings: Settings, uri: str) -> int | None:
+    """When the run of a run's artifact ended: one that goes on may write another model of the same size."""
+    found = RUN.fullmatch(uri)
+    return runs.open_client(settings).get_run(found[1]).info.end_time if found else None
 
 
 def _artifact_uri(settings: Settings, uri: str) -> str:
@@ -165,8 +189,12 @@ def _absent(uri: str) -> Iterator[None]:
         raise NotFoundError(f"looking for {uri} in MLflow", found=str(error)[:300]) from error
 
 
-def _choose(uri: str, listing: dict[str, int]) -> dict[str, int]:
-    """A Hugging Face folder's files: those beside config.json, and the tokenizer of MLflow's transformers flavour."""
+def _choose(uri: str, listing: dict[str, int]) -> dict[str, str]:
+    """Where a Hugging Face folder's files are, by where they are to stand in it.
+
+    Those beside config.json, the configs of the modules of sentence-transformers, and of the tokenizer of MLflow's
+    transformers flavour what is not beside config.json.
+    """
     folders = [
         folder
         for folder in ("", "model", "artifacts", "data")
@@ -183,12 +211,15 @@ def _choose(uri: str, listing: dict[str, int]) -> dict[str, int]:
             expected="a Hugging Face folder: config.json, tokenizer.json, *.safetensors",
             fix=WAY_OUT,
         )
-    beside = [folders[0] or ".", "components/tokenizer"]
-    return {
-        path: size
-        for path, size in listing.items()
-        if str(PurePosixPath(path).parent) in beside and PurePosixPath(path).suffix in SUFFIXES
-    }
+    home, chosen = PurePosixPath(folders[0]), dict[str, str]()
+    for path in map(PurePosixPath, listing):
+        module = path.name == "config.json" and path.parent.parent == home and MODULE.fullmatch(path.parent.name)
+        if path.suffix in SUFFIXES and (path.parent == home or module):
+            chosen[str(path.relative_to(home))] = str(path)
+    for path in map(PurePosixPath, listing):
+        if path.suffix in SUFFIXES and str(path.parent) == TOKENIZER:
+            chosen.setdefault(path.name, str(path))
+    return chosen
 
 
 def _in(folder: str, name: str) -> str:
@@ -199,26 +230,37 @@ def _is_weights(path: str) -> bool:
     return path.endswith(".safetensors")
 
 
-def _download(settings: Settings, uri: str, chosen: dict[str, int], place: Path) -> None:
-    """Fetch the files into one folder, and give that its name when it is whole."""
+def _download(settings: Settings, uri: str, facts: list[tuple[str, str, int]], place: Path) -> None:
+    """Fetch the files into one folder, and give that its name when it is whole.
+
+    Args:
+        settings: say where MLflow is.
+        uri: the pinned model.
+        facts: by file its place in the folder, its path in MLflow and its bytes.
+        place: the folder.
+    """
     partial = place.with_name(f".{place.name}.{uuid.uuid4().hex}.partial")
-    root = _artifact_uri(settings, uri)
     with local_errors(f"fetching {uri} into {partial}", writing=True):
         (partial / "model").mkdir(parents=True)
         try:
             with runs.named_errors(settings.mlflow_uri):
-                for path, size in chosen.items():
+                root = _artifact_uri(settings, uri)
+                for where, path, size in facts:
                     got = mlflow.artifacts.download_artifacts(
                         f"{root}/{path}", dst_path=str(partial), tracking_uri=settings.mlflow_uri
                     )
                     _check_size(uri, path, Path(got).stat().st_size, size)
-                    target = partial / "model" / PurePosixPath(path).name
+                    target = partial / "model" / where
+                    target.parent.mkdir(exist_ok=True)
                     if Path(got) != target:
                         Path(got).rename(target)
-            mark = {"uri": uri, "sha256": _digest(partial / "model"), "files": chosen}
+            mark = {"uri": uri, "sha256": _digest(partial / "model"), "files": facts}
             (partial / MARK).write_text(json.dumps(mark, indent=1), encoding="utf-8")
-            if not place.exists():  # another process may have been quicker
+            try:
                 partial.rename(place)
+            except OSError:
+                if not place.exists():  # else another process was quicker
+                    raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -231,7 +273,8 @@ def _check_size(uri: str, path: str, found: int, expected: int) -> None:
 def _digest(folder: Path) -> str:
     """sha256 (hex) of the names and the contents of a folder's files."""
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
-            digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+            name = path.relative_to(folder).as_posix()
+            digest.update(name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

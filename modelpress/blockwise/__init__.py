@@ -8,6 +8,7 @@ follows the widths of the layers and not their number.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import prod
@@ -30,6 +31,9 @@ from modelpress.quantize.groups import Grid, GroupedWeight
 from modelpress.quantize.layers import quantize_layers_
 from modelpress.reports import LayersReport, PruneReport, Report
 from modelpress.workload import Workload, load_workload
+
+WITHOUT_MEMORY = re.compile(r"\b(device|on|and) meta\b|\bmeta (tensor|device|and)|'Meta' backend")
+"""What torch says of a tensor without memory that something tries to read; a path may have a `meta` in it too."""
 
 ReportT = TypeVar("ReportT", bound=Report)
 
@@ -176,7 +180,7 @@ def _from_folder_to_folder(
         try:
             report, changes = work(paged)
         except RuntimeError as error:
-            if "meta" not in str(error):  # of a tensor without memory that something tries to read
+            if not WITHOUT_MEMORY.search(str(error)):
                 raise
             raise StageError(
                 f"running the model of {folder} block by block",
@@ -184,6 +188,8 @@ def _from_folder_to_folder(
                 expected="modules that use their own weights",
                 fix="use the line (modelpress run): it holds the whole model in memory",
             ) from error
+        finally:
+            paged.close()
         paged.write_rest()
         facts = {"modelpress": __version__, "source": workload.identity(), "config": config.model_dump(mode="json")}
         facts |= {"report": report.model_dump(mode="json"), "sizes": paged.sizes()}

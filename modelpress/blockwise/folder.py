@@ -75,7 +75,7 @@ class FolderWriter:
                 (self.folder / f"shard-{number}.safetensors").rename(self.folder / name)
             for path in sorted(source.iterdir()):
                 kept = path.suffix in KEPT_SUFFIXES or path.name.startswith(KEPT_NAMES)
-                if path.is_file() and kept and path.name not in (INDEX, "config.json"):
+                if path.is_file() and kept and path.name != "config.json" and not path.name.endswith(".index.json"):
                     shutil.copyfile(path, self.folder / path.name)
             places = {tensor: name for name, shard in zip(names, self.shards, strict=True) for tensor in shard}
             if count > 1:

@@ -7,6 +7,7 @@ memory, and computes the same numbers.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -87,13 +88,19 @@ class Paged(Residence):
         self._users: dict[nn.Parameter, int] = {}
         self._entered: dict[nn.Module, list[nn.Parameter]] = {}
         self._seen: set[str] = set()
+        self._handles: list[Any] = []
         inside = {child for block in self.blocks for child in block.modules()}
         outside = [child for child in module.modules() if child not in inside and _own(child, recurse=False)]
         self.parts = [*self.blocks, *outside]
         for part in self.parts:
             recurse = part in self.blocks
-            part.register_forward_pre_hook(self._entering(recurse), prepend=True)
-            part.register_forward_hook(self._left, always_call=True)
+            self._handles.append(part.register_forward_pre_hook(self._entering(recurse), prepend=True))
+            self._handles.append(part.register_forward_hook(self._left, always_call=True))
+
+    def close(self) -> None:
+        """Let the module go: while its hooks name this object and this object names it, the files stay mapped."""
+        for handle in self._handles:
+            handle.remove()
 
     @contextmanager
     def held(self, modules: Iterable[nn.Module]) -> Iterator[None]:
@@ -119,11 +126,18 @@ class Paged(Residence):
             )
 
     def kept(self, scratch: Tensor) -> Tensor:
-        """See `Residence`. A file without a name is gone with the tensor that is mapped from it."""
-        if not self.on_disk:
+        """See `Residence`. A file without a name is gone with the tensor that is mapped from it.
+
+        Raises:
+            StoreFullError: the disk is full.
+        """
+        if not self.on_disk or not scratch.numel():
             return scratch
         path = self.writer.folder / "scratch"
         with local_errors(f"writing {path}", writing=True):
+            if hasattr(os, "posix_fallocate"):
+                with path.open("wb") as file:  # a page that finds no room when it is written ends the process (SIGBUS)
+                    os.posix_fallocate(file.fileno(), 0, scratch.nbytes)
             mapped = torch.from_file(str(path), shared=True, size=scratch.numel(), dtype=scratch.dtype)
             path.unlink()
         return mapped.view_as(scratch).copy_(scratch)

@@ -50,6 +50,8 @@ class PruneConfig(Config):
 
     @model_validator(mode="after")
     def _check_structures(self) -> PruneConfig:
+        if not self.structures:
+            raise ValueError("prune.structures names nothing to remove")
         if "layers" in self.structures:
             if len(self.structures) > 1:
                 raise ValueError(f"prune.structures 'layers' stands alone (found {', '.join(self.structures)})")

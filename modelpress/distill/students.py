@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from modelpress.blocks import drop_layers_, layer_list
+from modelpress.blocks import drop_layers_, layer_list, unlike
 from modelpress.config import DistillConfig, PruneConfig
 from modelpress.errors import WorkloadError
 from modelpress.progress import silent
@@ -19,7 +19,8 @@ def make_student(teacher: nn.Module, workload: Workload, config: DistillConfig) 
     of each layer's width.
 
     Raises:
-        WorkloadError: an unknown architecture key, a layer that the teacher has not, or no list of layers at all.
+        WorkloadError: an unknown architecture key, a layer that the teacher has not, layers that are not alike, or no
+            list of layers at all.
         CoverageError, ExportError, StageError: `width-slice`, and the teacher cannot be cut (see `prune_`).
     """
     if config.student == "architecture":
@@ -37,7 +38,15 @@ def make_student(teacher: nn.Module, workload: Workload, config: DistillConfig) 
             found=f"distill.keep_layers names {missing}",
             expected=f"numbers from 0 to {len(layers) - 1}: the teacher has {len(layers)} layers",
         )
-    drop_layers_(student, [index for index in range(len(layers)) if index not in config.keep_layers])
+    gone = [index for index in range(len(layers)) if index not in config.keep_layers]
+    if found := unlike(student, gone):
+        raise WorkloadError(
+            "dropping layers",
+            found=found,
+            expected="layers that differ in their tensors alone: a checkpoint has the first layers of the teacher",
+            fix="name other layers in distill.keep_layers, or set distill.student to 'architecture'",
+        )
+    drop_layers_(student, gone)
     return student
 
 

@@ -17,5 +17,5 @@ def unequal(module: nn.Module, example: dict[str, Tensor], expected: Tensor) -> 
         if torch.allclose(found, expected, rtol=EQUAL_TOLERANCE, atol=atol):
             return ""
         return f"outputs that differ by up to {float((found - expected).abs().max()):.3g}"
-    except (RuntimeError, IndexError) as error:
-        return str(error)
+    except (RuntimeError, LookupError, ValueError, TypeError) as error:  # of a forward pass that counts for itself
+        return f"{type(error).__name__}: {error}"

@@ -24,7 +24,7 @@ from modelpress.prune.repair import BATCH_SIZE, damped
 from modelpress.workload import Workload
 
 TOLERANCE = 1e-3
-"""Of the largest element, for a sum that must follow its last summand."""
+"""Of the largest element, for a sum that must follow its last summand; more where the dtype is coarser."""
 
 LEAST_GAIN = 1e-6
 """Of the largest gain of a normalisation; a feature with less says nothing of what was before it."""
@@ -97,7 +97,8 @@ def find_joint(module: nn.Module, block: nn.Module, name: str, example: dict[str
     norms = [child for child, given in seen.outputs.items() if given is output and isinstance(child, nn.LayerNorm)]
     joint = Joint(name, block, linear, norms[0] if norms else None)
     total = _sum_of(joint, seen)
-    shift = float(total.abs().max()) * torch.linspace(-1, 1, linear.out_features)
+    shift = (float(total.abs().max()) * torch.linspace(-1, 1, linear.out_features)).to(total)
+    tolerance = max(TOLERANCE, 8 * torch.finfo(total.dtype).eps) * float(shift.abs().max())
     handle = linear.register_forward_hook(lambda _module, _args, given: given + shift)
     try:
         with _Watch(block) as shifted:
@@ -105,7 +106,7 @@ def find_joint(module: nn.Module, block: nn.Module, name: str, example: dict[str
     finally:
         handle.remove()
     arrived = _sum_of(joint, shifted) - total
-    if arrived.shape[-1] != len(shift) or float((arrived - shift).abs().max()) > TOLERANCE * float(shift.abs().max()):
+    if arrived.shape[-1] != len(shift) or not float((arrived - shift).abs().max()) <= tolerance:
         raise _unfit(name, "a last linear layer whose outputs are not simply added to what it hands on")
     return joint
 
@@ -140,10 +141,12 @@ def refit_(module: nn.Module, joint: Joint, dense: nn.Module, target: nn.Module,
             dense(**batch.inputs)
         with _Watch(joint.block) as seen:
             module(**batch.inputs)
-        inputs, total = seen.inputs[joint.linear], counted(_sum_of(joint, seen), mask)
-        residual = _wanted_sum(joint, counted(wanted.outputs[target], mask), total) - total
+        summed = _sum_of(joint, seen)
+        inputs = seen.inputs[joint.linear].reshape(*summed.shape[:-1], features)  # OPT's layers flatten what they take
+        total = counted(summed, mask).float()
+        residual = _wanted_sum(joint, counted(wanted.outputs[target], mask).float(), total) - total
         moments.add(inputs, mask)
-        rows = counted(inputs, mask)
+        rows = counted(inputs, mask).float()
         cross += (torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1).T @ residual).double()
     if not torch.isfinite(cross).all():
         raise StageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import resource
 import shutil
@@ -257,6 +258,35 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, decoder: Path, texts: Path) 
     assert not list(tmp_path.iterdir())
 
 
+def test_scratch_on_a_full_disk_says_so(tmp_path: Path, decoder: Path, texts: Path) -> None:
+    """Room is taken before it is used: a mapped page without any would end the process."""
+    one = workload(decoder, texts)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
+    try:
+        with pytest.raises(StoreFullError, match=r"writing .*scratch"):
+            prune_folder(one, PruneConfig(method="wanda"), tmp_path / "out", scratch_on_disk=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux which files are mapped")
+def test_files_are_let_go_and_only_those_of_the_model_are_copied(tmp_path: Path, decoder: Path, texts: Path) -> None:
+    folder = tmp_path / "in"
+    shutil.copytree(decoder, folder)
+    (folder / "pytorch_model.bin.index.json").write_text("{}")  # of shards that do not come along
+    gc.disable()
+    try:
+        prune_folder(workload(folder, texts), PruneConfig(method="wanda"), tmp_path / "out", scratch_on_disk=True)
+        mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    finally:
+        gc.enable()
+    assert not mapped
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.index.json")) == ["model.safetensors.index.json"]
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
 def test_what_needs_the_whole_model_is_refused(tmp_path: Path, decoder: Path, texts: Path) -> None:
     one = workload(decoder, texts)
     for options in ({"method": "structured"}, {"method": "magnitude", "scope": "global"}, {"recovery": {"epochs": 1}}):
@@ -286,6 +316,20 @@ def test_a_weight_that_another_module_uses_is_said(tmp_path: Path, decoder: Path
     with pytest.raises(StageError, match="used outside the module that it belongs to"):
         prune_folder(one, PruneConfig(method="wanda"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_error_that_names_a_path_stays_what_it_is(tmp_path: Path, decoder: Path, texts: Path) -> None:
+    class Failing(CausalLM):
+        def skeleton(self, architecture: Mapping[str, Any]) -> nn.Module:
+            def fail(*_: Any) -> None:
+                raise RuntimeError("/models/meta-llama/kernel.so: no such file")
+
+            module = super().skeleton(architecture)
+            module.register_forward_pre_hook(fail)
+            return module
+
+    with pytest.raises(RuntimeError, match=r"^/models/meta-llama/kernel\.so"):
+        prune_folder(Failing(workload(decoder, texts).config), PruneConfig(method="wanda"), tmp_path / "out")
 
 
 def test_from_the_command_line(tmp_path: Path, decoder: Path, texts: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,6 +83,7 @@ def test_typo_names_the_field_and_what_is_legal(change: dict[str, Any], field: s
             {"prune": {"method": "sparsegpt", "pattern": "2:4", "sparsity": 0.6}},
             "prune.pattern '2:4' has a sparsity of 0.5 (found 0.6)",
         ),
+        ({"prune": {"structures": []}}, "prune.structures names nothing to remove"),
         ({"prune": {"pattern": "4:8"}}, "prune.pattern '4:8' needs a method that sets weights to zero"),
         ({"prune": {"method": "wanda", "pattern": "3:4"}}, "'unstructured', '2:4' or '4:8' (found '3:4')"),
         (

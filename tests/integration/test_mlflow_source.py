@@ -114,15 +114,43 @@ def test_a_fetched_folder_is_checked_and_the_flavour_of_transformers_is_known(
     (flavour / "model" / "tokenizer.json").rename(flavour / "components" / "tokenizer" / "tokenizer.json")
     (flavour / "MLmodel").write_text("flavors: {transformers: {model_binary: model}}\n")
     (flavour / "model" / "pytorch_model.bin").write_bytes(b"never fetched")
+    for name in ("1_Pooling", "onnx"):  # how sentence-transformers pools; and what is no module of theirs
+        (flavour / "model" / name).mkdir()
+        (flavour / "model" / name / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    (flavour / "components" / "tokenizer" / "config.json").write_text("{}")  # beside the weights there is another
     run = logged(client, flavour)
     source = sources.fetch(settings, f"runs:/{run}/model")
     assert {"config.json", "tokenizer.json", "model.safetensors"} <= {path.name for path in source.folder.iterdir()}
-    assert not list(settings.home.rglob("*.bin"))
+    assert (source.folder / "1_Pooling" / "config.json").read_text() == '{"pooling_mode_cls_token": true}'
+    assert "LlamaForCausalLM" in (source.folder / "config.json").read_text()
+    assert not list(settings.home.rglob("*.bin")) + list(settings.home.rglob("onnx"))
     assert sources.fetch(settings, f"runs:/{run}/model") == source
     weights = source.folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     with pytest.raises(CorruptionError, match="delete that folder"):
         sources.fetch(settings, f"runs:/{run}/model")
+    (source.folder.parent / sources.MARK).write_text("")
+    with pytest.raises(CorruptionError, match=r"the digest of what was fetched(.|\n)*fix: delete"):
+        sources.fetch(settings, f"runs:/{run}/model")
+
+
+def test_a_run_that_went_on_is_fetched_again(
+    settings: Settings, client: MlflowClient, tmp_path: Path, texts: Path
+) -> None:
+    """Another model of the same sizes has files of the same sizes: the end of the run tells them apart."""
+    folder = make_decoder_folder(tmp_path / "model", texts, layers=1)
+    run = logged(client, folder)
+    client.set_terminated(run)
+    first = sources.fetch(settings, f"runs:/{run}/model")
+    client.update_run(run, status="RUNNING")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    client.log_artifacts(run, str(folder), "model")
+    client.set_terminated(run)
+    second = sources.fetch(settings, f"runs:/{run}/model")
+    assert second.sha256 != first.sha256
+    assert (second.folder / "model.safetensors").read_bytes() == weights.read_bytes()
+    assert sources.fetch(settings, f"runs:/{run}/model") == second
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,9 @@ from modelpress.export import export
 from modelpress.graph import run, session
 from modelpress.prune import prune_
 from modelpress.prune.layers import last_filled
+from modelpress.prune.recovery import _matched_blocks
 from modelpress.prune.refit import find_joint, refit_
+from modelpress.workload import Batch, Split
 from modelpress.workloads.sentence_embedding import SentenceEmbedding
 from tests.encoders import make_encoder_folder
 from tests.train.toy import Toy
@@ -224,6 +227,85 @@ def test_the_refit_is_the_regression() -> None:
     assert joint.norm is None
     assert torch.allclose(block.down.bias, torch.full((12,), 10.0), rtol=1e-4)
     assert torch.allclose(block.down.weight, dense.body.blocks[1].down.weight, atol=1e-4)
+
+
+def test_a_block_before_a_gap_is_matched_to_the_last_of_the_gap() -> None:
+    toy = toy_of("stack")
+    dense = uneven(toy)
+    cut = copy.deepcopy(dense)
+    drop_layers_(cut, [0, 2, 4])
+    pairs = _matched_blocks(dense, cut, toy, [1, 3])
+    before, after = list(layer_list(dense)), list(layer_list(cut))
+    assert [(before.index(taught), after.index(learned)) for taught, learned in pairs] == [(2, 0), (4, 1)]
+
+
+class Flat(Stack):
+    """Blocks that flatten (batch, length, dim), as OPT's do, under a mask that leaves positions out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        class FlatBlock(Block):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x.reshape(-1, 12)).view(x.shape)
+
+        self.blocks = nn.ModuleList([FlatBlock() for _ in range(5)])
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]
+        return (super().forward(x) * attention_mask[..., None]).sum(dim=1)
+
+
+class Masked(Toy):
+    """Every second sample is 5 positions long; what stands behind is noise that must not count."""
+
+    def skeleton(self, architecture: Mapping[str, Any]) -> nn.Module:
+        return Flat()
+
+    def batches(self, split: Split, batch_size: int, seed: int | None = None) -> Iterator[Batch]:
+        for batch in super().batches(split, batch_size, seed):
+            x = batch.inputs["x"].clone()
+            mask = torch.ones(x.shape[:2], dtype=torch.int64)
+            mask[::2, 5:] = 0
+            x[::2, 5:] *= 100
+            yield Batch({"x": x, "attention_mask": mask}, batch.targets)
+
+
+def test_blocks_that_flatten_are_refitted_without_the_padding() -> None:
+    toy = Masked(Flat, (8, 6), samples=120)
+    dense = uneven(toy)
+    batch = next(toy.batches("calibration", 32))
+    error = {}
+    for repair in (False, True):
+        module = copy.deepcopy(dense)
+        config = PruneConfig(structures=["layers"], sparsity=0.4, repair=repair, ignore=["blocks.0"])
+        report = prune_(module, toy, config)
+        assert bool(report.refitted_layers) == repair
+        error[repair] = float((module(**batch.inputs) - dense(**batch.inputs)).square().mean().detach())
+    assert error[True] < 0.5 * error[False]
+
+
+class Coarse(Toy):
+    """The model and what it reads are bfloat16."""
+
+    def skeleton(self, architecture: Mapping[str, Any]) -> nn.Module:
+        return super().skeleton(architecture).bfloat16()
+
+    def batches(self, split: Split, batch_size: int, seed: int | None = None) -> Iterator[Batch]:
+        for batch in super().batches(split, batch_size, seed):
+            yield Batch({"x": batch.inputs["x"].bfloat16()}, batch.targets)
+
+
+def test_a_bfloat16_model_is_refitted_too() -> None:
+    toy = Coarse(Stack, (6,), samples=120)
+    dense = uneven(toy)
+    x = toy.x[toy.rows["calibration"]].bfloat16()
+    error = {}
+    for repair in (False, True):
+        module = copy.deepcopy(dense)
+        prune_(module, toy, PruneConfig(structures=["layers"], sparsity=0.4, repair=repair, ignore=["body.blocks.0"]))
+        assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
+        error[repair] = float((module(x) - dense(x)).float().square().mean().detach())
+    assert error[True] < 0.5 * error[False]
 
 
 def test_a_recovery_learns_from_what_the_gap_gave() -> None:

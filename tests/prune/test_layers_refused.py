@@ -8,10 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2Model
 
-from modelpress.config import PruneConfig
-from modelpress.errors import StageError
+from modelpress.blocks import unlike
+from modelpress.config import DistillConfig, PruneConfig
+from modelpress.distill.students import make_student
+from modelpress.errors import StageError, WorkloadError
 from modelpress.prune import prune_
 from tests.prune.test_layers import Block, Stack, uneven
 from tests.train.toy import Toy
@@ -45,6 +47,16 @@ class Counted(Stack):
         return self.head(x * len(self.blocks))
 
 
+class Zipped(Stack):
+    """Each block has a number of its own beside it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block, _ in zip(self.blocks, range(5), strict=True):
+            x = block(x)
+        return self.head(x)
+
+
 class Unlike(Stack):
     """One block has another activation, which no tensor tells."""
 
@@ -56,6 +68,23 @@ class Unlike(Stack):
                 return x + self.down(self.up(x).tanh())
 
         self.blocks[4] = Other()
+
+
+class Longer(Stack):
+    """The first block has a layer more, and so tensors that the others have not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        class Normed(Block):
+            def __init__(self) -> None:
+                super().__init__()
+                self.norm = nn.LayerNorm(12)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(self.norm(x))
+
+        self.blocks[0] = Normed()
 
 
 class Product(Stack):
@@ -87,11 +116,12 @@ class Narrowing(Stack):
         (Twice, "not called exactly once"),
         (Outside, "more than what the one before gave"),
         (Counted, r"skips them(.|\n)*wherever they stand"),
-        (Unlike, r"rebuilding(.|\n)*differ in their tensors alone"),
+        (Zipped, r"skips them(.|\n)*ValueError: zip\(\)(.|\n)*wherever they stand"),
+        (Unlike, r"rebuilding(.|\n)*class is 'Block' and(.|\n)*differ in their tensors alone"),
         (Product, r"body\.blocks\.\d(.|\n)*prune\.repair to false"),
         (lambda: nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 3)), r"no torch\.nn\.ModuleList"),
     ],
-    ids=["narrowing", "twice", "outside", "counted", "unlike", "product", "no blocks"],
+    ids=["narrowing", "twice", "outside", "counted", "zipped", "unlike", "product", "no blocks"],
 )
 def test_what_cannot_be_cut_says_why_and_stays(make: Callable[[], nn.Module], reason: str) -> None:
     toy = Toy(make, (6,))
@@ -124,3 +154,56 @@ def test_blocks_scaled_by_their_number_are_noticed() -> None:
     config = PruneConfig(structures=["layers"], repair=False, ignore=["body.model.transformer.h.[13]"])
     with pytest.raises(StageError, match="differ in their tensors alone"):
         prune_(module, toy, config)
+
+
+def test_blocks_whose_tensors_have_other_names_are_named() -> None:
+    toy = Toy(Longer, (6,))
+    config = PruneConfig(structures=["layers"], targets=["body.blocks.0"], sparsity=0.9, repair=False)
+    with pytest.raises(StageError, match=r"rebuilding(.|\n)*layers 0 and 1, whose class"):
+        prune_(toy.source(), toy, config)
+
+
+class Windowed(nn.Module):
+    """A decoder of which one layer looks back 16 tokens: inputs of 12 show no difference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = Qwen2Config(
+            vocab_size=30, hidden_size=16, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            intermediate_size=24, use_sliding_window=True, sliding_window=16, attn_implementation="eager",
+            layer_types=["full_attention", "sliding_attention", "full_attention", "full_attention"],
+        )  # fmt: skip
+        self.model = Qwen2Model(config)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = (x.abs() * 10).long().clamp(max=29)
+        return self.head(self.model(tokens, use_cache=False).last_hidden_state[:, -1])
+
+
+def test_a_window_that_short_inputs_do_not_show_is_noticed() -> None:
+    """A checkpoint without layer 1 would be rebuilt from layers 0 to 2: with the window, in another place."""
+    toy = Toy(Windowed, (12,))
+    config = PruneConfig(structures=["layers"], targets=["body.model.layers.1"], sparsity=0.9, repair=False)
+    with pytest.raises(
+        StageError, match=r"layers 1 and 2, whose self_attn\.\w+ is (.|\n)*differ in their tensors alone"
+    ):
+        prune_(toy.source(), toy, config)
+    with pytest.raises(WorkloadError, match=r"dropping layers(.|\n)*distill\.keep_layers"):
+        make_student(toy.source(), toy, DistillConfig(student="layer-drop", keep_layers=[0, 2]))
+    report = prune_(toy.source(), toy, config.model_copy(update={"targets": ["body.model.layers.3"]}))
+    assert report.kept_layers == [0, 1, 2]
+
+
+def test_layers_that_count_themselves_or_have_other_sizes_are_alike() -> None:
+    class Numbered(Block):
+        def __init__(self, number: int) -> None:
+            super().__init__()
+            self.number, self.rate = number, nn.Dropout(number / 10)
+            self.up, self.down = nn.Linear(12, 40 + number), nn.Linear(40 + number, 12)
+
+    module = Stack()
+    module.blocks = nn.ModuleList(map(Numbered, range(5)))
+    assert unlike(module, [1, 3]) == ""
+    module.blocks[4].number = 7
+    assert "layers 2 and 4, whose number is 2 and 7" in unlike(module, [1, 3])
