@@ -9,16 +9,21 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from modelpress.codec import Buffer
+from modelpress.container.safetensors_file import Entry
+from modelpress.container.safetensors_file import write as serialized
+from modelpress.container.tensors import NAMES, to_bytes
 from modelpress.errors import ConfigError, WorkloadError
 from modelpress.store.local import local_errors
 from modelpress.workload import Workload
@@ -27,14 +32,17 @@ from modelpress.workloads.hf_folder import read_object
 SHARD_BYTES = 5_000_000_000
 """What transformers writes at most into one file."""
 
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _COPIED = {".json", ".txt", ".model", ".jinja", ".md"}
-_WRITTEN = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"}
-_INDEX = "model.safetensors.index.json"
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE")
+_WRITTEN = {"config.json", INDEX, "pytorch_model.bin.index.json"}
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse to write over something.
+    """Refuse to write over something, before hours are spent.
 
     Raises:
         ConfigError: it is there, and is no empty folder.
@@ -49,8 +57,76 @@ def check_folder(folder: Path) -> None:
             )
 
 
+class FolderWriter:
+    """Shards in a folder beside the one to be; `finish` names them and adds what else belongs to the model."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shards: list[dict[str, int]] = []
+        """Bytes by tensor, of each shard."""
+
+    def put(self, tensors: Mapping[str, Tensor]) -> Path:
+        """Write one shard and return its present place.
+
+        Raises:
+            StoreFullError: the disk is full.
+        """
+        path = self.folder / f"shard-{len(self.shards) + 1}.safetensors"
+        entries = [
+            Entry(name, NAMES[tensor.dtype], tuple(tensor.shape), [to_bytes(tensor).data])
+            for name, tensor in tensors.items()
+        ]
+        with local_errors(f"writing {path}", writing=True):
+            _write_file(path, serialized(entries, {"format": "pt"}))
+        self.shards.append({entry.name: entry.size_bytes for entry in entries})
+        return path
+
+    def finish(self, files: Mapping[str, bytes]) -> None:
+        """Name the shards, and write their index and all other files.
+
+        Args:
+            files: by name, relative to the folder.
+        """
+        count = len(self.shards)
+        names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+        names = [SINGLE] if count == 1 else names
+        with local_errors(f"writing {self.folder}", writing=True):
+            for number, name in enumerate(names, start=1):
+                (self.folder / f"shard-{number}.safetensors").rename(self.folder / name)
+            if count > 1:
+                places = {tensor: name for name, shard in zip(names, self.shards, strict=True) for tensor in shard}
+                size = sum(sum(shard.values()) for shard in self.shards)
+                index = {"metadata": {"total_size": size}, "weight_map": places}
+                _write_file(self.folder / INDEX, [json_bytes(index)])
+            for name, data in files.items():
+                path = self.folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _write_file(path, [data])
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[FolderWriter]:
+    """A writer whose folder becomes `folder` at the end; where anything fails, nothing of it stays.
+
+    Raises:
+        ConfigError: see `check_folder`.
+        StoreError: it cannot be written.
+    """
+    check_folder(folder)
+    folder = Path(os.path.abspath(folder))
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
+    with local_errors(f"making {partial}", writing=True):
+        partial.mkdir(parents=True)
+    try:
+        yield FolderWriter(partial)
+        with local_errors(f"writing {folder}", writing=True):
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def write(tensors: Mapping[str, Tensor], files: Mapping[str, bytes], folder: Path, max_shard_size: int) -> None:
-    """Write a folder.
+    """Write a folder whose tensors are all in memory.
 
     Args:
         tensors: by name, none sharing memory.
@@ -59,23 +135,18 @@ def write(tensors: Mapping[str, Tensor], files: Mapping[str, bytes], folder: Pat
         max_shard_size: bytes; a file is larger only where one tensor is.
 
     Raises:
-        ConfigError: see `check_folder`.
-        StoreError: it cannot be written; nothing is left of it.
+        ConfigError, StoreError: see `new_folder`.
     """
-    folder = Path(os.path.abspath(folder))
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
-    check_folder(folder)
-    with local_errors(f"writing a Hugging Face folder to {folder}", writing=True):
-        try:
-            partial.mkdir(parents=True)
-            _write_tensors(tensors, partial, max_shard_size)
-            for name, data in files.items():
-                path = partial / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(data)
-            partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    plan = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size)
+    with new_folder(folder) as writer:
+        for members in plan.filename_to_tensors.values():
+            writer.put({member: tensors[member] for member in members})
+        writer.finish(files)
+
+
+def json_bytes(document: Mapping[str, Any]) -> bytes:
+    """A JSON file."""
+    return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
 
 
 def skeleton(model: PreTrainedModel) -> PreTrainedModel:
@@ -163,20 +234,24 @@ def other_files(model: PreTrainedModel, workload: Workload) -> dict[str, bytes]:
     Weights, code and what is written anew are left out.
     """
     folder = source_folder(workload)
-    if folder is None:
-        files = dict(workload.files())
-    else:
-        with local_errors(f"reading {folder}"):
-            paths = [path for path in sorted(folder.glob("*")) + sorted(folder.glob("*/*.json")) if path.is_file()]
-            files = {
-                path.relative_to(folder).as_posix(): path.read_bytes()
-                for path in paths
-                if (path.suffix in _COPIED and path.name not in _WRITTEN) or path.parent != folder
-            }
+    files = dict(workload.files()) if folder is None else small_files(folder)
     generation = getattr(model, "generation_config", None)
     if generation is not None and model.can_generate():
         files.setdefault("generation_config.json", generation.to_json_string().encode())
     return files
+
+
+def small_files(folder: Path) -> dict[str, bytes]:
+    """What goes with a folder's model into another: tokenizer, pooling, card, licence."""
+    with local_errors(f"reading {folder}"):
+        paths = [path for path in sorted(folder.glob("*")) + sorted(folder.glob("*/*.json")) if path.is_file()]
+        return {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in paths
+            if (path.suffix in _COPIED and path.name not in _WRITTEN and not path.name.endswith(".index.json"))
+            or path.name.startswith(_LICENCES)
+            or path.parent != folder
+        }
 
 
 def stored_dtype(workload: Workload) -> torch.dtype:
@@ -201,12 +276,9 @@ def source_folder(workload: Workload) -> Path | None:
     return folder if isinstance(folder, Path) else None
 
 
-def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: int) -> None:
-    plan = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size)
-    for name, members in plan.filename_to_tensors.items():
-        content = {member: tensors[member] for member in members}
-        # Through bytes: the library's own writer turns a full disk into an error of no type.
-        (folder / name).write_bytes(safetensors.torch.save(content, {"format": "pt"}))
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _write_file(path: Path, pieces: Iterable[Buffer]) -> None:
+    with path.open("wb") as file:
+        for piece in pieces:
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,7 +1,7 @@
 """A model larger than memory: one block at a time against the whole model in memory, on the same folder.
 
 A Llama of random weights is written shard by shard; memory and time do not depend on what the weights are. Each stage
-runs in a process of its own, first by `modelpress.blockwise`, then in memory (`prune_`, `quantize_layers_`, and
+runs in a process of its own, first by `modelpress.blockwise`, then in memory (`prune_`, `round_linears_`, and
 `save_pretrained`). Memory is the process's anonymous memory (RssAnon of /proc/self/status, sampled each 5 ms) at most,
 less what it was when the data were loaded and the stage began: files that are mapped do not count, the kernel takes
 their pages back when it needs them. Each runs under RLIMIT_DATA, which lets the process have half of the model's bytes
@@ -36,7 +36,7 @@ from modelpress.blockwise import prune_folder, quantize_folder
 from modelpress.blockwise.paged import without_memory
 from modelpress.config import PruneConfig, QuantizeConfig, WorkloadConfig
 from modelpress.prune import prune_
-from modelpress.quantize.layers import quantize_layers_
+from modelpress.quantize.linear import choose_linears, round_linears_
 from modelpress.workloads.causal_lm import CausalLM
 from modelpress.workloads.text_corpus import Text, train_tokenizer
 
@@ -227,7 +227,7 @@ def child(stage: str, route: str, home: str, limit: int | None) -> None:
             if isinstance(config, PruneConfig):
                 prune_(module, workload, config)
             else:
-                quantize_layers_(module, workload, config)
+                round_linears_(module, choose_linears(module, config), workload, config)
             module.get_submodule("model").save_pretrained(place / route)  # type: ignore[operator]
         seconds = time.perf_counter() - started
     print(json.dumps({"peak": peak.bytes, "seconds": seconds}))

@@ -10,27 +10,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modelpress import __version__
-from modelpress.blockwise.folder import new_folder
-from modelpress.blockwise.packed import describe, pack, unpack
 from modelpress.blockwise.paged import Paged, without_memory
 from modelpress.config import BlockwiseRecipe, Config, PruneConfig, QuantizeConfig
-from modelpress.errors import StageError, WorkloadError
-from modelpress.layerwise import users
+from modelpress.errors import ConfigError, StageError, WorkloadError
+from modelpress.hf_writer import json_bytes, new_folder, small_files
 from modelpress.progress import Progress, silent
 from modelpress.prune import prune_
-from modelpress.quantize.groups import Grid, GroupedWeight
-from modelpress.quantize.layers import quantize_layers_
+from modelpress.quantize.linear import check_config, choose_linears, round_linears_
+from modelpress.quantize.packed import RoundedWeight, pack, quantization_config, unpack
 from modelpress.reports import LayersReport, PruneReport, Report
 from modelpress.workload import Workload, load_workload
+from modelpress.workloads.hf_folder import read_object
+
+REPORT_FILE = "modelpress.json"
+"""What was done, from which folder: written beside the weights."""
 
 WITHOUT_MEMORY = re.compile(r"\b(device|on|and) meta\b|\bmeta (tensor|device|and)|'Meta' backend")
 """What torch says of a tensor without memory that something tries to read; a path may have a `meta` in it too."""
@@ -111,13 +112,14 @@ def quantize_folder(
 ) -> LayersReport:
     """Quantize the linear layers of a model that a workload reads from a Hugging Face folder into another folder.
 
-    That has the layout of compressed-tensors (`pack-quantized`), which vLLM reads, and transformers with
-    compressed-tensors installed. Scales are rounded to the dtype that the weight had.
+    That has the layout of compressed-tensors, which vLLM reads, and transformers with compressed-tensors installed. Its
+    tensors are those that `compressed_tensors.deliver` makes of the whole model. Scales are rounded to the dtype that
+    the weight had.
 
     Args:
         workload: names a Hugging Face folder; a model larger than memory is read block by block.
-        config: `weight-only` by `rtn` or `gptq`; `targets` and `ignore` are module names or globs. There is no search
-            for layers to leave in float: `max_quality_drop` must be left as it is.
+        config: `weight-only` by `rtn`, `gptq` or `fp8`; `targets` and `ignore` are names or globs of the Hugging Face
+            model's linear layers. The float model is not run beside it: `max_quality_drop` must be left as it is.
         to: a folder that is not there yet. It appears when it is whole.
         progress: called once per block.
         scratch_on_disk: keep what the calibration data give, activations between two blocks and second moments, in
@@ -125,33 +127,38 @@ def quantize_folder(
 
     Raises:
         ConfigError, WorkloadError, CoverageError, StageError, CorruptionError, StoreFullError: see `prune_folder` and
-            `quantize_layers_`; a layer whose inputs `quantize.group_size` does not divide.
+            `linear.choose_linears`.
     """
-    grid = Grid(config.num_bits, config.group_size, config.symmetric)
+    check_config(config)
+    if config.max_quality_drop != QuantizeConfig.model_fields["max_quality_drop"].default:
+        raise ConfigError(
+            "quantizing a model block by block",
+            found=f"quantize.max_quality_drop {config.max_quality_drop}",
+            expected="none: the float model is not run beside it",
+            fix="leave it out, and judge the folder that this makes",
+        )
 
     def work(paged: Paged) -> tuple[LayersReport, Mapping[str, Any]]:
-        packed: set[nn.Module] = set()
+        def stored_as(layer: nn.Module) -> torch.dtype:
+            return paged.source[paged.names[layer.get_parameter("weight")]].dtype
 
-        def put(layer: nn.Module, weight: GroupedWeight) -> GroupedWeight:
-            parameter = layer.get_parameter("weight")
-            name = paged.names[parameter]
-            scale = weight.scale.to(paged.source[name].dtype)
-            if not bool((scale > 0).all() & torch.isfinite(scale).all()):
-                raise StageError(
-                    f"packing {name}",
-                    found=f"scales that {paged.source[name].entry.dtype} does not hold",
-                    expected="scales above 0, and finite",
-                    fix="name the layer in quantize.ignore",
-                )
-            tensors = pack(name, replace(weight, scale=scale))
-            paged.pack(parameter, (tensors, lambda found: unpack(name, found, grid).dequantize()))
-            packed.update(users(paged.module, layer))
-            return replace(weight, scale=scale.float())
+        def put(name: str, layer: nn.Module, weight: RoundedWeight) -> None:
+            def read(found: Mapping[str, Tensor]) -> Tensor:
+                return unpack({part.removeprefix(f"{name}."): one for part, one in found.items()}, config).dequantize()
 
-        report = quantize_layers_(paged.module, workload, config, progress, paged, put, full_groups=True)
-        linears = [(name, one) for name, one in paged.module.named_modules() if isinstance(one, nn.Linear)]
-        ignored = [name.removeprefix(paged.prefix) for name, one in linears if one not in packed]
-        return report, {"quantization_config": describe(grid, ignored)}
+            tensors = {f"{name}.{part}": one for part, one in pack(weight, stored_as(layer)).items()}
+            paged.pack(layer.get_parameter("weight"), (tensors, read))
+
+        choice = choose_linears(paged.module.get_submodule(paged.prefix.rstrip(".")), config)
+        report = round_linears_(
+            *(paged.module, choice, workload, config),
+            prefix=paged.prefix,
+            stored_as=stored_as,
+            put=put,
+            residence=paged,
+            progress=progress,
+        )
+        return report, {"quantization_config": quantization_config(config, choice.in_float)}
 
     return _from_folder_to_folder(workload, config, to, scratch_on_disk, work)
 
@@ -193,5 +200,7 @@ def _from_folder_to_folder(
         paged.write_rest()
         facts = {"modelpress": __version__, "source": workload.identity(), "config": config.model_dump(mode="json")}
         facts |= {"report": report.model_dump(mode="json"), "sizes": paged.sizes()}
-        writer.finish(folder, changes, facts)
+        document = {**read_object(folder / "config.json"), **changes}
+        files = {"config.json": json_bytes(document), REPORT_FILE: json_bytes(facts)}
+        writer.finish(small_files(folder) | files)
     return report

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from modelpress.blockwise.folder import FolderWriter
 from modelpress.blockwise.tensors import Stored, open_file, open_folder
 from modelpress.errors import StageError, WorkloadError
+from modelpress.hf_writer import FolderWriter
 from modelpress.residence import Residence, blocks_of
 from modelpress.store.local import local_errors
 

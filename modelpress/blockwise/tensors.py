@@ -15,10 +15,8 @@ from modelpress.codec import Buffer
 from modelpress.container.safetensors_file import Entry, read
 from modelpress.container.tensors import TORCH_DTYPES
 from modelpress.errors import CorruptionError, WorkloadError
+from modelpress.hf_writer import INDEX, SINGLE
 from modelpress.store.local import local_errors
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True)

@@ -116,9 +116,10 @@ def quantize(
 
     checked = load_quantize_recipe(recipe)
     from modelpress import compressed_tensors, hf_writer
+    from modelpress.quantize.linear import check_config
     from modelpress.workload import check_disjoint, load_workload
 
-    compressed_tensors.check_config(checked.quantize)  # before hours are spent
+    check_config(checked.quantize)  # before hours are spent
     hf_writer.check_folder(to)
     workload = load_workload(checked.workload)
     check_disjoint(workload)
@@ -135,7 +136,7 @@ def quantize(
 @app.command()
 def blockwise(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe: workload, and prune or quantize.")],
-    to: Annotated[Path, typer.Option("--to", help="Folder to make, in the layout of Hugging Face.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder to write; a new or empty one.")],
     as_json: JsonOption = False,
 ) -> None:
     """Prune or quantize a model larger than memory: from a folder into another, one block at a time."""
@@ -143,9 +144,9 @@ def blockwise(
 
     checked = load_blockwise_recipe(recipe)
     from modelpress.blockwise import run_recipe, table
-    from modelpress.blockwise.folder import check_new
+    from modelpress.hf_writer import check_folder
 
-    check_new(to)
+    check_folder(to)
     with Bar("blockwise") as progress:
         report = run_recipe(checked, to, progress)
     if as_json:

@@ -95,7 +95,8 @@ class BlockwiseRecipe(Config):
     prune: PruneConfig | None = None
     """Weights to zeros: `magnitude`, `wanda` or `sparsegpt`, without `recovery`."""
     quantize: QuantizeConfig | None = None
-    """`weight-only` by `rtn` or `gptq`; `targets` and `ignore` are module names or globs."""
+    """`weight-only` by `rtn`, `gptq` or `fp8`; `targets` and `ignore` are names or globs of the Hugging Face model's
+    linear layers."""
     scratch_on_disk: bool = False
     """Keep what the calibration data give, activations between two blocks and second moments, in files beside the new
     folder and not in memory."""

@@ -1,79 +1,119 @@
 """Weight-only quantization of a torch module's linear layers, by the numbers that graphs get.
 
 The functions that round are those of `weight_only`; only what GPTQ measures comes from elsewhere: the second moments
-are gathered block by block in the module (`layerwise.walk_`) instead of in its graph.
+are gathered block by block in the module (`layerwise.walk_`) instead of in its graph. The weights need not be in
+memory: a `Residence` says where they are.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from modelpress.config import QuantizeConfig
 from modelpress.errors import ConfigError, CoverageError, StageError
 from modelpress.layerwise import LayerInputs, users, walk_
 from modelpress.progress import Progress, silent
-from modelpress.quantize.float8 import Float8Weight, round_to_float8
-from modelpress.quantize.groups import Grid, GroupedWeight
+from modelpress.prune.select import matches
+from modelpress.quantize import weight_only_method
+from modelpress.quantize.float8 import round_to_float8
+from modelpress.quantize.groups import Grid
+from modelpress.quantize.packed import RoundedWeight
 from modelpress.quantize.weight_only import naming, quantize_weight
+from modelpress.reports import LayersReport, RoundedLayer
+from modelpress.residence import IN_MEMORY, Residence, visit_
 from modelpress.workload import Workload
 
-RoundedWeight = GroupedWeight | Float8Weight
+BATCH_SIZE = 32
+"""Calibration samples at a time, at most."""
 
-_BATCH = 32
+MIN_ROWS = 16
+"""Fewer inputs say nothing about a layer."""
+
 _SMALLEST_GROUP = 16
 
+Put = Callable[[str, nn.Module, RoundedWeight], None]
+"""Told of each layer, by its name in the model, and its rounded weight."""
 
-def eligible_linears(module: nn.Module, outputs: nn.Module | None = None) -> dict[str, nn.Linear]:
-    """The linear layers that may be rounded, by name: not the one that gives the tokens' logits, and none that shares
-    its weight with another layer or a table."""
-    return {
-        name: layer
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear) and layer is not outputs and len(users(module, layer)) == 1
+
+@dataclass(frozen=True)
+class Choice:
+    """Which linear layers of a model are rounded; names are the model's."""
+
+    layers: dict[str, nn.Linear]
+    """Those that are."""
+    in_float: list[str]
+    """Those that are not."""
+    eligible_weights: int
+    """Weights of the layers that could be."""
+
+
+def check_config(config: QuantizeConfig) -> None:
+    """Refuse what the format cannot hold, before anything is loaded.
+
+    Raises:
+        ConfigError: another method than `weight-only`, real zero points, or embedding tables.
+    """
+    obstacles = {
+        f"quantize.method {config.method!r}": ("'weight-only'", config.method != "weight-only"),
+        "quantize.algorithm 'hqq', whose zero points are real numbers": (
+            "'gptq', 'rtn' or 'fp8': zero points are integers here",
+            config.algorithm == "hqq",
+        ),
+        "quantize.embeddings true": ("false: only linear layers are stored in few bits", config.embeddings),
     }
+    for found, (expected, refused) in obstacles.items():
+        if refused:
+            raise ConfigError("preparing a compressed-tensors folder", found=found, expected=expected)
 
 
-def chosen_linears(
-    eligible: Mapping[str, nn.Linear], others: Sequence[str], config: QuantizeConfig
-) -> dict[str, nn.Linear]:
+def choose_linears(model: nn.Module, config: QuantizeConfig) -> Choice:
     """The layers that `targets` and `ignore` leave, all of which the method can take.
 
+    Not among them are the one that gives the tokens' logits, and those that share a weight with another layer or a
+    table; `ignore` may name them all the same.
+
     Args:
-        eligible: by name.
-        others: names of linear layers that stay in float whatever the config says; `ignore` may name them.
+        model: its weights may be meta tensors; they are looked at when they are read.
         config: patterns of the layers' names, the method and its groups.
 
     Raises:
-        ConfigError: a pattern that matches nothing, or a target that stays in float.
-        CoverageError: nothing is eligible, or nothing is left.
+        ConfigError: see `check_config`; a pattern that matches nothing, or a target that stays in float.
+        CoverageError: nothing is eligible, nothing is left, or less than `min_coverage`.
         StageError: groups that do not divide a layer's inputs, or a weight that is not finite.
     """
-    for field, known in (("targets", list(eligible)), ("ignore", [*eligible, *others])):
-        for pattern in getattr(config, field):
-            _check_pattern(pattern, field, known, others)
+    check_config(config)
+    linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    logits = _logits_layer(model)
+    eligible = {name: layer for name, layer in linears.items() if layer is not logits and len(users(model, layer)) == 1}
+    for pattern in config.targets:
+        _check_pattern(pattern, "targets", eligible, linears)
+    for pattern in config.ignore:
+        _check_pattern(pattern, "ignore", linears, linears)
     chosen = {
         name: layer
         for name, layer in eligible.items()
         if (not config.targets or _matches(name, config.targets)) and not _matches(name, config.ignore)
     }
-    if not chosen:
+    total, taken = (sum(layer.weight.numel() for layer in some.values()) for some in (eligible, chosen))
+    if not chosen or taken < config.min_coverage * total:
         raise CoverageError(
             "choosing linear layers to quantize",
-            found=f"none of {len(eligible)} eligible nn.Linear layers",
-            expected="at least one",
-            fix="widen quantize.targets or narrow quantize.ignore"
+            found=f"{len(chosen) or 'none'} of {len(eligible)} eligible nn.Linear layers, {taken} of {total} weights",
+            expected=f"some, and at least quantize.min_coverage, {config.min_coverage:.1%}",
+            fix="widen quantize.targets, narrow quantize.ignore, or lower quantize.min_coverage"
             if eligible
             else "other kinds of layers (Conv1D of GPT-2, fused experts) have no such form: use the ONNX graph",
         )
     if config.algorithm != "fp8":
         _check_groups(chosen, config.group_size)
     for name, layer in chosen.items():
-        wrong = int((~torch.isfinite(layer.weight)).sum())
+        wrong = 0 if layer.weight.is_meta else int((~torch.isfinite(layer.weight)).sum())
         if wrong:
             raise StageError(
                 f"quantizing {name!r}",
@@ -81,69 +121,130 @@ def chosen_linears(
                 expected="finite weights",
                 fix="repair the model, or name the layer in quantize.ignore",
             )
-    return chosen
+    return Choice(chosen, [name for name in linears if name not in chosen], total)
 
 
 def round_linears_(
     module: nn.Module,
-    names: Sequence[str],
+    choice: Choice,
     workload: Workload,
     config: QuantizeConfig,
-    scale_dtype: torch.dtype = torch.float32,
+    *,
+    prefix: str = "",
+    stored_as: Callable[[nn.Module], torch.dtype] = lambda _: torch.float32,
+    put: Put = lambda *_: None,
+    residence: Residence = IN_MEMORY,
     progress: Progress = silent,
-) -> dict[str, RoundedWeight]:
-    """Round the weights of linear layers in place, and say how they are stored.
+) -> LayersReport:
+    """Round the weights of linear layers in place: they become what a reader of the stored codes computes with.
 
     GPTQ sees the calibration split as the layers that are rounded already give it, block by block.
 
     Args:
-        module: takes `Batch.inputs` as keyword arguments; its layers then hold what the codes stand for.
-        names: of `nn.Linear` layers.
+        module: takes `Batch.inputs` as keyword arguments.
+        choice: see `choose_linears`.
         workload: calibration data, for `gptq`.
         config: the algorithm, the bits and the groups.
-        scale_dtype: what the scales will be stored in.
-        progress: told of each layer, or block.
+        prefix: what the module's names have before those of `choice`.
+        stored_as: the dtype that a layer's scales will have, and its weight where it is read as floats.
+        put: told of each layer.
+        residence: where the weights are.
+        progress: told of each block.
 
     Raises:
-        StageError: see `chosen_linears`, `walk_` and `weight_only.quantize_weight`.
+        StageError: a dtype that does not hold a layer's scales; see `walk_` and `weight_only.quantize_weight`.
     """
-    made: dict[str, RoundedWeight] = {}
-    grid = Grid(config.num_bits, config.group_size, config.symmetric, scale_dtype=scale_dtype)
+    rows: dict[str, RoundedLayer] = {}
 
-    @torch.no_grad()
-    def put(name: str, layer: nn.Module, hessian: Tensor | None = None) -> None:
-        weight = torch.as_tensor(layer.weight)
-        if config.algorithm == "fp8":
-            with naming([name]):
-                made[name] = round_to_float8(weight, 0 if config.per_channel else None, scale_dtype)
+    def round_(full: str, layer: nn.Module, inputs: LayerInputs | None = None) -> None:
+        name, dtype = full.removeprefix(prefix), stored_as(layer)
+        weight = layer.get_parameter("weight")
+        before = weight.detach().float()
+        rounded = _rounded(name, before, config, dtype, inputs.second_moment if inputs else None)
+        after = rounded.dequantize().to(dtype).float()
+        if not torch.isfinite(after).all():
+            raise StageError(
+                f"quantizing {name!r}",
+                found=f"values that {dtype} does not hold",
+                expected="finite scales and weights",
+                fix="name the layer in quantize.ignore",
+            )
+        rows[name] = _row(name, before, after, config.num_bits, inputs)
+        weight.copy_(after)
+        put(name, layer, rounded)
+
+    names = [f"{prefix}{name}" for name in choice.layers]
+    with torch.no_grad():
+        if config.algorithm == "gptq":
+            batches = list(workload.batches("calibration", min(BATCH_SIZE, workload.evaluation_batch_size)))
+            walk_(
+                *(module, names, batches, lambda inputs: round_(inputs.name, inputs.layer, inputs)),
+                min_rows=MIN_ROWS,
+                progress=progress,
+                residence=residence,
+            )
         else:
-            made[name] = quantize_weight([name], weight, grid, config, hessian)
-        weight.copy_(made[name].dequantize())
-
-    if config.algorithm == "gptq":
-
-        def visit(inputs: LayerInputs) -> None:
-            put(inputs.name, inputs.layer, inputs.second_moment)
-
-        batches = list(workload.batches("calibration", min(_BATCH, workload.evaluation_batch_size)))
-        walk_(module, list(names), batches, visit, progress=progress)
-        return made
-    for done, name in enumerate(names):
-        progress(done, len(names), name)
-        put(name, module.get_submodule(name))
-    return made
+            visit_(module, names, round_, progress=progress, residence=residence)
+    taken = sum(layer.weight.numel() for layer in choice.layers.values())
+    return LayersReport(
+        method=weight_only_method(config),
+        eligible_weights=choice.eligible_weights,
+        quantized_weights=taken,
+        coverage=taken / choice.eligible_weights,
+        layers=[rows[name] for name in choice.layers],
+    )
 
 
-def _check_pattern(pattern: str, field: str, known: Sequence[str], others: Sequence[str]) -> None:
-    if any(fnmatchcase(name, pattern) for name in known):
+def _rounded(
+    name: str, weight: Tensor, config: QuantizeConfig, dtype: torch.dtype, hessian: Tensor | None
+) -> RoundedWeight:
+    if config.algorithm == "fp8":
+        with naming([name]):
+            return round_to_float8(weight, 0 if config.per_channel else None, dtype)
+    grid = Grid(config.num_bits, config.group_size, config.symmetric, scale_dtype=dtype)
+    return quantize_weight([name], weight, grid, config, hessian)
+
+
+def _row(name: str, before: Tensor, after: Tensor, num_bits: int, inputs: LayerInputs | None) -> RoundedLayer:
+    """What rounding did to a layer: ‖W − Ŵ‖² ÷ ‖W‖², and tr(ΔHΔᵀ) ÷ tr(WHWᵀ)."""
+    delta = (before - after).double()
+
+    def energy(weight: Tensor) -> float:
+        assert inputs is not None
+        return float(((weight @ inputs.second_moment) * weight).sum())
+
+    def share(part: float, whole: float) -> float:
+        return part / whole if whole else 0.0
+
+    return RoundedLayer(
+        name=f"{name}.weight",
+        shape=list(before.shape),
+        num_bits=num_bits,
+        weight_error=share(float(delta.square().sum()), float(before.double().square().sum())),
+        calibration_rows=inputs.rows if inputs else None,
+        output_error=share(energy(delta), energy(before.double())) if inputs else None,
+    )
+
+
+def _logits_layer(model: nn.Module) -> nn.Module | None:
+    """What the outermost transformers model makes its answers with."""
+    for child in model.modules():
+        if isinstance(child, PreTrainedModel):
+            found: nn.Module | None = child.get_output_embeddings()  # type: ignore[no-untyped-call]
+            return found
+    return None
+
+
+def _check_pattern(pattern: str, field: str, known: Mapping[str, object], linears: Mapping[str, object]) -> None:
+    if any(matches(name, pattern) for name in known):
         return
-    if any(fnmatchcase(name, pattern) for name in others):
+    if any(matches(name, pattern) for name in linears):
         raise ConfigError(
             f"matching quantize.{field} against the module",
             found=f"{pattern!r}, which gives the logits or shares its weight with another layer",
             expected="a layer with a weight of its own: this one stays in float",
         )
-    near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3)
+    near = difflib.get_close_matches(pattern, list(known), n=3, cutoff=0.3)
     raise ConfigError(
         f"matching quantize.{field} against the module",
         found=f"{pattern!r}, which matches none of {len(known)} linear layers",
@@ -170,4 +271,4 @@ def _check_groups(layers: Mapping[str, nn.Linear], size: int) -> None:
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    return any(matches(name, pattern) for pattern in patterns)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from modelpress.reports.base import Report
-from modelpress.reports.graph import QuantizeReport
+from modelpress.reports.graph import LayersReport
 from modelpress.reports.quality import QualityReport
 
 
@@ -12,14 +12,14 @@ class FolderReport(Report):
 
     scheme: str
     """Bits of weights and activations, such as W4A16; with -asym for zero points, or -fp8."""
-    quantize: QuantizeReport
-    """What was rounded; agreement is with the float model, on calibration data."""
+    quantize: LayersReport
+    """What was rounded."""
+    agreement: float
+    """Agreement with the float model on calibration data (mean cosine of the outputs)."""
     quality: QualityReport
     """The metric on held-out data, paired with the float model's."""
-    layers: list[str]
-    """Linear layers whose weights are stored in few bits."""
     in_float: list[str]
-    """Linear layers that are not."""
+    """Linear layers that are not rounded."""
     dtype: str
     """Of the scales and of all other tensors."""
     source_bytes: int
@@ -33,8 +33,8 @@ class FolderReport(Report):
         """A few lines for people."""
         done, found = self.quantize, self.quality
         lines = [
-            f"{self.scheme} ({done.method}): {len(self.layers)} linear layers, {len(self.in_float)} in float; "
-            f"coverage {done.coverage:.1%}, agreement {done.agreement:.4f}",
+            f"{self.scheme} ({done.method}): {len(done.layers)} linear layers, {len(self.in_float)} in float; "
+            f"coverage {done.coverage:.1%}, agreement {self.agreement:.4f}",
             f"{found.metric} {found.value:.4f} on {found.samples} held-out samples",
             f"{self.source_bytes:,} → {self.size_bytes:,} bytes of tensors, {self.dtype} where not rounded",
         ]

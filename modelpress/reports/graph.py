@@ -105,9 +105,9 @@ class LayersReport(Report):
     method: str
     """The method."""
     eligible_weights: int
-    """Weights in linear layers; those that are an embedding as well do not count."""
+    """Weights in linear layers, without those that give the logits or are another layer's as well."""
     quantized_weights: int
-    """Weights that are codes now."""
+    """Weights that are codes now, or float8."""
     coverage: float
     """quantized ÷ eligible."""
     layers: list[RoundedLayer]

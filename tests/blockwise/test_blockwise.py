@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 from modelpress import cli
 from modelpress.blockwise import prune_folder, quantize_folder
-from modelpress.blockwise.packed import unpack
+from modelpress.compressed_tensors import deliver
 from modelpress.config import PruneConfig, QuantizeConfig, WorkloadConfig
 from modelpress.errors import (
     ConfigError,
@@ -29,8 +29,6 @@ from modelpress.errors import (
     WorkloadError,
 )
 from modelpress.prune import prune_
-from modelpress.quantize.groups import Grid
-from modelpress.quantize.layers import quantize_layers_
 from modelpress.workloads.causal_lm import CausalLM
 from tests.decoders import make_decoder_folder, make_text_folder
 from tests.train.toy import Toy
@@ -109,61 +107,40 @@ def test_pruned_block_by_block_is_pruned_in_memory_bit_by_bit(
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
-@pytest.mark.parametrize("algorithm", ["rtn", "gptq"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_quantized_block_by_block_is_quantized_in_memory(
-    tmp_path: Path, decoder: Path, texts: Path, algorithm: str, dtype: torch.dtype
+@pytest.mark.parametrize(
+    ("options", "dtype", "tie"),
+    [
+        ({"algorithm": "gptq", "num_bits": 4}, torch.bfloat16, True),
+        ({"algorithm": "gptq", "act_order": True, "symmetric": False}, torch.float32, False),
+        (
+            {"algorithm": "rtn", "num_bits": 4, "symmetric": False, "ignore": ["lm_head", "*.1.mlp"]},
+            torch.float16,
+            False,
+        ),
+        ({"algorithm": "fp8"}, torch.bfloat16, False),
+    ],
+)
+def test_quantized_block_by_block_is_the_folder_of_the_whole_model(
+    tmp_path: Path, decoder: Path, texts: Path, options: dict[str, Any], dtype: torch.dtype, tie: bool
 ) -> None:
-    """What the packed tensors mean is the weight that the module has in memory: in float32 bit by bit."""
-    one = workload(decoder if dtype == torch.float32 else reshard(decoder, tmp_path / "in", dtype=dtype), texts)
-    config = QuantizeConfig(
-        method="weight-only", algorithm=algorithm, num_bits=4, group_size=16, symmetric=algorithm == "gptq"
-    )
-    module = one.source()
-    expected = quantize_layers_(module, one, config)
+    """The same tensors bit by bit as `modelpress quantize` writes, which compressed-tensors' own code reads."""
+    one = workload(reshard(decoder, tmp_path / "in", dtype=dtype, tie=tie), texts)
+    groups = {} if options["algorithm"] == "fp8" else {"group_size": 16}
+    config = QuantizeConfig.model_validate({"method": "weight-only"} | groups | options)
     report = quantize_folder(one, config, tmp_path / "out")
-    whole, made = state(module), tensors(tmp_path / "out")
-    if dtype == torch.float32:
-        assert report == expected
-    grid = Grid(4, 16, config.symmetric)
-    for row in report.layers:
-        name = row.name.removeprefix("model.")
-        weight = unpack(name, made, grid).dequantize()
-        assert made[f"{name}_packed"].nbytes == weight.numel() // 2
-        if dtype == torch.float32:
-            assert torch.equal(weight, whole[name])
-        else:
-            assert made[f"{name}_scale"].dtype == dtype
-            error = float((weight - whole[name]).norm() / whole[name].norm())
-            assert error < (0.005 if algorithm == "rtn" else 0.1)  # rounded scales move few codes, and later ones
-    rest = {name for name in whole if f"model.{name}" not in {row.name for row in report.layers}}
-    assert {"model.embed_tokens.weight", "model.norm.weight"} < rest
-    assert all(torch.equal(made[name].float(), whole[name]) for name in rest)
-
-
-def test_a_quantized_folder_is_read_by_compressed_tensors(tmp_path: Path, decoder: Path, texts: Path) -> None:
-    """Its own unpacking, by the scheme that config.json states, gives the same weights."""
-    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
-    one = workload(decoder, texts)
-    for symmetric in (True, False):
-        to = tmp_path / str(symmetric)
-        config = QuantizeConfig(
-            method="weight-only", algorithm="rtn", group_size=16, symmetric=symmetric, ignore=["*.lm_head"]
-        )
-        quantize_folder(one, config, to)
-        stated = json.loads((to / "config.json").read_text())["quantization_config"]
-        assert stated["ignore"] == ["lm_head"]
-        made, name = tensors(to), "model.layers.2.mlp.down_proj.weight"
-        shape = made[f"{name}_shape"].tolist()
-        codes = helpers.unpack_from_int32(made[f"{name}_packed"], 8, torch.Size(shape)).float()
-        zero = torch.zeros(())
-        if not symmetric:
-            groups = torch.Size((shape[0], shape[1] // 16))
-            zero = helpers.unpack_from_int32(made[f"{name}_zero_point"], 8, groups, packed_dim=0).repeat_interleave(
-                16, 1
-            )
-        theirs = (codes - zero) * made[f"{name}_scale"].repeat_interleave(16, 1)
-        assert torch.equal(theirs, unpack(name, made, Grid(8, 16, symmetric)).dequantize())
+    whole = config.model_copy(update={"max_quality_drop": 0.2})
+    assert report == deliver(one.source(), one, whole, tmp_path / "whole", max_shard_size=20_000).quantize
+    made, expected = tensors(tmp_path / "out"), tensors(tmp_path / "whole")
+    assert made.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert made[name].dtype == tensor.dtype
+        assert torch.equal(made[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    stated = [
+        json.loads((tmp_path / name / "config.json").read_text())["quantization_config"] for name in ("out", "whole")
+    ]
+    assert stated[0] == stated[1]
+    assert stated[0]["ignore"][0] == "lm_head"
+    assert len(report.layers) == 7 * LAYERS - (3 if "ignore" in options else 0)
 
 
 class Counted(CausalLM):
@@ -292,16 +269,19 @@ def test_what_needs_the_whole_model_is_refused(tmp_path: Path, decoder: Path, te
     for options in ({"method": "structured"}, {"method": "magnitude", "scope": "global"}, {"recovery": {"epochs": 1}}):
         with pytest.raises(ConfigError, match="needs the whole model in memory"):
             prune_folder(one, PruneConfig.model_validate({"method": "wanda"} | options), tmp_path / "out")
-    for options in ({"method": "static"}, {"max_quality_drop": 0.5}):
-        with pytest.raises(ConfigError, match="quantizing the layers of a module"):
-            quantize_folder(one, QuantizeConfig.model_validate({"method": "weight-only"} | options), tmp_path / "out")
-    with pytest.raises(StageError, match=r"quantizing model\.model\.layers\.0\.self_attn\.q_proj(.|\n)*32 inputs"):
+    for config, said in (
+        (QuantizeConfig(method="static"), "method 'static'"),
+        (QuantizeConfig(method="weight-only", max_quality_drop=0.5), r"max_quality_drop 0\.5"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            quantize_folder(one, config, tmp_path / "out")
+    with pytest.raises(StageError, match=r"32 inputs of 'model\.layers\.0\.self_attn\.q_proj'"):
         quantize_folder(one, QuantizeConfig(method="weight-only", algorithm="rtn", group_size=64), tmp_path / "out")
     with pytest.raises(WorkloadError, match="not read from a Hugging Face folder"):
         prune_folder(Toy(lambda: nn.Linear(2, 2), shape=(2,)), PruneConfig(method="magnitude"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
-    (tmp_path / "out").mkdir()
-    with pytest.raises(ConfigError, match="exists already"):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ConfigError, match="something there already"):
         prune_folder(one, PruneConfig(method="magnitude"), tmp_path / "out")
 
 
@@ -336,13 +316,13 @@ def test_from_the_command_line(tmp_path: Path, decoder: Path, texts: Path, capsy
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"workload: {{kind: causal-lm, model: {decoder}, data: {texts}, length: 24, calibration_samples: 40}}\n"
-        "quantize: {method: weight-only, algorithm: rtn, group_size: 32, ignore: ['*.lm_head']}\n"
+        "quantize: {method: weight-only, algorithm: rtn, group_size: 32}\n"
     )
     with pytest.raises(SystemExit) as ended:
         cli.main(["blockwise", str(recipe), "--to", str(tmp_path / "out")])
     assert not ended.value.code
     out = capsys.readouterr().out
-    assert "model.model.layers.3.mlp.down_proj.weight" in out
+    assert "model.layers.3.mlp.down_proj.weight" in out
     assert "not measured" in out  # rounding to the nearest asks no data
     assert (tmp_path / "out" / "config.json").is_file()
     recipe.write_text(recipe.read_text() + "prune: {method: wanda}\n")

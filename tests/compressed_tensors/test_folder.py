@@ -24,7 +24,8 @@ from modelpress.errors import ConfigError, CoverageError, StageError, StoreError
 from modelpress.export import export
 from modelpress.quantize import quantize as quantize_graph
 from modelpress.quantize.groups import Grid, round_to_nearest
-from modelpress.quantize.linear import round_linears_
+from modelpress.quantize.linear import choose_linears, round_linears_
+from modelpress.quantize.packed import RoundedWeight, pack, quantization_config, unpack
 from modelpress.workloads.causal_lm import CausalLM
 from modelpress.workloads.sentence_embedding import SentenceEmbedding
 from tests.decoders import make_decoder_folder, make_text_folder
@@ -93,7 +94,7 @@ def test_transformers_computes_what_the_rounded_module_does(language: CausalLM, 
     config, folder = weight_only(**CASES[name]), tmp_path / "out"
     source = language.source()
     report = ct.deliver(source, language, config, folder, max_shard_size=40_000)
-    rounded, _ = ct.quantize(source, language, config)
+    rounded, _, _ = ct.quantize(source, language, config)
     expected = logits(rounded.model, language)
     assert (expected - logits(source.get_submodule("model"), language)).abs().max() > 1e-4
     stored = read(folder)
@@ -109,7 +110,7 @@ def test_transformers_computes_what_the_rounded_module_does(language: CausalLM, 
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert report.scheme == name.removesuffix(", one scale")
     assert report.quantize.coverage == 1.0
-    assert len(report.layers) == 14
+    assert len(report.quantize.layers) == 14
     assert report.in_float == ["lm_head"]
     assert report.size_bytes == sum(tensor.nbytes for tensor in stored.values())
     plain = sum(tensor.nbytes for tensor in language.source().state_dict().values())
@@ -139,9 +140,10 @@ def test_the_packages_own_code_unpacks_what_is_packed(
     weight = torch.randn(rows, 16 * words, generator=torch.Generator().manual_seed(seed)) + seed % 3
     made = round_to_nearest(weight, Grid(bits, 16, symmetric))
     config = weight_only(algorithm="rtn", num_bits=bits, group_size=16, symmetric=symmetric)
-    (scheme,) = QuantizationConfig.model_validate(ct.quantization_config(config, [])).config_groups.values()
-    stored = ct.stored(made, torch.float32)
+    (scheme,) = QuantizationConfig.model_validate(quantization_config(config, [])).config_groups.values()
+    stored = pack(made, torch.float32)
     assert torch.equal(PackedQuantizationCompressor.decompress(stored, scheme)["weight"], made.dequantize())
+    assert torch.equal(unpack(stored, config).dequantize(), made.dequantize())
     offset = 2 ** (bits - 1)
     theirs = PackedQuantizationCompressor.compress(
         {
@@ -157,9 +159,9 @@ def test_the_packages_own_code_unpacks_what_is_packed(
 
 def test_the_package_has_no_shorter_last_group() -> None:
     (scheme,) = QuantizationConfig.model_validate(
-        ct.quantization_config(weight_only(algorithm="rtn", group_size=16), [])
+        quantization_config(weight_only(algorithm="rtn", group_size=16), [])
     ).config_groups.values()
-    ragged = ct.stored(round_to_nearest(torch.randn(2, 24), Grid(4, 16)), torch.float32)
+    ragged = pack(round_to_nearest(torch.randn(2, 24), Grid(4, 16)), torch.float32)
     with pytest.raises(ValueError, match="divis"):
         PackedQuantizationCompressor.decompress(ragged, scheme)
 
@@ -171,19 +173,21 @@ def test_a_module_and_its_graph_get_the_same_codes() -> None:
     config = weight_only(algorithm="rtn", max_quality_drop=2)
     model = graph.join(quantize_graph(checkpoint, workload, config)[0])
     held = {one.name: torch.from_numpy(np.array(numpy_helper.to_array(one))) for one in model.graph.initializer}
-    found = round_linears_(copy.deepcopy(workload.module), ["up", "down"], workload, config)
+    found: dict[str, RoundedWeight] = {}
+    module, config = copy.deepcopy(workload.module), weight_only(algorithm="rtn", targets=["up", "down"])
+    choice = choose_linears(module, config)
+    round_linears_(module, choice, workload, config, put=lambda name, _, weight: found.update({name: weight}))
+    assert found.keys() == {"up", "down"}
     for name, weight in found.items():
         node = next(node for node in model.graph.node if node.name == f"{name}.MatMul")
-        packed = ct.stored(weight, torch.float32)["weight_packed"]
+        packed = pack(weight, torch.float32)["weight_packed"]
         assert torch.equal(packed.view(torch.uint8), held[node.input[1]].reshape(len(packed), -1))
         assert torch.equal(weight.scale, held[node.input[2]].reshape(weight.scale.shape))
 
 
 def test_gptq_in_a_module_changes_its_answers_less_than_rounding(language: CausalLM) -> None:
     source = language.source()
-    drops = {
-        name: 1 - ct.quantize(source, language, weight_only(algorithm=name))[1].agreement for name in ("rtn", "gptq")
-    }
+    drops = {name: 1 - ct.quantize(source, language, weight_only(algorithm=name))[2] for name in ("rtn", "gptq")}
     assert drops["gptq"] < 0.9 * drops["rtn"]
 
 
@@ -199,7 +203,7 @@ def test_bfloat16_scales_are_rounded_before_the_codes(tmp_path: Path) -> None:
     assert report.in_float == ["lm_head", *(f"model.layers.1.mlp.{name}_proj" for name in ("down", "gate", "up"))]
     assert report.quantize.coverage == pytest.approx(1 - 3 * 64 * 32 / report.quantize.eligible_weights)
     assert (folder / "model.safetensors").is_file()
-    rounded, _ = ct.quantize(source, workload, config)
+    rounded, _, _ = ct.quantize(source, workload, config)
     loaded, _ = load(folder, dequantize=True)
     expected, found = rounded.model.state_dict(), loaded.state_dict()
     assert expected.keys() == found.keys()
@@ -222,12 +226,12 @@ def test_an_encoder_keeps_the_pooler_that_it_does_without(tmp_path: Path) -> Non
     source, folder = workload.source(), tmp_path / "out"
     report = ct.deliver(source, workload, weight_only(algorithm="gptq"), folder)
     assert report.in_float == ["pooler.dense"]
-    assert len(report.layers) == 18
+    assert len(report.quantize.layers) == 18
     loaded, info = load(folder, dequantize=False, loader=AutoModel)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     original = AutoModel.from_pretrained(tmp_path / "model")
     assert torch.equal(loaded.pooler.dense.weight, original.pooler.dense.weight)
-    rounded, _ = ct.quantize(source, workload, weight_only(algorithm="gptq"))
+    rounded, _, _ = ct.quantize(source, workload, weight_only(algorithm="gptq"))
     for batch in workload.batches("evaluation", 4):
         with torch.inference_mode():
             found = loaded(**batch.inputs).last_hidden_state
@@ -244,7 +248,11 @@ def test_an_encoder_keeps_the_pooler_that_it_does_without(tmp_path: Path) -> Non
     [
         ({"group_size": 128}, StageError, r"(?s)32 inputs of 'model\.layers\.0.*group_size to 32"),
         ({"algorithm": "hqq", "symmetric": False}, ConfigError, "whose zero points are real numbers"),
-        ({"method": "static", "num_bits": 8}, ConfigError, r"(?s)method 'static'.*expected: 'weight-only'"),
+        (
+            {"method": "static", "num_bits": 8, "group_size": 128},
+            ConfigError,
+            r"(?s)method 'static'.*expected: 'weight-only'",
+        ),
         ({"embeddings": True}, ConfigError, r"embeddings true"),
         ({"targets": ["model.layers.7.*"]}, ConfigError, r"(?s)matches none of 14.*such as 'model\.layers"),
         ({"ignore": ["nothing"]}, ConfigError, r"quantize\.ignore against the module"),
