@@ -17,12 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from modelpress.blockwise.tensors import Stored, open_file, open_folder
 from modelpress.errors import StageError, WorkloadError
 from modelpress.hf_writer import FolderWriter
 from modelpress.residence import Residence, blocks_of
 from modelpress.store.local import local_errors
+
+_HARMLESS = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
+"""Operations on tensors without memory that read nothing of them."""
 
 Packed = tuple[dict[str, Tensor], Callable[[dict[str, Tensor]], Tensor]]
 """Tensors that stand for a weight in the folder, by name, and how they give the weight, float32, back."""
@@ -46,6 +51,19 @@ def without_memory() -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+class _WatchedReads(TorchDispatchMode):
+    """Refuses operations on tensors without memory: some of torch's kernels compute with them, and give anything."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in _HARMLESS:
+            for one in tree_leaves((args, kwargs or {})):
+                if isinstance(one, Tensor) and one.is_meta:
+                    raise RuntimeError(f"{func} of a meta tensor of shape {list(one.shape)}")
+        return func(*args, **(kwargs or {}))
 
 
 class Paged(Residence):
@@ -92,6 +110,9 @@ class Paged(Residence):
         inside = {child for block in self.blocks for child in block.modules()}
         outside = [child for child in module.modules() if child not in inside and _own(child, recurse=False)]
         self.parts = [*self.blocks, *outside]
+        self._watch: _WatchedReads | None = None
+        self._handles.append(module.register_forward_pre_hook(self._begin, prepend=True))
+        self._handles.append(module.register_forward_hook(self._end, always_call=True))
         for part in self.parts:
             recurse = part in self.blocks
             self._handles.append(part.register_forward_pre_hook(self._entering(recurse), prepend=True))
@@ -224,6 +245,15 @@ class Paged(Residence):
                 self._entered[part] = parameters
 
         return enter
+
+    def _begin(self, _module: nn.Module, _args: Any) -> None:
+        self._watch = _WatchedReads()
+        self._watch.__enter__()
+
+    def _end(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        if self._watch is not None:
+            self._watch.__exit__(None, None, None)
+            self._watch = None
 
     def _left(self, part: nn.Module, _args: Any, _output: Any) -> None:
         self._leave(self._entered.pop(part, []))

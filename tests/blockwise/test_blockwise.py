@@ -6,14 +6,14 @@ import gc
 import json
 import resource
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from modelpress import cli
@@ -285,11 +285,23 @@ def test_what_needs_the_whole_model_is_refused(tmp_path: Path, decoder: Path, te
         prune_folder(one, PruneConfig(method="magnitude"), tmp_path / "out")
 
 
-def test_a_weight_that_another_module_uses_is_said(tmp_path: Path, decoder: Path, texts: Path) -> None:
+def _sum(weight: Tensor) -> None:
+    weight.sum().item()
+
+
+def _multiply(weight: Tensor) -> None:
+    """What torch computes without a word, on memory that is not there."""
+    nn.functional.linear(torch.ones(1, weight.shape[1]), weight)
+
+
+@pytest.mark.parametrize("use", [_sum, _multiply])
+def test_a_weight_that_another_module_uses_is_said(
+    tmp_path: Path, decoder: Path, texts: Path, use: Callable[[Tensor], None]
+) -> None:
     class Borrowing(CausalLM):
         def skeleton(self, architecture: Mapping[str, Any]) -> nn.Module:
             module = super().skeleton(architecture)
-            module.register_forward_pre_hook(lambda module, _: print(module.model.lm_head.weight.sum().item()))
+            module.model.model.norm.register_forward_pre_hook(lambda *_: use(module.model.lm_head.weight))
             return module
 
     one = Borrowing(workload(decoder, texts).config)
