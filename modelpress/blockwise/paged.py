@@ -53,7 +53,7 @@ def without_memory() -> Iterator[None]:
         handle.remove()
 
 
-class _WatchedReads(TorchDispatchMode):
+class _WatchedReads(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     """Refuses operations on tensors without memory: some of torch's kernels compute with them, and give anything."""
 
     def __torch_dispatch__(
@@ -110,7 +110,7 @@ class Paged(Residence):
         inside = {child for block in self.blocks for child in block.modules()}
         outside = [child for child in module.modules() if child not in inside and _own(child, recurse=False)]
         self.parts = [*self.blocks, *outside]
-        self._watch: _WatchedReads | None = None
+        self._watch: Any = None
         self._handles.append(module.register_forward_pre_hook(self._begin, prepend=True))
         self._handles.append(module.register_forward_hook(self._end, always_call=True))
         for part in self.parts:
@@ -247,7 +247,8 @@ class Paged(Residence):
         return enter
 
     def _begin(self, _module: nn.Module, _args: Any) -> None:
-        self._watch = _WatchedReads()
+        watch: Any = _WatchedReads
+        self._watch = watch()
         self._watch.__enter__()
 
     def _end(self, _module: nn.Module, _args: Any, _output: Any) -> None:

@@ -56,7 +56,7 @@ def plan(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Give each weight its own bits: the fewest coded bytes within one budget of disagreement with the float graph."""
+    """Give each weight its own form: the fewest coded bytes, or the least time, within one budget of disagreement."""
     from modelpress.config import load_plan_recipe
 
     checked = load_plan_recipe(recipe)

@@ -66,7 +66,8 @@ def _mean_squares(
     inner = [name for name in names if name not in given]
     session = graph.session(graph.split(until(model, inner))) if inner else None
     sums: dict[tuple[str, int], Squares] = {}
-    for batch in batches:
+    samples = [len(next(iter(batch.values()))) for batch in batches]
+    for batch, size in zip(batches, samples, strict=True):
         found = {name: batch[name].numpy() for name in names if name in given}
         if session is not None:
             fed = [one.name for one in session.get_inputs()]
@@ -82,7 +83,7 @@ def _mean_squares(
                     expected="finite activations on the calibration data",
                     fix="look for NaN or infinity in the calibration data or in the model",
                 )
-            sums[name, axis] = sums.get((name, axis), np.zeros_like(mean)) + mean / len(batches)
+            sums[name, axis] = sums.get((name, axis), np.zeros_like(mean)) + mean * (size / sum(samples))
     return sums
 
 

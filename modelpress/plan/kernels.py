@@ -75,7 +75,8 @@ def products(model: ModelProto, config: PlanConfig) -> list[Product]:
         CoverageError: nothing is eligible, or nothing is left.
     """
     every = eligible_layers(model, True)
-    chosen = {layer.weight for layer in chosen_layers(every, config)}
+    replaceable = {one.name for one in model.graph.input}
+    chosen = {layer.weight for layer in chosen_layers(every, config)} - replaceable
     nodes = {node.name: node for node in model.graph.node}
     shapes = {one.name: tuple(one.dims) for one in model.graph.initializer}
     found = []

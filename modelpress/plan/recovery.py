@@ -117,8 +117,9 @@ def plan_module(
 ) -> tuple[Checkpoint, PlanReport]:
     """Plan the graph of `module` for the fewest bytes, train a copy of the module within the plan, and store that.
 
-    The budget is held before the training, which starts there; what the report says of the planned graph, of its
-    tensors and of held-out data is measured after it. The front and the uniform settings are untrained.
+    The budget is held before the training, which starts there; what the report says of the planned graph as a whole,
+    of bytes and of held-out data is measured after it. The front, the uniform settings and the disagreements of single
+    tensors are untrained.
 
     Args:
         module: as it was exported; it stays as it is.

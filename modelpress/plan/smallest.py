@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from modelpress.agreement import Judge, divergence
 from modelpress.checkpoint import Checkpoint
 from modelpress.config import CompressConfig, PlanConfig
+from modelpress.errors import BudgetExceededError
 from modelpress.plan import held_out
 from modelpress.plan.candidates import Candidate
 from modelpress.plan.costs import coded_bytes, file_bytes
@@ -65,8 +66,7 @@ def settle(work: Survey, max_disagreement: float, progress: Progress = silent) -
     Raises:
         BudgetExceededError: no plan but the float graph is within it.
     """
-    options, points, tried = work.options(), work.config.points, dict[tuple[int, ...], float]()
-    solutions = chain(options)
+    points, tried = work.config.points, dict[tuple[int, ...], float]()
 
     def disagreement(chosen: tuple[int, ...]) -> float:
         if chosen not in tried:
@@ -75,9 +75,7 @@ def settle(work: Survey, max_disagreement: float, progress: Progress = silent) -
         return tried[chosen]
 
     judge = Judge(work.checkpoint, work.calibration, partial(divergence, outputs=work.workload.outputs))
-    unchanged = tuple(len(one) - 1 for one in options)
-    position = furthest(solutions, disagreement, max_disagreement, unchanged)
-    filled = fill(options, solutions.choice(position), disagreement, max_disagreement)
+    filled, solutions, position = _searched(work, disagreement, max_disagreement)
     made, choice, found = _within(work, judge, [filled, *_backwards(solutions, position)], max_disagreement)
     size = coded_bytes(made, work.compression)
     front = [_own(size, found, work.foretold(choice))] if points else []
@@ -111,6 +109,32 @@ def settle(work: Survey, max_disagreement: float, progress: Progress = silent) -
         held_out_disagreement=verdict.disagreement,
         quality=verdict.quality,
     )
+
+
+def _searched(
+    work: Survey, disagreement: Callable[[tuple[int, ...]], float], max_disagreement: float
+) -> tuple[tuple[int, ...], Chain, int]:
+    """The choice of fewest bytes, the chain that it comes from, and the place of the last solution within the budget.
+
+    What is foretold of zeros is less sure than what is of bits: the search without them may get further, and is made
+    as well.
+
+    Raises:
+        BudgetExceededError: no plan but the float graph is within the budget.
+    """
+    every = work.options()
+    kinds = [every, work.without_zeros(every)] if any(work.config.sparsity) else [every]
+    found: list[tuple[tuple[int, ...], Chain, int]] = []
+    for number, options in enumerate(kinds, start=1):
+        solutions = chain(options)
+        try:
+            position = furthest(solutions, disagreement, max_disagreement, tuple(len(one) - 1 for one in options))
+        except BudgetExceededError:
+            if number == len(kinds) and not found:
+                raise
+            continue
+        found.append((fill(options, solutions.choice(position), disagreement, max_disagreement), solutions, position))
+    return min(found, key=lambda one: work.coded(work.choice(one[0])))
 
 
 def _uniform(work: Survey, candidate: Candidate) -> Iterator[PlanPoint]:

@@ -100,6 +100,15 @@ class Survey:
             for name in self.weights
         ]
 
+    def without_zeros(self, options: Sequence[Sequence[Option]]) -> list[list[Option]]:
+        """The same where forms with zeros of their own are worse than staying in float, and so never taken."""
+        made = []
+        for weight, of in zip(self.weights.values(), options, strict=True):
+            worse = of[-1]._replace(cost=of[-1].cost + 1)
+            forms = zip(weight.candidates, of[:-1], strict=True)
+            made.append([*(worse if one.sparsity else option for one, option in forms), of[-1]])
+        return made
+
     def choice(self, options: Sequence[int]) -> Choice:
         """The candidates that options stand for."""
         return {
