@@ -56,7 +56,7 @@ class PlanConfig(Config):
     """Calibration samples on which single weights are measured; whole plans are measured on all."""
     recovery: TrainConfig | None = None
     """For `bytes`: train the model within the plan, its weights rounded as they will be stored, with the model as it
-    was before as teacher; absent means none. The budget is held before the training."""
+    was before as teacher; absent means none. The budget holds before and after."""
     points: int = Field(default=8, ge=0, le=64)
     """Points of the front of bytes (or seconds) against disagreement that are built, measured and coded; 0: none."""
 

@@ -24,7 +24,7 @@ from modelpress import graph
 from modelpress.agreement import Judge, divergence
 from modelpress.checkpoint import Checkpoint
 from modelpress.config import CompressConfig, ExportConfig, PlanConfig
-from modelpress.errors import ConfigError, StageError
+from modelpress.errors import BudgetExceededError, ConfigError, StageError
 from modelpress.export import export
 from modelpress.plan import held_out
 from modelpress.plan.candidates import HALF, Candidate, Floats, layout
@@ -117,7 +117,7 @@ def plan_module(
 ) -> tuple[Checkpoint, PlanReport]:
     """Plan the graph of `module` for the fewest bytes, train a copy of the module within the plan, and store that.
 
-    The budget is held before the training, which starts there; what the report says of the planned graph as a whole,
+    The budget holds before the training and after it. What the report says of the planned graph as a whole,
     of bytes and of held-out data is measured after it. The front, the uniform settings and the disagreements of single
     tensors are untrained.
 
@@ -131,9 +131,10 @@ def plan_module(
         progress: told of each measurement, and of the training.
 
     Raises:
+        BudgetExceededError: the training took the model out of the budget.
         ConfigError: no recovery.
         ExportError: see `export`.
-        StageError: a planned weight that is none of the module's parameters, or a failed training.
+        StageError: a planned weight that is none of the module's parameters, or two alike; or a failed training.
         And all that `modelpress.plan.plan` raises.
     """
     if config.recovery is None:
@@ -163,6 +164,13 @@ def plan_module(
     verdict = held_out.compare(checkpoint, made, workload)
     found = judge.disagreement(made)
     progress(1, 1, f"disagreement {found:.3g}, {untrained.disagreement:.3g} before the training")
+    if found > config.max_disagreement:
+        raise BudgetExceededError(
+            "training within a plan",
+            found=f"disagreement {found:.3g} on calibration data, {untrained.disagreement:.3g} before the training",
+            expected=f"at most plan.max_disagreement, {config.max_disagreement:.3g}",
+            fix="lower plan.recovery.learning_rate, or leave plan.recovery out",
+        )
     return made, untrained.model_copy(
         update={
             "disagreement": found,
@@ -197,25 +205,32 @@ def _places(module: nn.Module, weights: Sequence[PlannedWeight]) -> dict[str, Pl
     """The parameter behind each weight; they are told by their values.
 
     Raises:
-        StageError: a weight that is none of the module's parameters.
+        StageError: a weight that is none of the module's parameters, or that two of them equal.
     """
-    known: dict[tuple[tuple[int, ...], str], Place] = {}
+    known: dict[tuple[tuple[int, ...], str], dict[str, Place]] = {}
     for name, parameter in module.named_parameters():
         values = parameter.detach().cpu().numpy()
-        known.setdefault(_identity(values), Place(name, False))
+        known.setdefault(_identity(values), {}).setdefault(name, Place(name, False))
         if values.ndim == 2:
-            known.setdefault(_identity(values.T), Place(name, True))
+            known.setdefault(_identity(values.T), {}).setdefault(name, Place(name, True))
     places = {}
     for weight in weights:
-        found = known.get(_identity(weight.values))
-        if found is None:
+        found = known.get(_identity(weight.values), {})
+        if len(found) > 1:
+            raise StageError(
+                f"training the planned weight {weight.name!r}",
+                found=f"parameters of equal values: {', '.join(found)}",
+                expected="one parameter, or one that modules share",
+                fix=f"tie them, or name its node in plan.ignore: {', '.join(weight.nodes)}",
+            )
+        if not found:
             raise StageError(
                 f"training the planned weight {weight.name!r}",
                 found=f"no parameter of the module with its {weight.values.size} values",
                 expected="a weight that the export took over as it is, or transposed",
                 fix=f"name its node in plan.ignore: {', '.join(weight.nodes)}",
             )
-        places[weight.name] = found
+        (places[weight.name],) = found.values()
     return places
 
 

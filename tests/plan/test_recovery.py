@@ -14,7 +14,7 @@ from modelpress import graph
 from modelpress.checkpoint import from_module
 from modelpress.compress import compress
 from modelpress.config import CompressConfig, ExportConfig, PlanConfig, TrainConfig
-from modelpress.errors import ConfigError, StageError
+from modelpress.errors import BudgetExceededError, ConfigError, StageError
 from modelpress.export import export
 from modelpress.plan import plan
 from modelpress.plan.candidates import Candidate, encode
@@ -103,6 +103,25 @@ def test_a_weight_that_is_no_parameter_is_named() -> None:
     with pytest.raises(StageError, match=r"no parameter of the module with its 1024 values") as caught:
         plan_module(module, source, workload, PlanConfig(max_disagreement=0.05, **COARSE), ExportConfig())
     assert "plan.ignore: matmul" in str(caught.value).lower()
+
+
+def test_a_training_that_leaves_the_budget_is_an_error() -> None:
+    workload = ImageToy()
+    module = workload.source()
+    source = export(module, workload, ExportConfig())[0]
+    wild = TRAINING.model_copy(update={"learning_rate": 1.0, "epochs": 2})
+    config = PlanConfig(max_disagreement=0.002, **(COARSE | {"recovery": wild}))
+    with pytest.raises(BudgetExceededError, match=r"plan\.recovery\.learning_rate"):
+        plan_module(module, source, workload, config, ExportConfig())
+
+
+def test_weights_that_two_parameters_equal_are_named() -> None:
+    workload = TextToy()
+    module = workload.source()
+    source = export(module, workload, ExportConfig())[0]
+    module.twin = nn.Parameter(module.up.weight.detach().clone())
+    with pytest.raises(StageError, match=r"parameters of equal values: .*twin"):
+        plan_module(module, source, workload, PlanConfig(max_disagreement=0.05, **COARSE), ExportConfig())
 
 
 def test_without_a_module_or_a_training_there_is_none() -> None:
