@@ -8,6 +8,7 @@ those of the bytes that would be sent; where a server encrypts parts and so has 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
 import itertools
 import threading
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -104,6 +105,14 @@ class _Part:
         return memoryview(self.buffer)[: self.size]
 
 
+class _State(NamedTuple):
+    """What tells one write of an object from another."""
+
+    size: int
+    tag: str
+    written: datetime.datetime
+
+
 class Multipart:
     """Multipart uploads to one bucket, with at most `PART_BUFFERS` parts in memory."""
 
@@ -121,6 +130,7 @@ class Multipart:
             CorruptionError: the bytes do not have the digest `sha256`.
             StoreError: see `modelpress.store.Store`.
         """
+        before = self._state(full, doing)
         for last in (False, True):
             upload, there, begun = self._open(full, size, doing)
             try:
@@ -133,8 +143,10 @@ class Multipart:
                         self._client.abort_multipart_upload(Bucket=self._where.bucket, Key=full, UploadId=upload)
                 raise
             except ClientError as error:
-                if code_of(error) == "NoSuchUpload" and self._stands(full, size, doing):
-                    return
+                if code_of(error) == "NoSuchUpload":
+                    now = self._state(full, doing)
+                    if now is not None and now != before and now.size == size:
+                        return
                 if last:
                     raise translate(doing, error, self._where) from error
 
@@ -253,14 +265,15 @@ class Multipart:
                 found |= {part["PartNumber"]: (part["Size"], part["ETag"].strip('"')) for part in page.get("Parts", [])}
         return found
 
-    def _stands(self, full: str, size: int, doing: str) -> bool:
+    def _state(self, full: str, doing: str) -> _State | None:
         with translated(doing, self._where):
             try:
-                return self._client.head_object(Bucket=self._where.bucket, Key=full)["ContentLength"] == size
+                found = self._client.head_object(Bucket=self._where.bucket, Key=full)
             except ClientError as error:
                 if code_of(error) in ("404", "NoSuchKey"):
-                    return False
+                    return None
                 raise
+        return _State(found["ContentLength"], found["ETag"], found["LastModified"])
 
 
 def part_size(size: int) -> int:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -389,6 +390,30 @@ def test_an_upload_that_was_killed_continues(open_s3: OpenS3, s3_server: S3Serve
     assert store.put("large", path, sha256=digest)
     assert len(sent) <= 12 - sum(before.values())
     assert unfinished(store) == {}
+    assert store.download("large", tmp_path / "again") == digest
+
+
+def test_an_upload_that_somebody_aborted_is_not_taken_for_an_older_object(open_s3: OpenS3, tmp_path: Path) -> None:
+    """A repair sends other bytes of the same length over an object that stands."""
+    store = open_s3("writer")
+    damaged, whole = tmp_path / "damaged", tmp_path / "whole"
+    damaged.write_bytes(bytes(MULTIPART_BYTES + 1))
+    whole.write_bytes(os.urandom(MULTIPART_BYTES + 1))
+    assert store.put("large", damaged)
+    aborted: list[str] = []
+
+    def abort(params: dict[str, Any], **_: object) -> None:
+        if not aborted:
+            for upload in store._client.list_multipart_uploads(Bucket=store.bucket).get("Uploads", []):
+                aborted.append(upload["UploadId"])
+                store._client.abort_multipart_upload(
+                    Bucket=store.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                )
+
+    store._client.meta.events.register("before-call.s3.UploadPart", abort)
+    digest = hashlib.sha256(whole.read_bytes()).hexdigest()
+    store.put("large", whole, sha256=digest)
+    assert aborted
     assert store.download("large", tmp_path / "again") == digest
 
 

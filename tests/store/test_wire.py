@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import socket
 import threading
 import time
@@ -44,10 +45,25 @@ def server(*connections: Callable[[socket.socket], None]) -> Iterator[str]:
         thread.join(10)
 
 
+def heard(client: socket.socket) -> None:
+    """Read one whole request: its head and its body arrive in as many pieces as the line likes."""
+    got = b""
+    while b"\r\n\r\n" not in got:
+        block = client.recv(2**16)
+        if not block:
+            return
+        got += block
+    head, _, body = got.partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+    left = int(length[1]) - len(body) if length else 0
+    while left > 0 and (block := client.recv(left)):
+        left -= len(block)
+
+
 def says(*answers: bytes) -> Callable[[socket.socket], None]:
     def serve(client: socket.socket) -> None:
         for answer in answers:
-            client.recv(2**16)
+            heard(client)
             client.sendall(answer)
 
     return serve
