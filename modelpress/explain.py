@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from modelpress.container.read import decode_tensor, pieces_of
 from modelpress.errors import ConfigError, CorruptionError
-from modelpress.manifest import Manifest, TensorEntry, read_reports
+from modelpress.manifest import Manifest, TensorEntry
+from modelpress.pack_files import read_reports
 from modelpress.reports import CodedTensor
 
 Fetch = Callable[[str], bytes]

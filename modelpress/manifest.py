@@ -9,27 +9,35 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
 from importlib import metadata
 from math import prod
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
-import zstandard
-from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from modelpress.config import PackName
 from modelpress.dtypes import DTYPES, raw_size
 from modelpress.errors import ConfigError, CorruptionError, UnsupportedFormatError
 from modelpress.strictjson import loads
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
+"""The newest version that is read."""
+PLAIN_VERSION: Final = 2
+"""What a pack is written as that needs nothing of a later version: older releases read it."""
 MAX_MANIFEST_BYTES = 256 * 2**20
-MAX_FILE_BYTES = 2**31
 MAX_RANK = 64
 MAX_EXPANSION = 2**16
 """A tensor that claims more raw bytes for its stored bytes is refused, and `compress` makes none."""
-REPORTS_NAME = "reports.json"
-FILE_LEVEL = 19
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=0, lt=2**63)]
@@ -40,6 +48,13 @@ class Entry(BaseModel):
     """Base of the manifest's parts: frozen, strict, unknown fields refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    later: ClassVar[frozenset[str]] = frozenset()
+    """Fields that came with format version 3: null where they are not used, and then not spelled."""
+
+    @model_serializer(mode="wrap")
+    def _spell(self, usual: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = usual(self)
+        return {name: value for name, value in fields.items() if value is not None or name not in self.later}
 
 
 class ShardEntry(Entry):
@@ -99,7 +114,9 @@ class FileEntry(Entry):
 class Manifest(Entry):
     """Everything that a reader needs to fetch, verify, rebuild and explain a published model."""
 
-    format_version: Literal[1, 2] = FORMAT_VERSION
+    later = frozenset({"base"})
+
+    format_version: Literal[1, 2, 3] = PLAIN_VERSION
     """Version of the pack format."""
     name: PackName
     """Pack name."""
@@ -123,18 +140,24 @@ class Manifest(Entry):
     """SPDX identifier or text of the source model's licence."""
     reports: FileEntry | None = None
     """The stages' reports, one JSON object by stage."""
+    base: Sha256 | None = None
+    """Digest of the pack, of the same name, that some tensors are stored as the difference to."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        entries: list[Entry] = [self, *self.shards, *self.tensors, *self.files]
+        used = sorted({name for entry in entries for name in entry.later if getattr(entry, name) is not None})
+        if bool(used) != (self.format_version > PLAIN_VERSION):
+            raise ValueError(f"format version {self.format_version} with {', '.join(used) or 'nothing'} of version 3")
         _unique("tensors", [tensor.name for tensor in self.tensors])
         _unique("files", [file.name for file in self.files])
         for tensor in self.tensors:
             self._check_tensor(tensor)
         for file in [*self.files, *([self.reports] if self.reports else [])]:
             _check_file(file)
-        used = {position for tensor in self.tensors for position in tensor.shards}
-        if used != set(range(len(self.shards))):
-            raise ValueError(f"tensors use shards {sorted(used)}, of {len(self.shards)} listed")
+        reached = {position for tensor in self.tensors for position in tensor.shards}
+        if reached != set(range(len(self.shards))):
+            raise ValueError(f"tensors use shards {sorted(reached)}, of {len(self.shards)} listed")
         return self
 
     def _check_tensor(self, tensor: TensorEntry) -> None:
@@ -239,71 +262,19 @@ def canonical_json(document: Any) -> bytes:
         raise ConfigError("writing canonical JSON", found=str(error), expected="finite JSON values") from error
 
 
-def check_version(version: object, doing: str) -> None:
-    """Refuse another format version than this one.
+def check_version(version: object, doing: str, newest: int = FORMAT_VERSION) -> None:
+    """Refuse a format version above `newest`.
 
     Raises:
         UnsupportedFormatError: a newer one.
         CorruptionError: no version at all.
     """
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise CorruptionError(doing, found=f"format version {version!r}", expected=f"a number up to {FORMAT_VERSION}")
-    if version > FORMAT_VERSION:
+        raise CorruptionError(doing, found=f"format version {version!r}", expected=f"a number up to {newest}")
+    if version > newest:
         raise UnsupportedFormatError(
-            doing, found=f"format version {version}", expected=f"at most {FORMAT_VERSION}", fix="update modelpress"
+            doing, found=f"format version {version}", expected=f"at most {newest}", fix="update modelpress"
         )
-
-
-def pack_file(name: str, data: bytes) -> tuple[FileEntry, bytes]:
-    """Store a file as a zstandard frame where that is smaller, else as it is: its entry and its blob."""
-    coded = zstandard.ZstdCompressor(level=FILE_LEVEL).compress(data)
-    codec, stored = ("zstd", coded) if len(coded) < len(data) else ("raw", data)
-    entry = FileEntry.model_validate(
-        {
-            "name": name,
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "size_bytes": len(data),
-            "codec": codec,
-            "stored_sha256": hashlib.sha256(stored).hexdigest(),
-            "stored_bytes": len(stored),
-        }
-    )
-    return entry, stored
-
-
-def unpack_file(entry: FileEntry, stored: bytes) -> bytes:
-    """The file behind an entry, verified.
-
-    Raises:
-        CorruptionError: the blob or the file is not what the entry says.
-    """
-    doing = f"reading file {entry.name!r}"
-    found = hashlib.sha256(stored).hexdigest()
-    if found != entry.stored_sha256:
-        raise CorruptionError(doing, found=f"blob sha256 {found}", expected=f"blob sha256 {entry.stored_sha256}")
-    data = stored
-    if entry.codec == "zstd":
-        data = _decompress(doing, stored, entry.size_bytes)
-    found = hashlib.sha256(data).hexdigest()
-    if found != entry.sha256 or len(data) != entry.size_bytes:
-        raise CorruptionError(
-            doing,
-            found=f"{len(data)} bytes, sha256 {found}",
-            expected=f"{entry.size_bytes} bytes, sha256 {entry.sha256}",
-        )
-    return data
-
-
-def read_files(manifest: Manifest, fetch: Callable[[str], bytes]) -> dict[str, bytes]:
-    """Every file of a pack (without the reports), verified; `fetch` gives the blob of a sha256."""
-    return {entry.name: unpack_file(entry, fetch(entry.stored_sha256)) for entry in manifest.files}
-
-
-def read_reports(manifest: Manifest, fetch: Callable[[str], bytes]) -> dict[str, Any]:
-    """The reports of a pack, by stage; empty when it has none."""
-    if manifest.reports is None:
-        return {}
-    return loads(unpack_file(manifest.reports, fetch(manifest.reports.stored_sha256)), "reading the reports")
 
 
 def library_versions() -> dict[str, str]:
@@ -316,22 +287,6 @@ def library_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def pack_reports(reports: Mapping[str, Any]) -> tuple[FileEntry, bytes]:
-    """Entry and blob of the stages' reports (JSON values, by stage)."""
-    return pack_file(REPORTS_NAME, canonical_json(dict(reports)))
-
-
-def _decompress(doing: str, stored: bytes, size: int) -> bytes:
-    """One standard frame of `size` bytes; its own header must agree before anything is allocated."""
-    try:
-        claimed = zstandard.get_frame_parameters(stored).content_size
-        if claimed != size or size > MAX_FILE_BYTES:
-            raise CorruptionError(doing, found=f"a frame of {claimed} bytes", expected=f"{size} bytes")
-        return zstandard.ZstdDecompressor().decompress(stored, max_output_size=size, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise CorruptionError(doing, found=str(error), expected="a zstandard frame") from error
 
 
 def _unique(what: str, names: list[str]) -> None:

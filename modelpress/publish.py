@@ -46,7 +46,7 @@ def publish(
         store: the publication store; it is proved fit first, once.
         manifest: the pack.
         shards: the files of the manifest's shards.
-        blobs: the stored bytes of the manifest's files and reports, by sha256 (what `manifest.pack_file` gave).
+        blobs: the stored bytes of the manifest's files and reports, by sha256 (what `pack_files.pack_file` gave).
         config: how many objects travel at once.
         source_bytes: bytes of the source model's checkpoint, for the ratio.
         progress: called with bytes that are in the store, and the pack's bytes.

@@ -14,7 +14,8 @@ from modelpress.config import ShardConfig
 from modelpress.container import Coded, Piece, StoredTensor, metadata_of, stored_sha256
 from modelpress.container.safetensors_file import Entry, compact, write
 from modelpress.errors import ConfigError, StoreFullError
-from modelpress.manifest import FileEntry, Manifest, ShardEntry, TensorEntry, library_versions, pack_file, pack_reports
+from modelpress.manifest import FileEntry, Manifest, ShardEntry, TensorEntry, library_versions
+from modelpress.pack_files import pack_file, pack_reports
 from modelpress.progress import Progress, silent
 from modelpress.reports import Report, ShardReport
 

@@ -21,7 +21,8 @@ from mlflow.exceptions import MlflowException
 from modelpress import intervals, keys, load, pointer
 from modelpress.config import GateConfig, parse_config
 from modelpress.errors import ModelpressError, NotFoundError, SetupError, StoreError
-from modelpress.manifest import Manifest, read_reports, unpack_file
+from modelpress.manifest import Manifest
+from modelpress.pack_files import read_reports, unpack_file
 from modelpress.progress import Progress, silent
 from modelpress.store.base import Store
 from registry import runs, scores, versions

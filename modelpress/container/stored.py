@@ -15,7 +15,7 @@ from modelpress.codec import CODECS, Buffer, Coder, Stream
 from modelpress.container.safetensors_file import MAX_RANK, Entry, compact
 from modelpress.dtypes import DTYPES, DType
 from modelpress.errors import ConfigError, CorruptionError, UnsupportedFormatError
-from modelpress.manifest import FORMAT_VERSION, check_version
+from modelpress.manifest import PLAIN_VERSION, check_version
 from modelpress.strictjson import loads
 
 DESCRIPTION = "modelpress"
@@ -153,7 +153,7 @@ def metadata_of(pieces: Sequence[Piece]) -> dict[str, str]:
     described = {piece.name: piece.describe() for piece in pieces if not piece.is_plain}
     metadata = {"format": "pt"}
     if described:
-        metadata[DESCRIPTION] = compact({"format_version": FORMAT_VERSION, "tensors": described})
+        metadata[DESCRIPTION] = compact({"format_version": PLAIN_VERSION, "tensors": described})
     return metadata
 
 
@@ -219,7 +219,7 @@ def _read_infos(metadata: Mapping[str, str], doing: str) -> dict[str, PieceInfo]
     if DESCRIPTION not in metadata:
         return {}
     document = loads(metadata[DESCRIPTION].encode("utf-8", "surrogatepass"), f"{doing}, description")
-    check_version(document.get("format_version"), doing)
+    check_version(document.get("format_version"), doing, PLAIN_VERSION)
     tensors = document.get("tensors")
     if set(document) != {"format_version", "tensors"} or not isinstance(tensors, dict):
         raise CorruptionError(

@@ -12,7 +12,7 @@ from modelpress.checkpoint import Checkpoint
 from modelpress.compress import compress
 from modelpress.config import CompressConfig
 from modelpress.graph import GRAPH_FILE, INLINE_BELOW
-from modelpress.manifest import FILE_LEVEL
+from modelpress.pack_files import FILE_LEVEL
 from modelpress.plan.candidates import Coding
 from modelpress.plan.rewrite import CODES, SCALE
 from modelpress.plan.tensors import PlannedWeight

@@ -9,16 +9,8 @@ from typing import Any
 import pytest
 
 from modelpress.errors import ConfigError, CorruptionError, UnsupportedFormatError
-from modelpress.manifest import (
-    MAX_EXPANSION,
-    Manifest,
-    canonical_json,
-    pack_file,
-    pack_reports,
-    read_files,
-    read_reports,
-    unpack_file,
-)
+from modelpress.manifest import MAX_EXPANSION, Manifest, canonical_json
+from modelpress.pack_files import pack_file, pack_reports, read_files, read_reports, unpack_file
 
 ONE = "1" * 64
 TWO = "2" * 64
@@ -80,10 +72,22 @@ def test_other_bytes_than_asked_for_are_refused() -> None:
         Manifest.parse(data, ONE)
 
 
-@pytest.mark.parametrize("version", [3, 99])
+def test_fields_of_a_later_version_are_spelled_only_where_they_are_used() -> None:
+    plain = Manifest.model_validate(document())
+    assert b"base" not in plain.to_bytes()
+    later = Manifest.model_validate(document(format_version=3, base=TWO))
+    assert Manifest.parse(later.to_bytes()) == later
+    for changes in ({"format_version": 3}, {"base": TWO}):
+        with pytest.raises(ValueError, match="of version 3"):
+            Manifest.model_validate(document(**changes))
+    with pytest.raises(CorruptionError, match="another spelling"):
+        Manifest.parse(canonical_json(document(base=None)))
+
+
+@pytest.mark.parametrize("version", [4, 99])
 def test_a_newer_version_is_refused(version: int) -> None:
     data = canonical_json(document(format_version=version, unheard_of={}))
-    with pytest.raises(UnsupportedFormatError, match=rf"format version {version}\n.*at most 2\n.*update modelpress"):
+    with pytest.raises(UnsupportedFormatError, match=rf"format version {version}\n.*at most 3\n.*update modelpress"):
         Manifest.parse(data)
 
 

@@ -19,7 +19,8 @@ from modelpress.config import CompressConfig, ShardConfig
 from modelpress.container import Coded, read_tensors
 from modelpress.container.tensors import to_bytes
 from modelpress.errors import ConfigError, CorruptionError, StageError
-from modelpress.manifest import MAX_EXPANSION, Manifest, read_reports
+from modelpress.manifest import MAX_EXPANSION, Manifest
+from modelpress.pack_files import read_reports
 from modelpress.reports import ShardReport
 from modelpress.shard import ShardFile, draft_manifest, layer_of, write_shards
 
