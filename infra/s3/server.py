@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import secrets
@@ -88,7 +89,13 @@ class StartError(Exception):
 
 
 def install() -> None:
-    """Install the Ceph programs with apt where they are missing."""
+    """Install the Ceph programs with apt where they are missing; of several processes, one does."""
+    with Path(tempfile.gettempdir(), f"modelpress-install-{os.geteuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _install()
+
+
+def _install() -> None:
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if not missing:
         return
