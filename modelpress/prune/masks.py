@@ -33,8 +33,9 @@ def least(scores: Tensor, count: int) -> Tensor:
     values = flat.to("cpu", torch.float64 if flat.dtype == torch.float64 else torch.float32, copy=True)
     values.numpy().partition(count - 1)  # sorting takes six times the memory
     bound = float(values[count - 1])
+    del values
     mask = flat > bound
-    ties = count - int((flat < bound).sum())  # of the least that stay, those that stand first go
+    ties = count - int((flat < bound).count_nonzero())  # of the equal ones at the bound, those that stand first go
     for start in range(0, len(flat), TIES):
         equal = (flat[start : start + TIES] == bound).nonzero().flatten()
         mask[start + equal[ties:]] = True

@@ -133,7 +133,7 @@ class Zeros:
                 name=f"{name}.weight",
                 before=list(weight.shape),
                 after=list(weight.shape),
-                zeros=int((weight == 0).sum()),
+                zeros=weight.numel() - int(weight.count_nonzero()),
                 calibration_rows=judged.rows if judged else None,
                 output_error=judged.error if judged else None,
             )
