@@ -48,7 +48,8 @@ def check_folder(folder: Path) -> None:
         ConfigError: it is there, and is no empty folder.
     """
     with local_errors(f"looking at {folder}"):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        # A link to nothing counts as something: a folder cannot be renamed to it, and it is not ours to remove.
+        if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(
                 f"writing a Hugging Face folder to {folder}",
                 found="something there already",

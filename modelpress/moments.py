@@ -1,7 +1,12 @@
-"""Second moments of what a linear or convolution layer reads."""
+"""Second moments of what a linear or convolution layer reads, and what is computed from them.
+
+Of a wide layer one such matrix outweighs a transformer's block. So sums, errors and factors are made in strips of
+`STRIP` rows, and a factor has no matrix of its own: see `InverseFactor`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,24 +17,48 @@ from modelpress.errors import StageError
 UNFOLDED_ELEMENTS = 2**24
 """Of a convolution's inputs, unfolded at a time: a kernel of 3 × 3 makes nine of each."""
 
+STRIP = 128
+"""Rows of a second moment, or of its factor, that are worked on at a time."""
+
+ERROR_ELEMENTS = 2**20
+"""Of a weight whose outputs' error is measured, at a time."""
+
 
 class Moments:
-    """Σ x xᵀ of one layer's inputs, float64; features in the order of the weight's columns.
+    """Σ x xᵀ of one layer's inputs; features in the order of the weight's columns.
 
     Args:
         layer: one that `unreadable` has nothing against.
         name: for errors.
         constant: append a constant input 1, for the bias.
+        dtype: of the sum. Whoever inverts it needs float64.
     """
 
-    def __init__(self, layer: nn.Module, name: str = "a layer", *, constant: bool = False) -> None:
+    def __init__(
+        self, layer: nn.Module, name: str = "a layer", *, constant: bool = False, dtype: torch.dtype = torch.float64
+    ) -> None:
         self.layer, self.name, self.constant = layer, name, constant
         weight = flat_weight(layer)
         self.features = weight.shape[1]
         size = self.features + int(constant)
         device = "cpu" if weight.is_meta else weight.device  # one on disk is worked on where it will be read to
-        self.sum = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self._sum = torch.zeros(size, size, dtype=dtype, device=device)
+        self._mirrored = True
         self.rows = 0
+
+    @property
+    def sum(self) -> Tensor:
+        """Σ x xᵀ, (features, features), the constant last."""
+        if not self._mirrored:
+            for start, end in _strips(len(self._sum)):
+                self._sum[end:, start:end] = self._sum[start:end, end:].T
+            self._mirrored = True
+        return self._sum
+
+    @sum.setter
+    def sum(self, moved: Tensor) -> None:
+        """Take the same values at another place."""
+        self._sum = moved
 
     def add(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Count one batch of the layer's inputs; `mask` (batch, length) leaves padded positions out.
@@ -37,16 +66,24 @@ class Moments:
         Raises:
             StageError: NaN or infinite inputs.
         """
+        self._mirrored = False
         for part in _parts(self.layer, inputs.detach()):
             rows = _columns(self.layer, _without_padding(part, mask if isinstance(self.layer, nn.Linear) else None))
             rows = rows.float()
             if self.constant:
                 rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-            product = rows.T @ rows  # within a batch float32 is exact enough, and twice as fast
-            if not torch.isfinite(product).all():
-                raise _not_finite(self.name)
-            self.sum += product.double()
+            for start, end in _strips(len(self._sum)):  # what is left of the diagonal is the same once more
+                # Within a batch float32 is exact enough, and twice as fast.
+                product = rows[:, start:end].T @ rows[:, start:]
+                if not torch.isfinite(product).all():
+                    raise _not_finite(self.name)
+                self._sum[start:end, start:] += product
             self.rows += len(rows)
+
+
+def _strips(size: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of `STRIP` rows at a time."""
+    return ((start, min(start + STRIP, size)) for start in range(0, size, STRIP))
 
 
 def rows_seen(layer: nn.Module, name: str, inputs: Tensor, output: Tensor, mask: Tensor | None) -> int:
@@ -122,36 +159,111 @@ def _columns(layer: nn.Module, inputs: Tensor) -> Tensor:
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])
 
 
-def inverse_factor(second_moment: Tensor, damping: float, name: str) -> Tensor:
-    """U, upper triangular, with UᵀU = (H + εI)⁻¹: what GPTQ and SparseGPT take their updates from.
+def output_error(before: Tensor, after: Tensor, second_moment: Tensor, mask: Tensor | None = None) -> float:
+    """‖(W − W')X‖² ÷ ‖WX‖² = tr(ΔHΔᵀ) ÷ tr(WHWᵀ), in float64; 0 where the layer gives nothing.
 
     Args:
-        second_moment: H, (features, features) float64.
+        before: W, (outputs, features).
+        after: W', of the same shape.
+        second_moment: H, (features, features); what is above its diagonal is not read.
+        mask: False where W' is zero whatever `after` says.
+    """
+    changed = whole = 0.0
+    rows = max(1, ERROR_ELEMENTS // before.shape[1])
+    for start in range(0, len(before), rows):
+        part = slice(start, start + rows)
+        weight, new = before[part].double(), after[part].double()
+        if mask is not None:
+            new = new.masked_fill(~mask[part], 0.0)
+        whole += _energy(weight, second_moment)
+        changed += _energy(weight - new, second_moment)
+    return changed / whole if whole else 0.0
+
+
+def _energy(weight: Tensor, second_moment: Tensor) -> float:
+    """tr(WHWᵀ), from H's diagonal and what is below it."""
+    total = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for start, end in _strips(len(second_moment)):
+        below = second_moment[start:end, :end].double().tril(start)  # twice there, but for the diagonal
+        below.diagonal(start).mul_(0.5)
+        total += 2 * ((weight[:, :end] @ below.T) * weight[:, start:end]).sum()
+    return float(total)
+
+
+class InverseFactor:
+    """U, upper triangular, with UᵀU = (H + εI)⁻¹: what GPTQ and SparseGPT take their updates from.
+
+    With H + εI = RRᵀ, R upper triangular (a Cholesky factor taken from the last row on), U is R⁻¹. Both are made in
+    place above the diagonal of H's own matrix, which is symmetric and needs only the other half: with a strip of
+    working memory there is one matrix, and not four.
+
+    Args:
+        second_moment: H, (features, features) float64. Read on and below its diagonal, overwritten above it.
         damping: ε as a share of H's mean diagonal. An H of zeros (a layer that sees only zeros) counts as the identity.
         name: of the layer, for the error.
-
-    Returns:
-        (features, features) float64.
 
     Raises:
         StageError: H is singular also with εI added.
     """
-    mean = float(second_moment.diagonal().mean())
-    epsilon = damping * mean if mean else 1.0
-    damped = second_moment.clone()  # each matrix is let go as soon as it can be: of a wide layer they outweigh a block
-    damped.diagonal().add_(epsilon)
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    del damped
-    if not failed:
-        inverse = torch.cholesky_inverse(lower)
-        del lower
-        factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-        del inverse
-        if not failed and bool(torch.isfinite(factor).all()):
-            return torch.as_tensor(factor)
-    raise StageError(
-        f"inverting the second moments of the inputs of {name}",
-        found=f"a singular matrix of {len(second_moment)} features with {damping:g} of its mean diagonal added",
-        expected="inputs that do not depend on each other, or enough damping",
-        fix="raise the damping (0.01 is usual), or workload.calibration_samples",
-    )
+
+    def __init__(self, second_moment: Tensor, damping: float, name: str) -> None:
+        self._matrix, self._strips = second_moment, list(_strips(len(second_moment)))
+        mean = float(second_moment.diagonal().mean())
+        self.diagonal = second_moment.diagonal() + (damping * mean if mean else 1.0)
+        """Of U, (features,)."""
+        for start, end in self._strips:
+            self._matrix[start:end, end:] = self._matrix[end:, start:end].T
+            self._put(start, end, self._matrix[start:end, start:end].tril(-1).T)
+        if not (self._factor() and self._invert()):
+            raise StageError(
+                f"inverting the second moments of the inputs of {name}",
+                found=f"a singular matrix of {len(second_moment)} features with {damping:g} of its mean diagonal added",
+                expected="inputs that do not depend on each other, or enough damping",
+                fix="raise the damping (0.01 is usual), or workload.calibration_samples",
+            )
+
+    def rows(self, start: int, end: int) -> Tensor:
+        """U[start:end, start:], a copy."""
+        rows = self._matrix[start:end, start:].triu(1)
+        rows.diagonal().copy_(self.diagonal[start:end])
+        return rows
+
+    def _put(self, start: int, end: int, square: Tensor) -> None:
+        """Write above the diagonal of a diagonal block, and leave what is below."""
+        block = self._matrix[start:end, start:end]
+        block.copy_(block.tril() + square.triu(1))
+
+    def _factor(self) -> bool:
+        """R in place of H + εI, from the last strip of columns to the first; False where there is none."""
+        for start, end in reversed(self._strips):
+            above = self.rows(start, end)[:, : end - start]
+            square = above + above.triu(1).T
+            lower, failed = torch.linalg.cholesky_ex(square.flip(0, 1))
+            if failed:
+                return False
+            block = lower.flip(0, 1)
+            self._put(start, end, block)
+            self.diagonal[start:end] = block.diagonal()
+            panel = self._matrix[:start, start:end]
+            if start:
+                panel.copy_(torch.linalg.solve_triangular(block.T, panel, upper=False, left=False))
+            for top, bottom in self._strips[: start // STRIP]:
+                self._matrix[top:bottom, bottom:start].addmm_(panel[top:bottom], panel[bottom:].T, alpha=-1.0)
+                change = panel[top:bottom] @ panel[top:bottom].T
+                self.diagonal[top:bottom] -= change.diagonal()
+                self._put(top, bottom, self._matrix[top:bottom, top:bottom] - change)
+        return True
+
+    def _invert(self) -> bool:
+        """U = R⁻¹ in place of R, from the first strip of columns to the last; False where it is not finite."""
+        for start, end in self._strips:
+            block = self.rows(start, end)[:, : end - start]
+            inverse = torch.linalg.solve_triangular(block, torch.eye(end - start).to(block), upper=True)
+            panel = self._matrix[:start, start:end] @ -inverse
+            for top, bottom in self._strips[: start // STRIP]:
+                self._matrix[top:bottom, start:end] = self.rows(top, bottom)[:, : start - top] @ panel[top:]
+            self._put(start, end, inverse)
+            self.diagonal[start:end] = inverse.diagonal()
+            if not torch.isfinite(self._matrix[:end, start:end]).all():
+                return False
+        return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,8 +116,8 @@ def check_folder(folder: Path, name: str) -> None:
     Raises:
         ConfigError: a file of this name is there, or the folder is no folder.
     """
-    standing = [str(path) for path in _paths(folder, name) if path.exists()]
-    if standing or (folder.exists() and not folder.is_dir()):
+    standing = [str(path) for path in _paths(folder, name) if os.path.lexists(path)]
+    if standing or (os.path.lexists(folder) and not folder.is_dir()):
         raise ConfigError(
             f"writing plan {name!r}",
             found=", ".join(standing) or f"{folder}, which is no folder",
@@ -128,7 +130,7 @@ def write(made: Checkpoint, report: PlanReport, folder: Path, name: str) -> list
     """The checkpoint, the graph as other tools read it, the report and the plot: all of them, or none.
 
     Raises:
-        StoreError: they cannot be written.
+        StoreError: they cannot be written, or something has come in their place.
     """
     targets = _paths(folder, name)
     with local_errors(f"writing plan {name!r} to {folder}", writing=True):
@@ -139,10 +141,28 @@ def write(made: Checkpoint, report: PlanReport, folder: Path, name: str) -> list
             onnx.save_model(graph.join(made), str(model), save_as_external_data=True, location=data.name)
             document.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
             figure.draw(report, plot)
-            for path, target in zip((checkpoint, model, data, document, plot), targets, strict=True):
-                if path.exists():  # a graph without large tensors has no data beside it
-                    path.rename(target)
-    return [target for target in targets if target.exists()]
+            made_ = [
+                (path, target)
+                for path, target in zip((checkpoint, model, data, document, plot), targets, strict=True)
+                if path.exists()  # a graph without large tensors has no data beside it
+            ]
+            return _rename_all(made_)
+
+
+def _rename_all(pairs: Sequence[tuple[Path, Path]]) -> list[Path]:
+    """Give files their names, over nothing; where one cannot have it, those that have theirs are removed again."""
+    done: list[Path] = []
+    try:
+        for path, target in pairs:
+            if os.path.lexists(target):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+            path.rename(target)
+            done.append(target)
+    except BaseException:
+        for target in done:
+            target.unlink()
+        raise
+    return done
 
 
 def _paths(folder: Path, name: str) -> list[Path]:

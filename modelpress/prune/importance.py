@@ -46,13 +46,13 @@ def taylor(module: nn.Module, groups: list[Group], workload: Workload, progress:
         By group (size,) float64.
 
     Raises:
-        StageError: see `losses`; or gradients that are NaN or infinite.
+        StageError: see `losses`; a loss that does not depend on a weight, or gradients that are NaN or infinite.
     """
     found = [torch.zeros(group.size, dtype=torch.float64) for group in groups]
     weights = [[module.get_submodule(reader.name).weight for reader in group.readers] for group in groups]
     for loss in losses(module, workload, progress):
         flat = [torch.as_tensor(weight) for readers in weights for weight in readers]
-        slopes = iter(torch.autograd.grad(loss, flat))
+        slopes = iter(_slopes(loss, flat, [reader.name for group in groups for reader in group.readers]))
         for scores, readers in zip(found, weights, strict=True):
             parts = [torch.as_tensor(weight).detach() * next(slopes) for weight in readers]
             scores += sum(part.double().flatten(1).sum(dim=0).view(len(scores), -1).sum(dim=1) for part in parts) ** 2
@@ -64,6 +64,25 @@ def taylor(module: nn.Module, groups: list[Group], workload: Workload, progress:
                 expected="finite ones on the calibration data",
             )
     return found
+
+
+def _slopes(loss: Tensor, weights: list[Tensor], names: list[str]) -> list[Tensor]:
+    """Gradients of the loss.
+
+    Raises:
+        StageError: it does not depend on a weight, as far as torch has followed the computation.
+    """
+    found = torch.autograd.grad(loss, weights, allow_unused=True) if loss.requires_grad else [None] * len(weights)
+    slopes = [slope for slope in found if slope is not None]
+    if len(slopes) < len(weights):
+        raise StageError(
+            "measuring what the loss loses (prune.importance 'taylor')",
+            found=f"a loss that does not depend on {names[[slope is None for slope in found].index(True)]}",
+            expected="outputs whose gradients reach every layer that is judged",
+            fix="remove .detach() or torch.no_grad() from the model's forward pass, name the layer in prune.ignore, "
+            "or set prune.importance to 'activation'",
+        )
+    return slopes
 
 
 def losses(module: nn.Module, workload: Workload, progress: Progress) -> Iterator[Tensor]:

@@ -20,7 +20,6 @@ from modelpress.checkpoint import fit_module
 from modelpress.config import PruneConfig
 from modelpress.distill import counted
 from modelpress.errors import CoverageError, StageError
-from modelpress.layerwise import chain_of
 from modelpress.progress import Progress
 from modelpress.prune.importance import losses
 from modelpress.prune.outcome import Outcome
@@ -29,6 +28,7 @@ from modelpress.prune.refit import find_joint, refit_
 from modelpress.prune.repair import BATCH_SIZE
 from modelpress.prune.select import select
 from modelpress.reports import TensorChange
+from modelpress.survey import chain_of
 from modelpress.workload import Workload
 
 EXAMPLE_BATCH = 3

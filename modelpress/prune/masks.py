@@ -12,6 +12,9 @@ from torch import Tensor
 Masks = dict[str, Tensor]
 """By layer, in the shape of its weight, True where a weight stays."""
 
+TIES = 2**18
+"""Scores among which equal ones are looked for at a time."""
+
 GONE = -1.0
 """Score of a weight that is removed already."""
 
@@ -24,8 +27,19 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
 
 def least(scores: Tensor, count: int) -> Tensor:
     """Mask without the `count` least scores."""
-    mask = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
-    mask[torch.argsort(scores.flatten(), stable=True)[:count]] = False
+    if not count:
+        return torch.ones_like(scores, dtype=torch.bool)
+    flat = scores.detach().flatten()
+    values = flat.to("cpu", torch.float64 if flat.dtype == torch.float64 else torch.float32, copy=True)
+    values.numpy().partition(count - 1)  # sorting takes six times the memory
+    bound = float(values[count - 1])
+    del values
+    mask = flat > bound
+    ties = count - int((flat < bound).count_nonzero())  # of the equal ones at the bound, those that stand first go
+    for start in range(0, len(flat), TIES):
+        equal = (flat[start : start + TIES] == bound).nonzero().flatten()
+        mask[start + equal[ties:]] = True
+        ties = max(0, ties - len(equal))
     return mask.view_as(scores)
 
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from modelpress.distill import counted
 from modelpress.errors import StageError
-from modelpress.layerwise import users
 from modelpress.moments import Moments, input_of
 from modelpress.prune.repair import BATCH_SIZE, damped
+from modelpress.survey import users
 from modelpress.workload import Workload
 
 TOLERANCE = 1e-3

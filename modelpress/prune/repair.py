@@ -22,18 +22,22 @@ DAMPING = 1e-2
 
 BATCH_SIZE = 32
 
+MIN_ROWS = 16
+"""Fewer inputs say nothing about a layer."""
+
 
 def damped(moments: Moments) -> Tensor:
     """H with εI added, from moments with the constant input.
 
     Raises:
-        StageError: nothing was seen.
+        StageError: fewer than `MIN_ROWS` inputs were seen.
     """
-    if not moments.rows:
+    if moments.rows < MIN_ROWS:
         raise StageError(
             f"computing the moments of the inputs of {moments.name}",
-            found="no calibration sample",
-            expected="at least one",
+            found=f"{moments.rows} rows on the calibration data",
+            expected=f"at least {MIN_ROWS}: a repair from fewer fits them and nothing else",
+            fix="raise workload.calibration_samples, or set prune.repair to false and prune.importance to 'magnitude'",
         )
     mean = moments.sum / moments.rows
     scale = float(mean.diagonal()[:-1].mean())

@@ -7,7 +7,7 @@ the columns from j on: row j of the Cholesky factor of the whole inverse, scaled
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from modelpress.config import PruneConfig
 from modelpress.errors import StageError
 from modelpress.layerwise import LayerInputs
-from modelpress.moments import inverse_factor
+from modelpress.moments import InverseFactor
 from modelpress.progress import Progress
 from modelpress.prune.masks import Masks, least, least_in_groups, parse_pattern, without_gone
 from modelpress.prune.outcome import Outcome
@@ -45,8 +45,8 @@ def prune_sparsegpt_(
     """
 
     def method(weight: Tensor, inputs: LayerInputs, known: Tensor | None) -> tuple[Tensor, Tensor]:
-        factor = inverse_factor(inputs.second_moment, config.damping, inputs.name)
-        after, mask = sparsify(weight, factor, config, known)
+        factor = InverseFactor(inputs.second_moment, config.damping, inputs.name)
+        after, mask = sparsify(weight, factor.rows, config, known)
         if not torch.isfinite(after).all():
             raise StageError(
                 f"pruning {inputs.name}", found="updated weights that are NaN or infinite", fix="raise prune.damping"
@@ -56,21 +56,25 @@ def prune_sparsegpt_(
     return prune_by_inputs_(module, workload, config, progress, held, residence, method)
 
 
-def sparsify(weight: Tensor, factor: Tensor, config: PruneConfig, held: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Updated weight and its mask (the paper's algorithm 1).
+def sparsify(
+    weight: Tensor, factor: Callable[[int, int], Tensor], config: PruneConfig, held: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Updated weight, float64, and its mask (the paper's algorithm 1).
 
     Args:
-        weight: (outputs, features) float64.
-        factor: see `inverse_factor`.
+        weight: (outputs, features); left as it is.
+        factor: gives U[start:end, start:]; see `InverseFactor.rows`.
         config: sparsity and pattern.
         held: mask of an earlier step.
     """
-    weight, pattern = weight.clone(), parse_pattern(config.pattern)
+    weight, pattern = weight.to(torch.float64, copy=True), parse_pattern(config.pattern)
     mask = torch.ones_like(weight, dtype=torch.bool)
     counts = _counts(weight, config.sparsity, held)
     for start in range(0, weight.shape[1], BLOCK):
         columns = slice(start, min(start + BLOCK, weight.shape[1]))
-        block, local, keep = weight[:, columns], factor[columns, columns], mask[:, columns]
+        upper = factor(columns.start, columns.stop)
+        width = len(upper)
+        block, local, keep = weight[:, columns], upper[:, :width], mask[:, columns]
         gone = None if held is None else held[:, columns]
         if not pattern:
             keep.copy_(least(_scores(block, local, gone), next(counts)))
@@ -83,7 +87,7 @@ def sparsify(weight: Tensor, factor: Tensor, config: PruneConfig, held: Tensor |
             errors[:, column] = block[:, column].masked_fill(keep[:, column], 0.0) / local[column, column]
             block[:, column:] -= errors[:, column, None] * local[column, column:]
         block.masked_fill_(~keep, 0.0)
-        weight[:, columns.stop :] -= errors @ factor[columns, columns.stop :]
+        weight[:, columns.stop :].addmm_(errors, upper[:, width:], alpha=-1.0)
     return weight, mask
 
 

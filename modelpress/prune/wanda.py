@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from modelpress.config import PruneConfig
@@ -12,6 +13,9 @@ from modelpress.prune.outcome import Outcome
 from modelpress.prune.zeros import prune_by_inputs_
 from modelpress.residence import IN_MEMORY, Residence
 from modelpress.workload import Workload
+
+SCORED = 2**19
+"""Scores at a time: sorting takes several times their memory."""
 
 SILENT = 1e-12
 """Norm of an input that is always zero, as a share of the largest: its weights go first, the smallest of them first."""
@@ -35,19 +39,23 @@ def prune_wanda_(
     pattern = parse_pattern(config.pattern)
 
     def method(weight: Tensor, inputs: LayerInputs, known: Tensor | None) -> tuple[Tensor, Tensor]:
-        scores = without_gone(scores_of(weight, inputs.second_moment), known)
-        mask = (
-            least_in_groups(scores, *pattern)
-            if pattern
-            else least_in_rows(scores, round(config.sparsity * len(weight.T)))
-        )
-        return weight.masked_fill(~mask, 0.0), mask
+        norms, mask = norms_of(inputs.second_moment), torch.empty_like(weight, dtype=torch.bool)
+        rows = max(1, SCORED // weight.shape[1])
+        for start in range(0, len(weight), rows):
+            part = slice(start, start + rows)
+            scores = without_gone(weight[part].double().abs() * norms, None if known is None else known[part])
+            mask[part] = (
+                least_in_groups(scores, *pattern)
+                if pattern
+                else least_in_rows(scores, round(config.sparsity * scores.shape[1]))
+            )
+        return weight, mask
 
-    return prune_by_inputs_(module, workload, config, progress, held, residence, method)
+    # Nothing is inverted, and the norms are sums of squares: float32 is exact enough for them, and half the size.
+    return prune_by_inputs_(module, workload, config, progress, held, residence, method, torch.float32)
 
 
-def scores_of(weight: Tensor, second_moment: Tensor) -> Tensor:
-    """|W| · ‖X‖₂, (outputs, features) float64."""
-    norms = second_moment.diagonal().clamp(min=0).sqrt()
-    norms = norms.clamp(min=SILENT * (float(norms.max()) or 1.0))
-    return weight.abs() * norms
+def norms_of(second_moment: Tensor) -> Tensor:
+    """‖X‖₂ of each input, (features,) float64."""
+    norms = second_moment.diagonal().double().clamp(min=0).sqrt()
+    return norms.clamp(min=SILENT * (float(norms.max()) or 1.0))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from modelpress.config import PruneConfig
 from modelpress.errors import CoverageError, StageError
 from modelpress.layerwise import LayerInputs, walk_
-from modelpress.moments import flat_weight
+from modelpress.moments import flat_weight, output_error
 from modelpress.progress import Progress
 from modelpress.prune.masks import Masks, parse_pattern
 from modelpress.prune.outcome import Outcome
@@ -106,16 +106,6 @@ def refuse_empty(name: str, weights: int, config: PruneConfig) -> None:
     )
 
 
-def judge(before: Tensor, after: Tensor, inputs: LayerInputs) -> Judged:
-    """Error of a layer's outputs on calibration data: tr(ΔHΔᵀ) ÷ tr(WHWᵀ); weights (outputs, features) float64."""
-
-    def energy(weight: Tensor) -> float:
-        return float(((weight @ inputs.second_moment) * weight).sum())
-
-    whole = energy(before)
-    return Judged(inputs.rows, energy(before - after) / whole if whole else 0.0)
-
-
 class Zeros:
     """Weights of a module that become zero, layer by layer, and the rows of the report.
 
@@ -143,7 +133,7 @@ class Zeros:
                 name=f"{name}.weight",
                 before=list(weight.shape),
                 after=list(weight.shape),
-                zeros=int((weight == 0).sum()),
+                zeros=weight.numel() - int(weight.count_nonzero()),
                 calibration_rows=judged.rows if judged else None,
                 output_error=judged.error if judged else None,
             )
@@ -172,8 +162,8 @@ def _mask_(weight: Tensor, mask: Tensor) -> None:
 
 
 Method = Callable[[Tensor, LayerInputs, Tensor | None], tuple[Tensor, Tensor]]
-"""From a layer's weight, (outputs, features) float64, its inputs, and the mask of an earlier step of the same shape or
-None, to the weight as it is to be and its mask. The weight given is left as it is."""
+"""From a layer's weight, (outputs, features), its inputs, and the mask of an earlier step of the same shape or None, to
+the weight as it is to be, or the given one where only zeros come in, and its mask. The given one is left as it is."""
 
 
 def prune_by_inputs_(
@@ -184,8 +174,11 @@ def prune_by_inputs_(
     held: Masks,
     residence: Residence,
     method: Method,
+    dtype: torch.dtype = torch.float64,
 ) -> Outcome:
     """Run a method that judges weights by their layer's inputs on each chosen layer, in place, block by block.
+
+    `dtype` is that of the second moments.
 
     Raises:
         ConfigError, CoverageError, StageError: see `prune_`.
@@ -194,13 +187,20 @@ def prune_by_inputs_(
 
     def visit(inputs: LayerInputs) -> None:
         weight = torch.as_tensor(inputs.layer.weight)
-        before = flat_weight(inputs.layer).double()
+        before = flat_weight(inputs.layer)
         known = held.get(inputs.name)
         after, mask = method(before, inputs, None if known is None else known.view_as(before))
-        judged = judge(before, after, inputs)
-        weight.copy_(after.view_as(weight))
+        judged = Judged(inputs.rows, output_error(before, after, inputs.second_moment, mask))
+        if after is not before:
+            weight.copy_(after.view_as(weight))
         zeros.put_(inputs.name, mask.view_as(weight), judged)
 
     batches = list(workload.batches("calibration", BATCH_SIZE))
-    walk_(module, list(zeros.chosen), batches, visit, min_rows=MIN_ROWS, progress=progress, residence=residence)
+    walk_(
+        *(module, list(zeros.chosen), batches, visit),
+        min_rows=MIN_ROWS,
+        progress=progress,
+        residence=residence,
+        dtype=dtype,
+    )
     return zeros.outcome()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from modelpress.errors import StageError
-from modelpress.moments import inverse_factor
-from modelpress.quantize.groups import Grid, GroupedWeight, encode, grouped, in_groups, parameters
+from modelpress.moments import STRIP, InverseFactor
+from modelpress.quantize.groups import Grid, GroupedWeight, encode, grouped, parameters_of
 
 DAMPING = 0.01
 """Share of H's mean diagonal that is added to its diagonal."""
@@ -20,7 +20,13 @@ _BLOCK = 128
 
 
 def gptq(
-    weight: Tensor, hessian: Tensor, grid: Grid, act_order: bool = False, damping: float = DAMPING
+    weight: Tensor,
+    hessian: Tensor,
+    grid: Grid,
+    act_order: bool = False,
+    damping: float = DAMPING,
+    *,
+    overwrite: bool = False,
 ) -> GroupedWeight:
     """Quantize a weight so that its layer's outputs on calibration data change little; zeros stay zeros.
 
@@ -31,45 +37,53 @@ def gptq(
         act_order: take the inputs of the largest H_ii first. Each group's scale then comes from the weights as they
             were (static groups), so that groups are of neighbours in any order.
         damping: share of the mean diagonal.
+        overwrite: whether a float64 `hessian` may be overwritten above its diagonal, and needs no copy; with
+            `act_order` there is one all the same.
 
     Raises:
         StageError: H is not of this shape, not finite, or singular despite the damping; the weight is not finite.
     """
-    groups = in_groups(weight, grid.group_size)
+    scale, zero_point = (one.T.contiguous() for one in parameters_of(weight, grid))
     outputs, inputs = weight.shape
     _check_hessian(hessian, inputs)
     order = torch.arange(inputs)
     if act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
-    factor = inverse_factor(hessian.double()[order][:, order], damping, "a layer that GPTQ rounds").float()
-    scale, zero_point = (one.T.contiguous() for one in parameters(groups, grid))
-    left = weight.float().T[order].contiguous()  # (in, out): what is worked on lies together
+        hessian = hessian[torch.maximum(order[:, None], order), torch.minimum(order[:, None], order)]
+    elif not overwrite:
+        hessian = hessian.clone()
+    factor = InverseFactor(hessian.double(), damping, "a layer that GPTQ rounds")
+    left = weight.float().T[order]  # (in, out): what is worked on lies together
     pruned = left == 0
     sparse = bool(pruned.any())
-    codes = torch.empty_like(left)
+    codes = torch.empty(left.shape, dtype=torch.uint8)
     block = max(_BLOCK, grid.group_size)
     for start in range(0, inputs, block):
         end = min(start + block, inputs)
-        errors = torch.empty(end - start, outputs)
+        errors, upper = torch.empty(end - start, outputs), factor.rows(start, end).float()
         for row in range(start, end):
             group = int(order[row]) // grid.group_size
             if not act_order and row % grid.group_size == 0:
-                fresh = parameters(in_groups(left[row : row + grid.group_size].T, grid.group_size), grid)
+                fresh = parameters_of(left[row : row + grid.group_size].T, grid)
                 scale[group], zero_point[group] = fresh[0][:, 0], fresh[1][:, 0]
-            codes[row] = encode(left[row], scale[group], zero_point[group], grid)
-            error = left[row] - (codes[row] - zero_point[group]) * scale[group]
-            errors[row - start] = error.div_(factor[row, row])
-            left[row + 1 : end].addr_(factor[row, row + 1 : end], error, alpha=-1.0)
+            code = encode(left[row], scale[group], zero_point[group], grid)
+            error = left[row] - (code - zero_point[group]) * scale[group]
+            here = row - start
+            errors[here] = error.div_(upper[here, here])
+            left[row + 1 : end].addr_(upper[here, here + 1 : end - start], error, alpha=-1.0)
+            codes[row] = code
             if sparse:  # a pruned weight stays pruned
                 left[row + 1 : end].masked_fill_(pruned[row + 1 : end], 0.0)
-        left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1.0)
+        left[end:].addmm_(upper[:, end - start :].T, errors, alpha=-1.0)
         if sparse:
             left[end:].masked_fill_(pruned[end:], 0.0)
+    del left, pruned
     return grouped(codes[order.argsort()].T.contiguous(), scale.T.contiguous(), zero_point.T.contiguous(), grid)
 
 
 def _check_hessian(hessian: Tensor, inputs: int) -> None:
-    if hessian.shape != (inputs, inputs) or not torch.isfinite(hessian).all():
+    strips = hessian.split(STRIP)
+    if hessian.shape != (inputs, inputs) or not all(bool(torch.isfinite(strip).all()) for strip in strips):
         raise StageError(
             "reading the Hessian for GPTQ",
             found=f"shape {list(hessian.shape)}, {int((~torch.isfinite(hessian)).sum())} values NaN or infinite",

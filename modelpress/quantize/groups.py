@@ -13,6 +13,9 @@ from torch import Tensor
 
 from modelpress.errors import StageError
 
+ELEMENTS = 2**19
+"""Weights that are rounded at a time: the search takes several times their memory."""
+
 SMALLEST_CLIP, CLIP_STEPS = 0.5, 26
 """The search for the best clipped range shrinks it down to this share, in so many steps."""
 
@@ -59,8 +62,12 @@ class GroupedWeight:
     def dequantize(self) -> Tensor:
         """(codes − zero point) · scale, (out, in) float32."""
         size, inputs = self.grid.group_size, self.codes.shape[1]
-        zero_point = self.zero_point.float().repeat_interleave(size, dim=1)[:, :inputs]
-        return (self.codes.float() - zero_point) * self.scale.repeat_interleave(size, dim=1)[:, :inputs]
+        weight = torch.empty(self.codes.shape)
+        for start in range(0, inputs, size):
+            columns, group = slice(start, start + size), slice(start // size, start // size + 1)
+            codes = self.codes[:, columns].float()
+            weight[:, columns] = codes.sub_(self.zero_point[:, group].float()).mul_(self.scale[:, group])
+        return weight
 
 
 def round_to_nearest(weight: Tensor, grid: Grid) -> GroupedWeight:
@@ -73,10 +80,42 @@ def round_to_nearest(weight: Tensor, grid: Grid) -> GroupedWeight:
     Raises:
         StageError: the weight is no matrix, or is not finite.
     """
-    groups = in_groups(weight, grid.group_size)
-    scale, zero_point = parameters(groups, grid)
-    codes = encode(groups, scale.unsqueeze(-1), zero_point.unsqueeze(-1), grid)
-    return grouped(codes.flatten(1)[:, : weight.shape[1]], scale, zero_point, grid)
+    _check(weight)
+    parts = []
+    for rows in weight.split(_rows_at_a_time(weight)):
+        groups = in_groups(rows, grid.group_size)
+        scale, zero_point = parameters(groups, grid)
+        codes = encode(groups, scale.unsqueeze(-1), zero_point.unsqueeze(-1), grid)
+        parts.append(grouped(codes.flatten(1)[:, : weight.shape[1]], scale, zero_point, grid))
+    return GroupedWeight(
+        *(torch.cat([getattr(part, key) for part in parts]) for key in ("codes", "scale", "zero_point")), grid
+    )
+
+
+def parameters_of(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """`parameters` of a matrix (out, in), some of its rows at a time.
+
+    Raises:
+        StageError: see `in_groups`.
+    """
+    _check(weight)
+    rows = weight.split(_rows_at_a_time(weight))
+    found = [parameters(in_groups(part, grid.group_size), grid) for part in rows]
+    return torch.cat([scale for scale, _ in found]), torch.cat([zero_point for _, zero_point in found])
+
+
+def _rows_at_a_time(weight: Tensor) -> int:
+    return max(1, ELEMENTS // weight.shape[1])
+
+
+def _check(weight: Tensor) -> None:
+    if weight.ndim != 2 or not weight.numel() or not torch.isfinite(weight).all():
+        raise StageError(
+            "dividing a weight into groups",
+            found=f"shape {list(weight.shape)}, {int((~torch.isfinite(weight)).sum())} of its values NaN or infinite",
+            expected="a matrix (out, in) of finite values",
+            fix="repair the model, or name the layer in quantize.ignore",
+        )
 
 
 def in_groups(weight: Tensor, group_size: int) -> Tensor:
@@ -85,13 +124,7 @@ def in_groups(weight: Tensor, group_size: int) -> Tensor:
     Raises:
         StageError: it is no matrix, or is not finite.
     """
-    if weight.ndim != 2 or not weight.numel() or not torch.isfinite(weight).all():
-        raise StageError(
-            "dividing a weight into groups",
-            found=f"shape {list(weight.shape)}, {int((~torch.isfinite(weight)).sum())} of its values NaN or infinite",
-            expected="a matrix (out, in) of finite values",
-            fix="repair the model, or name the layer in quantize.ignore",
-        )
+    _check(weight)
     missing = -weight.shape[1] % group_size
     padded = torch.nn.functional.pad(weight.float(), (0, missing))
     return padded.reshape(len(weight), -1, group_size)

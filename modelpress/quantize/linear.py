@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from modelpress.config import QuantizeConfig
 from modelpress.errors import ConfigError, CoverageError, StageError
-from modelpress.layerwise import LayerInputs, users, walk_
+from modelpress.layerwise import LayerInputs, walk_
+from modelpress.moments import output_error
 from modelpress.progress import Progress, silent
 from modelpress.prune.select import matches
 from modelpress.quantize import weight_only_method
@@ -27,6 +28,7 @@ from modelpress.quantize.packed import RoundedWeight
 from modelpress.quantize.weight_only import naming, quantize_weight
 from modelpress.reports import LayersReport, RoundedLayer
 from modelpress.residence import IN_MEMORY, Residence, visit_
+from modelpress.survey import users
 from modelpress.workload import Workload
 
 BATCH_SIZE = 32
@@ -36,6 +38,7 @@ MIN_ROWS = 16
 """Fewer inputs say nothing about a layer."""
 
 _SMALLEST_GROUP = 16
+_ERROR_ROWS = 128
 
 Put = Callable[[str, nn.Module, RoundedWeight], None]
 """Told of each layer, by its name in the model, and its rounded weight."""
@@ -207,22 +210,17 @@ def _rounded(
 
 def _row(name: str, before: Tensor, after: Tensor, num_bits: int, inputs: LayerInputs | None) -> RoundedLayer:
     """What rounding did to a layer: ‖W − Ŵ‖² ÷ ‖W‖², and tr(ΔHΔᵀ) ÷ tr(WHWᵀ)."""
-    delta = (before - after).double()
-
-    def energy(weight: Tensor) -> float:
-        assert inputs is not None
-        return float(((weight @ inputs.second_moment) * weight).sum())
-
-    def share(part: float, whole: float) -> float:
-        return part / whole if whole else 0.0
-
+    changed = whole = 0.0
+    for old, new in zip(before.split(_ERROR_ROWS), after.split(_ERROR_ROWS), strict=True):
+        whole += float(old.double().square().sum())
+        changed += float((old - new).double().square().sum())
     return RoundedLayer(
         name=f"{name}.weight",
         shape=list(before.shape),
         num_bits=num_bits,
-        weight_error=share(float(delta.square().sum()), float(before.double().square().sum())),
+        weight_error=changed / whole if whole else 0.0,
         calibration_rows=inputs.rows if inputs else None,
-        output_error=share(energy(delta), energy(before.double())) if inputs else None,
+        output_error=output_error(before, after, inputs.second_moment) if inputs else None,
     )
 
 

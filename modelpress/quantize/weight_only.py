@@ -130,14 +130,14 @@ def quantize_weight(
         weight: (out, in) float.
         grid: bits, group size, symmetric or not.
         config: the algorithm, and whether `gptq` orders its inputs.
-        hessian: (in, in), for `gptq`: Σ x xᵀ of the inputs.
+        hessian: (in, in), for `gptq`: Σ x xᵀ of the inputs; overwritten above its diagonal.
 
     Raises:
         StageError: see `quantize_layers`.
     """
     with naming(names):
         if hessian is not None:
-            return gptq(weight, hessian, grid, config.act_order)
+            return gptq(weight, hessian, grid, config.act_order, overwrite=True)
         if config.algorithm == "rtn":
             return round_to_nearest(weight, grid)
         zeros = float((weight == 0).float().mean())

@@ -89,7 +89,18 @@ def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
     if not isinstance(read_object(path).get("model"), dict):
         raise WorkloadError(f"reading {path}", found="no `model`", expected="a fast tokenizer")
-    tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:
+        if type(error) is not Exception:  # the package raises no type of its own
+            raise
+        raise WorkloadError(
+            f"reading {path}",
+            found=str(error)[:200],
+            expected="a fast tokenizer that the installed package `tokenizers` knows",
+            fix="copy the folder again, or save its tokenizer with save_pretrained",
+        ) from error
     tokenizer.no_truncation()
     pad = read_padding(folder) or 0
     if pad >= 2**32:

@@ -281,6 +281,9 @@ def test_what_needs_the_whole_model_is_refused(tmp_path: Path, decoder: Path, te
         prune_folder(Toy(lambda: nn.Linear(2, 2), shape=(2,)), PruneConfig(method="magnitude"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
     (tmp_path / "out").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="something there already"):
+        prune_folder(one, PruneConfig(method="magnitude"), tmp_path / "link")
     with pytest.raises(ConfigError, match="something there already"):
         prune_folder(one, PruneConfig(method="magnitude"), tmp_path / "out")
 

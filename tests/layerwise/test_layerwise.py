@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +12,8 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 from modelpress.errors import StageError
 from modelpress.layerwise import LayerInputs, walk_
-from modelpress.moments import flat_weight
+from modelpress.moments import InverseFactor, flat_weight, output_error
+from modelpress.survey import MOST_STEPS
 from modelpress.workload import Batch
 
 
@@ -167,37 +167,82 @@ def test_statistics_are_those_of_plain_forward_passes(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_block_sees_what_the_changed_ones_before_it_give(case: str) -> None:
-    """Halving each weight when it is visited, and looking at the whole module again for the next block."""
+def test_each_input_is_what_the_changed_layers_before_it_give(case: str) -> None:
+    """Halving each weight when it is visited, and looking at the whole module again for the next input."""
     module = made(CASES[case])
     names = linears(module)
     changed = copy.deepcopy(module)
     state: dict[str, Tensor] = {}
-    group = ""
+    last: list[Tensor] = []
+    shared: list[str] = []
 
     def visit(inputs: LayerInputs) -> None:
-        nonlocal group
-        block = re.split(r"(?<=\d)", inputs.name)[0]  # up to the block's number
-        if block != group:  # a group is visited with statistics from before its first change
-            group = block
+        if not last or inputs.second_moment is not last[0]:  # one input's layers: from before the first of them changed
+            last[:] = [inputs.second_moment]
             state.update(plain(copy.deepcopy(changed), names))
+        else:
+            shared.append(inputs.name.rpartition(".")[2])
         assert torch.allclose(inputs.second_moment, state[inputs.name], rtol=1e-5, atol=1e-6), inputs.name
         inputs.layer.weight.mul_(0.5)
 
     walk_(changed, names, batches(), visit)
     for name in names:
         assert torch.equal(changed.get_submodule(name).weight, module.get_submodule(name).weight * 0.5)
+    assert set(shared) == {"bert": {"key", "value"}, "llama": {"k_proj", "v_proj", "up_proj"}}.get(case, set())
 
 
-def test_a_chain_runs_each_block_twice_and_once_more() -> None:
-    """Once to look, once for the statistics, once for the next block's inputs: no pass of the whole for each."""
+def test_what_is_changed_in_place_between_two_layers_is_not_shared() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, hidden: Tensor, scale: Tensor) -> tuple[Tensor, str]:
+            found = self.first(hidden) + self.second(hidden)
+            return hidden + found + self.third(hidden.relu_()), "anything"
+
+    torch.manual_seed(0)
+    module = Chain().eval()
+    module.blocks = nn.ModuleList(Twice() for _ in range(2))
+    names = [name for name in linears(module) if name.startswith("blocks")]
+    expected = plain(copy.deepcopy(module), names)
+    seen: dict[str, Tensor] = {}
+    walk_(module, names, batches(), lambda inputs: seen.update({inputs.name: inputs.second_moment}))
+    assert seen["blocks.1.first"] is seen["blocks.1.second"]
+    assert seen["blocks.1.second"] is not seen["blocks.1.third"]
+    for name in names:
+        assert torch.allclose(seen[name], expected[name], rtol=1e-5, atol=1e-6), name
+
+
+def test_many_inputs_of_one_block_are_measured_in_a_few_passes() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3 * MOST_STEPS))
+
+        def forward(self, hidden: Tensor, scale: Tensor) -> tuple[Tensor, str]:
+            return hidden + sum(expert(hidden * index) for index, expert in enumerate(self.experts)), "anything"
+
+    module = made(Chain)
+    module.blocks = nn.ModuleList(Experts() for _ in range(2))
+    calls: list[nn.Module] = []
+    module.blocks[1].register_forward_pre_hook(lambda block, _: calls.append(block))
+    names = [name for name in linears(module) if name.startswith("blocks.1.")]
+    seen: list[str] = []
+    walk_(module, names, batches(), lambda inputs: seen.append(inputs.name))
+    assert seen == names
+    assert len(calls) == (1 + MOST_STEPS) * len(batches())
+
+
+def test_a_chain_runs_each_block_for_each_of_its_inputs_and_twice_more() -> None:
+    """Once to look, once for each input's statistics, once for the next block's: no pass of the whole for each."""
     module = made(Chain)
     calls = [0, 0, 0]
     for index, block in enumerate(module.blocks):
-        block.register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
+        block.register_forward_pre_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
     names = [name for name in linears(module) if name.startswith("blocks")]
     walk_(module, names, batches(), lambda _: None)
-    assert calls == [9, 9, 6]
+    assert calls == [15, 12, 9]  # the first is called once more for what it takes, and does not run
 
 
 def test_a_shared_weight_is_visited_once_with_all_inputs() -> None:
@@ -379,3 +424,29 @@ def test_a_block_may_change_its_input_in_place() -> None:
 def test_arguments_that_differ_in_a_later_batch_are_seen() -> None:
     short, long = Batch({"x": torch.randn(2, 4, 8)}), Batch({"x": torch.randn(2, 16, 8)})
     assert traces(Windows(), [short, long]) == pytest.approx(traces(Windows(), [long, short]))
+
+
+@pytest.mark.parametrize("features", [1, 127, 128, 129, 300])
+def test_a_factor_shares_the_matrix_with_the_moments_that_it_is_of(features: int) -> None:
+    """UᵀU is the damped inverse; what stands on and below the diagonal stays, so that errors still read it."""
+    x = torch.randn(2 * features, features, generator=torch.Generator().manual_seed(features)).double()
+    h = x.T @ x
+    h = h.tril() + h.tril(-1).T
+    shared = h.clone()
+    factor = InverseFactor(shared, 0.01, "a").rows(0, features)
+    epsilon = 0.01 * h.diagonal().mean() * torch.eye(features)
+    assert torch.equal(factor, factor.triu())
+    assert torch.allclose(factor.T @ factor @ (h + epsilon), torch.eye(features).double(), atol=1e-9)
+    assert torch.equal(shared.tril(), h.tril())
+    assert torch.equal(InverseFactor(shared, 0.01, "a").rows(0, features), factor)  # again, for the next layer
+    before = torch.randn(70, features).double()
+    after, mask = before * 0.9, torch.rand(70, features) < 0.5
+    for given in (None, mask):
+        change = before - (after if given is None else after * given)
+        expected = float(((change @ h) * change).sum() / ((before @ h) * before).sum())
+        assert output_error(before, after, shared, given) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_singular_moment_is_named() -> None:
+    with pytest.raises(StageError, match=r"inputs of up(.|\n)*singular matrix of 200 features"):
+        InverseFactor(torch.ones(200, 200, dtype=torch.float64), 0.0, "up")

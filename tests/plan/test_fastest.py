@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,9 @@ from modelpress import graph
 from modelpress.agreement import Judge, divergence
 from modelpress.checkpoint import Checkpoint
 from modelpress.config import ExportConfig, PlanConfig
-from modelpress.errors import BudgetExceededError, ConfigError, CoverageError, StageError
+from modelpress.errors import BudgetExceededError, ConfigError, CoverageError, StageError, StoreError
 from modelpress.export import export
-from modelpress.plan import fastest, outline
+from modelpress.plan import fastest, outline, show
 from modelpress.plan.kernels import Builder, Kernel, products
 from modelpress.plan.latency import in_turns
 from modelpress.reports import PlanReport
@@ -132,3 +133,22 @@ def test_calls_are_timed_in_turns(encoder: Case) -> None:
     found = in_turns([checkpoint, checkpoint], workload.example(2), 0.01)
     assert len(found) == 2
     assert all(0 < seconds < 60 for seconds in found)
+
+
+def test_a_plan_is_written_whole_or_not_at_all(encoder: Case, tmp_path: Path) -> None:
+    made, report = planned(encoder)
+    for link in (False, True):  # come after the look that the command takes before it spends an hour
+        if link:
+            (tmp_path / "one.png").symlink_to(tmp_path / "nowhere")
+        else:
+            (tmp_path / "one.json").mkdir()
+        with pytest.raises(StoreError, match="one"):
+            show.write(made, report, tmp_path, "one")
+        assert len(list(tmp_path.iterdir())) == 1
+        with pytest.raises(ConfigError, match="nothing of this name"):
+            show.check_folder(tmp_path, "one")
+        (tmp_path / "one.png").unlink() if link else (tmp_path / "one.json").rmdir()
+    written = show.write(made, report, tmp_path, "one")
+    assert sorted(tmp_path.iterdir()) == sorted(written)
+    assert {path.suffix for path in written} >= {".safetensors", ".onnx", ".json", ".png"}
+    assert PlanReport.model_validate_json((tmp_path / "one.json").read_bytes()) == report

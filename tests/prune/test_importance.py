@@ -49,6 +49,22 @@ def test_taylor_is_the_squared_slope_of_a_gate() -> None:
         taylor(module, groups, toy, silent)
 
 
+@pytest.mark.parametrize("where", ["all", "one"])
+def test_outputs_that_are_cut_off_from_the_weights_are_named(where: str) -> None:
+    class Cut(Gates):
+        def forward(self, x: Tensor) -> Tensor:
+            if where == "all":
+                return super().forward(x).detach()
+            return self.down(self.up(x).relu()).detach() + self.down.bias
+
+    toy = Toy(Cut)
+    module = toy.source()
+    groups, _ = find_groups(module, toy.example(3))
+    with pytest.raises(StageError, match=r"does not depend on body\.down(.|\n)*detach"):
+        taylor(module, groups, toy, silent)
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
 def test_of_embeddings_it_is_how_far_they_move_in_the_mean_over_signs() -> None:
     """E[(rᵀJw)²] = |Jw|²: the sum over samples of the squared movement, here exact, as the layer is linear."""
     toy = Toy(Gates, outputs="embeddings", samples=4000)

@@ -5,20 +5,23 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
 
 from modelpress.config import PruneConfig
 from modelpress.errors import CoverageError, StageError
-from modelpress.moments import inverse_factor
-from modelpress.prune import prune_
+from modelpress.moments import InverseFactor
+from modelpress.prune import masks, prune_
 from modelpress.prune.magnitude import prune_magnitude_
 from modelpress.prune.masks import least, least_in_groups, least_in_rows
 from modelpress.prune.sparsegpt import BLOCK, sparsify
-from modelpress.prune.wanda import scores_of
+from modelpress.prune.wanda import norms_of
 from modelpress.prune.zeros import prunable_weights
 from tests.prune.test_structured import Bert
 from tests.train.toy import Toy
@@ -98,7 +101,7 @@ def test_sparsegpt_holds_patterns_of_any_shape(
     features = groups * size
     torch.manual_seed(groups)
     weight = torch.ones(outputs, features).double() if levels else torch.randn(outputs, features).double()
-    factor = inverse_factor(moment(correlated(2 * features, features)), 0.01, "a")
+    factor = InverseFactor(moment(correlated(2 * features, features)), 0.01, "a").rows
     config = PruneConfig(method="sparsegpt", pattern=f"{zeros}:{size}")
     after, mask = sparsify(weight, factor, config)
     assert ((~mask).reshape(-1, size).sum(dim=1) == zeros).all()
@@ -115,15 +118,37 @@ def test_sparsegpt_is_exact_overall_even_in_blocks_and_only_grows(
     weight = torch.randn(outputs, features, generator=torch.Generator().manual_seed(features)).double()
     factor = torch.eye(features, dtype=torch.float64) + 0.3 * torch.ones(features, features).triu(1).double()
     second = first + more * (0.95 - first)
-    after, mask = sparsify(weight, factor, PruneConfig(method="sparsegpt", sparsity=first))
+
+    def rows(start: int, end: int) -> Tensor:
+        return factor[start:end, start:]
+
+    after, mask = sparsify(weight, rows, PruneConfig(method="sparsegpt", sparsity=first))
     assert int((~mask).sum()) == round(first * weight.numel())
     for start in range(0, features, BLOCK):
         block = mask[:, start : start + BLOCK]
         assert abs(int((~block).sum()) - first * block.numel()) <= 1
-    again, grown = sparsify(after, factor, PruneConfig(method="sparsegpt", sparsity=second), mask)
+    again, grown = sparsify(after, rows, PruneConfig(method="sparsegpt", sparsity=second), mask)
     assert int((~grown).sum()) == round(second * weight.numel())
     assert not (grown & ~mask).any()
     assert torch.equal(again[~grown], torch.zeros_like(again[~grown]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    scores=arrays(np.float32, st.integers(1, 60), elements=st.sampled_from([-1.0, 0.0, 0.5, 0.75, 2.0])),
+    share=st.floats(0, 1),
+    together=st.sampled_from([1, 7, 2**18]),
+)
+def test_the_least_are_those_that_a_stable_sort_puts_first(
+    scores: npt.NDArray[np.float32], share: float, together: int
+) -> None:
+    given_, count = torch.from_numpy(scores), int(share * len(scores))
+    expected = torch.ones(len(scores), dtype=torch.bool)
+    expected[torch.argsort(given_, stable=True)[:count]] = False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masks, "TIES", together)
+        assert torch.equal(least(given_, count), expected)
+    assert scores.tolist() == given_.tolist()
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
@@ -134,7 +159,7 @@ def test_errors_rank_as_the_papers_say(pattern: str) -> None:
     weight = torch.randn(64, features, generator=torch.Generator().manual_seed(1)).double()
     h = moment(x)
     config = PruneConfig(method="sparsegpt", pattern=pattern)
-    by_wanda = scores_of(weight, h)
+    by_wanda = weight.abs() * norms_of(h)
 
     def by_pattern(scores: Tensor) -> Tensor:
         return least_in_groups(scores, 2, 4)
@@ -143,7 +168,7 @@ def test_errors_rank_as_the_papers_say(pattern: str) -> None:
         return float(((weight - after) @ x.T).norm())
 
     errors = [
-        error(sparsify(weight, inverse_factor(h, 0.01, "a"), config)[0]),
+        error(sparsify(weight, InverseFactor(h.clone(), 0.01, "a").rows, config)[0]),
         error(weight * (by_pattern(by_wanda) if pattern == "2:4" else least_in_rows(by_wanda, features // 2))),
         error(weight * (by_pattern(weight.abs()) if pattern == "2:4" else least(weight.abs(), weight.numel() // 2))),
     ]
@@ -155,7 +180,7 @@ def test_sparsegpt_on_orthogonal_inputs_is_magnitude_pruning(pattern: str) -> No
     """H = cI: no weight can make up for another."""
     weight = torch.randn(24, BLOCK, generator=torch.Generator().manual_seed(0)).double()
     config = PruneConfig(method="sparsegpt", pattern=pattern, sparsity=0.5)
-    after, mask = sparsify(weight, inverse_factor(7 * torch.eye(BLOCK, dtype=torch.float64), 0.01, "a"), config)
+    after, mask = sparsify(weight, InverseFactor(7 * torch.eye(BLOCK, dtype=torch.float64), 0.01, "a").rows, config)
     scores = weight.abs()
     assert torch.equal(mask, least_in_groups(scores, 2, 4) if pattern == "2:4" else least(scores, scores.numel() // 2))
     assert torch.allclose(after, weight * mask)
@@ -167,7 +192,7 @@ def test_sparsegpt_of_one_output_is_the_optimal_brain_surgeon() -> None:
     weight = torch.randn(2, 9, generator=torch.Generator().manual_seed(2)).double()
     weight[:, 0] *= 1e-6  # the one to go is the first, so that all others may make up for it
     config = PruneConfig(method="sparsegpt", sparsity=1 / 9)
-    after, mask = sparsify(weight, inverse_factor(moment(x), 0.0, "a"), config)
+    after, mask = sparsify(weight, InverseFactor(moment(x), 0.0, "a").rows, config)
     assert not mask[:, 0].any()
     best = torch.linalg.lstsq(x[:, 1:], x @ weight.T).solution.T
     assert torch.allclose(after[:, 1:], best, rtol=1e-8)

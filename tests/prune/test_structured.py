@@ -394,3 +394,15 @@ def test_what_an_unsupported_layer_reads_is_left_alone(
     assert (module.body[0].out_channels, module.body[2].out_channels, module.body[5].out_features) == (6, 2, 4)
     with pytest.raises(ConfigError, match=reason):
         prune_(module, toy, PruneConfig(targets=["body.0"], repair=repair))
+
+
+@pytest.mark.parametrize("repair", [True, False])
+def test_too_few_inputs_to_judge_by_are_refused(repair: bool) -> None:
+    """A repair that is fitted to one sample fits that one alone."""
+    toy = Toy(lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), samples=60)  # a fourth calibrates
+    module = toy.source()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(StageError, match=r"15 rows(.|\n)*at least 16(.|\n)*calibration_samples"):
+        prune_(module, toy, PruneConfig(structures=["neurons"], repair=repair))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    prune_(module, toy, PruneConfig(structures=["neurons"], repair=False, importance="magnitude"))  # which asks no data

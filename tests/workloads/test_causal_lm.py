@@ -183,6 +183,15 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, texts: Path, fo
         workload_of(texts, str(broken_folder(tmp_path, folder, vocab_size=200)))
 
 
+def test_a_tokenizer_of_a_kind_that_nobody_knows_is_named(tmp_path: Path, texts: Path, folder: Path) -> None:
+    path = broken_folder(tmp_path, folder) / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["model"] = {"type": "Sumerian", "vocab": {}}
+    path.write_text(json.dumps(document))
+    with pytest.raises(WorkloadError, match=r"tokenizer\.json(.|\n)*a fast tokenizer"):
+        workload_of(texts, str(tmp_path))
+
+
 def test_of_several_ends_the_first_is_taken(tmp_path: Path, texts: Path, folder: Path) -> None:
     assert workload_of(texts, str(broken_folder(tmp_path, folder, eos_token_id=[7, 0]))).end == 7
     for wrong in ([], ["</s>"], [-1]):
