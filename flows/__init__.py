@@ -1,1 +1,1 @@
-"""What runs: optimize, promote, rollback, demo. Each flow's signature is its form in the Prefect UI."""
+"""What runs: optimize, promote, rollback, collect, demo. Each flow's signature is its form in the Prefect UI."""

@@ -5,6 +5,8 @@
     blobs/sha256/<digest>                       a shard or a file, named by its content
     packs/<name>/<digest>.json                  a manifest, named by its content
     packs/<name>/refs/<alias>/<number>.json     one entry of a pointer's log
+    uploads/<name>/<id>.json                    an intent: what an upload under way needs
+    collections/<number>.json                   a collector's turn; <number>.ended: it is over
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from modelpress.errors import ConfigError
 
 BLOBS = "blobs/sha256/"
 PACKS = "packs/"
+UPLOADS = "uploads/"
+COLLECTIONS = "collections/"
 NUMBER_DIGITS = 8
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")
@@ -58,6 +62,50 @@ def pointer_owner(key: str) -> tuple[str, str] | None:
     """Pack name and alias of an entry's key; None for a key that is none."""
     match = re.fullmatch(rf"{PACKS}({_NAME.pattern})/refs/({_ALIAS.pattern})/[0-9]{{{NUMBER_DIGITS}}}\.json", key)
     return (match[1], match[3]) if match else None
+
+
+def blob_digest(key: str) -> str | None:
+    """The digest in a blob's key; None for a key that is none."""
+    digest = key.removeprefix(BLOBS)
+    return digest if key.startswith(BLOBS) and is_digest(digest) else None
+
+
+def manifest_owner(key: str) -> tuple[str, str] | None:
+    """Pack name and digest in a manifest's key; None for a key that is none."""
+    match = re.fullmatch(rf"{PACKS}({_NAME.pattern})/({_DIGEST.pattern})\.json", key)
+    return (match[1], match[3]) if match else None
+
+
+def signatures(name: str, digest: str) -> str:
+    """Prefix of what signs a manifest."""
+    return f"{manifest(name, digest).removesuffix('.json')}.sigs/"
+
+
+def signature_owner(key: str) -> tuple[str, str] | None:
+    """Pack name and digest of the manifest that the object under this key signs; None for a key of another kind."""
+    match = re.fullmatch(rf"{PACKS}({_NAME.pattern})/({_DIGEST.pattern})\.sigs/.+", key)
+    return (match[1], match[3]) if match else None
+
+
+def intent(name: str, token: str) -> str:
+    """Key of what an upload under way says that it needs."""
+    return f"{UPLOADS}{manifests(name).removeprefix(PACKS)}{token}.json"
+
+
+def is_intent(key: str) -> bool:
+    """Whether an intent lies under this key."""
+    return re.fullmatch(rf"{UPLOADS}{_NAME.pattern}/[0-9a-f]{{32}}\.json", key) is not None
+
+
+def turn(number: int, *, ended: bool = False) -> str:
+    """Key of a collector's turn, and of the mark that it is over; numbers count from 1."""
+    return f"{COLLECTIONS}{number:0{NUMBER_DIGITS}d}.{'ended' if ended else 'json'}"
+
+
+def turn_number(key: str) -> tuple[int, bool] | None:
+    """Number of a turn's key, and whether it is the mark of its end; None for a key that is none."""
+    match = re.fullmatch(rf"{COLLECTIONS}([0-9]{{{NUMBER_DIGITS}}})\.(json|ended)", key)
+    return (int(match[1]), match[2] == "ended") if match else None
 
 
 def is_digest(text: str) -> bool:

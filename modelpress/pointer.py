@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from modelpress import keys, strictjson
 from modelpress.errors import ConfigError, ConflictError, CorruptionError, NotFoundError, UnsupportedFormatError
+from modelpress.housekeeping.intents import announced
 from modelpress.store.base import Store, get_capped
 
 FORMAT_VERSION = 1
@@ -98,6 +99,21 @@ def append(
         ConflictError: `after` is not the last entry any more, or the race was lost too often.
         ConfigError: the entry, with its decision, is larger than `MAX_ENTRY_BYTES`.
     """
+    keys.pointer(name, alias, 1), keys.manifest(name, pack)  # legal names, or nothing is written
+    with announced(store, name, pack):  # so that retention keeps it
+        return _append(store, name, alias, pack, reason, decision, after, token)
+
+
+def _append(
+    store: Store,
+    name: str,
+    alias: str,
+    pack: str,
+    reason: str,
+    decision: dict[str, Any] | None,
+    after: int | None,
+    token: str | None,
+) -> Pointer:
     if store.info(keys.manifest(name, pack)) is None:
         raise NotFoundError(
             f"pointing {name}@{alias} at pack {pack}",
@@ -187,14 +203,14 @@ def rollback(store: Store, name: str, alias: str, to: str | None = None, *, toke
     for entry in entries:
         if token is not None and entry.token == token:
             return entry
-    standing = _standing(entries)
-    if to is None and len(standing) < 2:
-        found = f"only pack {standing[0]}" if standing else "an alias that was never set"
+    back = standing(entries)
+    if to is None and len(back) < 2:
+        found = f"only pack {back[0]}" if back else "an alias that was never set"
         raise NotFoundError(f"rolling back {name}@{alias}", found=found, expected="an earlier pack to go back to")
-    return append(store, name, alias, to or standing[-2], ROLLBACK, after=len(entries), token=token)
+    return append(store, name, alias, to or back[-2], ROLLBACK, after=len(entries), token=token)
 
 
-def _standing(entries: list[Pointer]) -> list[str]:
+def standing(entries: list[Pointer]) -> list[str]:
     """The packs that a rollback can return to, newest last: promotions push, rollbacks cut back."""
     packs: list[str] = []
     for entry in entries:

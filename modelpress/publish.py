@@ -2,7 +2,8 @@
 
 A run that was killed at any moment is run again: blobs that are there are not sent again, an interrupted multipart
 upload continues, and the pack gets the same digest. Until the manifest stands, nothing refers to the blobs, so nobody
-ever sees half a pack.
+ever sees half a pack. What the pack needs is announced before anything is looked for, so that no collection takes what
+was found (`modelpress.housekeeping`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from modelpress import keys
 from modelpress.config import UploadConfig
-from modelpress.errors import ConflictError, StageError
+from modelpress.errors import ConflictError, NotFoundError, StageError
+from modelpress.housekeeping.intents import announced
 from modelpress.manifest import Manifest
 from modelpress.progress import Progress, silent
 from modelpress.reports import UploadReport
@@ -64,8 +66,23 @@ def publish(
     upload = _Upload(store, sum(sizes.values()), progress)
     # Large ones first: the last thread is not left alone with the largest.
     order = sorted(sizes, key=lambda digest: (-sizes[digest], digest))
-    _send_all(upload, [(digest, sizes[digest], sources[digest]) for digest in order], config or UploadConfig())
-    _commit(store, manifest)
+    blobs_in_order = [(digest, sizes[digest], sources[digest]) for digest in order]
+    with announced(
+        store,
+        manifest.name,
+        manifest.digest,
+        base=manifest.base,
+        blobs=sizes,
+        resumable=True,
+        progress=lambda _done, _total, note="": progress(upload.done_bytes, upload.total_bytes, note),
+    ) as announcement:
+        _send_all(upload, blobs_in_order, config or UploadConfig())
+        while not announcement.holds():  # it lay asleep for days: what was there may have been collected
+            announcement.announce()
+            upload.begin_anew()
+            _send_all(upload, blobs_in_order, config or UploadConfig())
+        _check_base(store, manifest)
+        _commit(store, manifest)
     published = manifest.published_bytes
     return UploadReport(
         pack=manifest.digest,
@@ -99,9 +116,14 @@ class _Upload:
     """The blobs of one pack on their way, counted; `send` is called from threads."""
 
     def __init__(self, store: Store, total_bytes: int, progress: Progress) -> None:
-        self.sent_objects = self.sent_bytes = self._done_bytes = 0
-        self._store, self._total_bytes, self._progress = store, total_bytes, progress
+        self.sent_objects = self.sent_bytes = self.done_bytes = 0
+        self.total_bytes = total_bytes
+        self._store, self._progress = store, progress
         self._lock = threading.Lock()
+
+    def begin_anew(self) -> None:
+        """Count what is there from nothing; what was sent was sent."""
+        self.done_bytes = 0
 
     def send(self, digest: str, size: int, source: bytes | Path) -> None:
         key = keys.blob(digest)
@@ -112,8 +134,8 @@ class _Upload:
         with self._lock:
             self.sent_objects += missing
             self.sent_bytes += size if missing else 0
-            self._done_bytes += size
-            self._progress(self._done_bytes, self._total_bytes, f"{'sent' if missing else 'present'} {digest[:12]}")
+            self.done_bytes += size
+            self._progress(self.done_bytes, self.total_bytes, f"{'sent' if missing else 'present'} {digest[:12]}")
 
 
 def _sources(manifest: Manifest, shards: Sequence[ShardFile], blobs: Mapping[str, bytes]) -> dict[str, bytes | Path]:
@@ -126,6 +148,17 @@ def _sources(manifest: Manifest, shards: Sequence[ShardFile], blobs: Mapping[str
             expected="every shard, file and report that the manifest lists",
         )
     return given
+
+
+def _check_base(store: Store, manifest: Manifest) -> None:
+    """The pack that this one is a difference to: it stood when the difference was taken, and our intent keeps it."""
+    if manifest.base is not None and store.info(keys.manifest(manifest.name, manifest.base)) is None:
+        raise NotFoundError(
+            f"publishing {manifest.name}",
+            found=f"no manifest {store.uri}/{keys.manifest(manifest.name, manifest.base)}",
+            expected="the pack that this one is a difference to",
+            fix="it was removed since: publish in full, or as a difference to another pack",
+        )
 
 
 def _commit(store: Store, manifest: Manifest) -> None:

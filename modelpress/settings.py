@@ -41,6 +41,8 @@ class Settings(BaseSettings):
     """How often a request is sent before the store counts as unavailable."""
     s3_backoff_seconds: float = Field(default=0.5, ge=0)
     """Before attempt n + 1 a random wait below this times 2ⁿ, and below 20 seconds."""
+    upload_abandoned_days: float = Field(default=7.0, gt=0, le=365)
+    """How long an upload that was cut off keeps what it sent from being collected."""
     tracking_uri: str = ""
     """MLflow tracking and registry server. Default: SQLite in `<home>/mlflow.db`."""
     reuse: bool = True

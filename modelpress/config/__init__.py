@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from modelpress.config.base import Alias, Bytes, Config, PackName
 from modelpress.config.distill import DistillConfig
+from modelpress.config.housekeeping import RetentionConfig
 from modelpress.config.judge import EvaluateConfig, GateConfig
 from modelpress.config.pack import CompressConfig, ShardConfig, UploadConfig
 from modelpress.config.plan import PlanConfig, Scale
@@ -44,6 +45,7 @@ __all__ = [
     "PruneConfig",
     "QuantizeConfig",
     "QuantizeRecipe",
+    "RetentionConfig",
     "Scale",
     "ShardConfig",
     "TrainConfig",

@@ -17,6 +17,16 @@ from modelpress.reports.graph import (
     SensitivityRow,
     SharedTensor,
 )
+from modelpress.reports.housekeeping import (
+    CollectReport,
+    Counted,
+    Garbage,
+    GarbageItem,
+    RetainedPack,
+    RetainReport,
+    UsageReport,
+    VersionUsage,
+)
 from modelpress.reports.module import DistillReport, PruneReport, PruneStep, SourceReport, TensorChange, TrainReport
 from modelpress.reports.pack import CodedTensor, CompressReport, ShardReport, UploadReport, VerifyReport
 from modelpress.reports.plan import PlannedTensor, PlanOutline, PlanPoint, PlanReport
@@ -27,11 +37,15 @@ __all__ = [
     "AttributionReport",
     "CodebookReport",
     "CodedTensor",
+    "CollectReport",
     "CompressReport",
+    "Counted",
     "DistillReport",
     "EvaluationReport",
     "ExportReport",
     "FolderReport",
+    "Garbage",
+    "GarbageItem",
     "LatencyReport",
     "LayersReport",
     "PlanOutline",
@@ -43,6 +57,8 @@ __all__ = [
     "QualityReport",
     "QuantizeReport",
     "Report",
+    "RetainReport",
+    "RetainedPack",
     "RoundedLayer",
     "SensitivityRow",
     "ShardReport",
@@ -52,5 +68,7 @@ __all__ = [
     "TensorChange",
     "TrainReport",
     "UploadReport",
+    "UsageReport",
     "VerifyReport",
+    "VersionUsage",
 ]

@@ -4,6 +4,6 @@
 `tests/store/conformance.py` is what every implementation passes.
 """
 
-from modelpress.store.base import ObjectInfo, Store, open_store
+from modelpress.store.base import ObjectInfo, Store, Unfinished, open_store
 
-__all__ = ["ObjectInfo", "Store", "open_store"]
+__all__ = ["ObjectInfo", "Store", "Unfinished", "open_store"]

@@ -9,6 +9,7 @@ import urllib.parse
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from modelpress.errors import ConfigError, CorruptionError, NotFoundError, StoreError, StoreUnfitError
@@ -26,6 +27,21 @@ class ObjectInfo:
 
     key: str
     size_bytes: int
+    modified: datetime
+    """When it was written, UTC, by the store's clock."""
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """An upload in parts that was begun and not ended."""
+
+    key: str
+    upload: str
+    """The store's name for it."""
+    begun: datetime
+    """When, UTC, by the store's clock."""
+    size_bytes: int
+    """Bytes of the parts that are there."""
 
 
 class Store(abc.ABC):
@@ -42,6 +58,8 @@ class Store(abc.ABC):
 
     uri: str
     """Canonical URI, without a trailing slash."""
+    patience_seconds: float = 60.0
+    """Longest time that a call on a small object takes, its repeats included."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -81,7 +99,7 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def info(self, key: str) -> ObjectInfo | None:
-        """Size of an object, None where there is none."""
+        """Size and time of an object, None where there is none."""
 
     @abc.abstractmethod
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
@@ -97,6 +115,16 @@ class Store(abc.ABC):
     @abc.abstractmethod
     def delete(self, key: str) -> None:
         """Remove an object; none there is no error."""
+
+    def unfinished(self, prefix: str = "") -> Iterator[Unfinished]:
+        """Uploads in parts, of keys that begin with `prefix`, that were begun and not ended; a store without parts
+        has none."""
+        del prefix
+        return iter(())
+
+    def abort(self, upload: Unfinished) -> None:
+        """End an unfinished upload and free its parts; one that has ended is no error."""
+        raise NotImplementedError(upload)
 
     def check_fit(self) -> None:
         """Prove by real writes under `doctor/` that conditional creation works, and clean up.

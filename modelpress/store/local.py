@@ -10,6 +10,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -90,7 +91,7 @@ class LocalStore(Store):
         path = self._path(key)
         with local_errors(f"looking at {path}"):
             try:
-                return ObjectInfo(key, path.stat().st_size) if path.is_file() else None
+                return _info(key, path.stat()) if path.is_file() else None
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
@@ -130,7 +131,7 @@ class LocalStore(Store):
                 key = path.relative_to(self.folder).as_posix()
                 if key.startswith(prefix):
                     with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
-                        yield ObjectInfo(key, path.stat().st_size)
+                        yield _info(key, path.stat())
 
     def _link(self, incoming: Path, path: Path) -> bool:
         try:
@@ -156,6 +157,10 @@ class LocalStore(Store):
             with contextlib.suppress(OSError):
                 if path.stat().st_mtime < limit:
                     path.unlink()
+
+
+def _info(key: str, found: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(key, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
 
 
 def file_sha256(path: Path) -> str:

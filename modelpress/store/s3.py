@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +22,7 @@ from botocore.exceptions import ClientError
 
 from modelpress.errors import ConfigError, CorruptionError, NotFoundError, StoreUnavailableError, StoreUnfitError
 from modelpress.settings import Settings
-from modelpress.store.base import ObjectInfo, Store, check_digest, check_key, check_range
+from modelpress.store.base import ObjectInfo, Store, Unfinished, check_digest, check_key, check_range
 from modelpress.store.local import file_sha256, local_errors
 from modelpress.store.s3_client import back_off, connect
 from modelpress.store.s3_errors import status_of, translated
@@ -54,6 +55,7 @@ class S3Store(Store):
             raise ConfigError("opening a store", found=uri, expected="s3://bucket or s3://bucket/prefix")
         super().__init__(f"s3://{bucket}/{prefix}".rstrip("/"))
         self.bucket, self._prefix = bucket, f"{check_key(prefix)}/" if prefix else ""
+        self.patience_seconds = settings.s3_deadline_seconds
         self._attempts, self._backoff = settings.s3_attempts, settings.s3_backoff_seconds
         self._client, self._where, self._wire = connect(bucket, settings)
         self._pool = DaemonPool(PARTS_IN_FLIGHT, "s3-part")
@@ -107,7 +109,7 @@ class S3Store(Store):
                     raise
                 self._see_bucket()
                 return None
-            return ObjectInfo(key, answer["ContentLength"])
+            return ObjectInfo(key, answer["ContentLength"], answer["LastModified"])
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         check_key(prefix, prefix=True)
@@ -115,7 +117,7 @@ class S3Store(Store):
             pages = self._client.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self.bucket, Prefix=self._prefix + prefix):
                 for item in page.get("Contents", []):
-                    yield ObjectInfo(item["Key"].removeprefix(self._prefix), item["Size"])
+                    yield ObjectInfo(item["Key"].removeprefix(self._prefix), item["Size"], item["LastModified"])
 
     def folders(self, prefix: str) -> Iterator[str]:
         check_key(prefix, prefix=True)
@@ -129,6 +131,14 @@ class S3Store(Store):
         check_key(key)
         with self._translated(f"deleting {self.uri}/{key}"):
             self._client.delete_object(Bucket=self.bucket, Key=self._prefix + key)
+
+    def unfinished(self, prefix: str = "") -> Iterator[Unfinished]:
+        check_key(prefix, prefix=True)
+        for upload in self._multipart.unfinished(self._prefix + prefix, f"listing uploads to {self.uri}/{prefix}"):
+            yield replace(upload, key=upload.key.removeprefix(self._prefix))
+
+    def abort(self, upload: Unfinished) -> None:
+        self._multipart.abort(self._prefix + check_key(upload.key), upload.upload, f"ending an upload of {upload.key}")
 
     def close(self) -> None:
         self._multipart.close()

@@ -23,7 +23,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from modelpress.errors import CorruptionError, StoreFullError, StoreUnavailableError
 from modelpress.settings import Settings
-from modelpress.store.base import check_digest
+from modelpress.store.base import Unfinished, check_digest
 from modelpress.store.local import local_errors
 from modelpress.store.s3_client import back_off, body_digest
 from modelpress.store.s3_errors import Where, code_of, translate, translated
@@ -75,11 +75,16 @@ class Buffers:
             for index, buffer in enumerate(self._free):
                 if len(buffer) == size:
                     return self._free.pop(index)
-            if self._left:
-                self._left -= 1
-            else:  # one of another size goes
+            if not self._left:  # one of another size goes, and its memory before the new one's
                 self._free.pop(0)
-            return bytearray(size)
+                self._left += 1
+            try:
+                buffer = bytearray(size)
+            except MemoryError:
+                self._changed.notify()  # the place is still free: somebody else may have more luck
+                raise
+            self._left -= 1
+            return buffer
 
     def give_back(self, buffer: bytearray) -> None:
         """Let others use it."""
@@ -149,6 +154,21 @@ class Multipart:
                         return
                 if last:
                     raise translate(doing, error, self._where) from error
+
+    def unfinished(self, prefix: str, doing: str) -> Iterator[Unfinished]:
+        """Every unfinished upload of keys that begin with `prefix`, with the bytes of its parts."""
+        with translated(doing, self._where):
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self._where.bucket, Prefix=prefix
+            )
+            for item in [item for page in pages for item in page.get("Uploads", [])]:
+                size = sum(length for length, _ in self._parts(item["Key"], item["UploadId"]).values())
+                yield Unfinished(item["Key"], item["UploadId"], item["Initiated"], size)
+
+    def abort(self, full: str, upload: str, doing: str) -> None:
+        """End an unfinished upload; one that has ended is no error."""
+        with translated(doing, self._where), contextlib.suppress(self._client.exceptions.NoSuchUpload):
+            self._client.abort_multipart_upload(Bucket=self._where.bucket, Key=full, UploadId=upload)
 
     def close(self) -> None:
         """Let nobody wait for a buffer any longer."""

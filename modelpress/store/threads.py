@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import weakref
@@ -85,24 +86,31 @@ def ahead(
 ) -> Iterator[T]:
     """`map` in a pool, in order, with at most `most` items taken ahead (so memory is bounded).
 
-    `unused` gets every item that was taken and whose work will not run, because other work failed.
+    `unused` gets every item that was taken and whose work will not run, because other work failed. An item goes to
+    `work` or to `unused`, and never to both, wherever an interrupt strikes.
     """
-    waiting: deque[tuple[Future[T], S]] = deque()
+    waiting: deque[Future[T]] = deque()
+    turns: deque[list[S]] = deque()  # the item of each: whoever pops it has it, and popping is one step
+
+    def take(turn: list[S]) -> T:
+        return work(turn.pop())
+
     try:
         for item in items:
-            try:
-                waiting.append((pool.submit(work, item), item))
-            except BaseException:
-                unused(item)
-                raise
+            turns.append([item])
+            waiting.append(pool.submit(take, turns[-1]))
             if len(waiting) >= most:
-                yield waiting.popleft()[0].result()
+                yield waiting.popleft().result()
+                turns.popleft()
         while waiting:
-            yield waiting.popleft()[0].result()
+            yield waiting.popleft().result()
+            turns.popleft()
     finally:
-        for future, item in waiting:
-            if future.cancel():
-                unused(item)
+        for turn in turns:
+            with contextlib.suppress(IndexError):  # its work has it
+                unused(turn.pop())
+        for future in waiting:
+            future.cancel()
 
 
 def _work(tasks: queue.SimpleQueue[Callable[[], None] | None]) -> None:

@@ -33,8 +33,9 @@ from botocore.exceptions import (
     SSLError,
 )
 
-from modelpress.errors import CorruptionError
+from modelpress.errors import CorruptionError, StoreUnfitError
 from modelpress.store.base import check_digest
+from modelpress.store.dial import dial
 from modelpress.store.local import local_errors
 
 if TYPE_CHECKING:
@@ -177,6 +178,15 @@ class Wire:
             )
         except TimeoutError as error:
             raise ReadTimeoutError(endpoint_url=where, error=error) from error
+        except _TooLongError as error:
+            if request.headers.get("Range") and error.status == http.HTTPStatus.OK:
+                raise StoreUnfitError(
+                    f"reading {where}",
+                    found=f"{error}, where {_text(request.headers['Range'])} was asked for",
+                    expected="ranged reads",
+                    fix="use a server, and no proxy before it, that knows the header Range",
+                ) from error
+            raise ConnectionClosedError(endpoint_url=where, error=error) from error
         except http.client.IncompleteRead as error:
             raise ResponseStreamingError(error=error) from error
         except (OSError, http.client.HTTPException) as error:
@@ -227,6 +237,14 @@ class Wire:
             connection.close()
 
 
+class _TooLongError(http.client.HTTPException):
+    """An answer that is longer than any that was asked for."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+
+
 class _Response(http.client.HTTPResponse):
     """An answer, behind whatever the server says before it (102, 103): http.client passes over 100 alone, and would
     take the next for a success without content."""
@@ -250,7 +268,7 @@ class _Connection(http.client.HTTPConnection):
         super().__init__(address[1], address[2])
         self.default_port = 443 if address[0] == "https" else 80
         self.auto_open = 0
-        plain = socket.create_connection(address[1:], timeout=connect)
+        plain = dial(address[1], address[2], connect)
         try:
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -284,10 +302,10 @@ class _Connection(http.client.HTTPConnection):
         try:
             response = self.getresponse()
             if response.length is not None and response.length > MAX_ANSWER_BYTES:
-                raise http.client.HTTPException(f"an answer of {response.length} bytes")
+                raise _TooLongError(f"an answer of {response.length} bytes", response.status)
             content = response.read(MAX_ANSWER_BYTES + 1) if response.length is None else response.read()
             if len(content) > MAX_ANSWER_BYTES:
-                raise http.client.HTTPException(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+                raise _TooLongError(f"an answer of more than {MAX_ANSWER_BYTES} bytes", response.status)
         except (OSError, http.client.HTTPException) as error:
             if broken is not None:
                 raise broken from error
@@ -365,6 +383,10 @@ class _Content:
 
     def close(self) -> None:
         self._content = b""
+
+
+def _text(header: str | bytes) -> str:
+    return header.decode("latin-1") if isinstance(header, bytes) else header
 
 
 def _sent(headers: Mapping[str, str | bytes]) -> dict[str, str | bytes]:

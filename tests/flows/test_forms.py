@@ -12,6 +12,7 @@ from prefect import Flow
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import import_object
 
+from flows.collect import collect
 from flows.optimize import optimize
 from flows.promote import promote, rollback
 from modelpress.config import OptimizeConfig, load_config
@@ -57,6 +58,16 @@ def test_the_forms_of_promote_and_rollback_are_typed() -> None:
         for name, spec in form.items():
             assert spec.get("type") or spec.get("anyOf") or spec.get("allOf") or spec.get("$ref"), name
             assert spec.get("description"), name
+
+
+def test_the_form_of_collect_deletes_nothing_unless_asked() -> None:
+    fields = schema(collect)["properties"]
+    assert set(fields) == {"delete", "grace_hours", "retention"}
+    assert fields["delete"]["default"] is False
+    assert all(spec.get("description") for spec in fields.values())
+    (deployment,) = [found for found in DEPLOYMENTS if found["name"] == "collect"]
+    assert deployment["parameters"] == {"delete": False}
+    assert deployment["schedules"][0]["cron"]
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda found: found["name"])

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import CancelledError
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Executor, Future
+from typing import Any
 
 import pytest
 
@@ -55,6 +57,41 @@ def test_the_process_does_not_wait_for_them() -> None:
         "p.submit(time.sleep, 100); p.shutdown(wait=False, cancel_futures=True)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=20, check=False).returncode == 0
+
+
+class Interrupted(Executor):
+    """A pool whose `submit` number `fatal` is interrupted after the work was handed in, as Ctrl-C may strike."""
+
+    def __init__(self, fatal: int) -> None:
+        self._pool, self._left = DaemonPool(2, "t"), fatal
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future = self._pool.submit(fn, *args, **kwargs)
+        self._left -= 1
+        if not self._left:
+            raise KeyboardInterrupt
+        return future
+
+
+@pytest.mark.parametrize("fatal", range(1, 7))
+def test_an_interrupt_gives_nothing_back_twice(fatal: int) -> None:
+    ended: list[int] = []
+    go_on = threading.Event()
+
+    def work(item: int) -> None:
+        go_on.wait(10)
+        ended.append(item)
+
+    with pytest.raises(KeyboardInterrupt):
+        for _ in ahead(Interrupted(fatal), work, iter(range(10)), 8, ended.append):
+            pass
+    go_on.set()
+    end = time.monotonic() + 10
+    while len(ended) < fatal:  # the two that ran, and those that were not begun
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    time.sleep(0.05)
+    assert sorted(ended) == list(range(fatal))
 
 
 def test_no_more_is_taken_ahead_than_allowed() -> None:

@@ -17,7 +17,7 @@ import pytest
 from botocore.awsrequest import AWSRequest
 from botocore.exceptions import BotoCoreError, ConnectionClosedError, ReadTimeoutError
 
-from modelpress.errors import CorruptionError, ModelpressError, NotFoundError
+from modelpress.errors import CorruptionError, ModelpressError, NotFoundError, StoreUnfitError
 from modelpress.settings import Settings
 from modelpress.store.s3 import S3Store
 from modelpress.store.s3_client import _Patience, back_off
@@ -122,6 +122,23 @@ def test_a_refusal_in_the_middle_of_a_body_is_heard(wire: Wire) -> None:
 def test_an_answer_that_is_none_is_a_named_error(wire: Wire, answer: bytes) -> None:
     with server(says(answer)) as url, pytest.raises(BotoCoreError):
         ask(wire, url)
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "error"),
+    [
+        ("bytes=0-9", b"200 OK", StoreUnfitError),
+        ("bytes=0-9", b"206 Some", ConnectionClosedError),
+        ("", b"200 OK", ConnectionClosedError),
+    ],
+)
+def test_a_server_that_knows_no_ranges_is_unfit_and_not_away(
+    wire: Wire, asked: str, status: bytes, error: type[Exception]
+) -> None:
+    answer = b"HTTP/1.1 %s\r\nContent-Length: 100000000\r\n\r\n" % status
+    headers = {"Range": asked} if asked else {}
+    with server(says(answer)) as url, pytest.raises(error):
+        wire.send(AWSRequest("GET", url, headers).prepare())
 
 
 @pytest.mark.parametrize("before", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 102 Processing\r\nwait: 1\r\n\r\n"])
@@ -252,3 +269,17 @@ def test_an_http_proxy_is_left_to_the_sdk(monkeypatch: pytest.MonkeyPatch) -> No
     assert S3Store("s3://bucket", settings)._wire is None
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     assert S3Store("s3://bucket", settings)._wire is not None
+
+
+def test_no_memory_for_a_buffer_loses_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffers = Buffers(1)
+    for _ in range(3):
+        with pytest.raises(MemoryError):
+            buffers.take(2**62)
+        assert buffers.held == 0
+    small = buffers.take(10)
+    buffers.give_back(small)
+    with pytest.raises(MemoryError):
+        buffers.take(2**62)  # in the place of the small one, which went first
+    assert buffers.held == 0
+    assert len(buffers.take(20)) == 20
