@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from modelpress.errors import ConfigError
@@ -43,6 +43,12 @@ class Settings(BaseSettings):
     """Before attempt n + 1 a random wait below this times 2ⁿ, and below 20 seconds."""
     tracking_uri: str = ""
     """MLflow tracking and registry server. Default: SQLite in `<home>/mlflow.db`."""
+    trust: Path | None = None
+    """The file of trusted keys (see `modelpress.trust`). Unset: signatures are not asked for."""
+    signing_key_file: Path | None = None
+    """The private key, PEM, that signs what is published and promoted. Unset: nothing is signed."""
+    signing_key_passphrase: SecretStr = SecretStr("")
+    """Its passphrase, where it has one."""
     reuse: bool = True
     """Take a stage's finished output when its key matches; off recomputes everything."""
 
