@@ -63,6 +63,11 @@ class Settings(BaseSettings):
         return self.work or str((self.home / "work").absolute())
 
     @property
+    def seen(self) -> Path:
+        """Where is kept how far pointers were seen; see `modelpress.trust.seen`."""
+        return self.home / "seen"
+
+    @property
     def mlflow_uri(self) -> str:
         """The MLflow server, with its default filled in."""
         return self.tracking_uri or f"sqlite:///{(self.home / 'mlflow.db').absolute()}"

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from itertools import islice
 
-from modelpress.errors import CorruptionError, NotFoundError
+from modelpress.errors import CorruptionError, ModelpressError, NotFoundError, TrustError
 from modelpress.progress import Progress, silent
 from modelpress.reports.scrub import Finding, PackRow, ScrubReport, ScrubState
 from modelpress.scrub.blobs import read_blobs
@@ -79,13 +79,16 @@ def check(report: ScrubReport) -> None:
     """Refuse a store that is not in order.
 
     Raises:
-        CorruptionError: something is damaged, missing, foreign or not vouched for; the first are named.
-        NotFoundError: something is missing, and nothing is worse.
+        CorruptionError: something is not in order; the first twenty are named.
+        NotFoundError: something is missing, and nothing else is wrong.
+        TrustError: something is not vouched for, and nothing else is wrong.
     """
     wrong = [finding for finding in report.findings if finding.is_error]
     if not wrong:
         return
-    kind = NotFoundError if all(finding.kind == "missing" for finding in wrong) else CorruptionError
+    kinds = {finding.kind for finding in wrong}
+    alone: dict[str, type[ModelpressError]] = {"missing": NotFoundError, "untrusted": TrustError}
+    kind = alone.get(kinds.pop(), CorruptionError) if len(kinds) == 1 else CorruptionError
     shown = [f"    {finding.line()}" for finding in wrong[:20]]
     more = [f"    and {report.errors - len(shown)} more"] if report.errors > len(shown) else []
     raise kind(

@@ -234,7 +234,7 @@ def open_store(uri: str, settings: Settings | None = None) -> Store:
         from modelpress.trust import Trust
         from modelpress.trust.seen import Seen
 
-        store.trust = Trust(settings.trust, Seen(settings.home / "seen"))
+        store.trust = Trust(settings.trust, Seen(settings.seen))
         store.trust.policy()  # a wrong one is told here, and not after hours of work
     if settings.signing_key_file is not None:
         from modelpress.trust import Signer

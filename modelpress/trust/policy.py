@@ -32,8 +32,8 @@ import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from modelpress.errors import TrustFileError
-from modelpress.trust.signer import decode_public, key_id
+from modelpress.errors import ConfigError, TrustFileError
+from modelpress.trust.signer import Signer, decode_public, key_id
 
 MAX_FILE_BYTES = 2**20
 MAX_KEYS = 1000
@@ -82,14 +82,20 @@ class TrustedKey(_Part):
 
     def refusal(self, name: str, now: datetime) -> str | None:
         """Why its signature does not count for a pack of this name; None where it does."""
+        if (state := self.state(now)) is not None:
+            return state
+        if not any(fnmatchcase(name, pattern) for pattern in self.packs):
+            return f"not allowed for {name}, only for {', '.join(self.packs)}"
+        return None
+
+    def state(self, now: datetime) -> str | None:
+        """Why it does not count for any pack; None where it does."""
         if self.revoked is not None:
             return f"revoked ({self.revoked.isoformat()})"
         if self.valid_from is not None and now < self.valid_from:
             return f"not valid before {self.valid_from.isoformat()}"
         if self.valid_until is not None and now > self.valid_until:
             return f"expired at {self.valid_until.isoformat()}"
-        if not any(fnmatchcase(name, pattern) for pattern in self.packs):
-            return f"not allowed for {name}, only for {', '.join(self.packs)}"
         return None
 
 
@@ -172,6 +178,21 @@ def parse_policy(data: bytes, path: Path) -> Policy:
         raise TrustFileError(doing, found="; ".join(problems)[:2000], expected="see docs/operations.md") from error
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
         raise TrustFileError(doing, found=str(error)[:500], expected="YAML or JSON, with a list of keys") from error
+
+
+def entry_of(signer: Signer, owner: str, role: str, packs: list[str]) -> TrustedKey:
+    """The entry of a key for a trust file.
+
+    Raises:
+        ConfigError: `owner`, `role` or `packs` is not legal.
+    """
+    entry = {"id": signer.key_id, "owner": owner, "role": role, "public_key": signer.public_key, "packs": packs}
+    try:
+        return TrustedKey.model_validate(entry)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError("describing a new key", found=f"{where}: {first['msg']}") from error
 
 
 def now() -> datetime:

@@ -43,6 +43,34 @@ class Signer:
         """The payload, signed. The same payload always gives the same bytes."""
         return Envelope(payload_type, payload, self.key_id, self._key.sign(pae(payload_type, payload)))
 
+    def save(self, path: Path, passphrase: str = "") -> None:
+        """Write the key to a new file that only its owner may read.
+
+        Raises:
+            ConfigError: the file exists.
+            StoreError: it can't be written.
+        """
+        protection: KeySerializationEncryption = NoEncryption()
+        if passphrase:
+            protection = BestAvailableEncryption(passphrase.encode())
+        data = self._key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, protection)
+        doing = f"writing a new key to {path}"
+        with local_errors(doing, writing=True):
+            try:
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE_MODE)
+            except FileExistsError as error:
+                fix = "name a new file; keys are never written over"
+                raise ConfigError(doing, found="a file of this name", fix=fix) from error
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+
+    @classmethod
+    def generate(cls) -> Signer:
+        """A new key, in memory alone."""
+        return cls(Ed25519PrivateKey.generate())
+
     @classmethod
     def load(cls, path: Path, passphrase: str = "") -> Signer:
         """Read a private key.
@@ -72,29 +100,10 @@ class Signer:
 
 
 def new_key(path: Path, passphrase: str = "") -> Signer:
-    """Make a private key in a new file that only its owner may read.
-
-    Raises:
-        ConfigError: the file exists.
-        StoreError: it can't be written.
-    """
-    key = Ed25519PrivateKey.generate()
-    protection: KeySerializationEncryption = (
-        BestAvailableEncryption(passphrase.encode()) if passphrase else NoEncryption()
-    )
-    data = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, protection)
-    doing = f"writing a new key to {path}"
-    with local_errors(doing, writing=True):
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE_MODE)
-        except FileExistsError as error:
-            fix = "name a new file; keys are never written over"
-            raise ConfigError(doing, found="a file of this name", fix=fix) from error
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    return Signer(key)
+    """Make a private key in a new file that only its owner may read; see `Signer.save`."""
+    signer = Signer.generate()
+    signer.save(path, passphrase)
+    return signer
 
 
 def encode_public(key: Ed25519PublicKey) -> str:
