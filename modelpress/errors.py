@@ -4,6 +4,7 @@
 
     ModelpressError
     ├── ConfigError                 a value in a config, a setting or an argument is not legal
+    │   └── TrustFileError          the file of trusted keys can't be used
     ├── SetupError                  this machine lacks something: a package, a provider, a free port
     ├── WorkloadError               the user's model, data or metric does not fit together
     │   └── OverlapError            training, calibration and evaluation data share samples
@@ -13,6 +14,7 @@
     │   └── BudgetExceededError     the quality budget is spent; the flow stops here
     ├── FormatError                 bytes are not what the format says
     │   ├── CorruptionError         a digest, a length or a checksum does not match
+    │   │   └── LogCutError         a pointer's log lost or changed an entry that was seen before
     │   └── UnsupportedFormatError  a newer format version, an unknown codec
     ├── StoreError                  object storage refused or failed
     │   ├── NotFoundError           no object under this key
@@ -21,6 +23,10 @@
     │   ├── StoreUnavailableError   no answer within the deadline
     │   ├── StoreFullError          no space left
     │   └── StoreUnfitError         the store lacks what publishing needs (conditional writes)
+    ├── TrustError                  what a signature should vouch for is not vouched for
+    │   ├── UnsignedError           there is no signature, or none of a role that is required
+    │   ├── SignatureError          a signature is malformed, wrong, or of something else
+    │   └── KeyRefusedError         the key is unknown, revoked, expired or not for this pack
     ├── GateError                   the gate refused the promotion
     └── ServingError                the server cannot load or answer
 
@@ -63,6 +69,10 @@ class ConfigError(ModelpressError):
     """A value in a config, a setting or an argument is not legal."""
 
     exit_code = 2
+
+
+class TrustFileError(ConfigError):
+    """The file of trusted keys can't be used."""
 
 
 class SetupError(ModelpressError):
@@ -111,6 +121,10 @@ class CorruptionError(FormatError):
     """A digest, a length or a checksum does not match."""
 
 
+class LogCutError(CorruptionError):
+    """A pointer's log lost, or changed, an entry that was seen before."""
+
+
 class UnsupportedFormatError(FormatError):
     """A newer format version or an unknown codec."""
 
@@ -143,6 +157,24 @@ class StoreFullError(StoreError):
 
 class StoreUnfitError(StoreError):
     """The store lacks what publishing needs."""
+
+
+class TrustError(ModelpressError):
+    """What a signature should vouch for is not vouched for."""
+
+    exit_code = 11
+
+
+class UnsignedError(TrustError):
+    """There is no signature, or none of a role that is required."""
+
+
+class SignatureError(TrustError):
+    """A signature is malformed, wrong, or of something else."""
+
+
+class KeyRefusedError(TrustError):
+    """The key is unknown, revoked, expired or not for this pack."""
 
 
 class GateError(ModelpressError):

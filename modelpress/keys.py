@@ -4,6 +4,7 @@
 
     blobs/sha256/<digest>                       a shard or a file, named by its content
     packs/<name>/<digest>.json                  a manifest, named by its content
+    packs/<name>/sigs/<digest>/<keyid>.json     the signature of a manifest by one key
     packs/<name>/refs/<alias>/<number>.json     one entry of a pointer's log
     uploads/<name>/<id>.json                    an intent: what an upload under way needs
     collections/<number>.json                   a collector's turn; <number>.ended: it is over
@@ -12,6 +13,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from typing import Literal
 
 from modelpress.errors import ConfigError
 
@@ -24,6 +27,11 @@ NUMBER_DIGITS = 8
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")
 _ALIAS = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_PLACE = re.compile(
+    rf"{PACKS}(?P<name>{_NAME.pattern})/(?:(?P<digest>{_DIGEST.pattern})\.json"
+    rf"|sigs/(?P<signed>{_DIGEST.pattern})/(?P<key>{_DIGEST.pattern})\.json"
+    rf"|refs/(?P<alias>{_ALIAS.pattern})/(?P<number>[0-9]{{{NUMBER_DIGITS}}})\.json)"
+)
 
 
 def blob(digest: str) -> str:
@@ -39,6 +47,16 @@ def manifest(name: str, digest: str) -> str:
 def manifests(name: str) -> str:
     """Prefix of all manifests of a pack name (and of its pointers, below ``refs/``)."""
     return f"{PACKS}{_checked(_NAME, name, 'a pack name', 'lower-case letters, digits, dot, dash, underscore')}/"
+
+
+def signatures(name: str, digest: str) -> str:
+    """Prefix of all signatures of a manifest."""
+    return f"{manifests(name)}sigs/{_checked(_DIGEST, digest, 'a pack digest', '64 hex digits')}/"
+
+
+def signature(name: str, digest: str, key_id: str) -> str:
+    """Key of a manifest's signature by the key of this id."""
+    return f"{signatures(name, digest)}{_checked(_DIGEST, key_id, 'the id of a key', '64 hex digits')}.json"
 
 
 def pointers(name: str, alias: str) -> str:
@@ -58,10 +76,29 @@ def pointer_number(key: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def pointer_owner(key: str) -> tuple[str, str] | None:
-    """Pack name and alias of an entry's key; None for a key that is none."""
-    match = re.fullmatch(rf"{PACKS}({_NAME.pattern})/refs/({_ALIAS.pattern})/[0-9]{{{NUMBER_DIGITS}}}\.json", key)
-    return (match[1], match[3]) if match else None
+@dataclass(frozen=True)
+class Place:
+    """What a key below `packs/` is the key of."""
+
+    kind: Literal["manifest", "signature", "pointer"]
+    name: str
+    digest: str = ""
+    """Of the manifest, or of the manifest that is signed."""
+    key_id: str = ""
+    alias: str = ""
+    number: int = 0
+
+
+def place(key: str) -> Place | None:
+    """What lies under a key; None for a key that publishing, signing and promoting do not make."""
+    if match := _PLACE.fullmatch(key):
+        name, digest, signed, key_id, alias, number = match.group("name", "digest", "signed", "key", "alias", "number")
+        if digest:
+            return Place("manifest", name, digest)
+        if signed:
+            return Place("signature", name, signed, key_id)
+        return Place("pointer", name, alias=alias, number=int(number))
+    return None
 
 
 def blob_digest(key: str) -> str | None:
@@ -70,21 +107,22 @@ def blob_digest(key: str) -> str | None:
     return digest if key.startswith(BLOBS) and is_digest(digest) else None
 
 
+def pointer_owner(key: str) -> tuple[str, str] | None:
+    """Pack name and alias of an entry's key; None for a key that is none."""
+    found = place(key)
+    return (found.name, found.alias) if found is not None and found.kind == "pointer" else None
+
+
 def manifest_owner(key: str) -> tuple[str, str] | None:
     """Pack name and digest in a manifest's key; None for a key that is none."""
-    match = re.fullmatch(rf"{PACKS}({_NAME.pattern})/({_DIGEST.pattern})\.json", key)
-    return (match[1], match[3]) if match else None
-
-
-def signatures(name: str, digest: str) -> str:
-    """Prefix of what signs a manifest."""
-    return f"{manifest(name, digest).removesuffix('.json')}.sigs/"
+    found = place(key)
+    return (found.name, found.digest) if found is not None and found.kind == "manifest" else None
 
 
 def signature_owner(key: str) -> tuple[str, str] | None:
     """Pack name and digest of the manifest that the object under this key signs; None for a key of another kind."""
-    match = re.fullmatch(rf"{PACKS}({_NAME.pattern})/({_DIGEST.pattern})\.sigs/.+", key)
-    return (match[1], match[3]) if match else None
+    found = place(key)
+    return (found.name, found.digest) if found is not None and found.kind == "signature" else None
 
 
 def intent(name: str, token: str) -> str:

@@ -4,6 +4,10 @@ Every entry is its own object, created only if absent, so that a store needs no 
 server has it) and the log is the audit. The highest number is current. Each entry carries the digest of the one
 before it: `history` finds out an entry that was changed or removed later, unless it was the newest, and `current`
 reads the newest alone. The newest is missed by whoever saw it before: a server refuses a log that got shorter.
+
+With a key to sign with, entries are signed (version 2): over name, alias, number and the digest of the entry before,
+so that none can be replayed elsewhere. A reader with a trust file takes no other, and keeps on disk how far it saw the
+log: what it reads next must go on from there.
 """
 
 from __future__ import annotations
@@ -16,19 +20,36 @@ import socket
 import time
 import uuid
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from modelpress import keys, strictjson
-from modelpress.errors import ConfigError, ConflictError, CorruptionError, NotFoundError, UnsupportedFormatError
+from modelpress.errors import (
+    ConfigError,
+    ConflictError,
+    CorruptionError,
+    LogCutError,
+    NotFoundError,
+    UnsupportedFormatError,
+)
 from modelpress.housekeeping.intents import announced
 from modelpress.store.base import Store, get_capped
+from modelpress.trust import check_pack
+from modelpress.trust import entries as trusted
+from modelpress.trust.entries import EntrySignature
+from modelpress.trust.seen import Mark
 
-FORMAT_VERSION = 1
+if TYPE_CHECKING:
+    from modelpress.trust import Signer
+
+FORMAT_VERSION = 2
+"""The newest version that is read. An entry without a signature is written as version 1."""
 MAX_ENTRY_BYTES = 2**20
 MAX_RACES = 20
 ROLLBACK = "rollback"
+RENEWAL = "renewal"
+"""Reason of an entry that names the same pack as the one before, under another signature."""
 
 
 class Pointer(BaseModel):
@@ -36,8 +57,8 @@ class Pointer(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    format_version: int = FORMAT_VERSION
-    """Version of this layout."""
+    format_version: int = 1
+    """Version of this layout: 2 where it is signed."""
     name: str
     """Pack name."""
     alias: str
@@ -58,10 +79,33 @@ class Pointer(BaseModel):
     """User and host that appended it."""
     token: str
     """Names the attempt: a retry that carries it meets its own earlier entry instead of adding one."""
+    signature: EntrySignature | None = None
+    """By whom it is signed; None, and not spelled, in version 1."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.signature is not None) != (self.format_version > 1):
+            raise ValueError(f"version {self.format_version} {'with' if self.signature else 'without'} a signature")
+        return self
 
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
+        return self._spelled(None if self.signature else {"signature"})
+
+    def unsigned_bytes(self) -> bytes:
+        """What is signed: canonical JSON of everything but the signature."""
+        return self._spelled({"signature"})
+
+    def signed(self, signer: Signer | None) -> Pointer:
+        """This entry with a signature; as it is where there is no signer."""
+        if signer is None:
+            return self
+        entry = self.model_copy(update={"format_version": 2})
+        return entry.model_copy(update={"signature": trusted.sign(signer, entry.unsigned_bytes())})
+
+    def _spelled(self, without: set[str] | None) -> bytes:
+        document = self.model_dump(mode="json", exclude=without)
+        return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
 
     @property
     def digest(self) -> str:
@@ -98,7 +142,11 @@ def append(
         NotFoundError: no manifest of this digest is published under `name`.
         ConflictError: `after` is not the last entry any more, or the race was lost too often.
         ConfigError: the entry, with its decision, is larger than `MAX_ENTRY_BYTES`.
+        TrustError: no reader with this trust would take the pack, or an entry that is signed by this store's key.
     """
+    check_may_append(store, name, alias)
+    if store.trust is not None:
+        check_pack(store, store.trust.policy(), name, pack)
     keys.pointer(name, alias, 1), keys.manifest(name, pack)  # legal names, or nothing is written
     with announced(store, name, pack):  # so that retention keeps it
         return _append(store, name, alias, pack, reason, decision, after, token)
@@ -134,18 +182,7 @@ def _append(
                 expected=f"entry {after} to be the last one, as it was when this was decided",
                 fix="judge again against the champion that stands now",
             )
-        entry = Pointer(
-            name=name,
-            alias=alias,
-            number=number + 1,
-            pack=pack,
-            previous=last.digest if last else None,
-            reason=reason,
-            decision=decision,
-            created=datetime.now(UTC),
-            who=_who(),
-            token=token or uuid.uuid4().hex,
-        )
+        entry = _next(last, name, alias, pack, reason, decision, token).signed(store.signer)
         if _create(store, entry):
             return entry
         time.sleep(random.uniform(0, min(1.0, 0.02 * 2**attempt)))
@@ -156,24 +193,110 @@ def _append(
     )
 
 
+def renew(store: Store, accepted: Store, name: str, alias: str) -> Pointer | None:
+    """Sign what an alias points at again, by one more entry for the same pack; None when the alias was never set.
+
+    Args:
+        store: the publication store, with the key to sign with.
+        accepted: the same store, held to what counts for this once: no trust at all, or a pardoned key.
+        name: pack name.
+        alias: the alias.
+
+    Raises:
+        ConflictError: the alias was moved by someone else meanwhile.
+        TrustError: the entry that stands is not accepted, or the pack, or our own key.
+        CorruptionError: the log is broken.
+    """
+    check_may_append(store, name, alias)
+    entries = history(accepted, name, alias)
+    if not entries:
+        return None
+    last = entries[-1]
+    if store.trust is not None:
+        check_pack(store, store.trust.policy(), name, last.pack)
+    entry = _next(last, name, alias, last.pack, RENEWAL, None, None).signed(store.signer)
+    if not _create(store, entry):
+        raise ConflictError(f"signing {name}@{alias} again", found=f"a new entry {entry.number}", fix="run it again")
+    return entry
+
+
+def check_may_append(store: Store, name: str, alias: str) -> None:
+    """Refuse to move an alias, before anything else is done for it, where no reader would take the entry.
+
+    Raises:
+        TrustError: there is a trust file, and the key to sign with is none of it, or there is no key.
+    """
+    if store.trust is not None:
+        trusted.check_may_sign(store.trust.policy(), store.signer, name, f"moving {name}@{alias}")
+
+
 def current(store: Store, name: str, alias: str) -> Pointer | None:
     """The highest entry; None when the alias was never set.
 
     Raises:
         CorruptionError: the entry is not what its key says.
         UnsupportedFormatError: it was written by a newer modelpress.
+        TrustError: the store has a trust file, and no key of it vouches for the entry.
+        LogCutError: with a trust file: the log does not go on from what was seen before.
     """
+    mark = store.trust.seen.read(store.uri, name, alias) if store.trust else None  # before the log: it only grows
     numbers = _numbers(store, name, alias)
-    return _read(store, name, alias, numbers[-1]) if numbers else None
+    entry = _read(store, name, alias, numbers[-1]) if numbers else None
+    _admit(store, entry, mark)
+    return entry
+
+
+def _admit(store: Store, entry: Pointer | None, mark: Mark | None) -> None:
+    """Hold the newest entry to the store's trust, and to what was seen of the log before."""
+    if store.trust is None:
+        return
+    if entry is not None:
+        trusted.check(store.trust.policy(), entry.signature, entry.unsigned_bytes(), entry.name, _doing(store, entry))
+    if mark is not None:
+        _check_goes_on(store, entry, mark)
+    if entry is not None and (mark is None or entry.number > mark.number):
+        new = Mark(store=store.uri, name=entry.name, alias=entry.alias, number=entry.number, entry=entry.digest)
+        store.trust.seen.note(new)
+
+
+def _check_goes_on(store: Store, entry: Pointer | None, mark: Mark) -> None:
+    """The log from the newest entry back to the one that was seen, link by link.
+
+    Raises:
+        LogCutError: it does not lead there.
+    """
+    number, digest = (entry.number, entry.digest) if entry else (0, None)
+    while entry is not None and number > mark.number:
+        number, digest = number - 1, entry.previous
+        if number > mark.number:
+            entry = _read(store, mark.name, mark.alias, number)
+            if entry.digest != digest:
+                break
+    if (number, digest) != (mark.number, mark.entry):
+        raise LogCutError(
+            f"following the log of {mark.name}@{mark.alias} on {store.uri}",
+            found=f"entry {number} (sha256 {digest})" if entry else "an empty log",
+            expected=f"entry {mark.number} (sha256 {mark.entry}), which was seen here before, or later ones after it",
+            fix="find out who changed the log, and restore it; `modelpress trust forget` takes it as it is",
+        )
+
+
+def _doing(store: Store, entry: Pointer) -> str:
+    return f"checking the signature of {store.uri}/{keys.pointer(entry.name, entry.alias, entry.number)}"
 
 
 def history(store: Store, name: str, alias: str) -> list[Pointer]:
     """All entries, oldest first, with the chain of digests verified.
 
+    With a trust file the newest entry's signature must count: it vouches for the chain before it, whose own signatures
+    may be by keys that were revoked since, or missing.
+
     Raises:
         CorruptionError: an entry is missing or was changed after it was written.
         UnsupportedFormatError: an entry was written by a newer modelpress.
+        TrustError, LogCutError: see `current`.
     """
+    mark = store.trust.seen.read(store.uri, name, alias) if store.trust else None
     entries: list[Pointer] = []
     for number in _numbers(store, name, alias):
         entry = _read(store, name, alias, number)
@@ -186,6 +309,7 @@ def history(store: Store, name: str, alias: str) -> list[Pointer]:
                 fix="an entry was removed or changed; compare with the object store's own audit log",
             )
         entries.append(entry)
+    _admit(store, entries[-1] if entries else None, mark)
     return entries
 
 
@@ -222,6 +346,29 @@ def standing(entries: list[Pointer]) -> list[str]:
         else:
             packs.append(entry.pack)
     return packs
+
+
+def _next(
+    last: Pointer | None,
+    name: str,
+    alias: str,
+    pack: str,
+    reason: str,
+    decision: dict[str, Any] | None,
+    token: str | None,
+) -> Pointer:
+    return Pointer(
+        name=name,
+        alias=alias,
+        number=last.number + 1 if last else 1,
+        pack=pack,
+        previous=last.digest if last else None,
+        reason=reason,
+        decision=decision,
+        created=datetime.now(UTC),
+        who=_who(),
+        token=token or uuid.uuid4().hex,
+    )
 
 
 def _create(store: Store, entry: Pointer) -> bool:

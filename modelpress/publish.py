@@ -1,5 +1,8 @@
 """Publishing is a commit: blobs first, in parallel and each once; the manifest last, and only if absent.
 
+With a key to sign with, the signature is put before the manifest that it signs: no reader meets a manifest that still
+waits for it.
+
 A run that was killed at any moment is run again: blobs that are there are not sent again, an interrupted multipart
 upload continues, and the pack gets the same digest. Until the manifest stands, nothing refers to the blobs, so nobody
 ever sees half a pack. What the pack needs is announced before anything is looked for, so that no collection takes what
@@ -24,6 +27,8 @@ from modelpress.progress import Progress, silent
 from modelpress.reports import UploadReport
 from modelpress.store.base import Store
 from modelpress.store.threads import DaemonPool
+from modelpress.trust import sign_pack
+from modelpress.trust.packs import check_signer
 
 if TYPE_CHECKING:
     from modelpress.shard import ShardFile
@@ -56,10 +61,14 @@ def publish(
     Raises:
         StageError: a blob of the manifest is not among `shards` and `blobs`.
         CorruptionError: bytes on the way do not have the digest that the manifest says.
-        ConflictError: another manifest stands under this digest.
+        ConflictError: another manifest, or another signature, stands under this digest.
+        KeyRefusedError: the store has a trust file, in which the key to sign with does not count for this name.
         StoreError: see `modelpress.store.Store`.
     """
     started = time.perf_counter()
+    if store.trust is not None and store.signer is not None:
+        policy = store.trust.policy()
+        check_signer(policy, store.signer, manifest.name, policy.required, f"publishing {manifest.name}")
     sizes = manifest.blobs()
     sources = _sources(manifest, shards, blobs)
     store.ensure_fit()
@@ -82,6 +91,8 @@ def publish(
             upload.begin_anew()
             _send_all(upload, blobs_in_order, config or UploadConfig())
         _check_base(store, manifest)
+        if store.signer is not None:
+            sign_pack(store, store.signer, manifest.name, manifest.digest)
         _commit(store, manifest)
     published = manifest.published_bytes
     return UploadReport(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from modelpress.errors import ConfigError
@@ -45,6 +45,12 @@ class Settings(BaseSettings):
     """How long an upload that was cut off keeps what it sent from being collected."""
     tracking_uri: str = ""
     """MLflow tracking and registry server. Default: SQLite in `<home>/mlflow.db`."""
+    trust: Path | None = None
+    """The file of trusted keys (see `modelpress.trust`). Unset: signatures are not asked for."""
+    signing_key_file: Path | None = None
+    """The private key, PEM, that signs what is published and promoted. Unset: nothing is signed."""
+    signing_key_passphrase: SecretStr = SecretStr("")
+    """Its passphrase, where it has one."""
     reuse: bool = True
     """Take a stage's finished output when its key matches; off recomputes everything."""
 
@@ -57,6 +63,11 @@ class Settings(BaseSettings):
     def work_uri(self) -> str:
         """The stage store, with its default filled in."""
         return self.work or str((self.home / "work").absolute())
+
+    @property
+    def seen(self) -> Path:
+        """Where is kept how far pointers were seen; see `modelpress.trust.seen`."""
+        return self.home / "seen"
 
     @property
     def mlflow_uri(self) -> str:

@@ -20,7 +20,7 @@ from mlflow.exceptions import MlflowException
 
 from modelpress import intervals, keys, load, pointer
 from modelpress.config import GateConfig, parse_config
-from modelpress.errors import ModelpressError, NotFoundError, SetupError, StoreError
+from modelpress.errors import ModelpressError, NotFoundError, SetupError, StoreError, TrustError
 from modelpress.manifest import Manifest
 from modelpress.pack_files import read_reports, unpack_file
 from modelpress.progress import Progress, silent
@@ -66,6 +66,7 @@ def promote(
         CorruptionError: the published bytes are not what the manifest says.
         ConflictError: someone else moved the alias meanwhile.
         StoreError: the pointer could not be written; MLflow's alias is set back.
+        TrustError: the pack lacks a signature, or there is no key that may move the alias; nothing is moved.
         SetupError: MLflow does not answer.
     """
     runs.check_server(client.tracking_uri)
@@ -73,6 +74,7 @@ def promote(
     load.verify(store, name, pack, progress)  # the published bytes themselves, every one of them
     manifest = load.load_manifest(store, name, pack)
     gate = gate or parse_config(manifest.config, origin=f"the config of pack {pack}").gate
+    pointer.check_may_append(store, name, gate.alias)
     standing = pointer.current(store, name, gate.alias)
     champion = standing.pack if standing else None
     evidence = _gather(store, manifest, version, champion if champion != pack else None)
@@ -143,7 +145,7 @@ def _move(
     after = standing.number if standing else 0
     try:
         pointer.append(store, name, alias, pack, "promote", decision.model_dump(mode="json"), after=after)
-    except StoreError:
+    except (StoreError, TrustError):
         _set_back(store, client, name, alias, standing.pack if standing else None)
         raise
 
@@ -156,7 +158,7 @@ def _set_back(store: Store, client: MlflowClient, name: str, alias: str, before:
     try:
         entry = pointer.current(store, name, alias)
         before = entry.pack if entry else None
-    except StoreError:
+    except (StoreError, TrustError):
         log.warning("the pointer of %s@%s can't be read; its MLflow alias goes back to %s", name, alias, before)
     try:
         version = versions.find(client, name, before) if before else None

@@ -9,16 +9,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modelpress import keys, pointer
+from modelpress import keys, load, pointer
 from modelpress.errors import (
     AccessDeniedError,
     ConfigError,
     CorruptionError,
+    KeyRefusedError,
+    LogCutError,
     ModelpressError,
     NotFoundError,
     ServingError,
     SetupError,
+    SignatureError,
     StoreUnavailableError,
+    TrustFileError,
+    UnsignedError,
     UnsupportedFormatError,
 )
 from modelpress.pointer import Pointer
@@ -34,12 +39,12 @@ MAX_RETRY_SECONDS = 300.0
 """Longest wait before a pack that could not be loaded is fetched again."""
 
 
-class LogCutError(CorruptionError):
-    """The pointer's log lost, or changed, an entry that was loaded."""
-
-
 _PUBLIC_REASONS: list[tuple[type[ModelpressError], str]] = [
     (LogCutError, "the pointer's log lost or changed an entry that was loaded"),
+    (UnsignedError, "a signature is missing"),
+    (SignatureError, "a signature is not what it should be"),
+    (KeyRefusedError, "it is signed by a key that does not count"),
+    (TrustFileError, "the server's trust file can't be used"),
     (CorruptionError, "its bytes are not what the manifest says"),
     (UnsupportedFormatError, "it was written by a newer modelpress"),
     (NotFoundError, "the pointer, or an object of the pack, is missing"),
@@ -55,6 +60,8 @@ class Loaded:
 
     engine: Engine
     pointer: Pointer
+    trust: str | None = None
+    """The trust file, by its sha256, that the pack's signatures were checked against; None where none is asked for."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +255,8 @@ class Repository:
                 _check_newer(model, entry)
                 if model.loaded and model.loaded.engine.broken:
                     model.loaded = None  # its memory is needed for the next
-                model.loaded = Loaded(self._engine(model, entry), entry)
+                trust = self._store.trust.fingerprint if self._store.trust else None
+                model.loaded = Loaded(self._engine(model, entry, trust), entry, trust)
                 model.newest, model.failure, model.unloaded = entry, None, False
             except MemoryError as error:
                 known = ServingError(f"loading {model.name}@{model.alias}", found="not enough memory")
@@ -258,8 +266,10 @@ class Repository:
                 self._failed(model, number, error)
                 raise
 
-    def _engine(self, model: ServedModel, entry: Pointer) -> Engine:
+    def _engine(self, model: ServedModel, entry: Pointer, trust: str | None) -> Engine:
         if model.loaded and model.loaded.engine.pack == entry.pack:  # and it is not broken: see `_update`
+            if model.loaded.trust != trust:  # a key may have been revoked: then this fails, and the index tells
+                load.check_trust(self._store, model.name, entry.pack)
             return model.loaded.engine
         engine = load_engine(self._store, model.name, entry.pack, self._provider, self._threads)
         log.info("%s@%s: pack %s answers from now on (pointer %d)", model.name, model.alias, entry.pack, entry.number)
@@ -290,7 +300,7 @@ def _check_newer(model: ServedModel, entry: Pointer) -> None:
             found=f"entry {entry.number} (sha256 {entry.digest}) as the newest",
             expected=f"entry {newest.number} (sha256 {newest.digest}), which was loaded, or a later one",
             fix="restore the entry, or append a new one (modelpress promote, modelpress rollback); unloading and "
-            "loading the model, or a restart, takes the log as it is",
+            "loading the model, or a restart, takes the log as it is (with a trust file: `modelpress trust forget`)",
         )
 
 

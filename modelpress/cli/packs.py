@@ -21,6 +21,8 @@ from modelpress.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.table import Table
 
     from modelpress.manifest import Manifest
@@ -46,19 +48,61 @@ def pull(
 
 
 @app.command()
-def verify(pack: PackArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Read a whole pack again from the store and check every digest in it."""
+def verify(
+    target: Annotated[
+        str | None,
+        typer.Argument(metavar="[STORE] [NAME[@REF]]", help="A store (s3://…, or a path with /), a pack, or both."),
+    ] = None,
+    pack: Annotated[str | None, typer.Argument(hidden=True)] = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read a whole pack again and check every digest and signature; without a pack, everything in the store."""
+    if target is not None and ("/" in target or pack is not None):
+        store, target = target, pack
+    if target is None:
+        _verify_store(store, as_json)
+        return
     from modelpress import load
 
-    name, ref = parse_pack(pack)
+    name, ref = parse_pack(target)
     with Bar("verify") as progress:
         report = load.verify(opened_store(store), name, ref, progress)
     if as_json:
         typer.echo(report.model_dump_json(indent=2))
         return
     echo(f"{name} {report.pack}: every digest holds")
+    echo(f"  {_signed_line(report.signed_by)}")
     for key, value in report.metrics().items():
         echo(f"  {key} {value:,.10g}")
+
+
+def _verify_store(store: str | None, as_json: bool) -> None:
+    from modelpress import scrub
+
+    with Bar("verify") as progress:
+        report = scrub.scrub(opened_store(store), progress=progress)
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+    else:
+        rows = [
+            {"name": row.name, "digest": row.digest, "blobs": str(row.blobs), "signatures": row.signed_by}
+            for row in report.packs
+        ]
+        echo(rows_table(rows or [{"name": "no packs"}]))
+        echo(
+            f"{report.uri}: {len(report.packs)} packs, {report.aliases} aliases, {report.signatures} signatures, "
+            f"{report.blobs} blobs of {report.blob_bytes:,} bytes"
+        )
+        for finding in report.findings:
+            echo(f"  {finding.line()}")
+    scrub.check(report)
+
+
+def _signed_line(signed_by: Sequence[str] | None) -> str:
+    if signed_by is None:
+        return "signatures: not checked, there is no trust file (MODELPRESS_TRUST)"
+    return f"signed by {', '.join(signed_by)}"
 
 
 @app.command()
@@ -88,6 +132,8 @@ def inspect(
         typer.echo(json.dumps(document, indent=2))
         return
     echo(f"{name} {digest}, {manifest.kind}, format {manifest.format_version}, licence {manifest.licence}")
+    signed = load.check_trust(opened, name, digest)
+    echo(_signed_line([one.line() for one in signed] if opened.trust else None))
     echo(rows_table(explain.table(manifest, choices)))
     echo(explain.codec_counts(manifest))
     echo(_blob_table(manifest))

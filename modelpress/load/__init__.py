@@ -5,13 +5,14 @@ says, every tensor and file the digest of its own bytes.
 """
 
 from modelpress.load.layouts import Layout, pull
-from modelpress.load.names import MAX_MANIFEST_BYTES, MIN_PREFIX, load_manifest, resolve
+from modelpress.load.names import MAX_MANIFEST_BYTES, MIN_PREFIX, check_trust, load_manifest, resolve
 from modelpress.load.read import fetcher, load_checkpoint, verify
 
 __all__ = [
     "MAX_MANIFEST_BYTES",
     "MIN_PREFIX",
     "Layout",
+    "check_trust",
     "fetcher",
     "load_checkpoint",
     "load_manifest",

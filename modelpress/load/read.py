@@ -9,7 +9,7 @@ from modelpress import keys
 from modelpress.checkpoint import Checkpoint
 from modelpress.container import read_tensors
 from modelpress.errors import CorruptionError, NotFoundError
-from modelpress.load.names import MIN_PREFIX, load_manifest, resolve
+from modelpress.load.names import MIN_PREFIX, check_trust, load_manifest, resolve
 from modelpress.manifest import Manifest
 from modelpress.pack_files import read_files, read_reports
 from modelpress.progress import Progress, silent
@@ -51,6 +51,7 @@ def verify(store: Store, name: str, ref: str, progress: Progress = silent) -> Ve
         tensors=tensors,
         files=files,
         read_bytes=manifest.published_bytes,
+        signed_by=tuple(one.line() for one in check_trust(store, name, digest)) if store.trust else None,
         seconds=time.perf_counter() - started,
     )
 

@@ -98,5 +98,7 @@ class VerifyReport(Report):
     """Files read, each equal to its digest."""
     read_bytes: int
     """Bytes of all blobs and of the manifest."""
+    signed_by: tuple[str, ...] | None
+    """Whose signatures vouch for it; None where there is no trust file, and none were asked for."""
     seconds: float
     """Wall time."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import copy
 import threading
 import urllib.parse
 import uuid
@@ -11,9 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 from modelpress.errors import ConfigError, CorruptionError, NotFoundError, StoreError, StoreUnfitError
 from modelpress.settings import Settings, read_settings
+
+if TYPE_CHECKING:
+    from modelpress.trust import Signer, Trust
 
 MAX_KEY_BYTES = 1024
 MAX_SEGMENT_BYTES = 255
@@ -60,9 +65,13 @@ class Store(abc.ABC):
     """Canonical URI, without a trailing slash."""
     patience_seconds: float = 60.0
     """Longest time that a call on a small object takes, its repeats included."""
+    trust: Trust | None
+    """Whose signatures packs and pointers need that are read through it; None asks for none."""
+    signer: Signer | None
+    """Who signs what is published and pointed at through it; None signs nothing."""
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri
+        self.uri, self.trust, self.signer = uri, None, None
         self._fit = False
         self._fit_lock = threading.Lock()
 
@@ -152,6 +161,12 @@ class Store(abc.ABC):
                 "the If-None-Match header; `modelpress doctor` repeats this test",
             )
 
+    def held_to(self, trust: Trust | None) -> Self:
+        """The same store, read with another trust. It shares everything else, and is not closed by itself."""
+        other = copy.copy(self)
+        other.trust = trust
+        return other
+
     def close(self) -> None:  # noqa: B027  most stores hold nothing
         """Let go of connections and threads, without waiting for calls that run. The store is not used after it."""
 
@@ -236,15 +251,31 @@ def check_digest(doing: str, found: str, expected: str | None) -> None:
 
 
 def open_store(uri: str, settings: Settings | None = None) -> Store:
-    """Open `s3://bucket/prefix` or a local folder (a path or `file://`).
+    """Open `s3://bucket/prefix` or a local folder (a path or `file://`), with the trust and the key of the settings.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: neither, or the trust file or the signing key can't be used.
     """
+    settings = settings or read_settings()
+    store = _opened(uri, settings)
+    if settings.trust is not None:
+        from modelpress.trust import Trust
+        from modelpress.trust.seen import Seen
+
+        store.trust = Trust(settings.trust, Seen(settings.seen))
+        store.trust.policy()  # a wrong one is told here, and not after hours of work
+    if settings.signing_key_file is not None:
+        from modelpress.trust import Signer
+
+        store.signer = Signer.load(settings.signing_key_file, settings.signing_key_passphrase.get_secret_value())
+    return store
+
+
+def _opened(uri: str, settings: Settings) -> Store:
     if uri.startswith("s3://"):
         from modelpress.store.s3 import S3Store
 
-        return S3Store(uri, settings or read_settings())
+        return S3Store(uri, settings)
     from modelpress.store.local import LocalStore
 
     if uri.startswith("file://"):

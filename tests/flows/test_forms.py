@@ -15,6 +15,7 @@ from prefect.utilities.importtools import import_object
 from flows.collect import collect
 from flows.optimize import optimize
 from flows.promote import promote, rollback
+from flows.scrub import scrub
 from modelpress.config import OptimizeConfig, load_config
 
 ROOT = Path(__file__).parents[2]
@@ -50,10 +51,11 @@ def test_every_field_of_the_form_has_help() -> None:
     assert not bare
 
 
-def test_the_forms_of_promote_and_rollback_are_typed() -> None:
-    fields = {flow.name: schema(flow)["properties"] for flow in (promote, rollback)}
+def test_the_other_forms_are_typed() -> None:
+    fields = {flow.name: schema(flow)["properties"] for flow in (promote, rollback, scrub)}
     assert set(fields["promote"]) == {"name", "candidate", "gate"}
     assert set(fields["rollback"]) == {"name", "alias", "to"}
+    assert set(fields["scrub"]) == {"bytes_per_second", "afresh"}
     for form in fields.values():
         for name, spec in form.items():
             assert spec.get("type") or spec.get("anyOf") or spec.get("allOf") or spec.get("$ref"), name

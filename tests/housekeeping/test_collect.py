@@ -141,11 +141,11 @@ def test_parts_that_nobody_comes_back_for_are_freed(store: MemoryStore) -> None:
 
 def test_signatures_go_with_their_pack_and_foreign_keys_are_never_touched(store: MemoryStore) -> None:
     foreign = ["packs/demo/secrets/x", f"packs/demo/{'a' * 64}.txt", "other/thing", "blobs/sha256/readme", "blobs/x"]
-    signed = [f"packs/demo/{ONE.digest}.sigs/key", f"packs/demo/{'b' * 64}.sigs/key"]
+    signed = [keys.signature("demo", digest, "d" * 64) for digest in (ONE.digest, "b" * 64)]
     for key in foreign + signed:
         store.put(key, b"x")
     with intents.announced(store, "demo", "c" * 64):
-        store.put(f"packs/demo/{'c' * 64}.sigs/key", b"signed before the commit")
+        store.put(keys.signature("demo", "c" * 64, "d" * 64), b"signed before the commit")
         store.later(days=3)
         assert went(store) == {keys.blob(digest_of(b"three")), signed[1]}
     assert set(foreign) | {signed[0]} <= set(store.objects)

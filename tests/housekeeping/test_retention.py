@@ -120,9 +120,9 @@ def test_bases_and_what_is_under_way_stay(store: MemoryStore) -> None:
 def test_signatures_go_with_their_manifest(store: MemoryStore) -> None:
     packs = versions(store, 2)
     for pack in packs:
-        store.put(f"{keys.signatures('demo', pack.digest)}key.json", b"{}")
+        store.put(keys.signature("demo", pack.digest, "d" * 64), b"{}")
     kept(store, SHORT, delete=True)
-    assert [key for key in store.objects if ".sigs/" in key] == [f"{keys.signatures('demo', packs[1].digest)}key.json"]
+    assert [key for key in store.objects if "/sigs/" in key] == [keys.signature("demo", packs[1].digest, "d" * 64)]
 
 
 def test_a_damaged_log_stops_retention(store: MemoryStore) -> None:

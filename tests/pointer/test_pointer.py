@@ -206,7 +206,7 @@ def test_a_removed_entry_is_found_out(store: Store) -> None:
 def test_a_newer_entry_is_refused(store: Store) -> None:
     pointer.append(store, "demo", "champion", A, "promote")
     key = keys.pointer("demo", "champion", 1)
-    store.put(key, json.dumps(json.loads(store.get(key)) | {"format_version": 2, "new": 1}).encode())
+    store.put(key, json.dumps(json.loads(store.get(key)) | {"format_version": 3, "new": 1}).encode())
     with pytest.raises(UnsupportedFormatError, match="update modelpress"):
         pointer.current(store, "demo", "champion")
 

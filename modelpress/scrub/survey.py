@@ -1,0 +1,122 @@
+"""What lies under `packs/`: manifests, signatures and pointers, each read and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from modelpress import keys, load, pointer
+from modelpress.errors import FormatError, KeyRefusedError, NotFoundError, TrustError
+from modelpress.keys import Place
+from modelpress.reports.scrub import Finding, PackRow
+from modelpress.store.base import Store
+from modelpress.trust.packs import read_signature
+
+
+@dataclass
+class Survey:
+    """What was found, and what blobs there should be."""
+
+    packs: list[PackRow] = field(default_factory=list)
+    wanted: dict[str, tuple[int, Place]] = field(default_factory=dict)
+    """Digest of each blob that a manifest lists: its length, and one pack that has it."""
+    aliases: dict[tuple[str, str], None] = field(default_factory=dict)
+    """Name and alias of each pointer."""
+    signatures: int = 0
+    findings: list[Finding] = field(default_factory=list)
+
+
+def survey(store: Store) -> Survey:
+    """Read everything under `packs/`.
+
+    Raises:
+        StoreError: the store does not answer.
+    """
+    found = Survey()
+    signed: list[Place] = []
+    for info in store.list(keys.PACKS):
+        place = keys.place(info.key)
+        if place is None:
+            problem = "publishing, signing and promoting write no such object"
+            found.findings.append(Finding(kind="foreign", key=info.key, pack="", problem=problem))
+        elif place.kind == "manifest":
+            _manifest(store, place, found)
+        elif place.kind == "signature":
+            signed.append(place)
+        else:
+            found.aliases[place.name, place.alias] = None
+    there = {(row.name, row.digest) for row in found.packs}
+    for place in signed:
+        _signature(store, place, (place.name, place.digest) in there, found)
+    for name, alias in found.aliases:
+        _pointer(store, name, alias, found)
+    return found
+
+
+def of(place: Place) -> str:
+    """How a pack is called in a finding."""
+    return f"{place.name}@{place.digest[:12]}"
+
+
+def _manifest(store: Store, place: Place, found: Survey) -> None:
+    key = keys.manifest(place.name, place.digest)
+    try:
+        manifest = load.load_manifest(store.held_to(None), place.name, place.digest)
+    except NotFoundError:  # deleted since it was listed
+        return
+    except FormatError as error:
+        found.findings.append(Finding(kind="damaged", key=key, pack=of(place), problem=_told(error)))
+        return
+    vouched = "not asked for"
+    try:
+        if store.trust is not None:
+            vouched = ", ".join(one.line() for one in load.check_trust(store, place.name, place.digest))
+    except TrustError as error:
+        vouched = "nobody"
+        found.findings.append(Finding(kind="untrusted", key=key, pack=of(place), problem=_told(error)))
+    blobs = manifest.blobs()
+    for digest, size in blobs.items():
+        found.wanted.setdefault(digest, (size, place))
+    found.packs.append(
+        PackRow(
+            name=place.name, digest=place.digest, blobs=len(blobs), blob_bytes=sum(blobs.values()), signed_by=vouched
+        )
+    )
+
+
+def _signature(store: Store, place: Place, has_pack: bool, found: Survey) -> None:
+    """One signature; that of a key that does not count any more is in order."""
+    policy = store.trust.policy() if store.trust else None
+    signed = read_signature(store, policy, place.name, place.digest, place.key_id)
+    if signed is None:
+        return
+    found.signatures += 1
+    key = keys.signature(place.name, place.digest, place.key_id)
+    if signed.problem is not None and not isinstance(signed.problem, KeyRefusedError):
+        problem = _told(signed.problem)
+        found.findings.append(Finding(kind="damaged", key=key, pack=of(place), problem=problem))
+    elif not has_pack and store.info(keys.manifest(place.name, place.digest)) is None:
+        problem = "the manifest that it signs is not there"
+        found.findings.append(Finding(kind="unreferenced", key=key, pack=of(place), problem=problem))
+
+
+def _pointer(store: Store, name: str, alias: str, found: Survey) -> None:
+    """A whole log, and that its newest entry leads to a pack."""
+    try:
+        entries = pointer.history(store, name, alias)
+    except TrustError as error:
+        key = keys.pointers(name, alias)
+        found.findings.append(Finding(kind="untrusted", key=key, pack=f"{name}@{alias}", problem=_told(error)))
+        return
+    except FormatError as error:
+        key = keys.pointers(name, alias)
+        found.findings.append(Finding(kind="damaged", key=key, pack=f"{name}@{alias}", problem=_told(error)))
+        return
+    if entries and store.info(keys.manifest(name, entries[-1].pack)) is None:
+        key = keys.manifest(name, entries[-1].pack)
+        lost = f"no such manifest, and entry {entries[-1].number} of {name}@{alias} points at it"
+        found.findings.append(Finding(kind="missing", key=key, pack=f"{name}@{alias}", problem=lost))
+
+
+def _told(error: FormatError | TrustError) -> str:
+    text = f"{error.doing}: found {error.found}" if error.found else error.doing
+    return f"{text}, expected {error.expected}" if error.expected else text
