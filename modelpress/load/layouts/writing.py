@@ -76,6 +76,7 @@ def write_tensors(
         with (folder / place.file).open("r+b") as file:
             file.seek(place.offset)
             file.write(to_bytes(tensor).data)
+        del tensor  # the next one is decoded when this one is let go
     for name in heads:
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
