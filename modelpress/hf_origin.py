@@ -84,7 +84,7 @@ def spans(manifest: Manifest, origin: Origin) -> dict[str, tuple[str, int]]:
         begin = len(head(text))
         if begin > MAX_HEADER_BYTES + 8:
             raise CorruptionError(doing, found=f"{begin - 8} bytes", expected=f"at most {MAX_HEADER_BYTES}")
-        header = loads(text.encode("utf-8", "surrogatepass"), doing)
+        header = loads(text.encode(), doing)
         header.pop(METADATA, None)
         ends = 0
         held = [_span(header, name, known, origin.name_of(file, name), doing) for name in header]

@@ -13,17 +13,17 @@ REF is an alias or a digest, and `champion` if it is left out.
 from __future__ import annotations
 
 import contextlib
+import os
 import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from modelpress import keys
 from modelpress.errors import ConfigError, ModelpressError
 from modelpress.load.layouts import LAYOUTS, Layout, pull_into
 from modelpress.progress import Progress, silent
-from modelpress.settings import Settings
+from modelpress.settings import Settings, read_settings
 from modelpress.store import open_store
 
 SCHEME = "modelpress"
@@ -62,7 +62,20 @@ def parse_source(uri: str) -> Source:
         raise _illegal(f"?{parts.query}" if parts.query else f"no layout in {uri!r}")
     keys.manifests(name)
     store = f"s3://{parts.netloc}{path}" if parts.netloc else path
-    return Source(store, name, ref or DEFAULT_REF, cast(Layout, asked[0][1]))
+    return Source(store, name, ref or DEFAULT_REF, asked[0][1])
+
+
+def container_settings() -> Settings:
+    """The settings; endpoint and region, where they are not set, from what KServe makes of the secret's annotations.
+
+    Raises:
+        ConfigError: see `read_settings`.
+    """
+    settings = read_settings()
+    given = {"s3_endpoint_url": os.environ.get("AWS_ENDPOINT_URL"), "s3_region": os.environ.get("AWS_DEFAULT_REGION")}
+    return settings.model_copy(
+        update={name: value for name, value in given.items() if value and name not in settings.model_fields_set}
+    )
 
 
 def initialise(pairs: Sequence[str], settings: Settings, progress: Progress = silent) -> list[str]:

@@ -8,10 +8,6 @@ FROM python:3.11-slim AS build
 WORKDIR /build
 COPY pyproject.toml README.md LICENSE ./
 COPY modelpress modelpress
-COPY tasks tasks
-COPY flows flows
-COPY registry registry
-COPY serving serving
 RUN python -m venv /opt/modelpress
 ENV PATH=/opt/modelpress/bin:$PATH
 RUN pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu "torch>=2.11,<2.14"

@@ -23,10 +23,9 @@ def kserve_init(
 ) -> None:
     """Fill a model server's folder from a pack: the storage initializer of KServe."""
     from modelpress import kserve
-    from modelpress.settings import read_settings
 
     try:
-        for line in kserve.initialise(pairs, read_settings()):
+        for line in kserve.initialise(pairs, kserve.container_settings()):
             typer.echo(line)
     except ModelpressError as error:
         line = kserve.one_line(error)

@@ -144,19 +144,11 @@ def _open(inventory: Inventory) -> _Source:
         WorkloadError, CorruptionError: see `publish_folder`.
     """
     folder = inventory.folder
-    if SINGLE in inventory.weights:
-        model = [SINGLE]
-    elif INDEX in inventory.files:
-        open_folder(folder)  # refuses an index whose files or tensors are missing
-        model = sorted(set(read_object(folder / INDEX)["weight_map"].values()) & set(inventory.weights))
-    else:
-        model = inventory.weights if len(inventory.weights) == 1 else []
-    headers: dict[str, str] = {}
+    opened = {file: open_file(folder / file) for file in inventory.weights}
+    headers = {file: _header(folder / file) for file in inventory.weights}
+    origin = Origin(headers=headers, model=_model_files(inventory))
     tensors: dict[str, Stored] = {}
-    for file in inventory.weights:
-        found = open_file(folder / file)
-        headers[file] = _header(folder / file)
-        origin = Origin(headers=headers, model=model)
+    for file, found in opened.items():
         for own, tensor in found.items():
             given = origin.name_of(file, own)
             if given in tensors:
@@ -164,11 +156,33 @@ def _open(inventory: Inventory) -> _Source:
                     f"opening {folder / file}",
                     found=f"tensor {own!r}, which stands in another file of the model too",
                     expected="each tensor once",
-                    fix=f"save the model again, or leave one out with --ignore {file}",
+                    fix="save the model again with save_pretrained(folder)",
                 )
             tensors[given] = tensor
     check_names(list(tensors))
-    return _Source(Origin(headers=headers, model=model), tensors)
+    return _Source(origin, tensors)
+
+
+def _model_files(inventory: Inventory) -> list[str]:
+    """The files of the model itself, as transformers finds them: the single one, or those that the index names.
+
+    Raises:
+        WorkloadError, CorruptionError: an index whose files or tensors are missing, or left out.
+    """
+    if SINGLE in inventory.weights:
+        return [SINGLE]
+    if INDEX not in inventory.files:
+        return inventory.weights if len(inventory.weights) == 1 else []
+    open_folder(inventory.folder)
+    named = sorted(set(read_object(inventory.folder / INDEX)["weight_map"].values()))
+    if left_out := sorted(set(named) - set(inventory.weights)):
+        raise WorkloadError(
+            f"publishing {inventory.folder}",
+            found=f"{left_out[0]} left out, which {INDEX} names",
+            expected="the whole model",
+            fix=f"leave out {INDEX} too, or nothing of it",
+        )
+    return named
 
 
 def _header(path: Path) -> str:

@@ -137,7 +137,8 @@ def _walk(folder: Path, prefix: str, ignore: Sequence[str], used: set[str]) -> I
 def _refusal(folder: Path, name: str, follow_links: bool) -> str | None:
     """Why a file is not published; None if it is."""
     path = folder / name
-    called = {path.name, path.resolve().name}  # a link is also what it leads to
+    real = Path(os.path.realpath(path))
+    called = {path.name, real.name}  # a link is also what it leads to
     reason = None
     if any(one.startswith(".") for one in called):
         reason = "hidden"
@@ -147,7 +148,7 @@ def _refusal(folder: Path, name: str, follow_links: bool) -> str | None:
         reason = "a pickle, or named like one, which runs code where it is read"
     elif not name.isprintable() or any(c in "\\:" for c in name):
         reason = "a name that a pack cannot hold"
-    elif path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()) and not follow_links:
+    elif path.is_symlink() and not real.is_relative_to(folder.resolve()) and not follow_links:
         reason = "a link that leads outside"
     elif not path.exists() or not stat.S_ISREG(path.stat().st_mode):
         reason = "no plain file"

@@ -249,7 +249,7 @@ def test_links(store: Store, decoder: Path, tmp_path: Path) -> None:
     assert found == contents(decoder)
 
 
-@pytest.mark.parametrize("target", ["..", "id_rsa", "nowhere", "/dev/null", "pipe"])
+@pytest.mark.parametrize("target", ["..", "id_rsa", "nowhere", "/dev/null", "pipe", "model/notes.txt"])
 def test_links_to_what_is_no_model_are_refused(store: Store, decoder: Path, tmp_path: Path, target: str) -> None:
     folder = copied(decoder, tmp_path)
     (tmp_path / "id_rsa").write_text("a secret")
@@ -262,6 +262,11 @@ def test_links_to_what_is_no_model_are_refused(store: Store, decoder: Path, tmp_
 def test_a_pattern_that_fits_nothing_is_an_error(store: Store, decoder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'\*\.onnx'"):
         publish(store, decoder, tmp_path / "work", ignore=["*.onnx"])
+
+
+def test_half_a_model_is_refused(store: Store, decoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(WorkloadError, match=r"model-00001-of-\d+\.safetensors left out"):
+        publish(store, decoder, tmp_path / "work", ignore=["model-00001-*"])
 
 
 def broken(folder: Path, how: str) -> None:

@@ -184,12 +184,18 @@ def test_an_error_is_one_line_in_both_places(store: Store, tmp_path: Path, capsy
 
 
 @pytest.mark.s3
-def test_from_a_bucket_with_a_key_that_may_only_read(open_s3: OpenS3, s3_server: S3Server, tmp_path: Path) -> None:
+def test_from_a_bucket_with_a_key_that_may_only_read(
+    open_s3: OpenS3, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written = open_s3("writer")
     pack = publish(written, tmp_path)
-    reader = open_s3("reader")  # its keys stand in the environment now, as KServe puts them there
+    reader = open_s3("reader")  # its keys stand in the environment now; the rest as KServe puts it there
+    for ours, theirs in (("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL"), ("S3_REGION", "AWS_DEFAULT_REGION")):
+        monkeypatch.setenv(theirs, s3_server.environment()[f"MODELPRESS_{ours}"])
+        monkeypatch.delenv(f"MODELPRESS_{ours}")
     uri = written.uri.replace("s3://", "modelpress://")
-    settings = s3_server.settings()
+    settings = kserve.container_settings()
+    assert settings.s3_endpoint_url == s3_server.endpoint
     (line,) = kserve.initialise([f"{uri}/graph@champion?as=triton", str(tmp_path / "models")], settings)
     assert pack.digest in line
     assert (tmp_path / "models/graph/1/model.onnx").is_file()

@@ -377,3 +377,9 @@ def test_headers_that_lie_are_refused(store: Store, tmp_path: Path, origin: Any,
     with pytest.raises(CorruptionError, match=said):
         load.pull(store, "demo", headed(store, tmp_path, origin), tmp_path / "pulled", "huggingface")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shards", "store"]
+
+
+def test_a_file_of_tensors_cannot_take_the_manifests_name(store: Store, tmp_path: Path) -> None:
+    digest = headed(store, tmp_path, {"headers": {"modelpress.json": GOOD}, "model": ["modelpress.json"]})
+    with pytest.raises(ConfigError, match="takes for itself"):
+        load.pull(store, "demo", digest, tmp_path / "pulled", "huggingface")

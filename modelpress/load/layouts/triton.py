@@ -25,7 +25,7 @@ MAX_BATCH_SIZE = 32
 MAX_QUEUE_DELAY_MICROSECONDS = 500
 """How long a request waits for others to share its call."""
 
-TYPES = {
+TYPES: dict[int, str] = {
     TensorProto.BOOL: "TYPE_BOOL",
     TensorProto.UINT8: "TYPE_UINT8",
     TensorProto.UINT16: "TYPE_UINT16",
@@ -92,7 +92,7 @@ def _signature(name: str, value: ValueInfoProto) -> tuple[str, str, Axes]:
     kind = value.type.tensor_type.elem_type
     if not value.type.HasField("tensor_type") or kind not in TYPES:
         found = TensorProto.DataType.Name(kind) if value.type.HasField("tensor_type") else "no tensor"
-        raise ConfigError(doing, found=found, expected=f"one of {', '.join(map(TensorProto.DataType.Name, TYPES))}")
+        raise ConfigError(doing, found=found, expected=f"one of {', '.join(TYPES.values())}")
     if not value.type.tensor_type.HasField("shape"):
         raise ConfigError(doing, found="any number of axes", expected="a shape, whose axes may vary")
     axes: Axes = []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ class Place:
     """Position in the file at which they begin."""
 
 
-def check_names(manifest: Manifest, own: Iterable[str]) -> None:
+def check_names(manifest: Manifest, own: Sequence[str]) -> None:
     """Refuse a pack whose files would lie in each other's way, or in that of what a layout writes itself.
 
     Args:
@@ -37,13 +38,10 @@ def check_names(manifest: Manifest, own: Iterable[str]) -> None:
     Raises:
         ConfigError: two of one name, or a file where another needs a folder.
     """
-    taken = {MANIFEST_NAME, *own}
-    names = [file.name for file in manifest.files]
-    for name in names:
-        if name in taken:
+    every = Counter([MANIFEST_NAME, *own, *(file.name for file in manifest.files)])
+    for name, times in sorted(every.items()):
+        if times > 1:
             raise ConfigError(f"writing file {name!r}", found="a name that this layout takes for itself")
-    every = {*names, *taken}
-    for name in sorted(every):
         parts = name.split("/")
         for end in range(1, len(parts)):
             if (folder := "/".join(parts[:end])) in every:
