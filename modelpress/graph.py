@@ -119,6 +119,19 @@ def join(checkpoint: Checkpoint) -> ModelProto:
     return model
 
 
+def external(checkpoint: Checkpoint) -> tuple[ModelProto, list[TensorProto]]:
+    """The graph, and those of its initializers whose bytes are the checkpoint's tensors, which may be on `meta`.
+
+    Raises:
+        CorruptionError: the checkpoint is no ONNX one, or the graph and the tensors do not belong together.
+    """
+    model = parse(checkpoint)
+    initializers = _external(model)
+    for initializer in initializers:
+        _matching(initializer, checkpoint)
+    return model, initializers
+
+
 def session(checkpoint: Checkpoint, provider: str = "CPUExecutionProvider", threads: int = 0) -> Session:
     """Make an ONNX Runtime session from memory, without a temporary file.
 

@@ -63,7 +63,7 @@ def write_shards(
     shards = []
     for number, pieces in enumerate(plans):
         progress(number, len(plans))
-        shards.append(_write(folder / f"shard-{number:05d}.safetensors", pieces))
+        shards.append(write_shard(folder / f"shard-{number:05d}.safetensors", pieces))
     progress(len(plans), len(plans))
     sizes = [shard.size_bytes for shard in shards]
     return shards, ShardReport(shards=len(shards), total_bytes=sum(sizes), largest_bytes=max(sizes, default=0))
@@ -121,7 +121,7 @@ def draft_manifest(
     reports_entry = None
     if reports:
         reports_entry, blob = pack_reports(
-            {stage: _timeless(report.model_dump(mode="json")) for stage, report in reports.items()}
+            {stage: timeless(report.model_dump(mode="json")) for stage, report in reports.items()}
         )
         blobs[reports_entry.stored_sha256] = blob
     where = {
@@ -132,7 +132,7 @@ def draft_manifest(
         kind=coded.kind,
         metadata=coded.metadata,
         shards=tuple(ShardEntry(sha256=shard.sha256, size_bytes=shard.size_bytes) for shard in shards),
-        tensors=tuple(_tensor_entry(tensor, where[tensor.name]) for tensor in coded.tensors),
+        tensors=tuple(tensor_entry(tensor, where[tensor.name]) for tensor in coded.tensors),
         files=tuple(files),
         config=dict(config or {}),
         versions=library_versions(),
@@ -143,14 +143,15 @@ def draft_manifest(
     return manifest, blobs
 
 
-def _timeless(value: Any) -> Any:
+def timeless(value: Any) -> Any:
     """A report without measured times: the same bytes made again are the same pack."""
     if isinstance(value, dict):
-        return {key: _timeless(item) for key, item in value.items() if not key.endswith(("seconds", "per_second"))}
-    return [_timeless(item) for item in value] if isinstance(value, list) else value
+        return {key: timeless(item) for key, item in value.items() if not key.endswith(("seconds", "per_second"))}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
 
 
-def _tensor_entry(tensor: StoredTensor, shards: tuple[int, ...]) -> TensorEntry:
+def tensor_entry(tensor: StoredTensor, shards: tuple[int, ...]) -> TensorEntry:
+    """What the manifest says of a tensor whose pieces lie in these shards."""
     piece = tensor.piece
     return TensorEntry(
         name=tensor.name,
@@ -249,7 +250,12 @@ def _split_overhead(piece: Piece, limit: int) -> int:
     return _header_bound(entries, limit) + len(compact(compact({piece.name: description}))) + 1
 
 
-def _write(path: Path, pieces: Sequence[Piece]) -> ShardFile:
+def write_shard(path: Path, pieces: Sequence[Piece]) -> ShardFile:
+    """Write the shard that holds these pieces.
+
+    Raises:
+        StoreFullError: the disk is full; the file is removed.
+    """
     digest, size = hashlib.sha256(), 0
     try:
         with path.open("wb") as file:

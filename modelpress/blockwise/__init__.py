@@ -30,7 +30,7 @@ from modelpress.reports import LayersReport, PruneReport, Report
 from modelpress.workload import Workload, load_workload
 from modelpress.workloads.hf_folder import read_object
 
-REPORT_FILE = "modelpress.json"
+REPORT_FILE = "blockwise_report.json"
 """What was done, from which folder: written beside the weights."""
 
 WITHOUT_MEMORY = re.compile(r"\b(device|on|and) meta\b|\bmeta (tensor|device|and)|'Meta' backend")

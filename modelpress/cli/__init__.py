@@ -8,14 +8,25 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from modelpress.cli import housekeeping, models, packs, pointers, servers, signing
+from modelpress.cli import folders, housekeeping, kserve, models, packs, pointers, servers, signing
 from modelpress.cli.common import app
 from modelpress.errors import ModelpressError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["app", "housekeeping", "main", "models", "packs", "pointers", "servers", "signing"]
+__all__ = [
+    "app",
+    "folders",
+    "housekeeping",
+    "kserve",
+    "main",
+    "models",
+    "packs",
+    "pointers",
+    "servers",
+    "signing",
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

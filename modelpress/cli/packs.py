@@ -33,12 +33,20 @@ def pull(
     pack: PackArgument,
     to: Annotated[Path, typer.Option("--to", help="Folder to write into.")],
     layout: Annotated[
-        Literal["checkpoint", "onnx"],
-        typer.Option("--as", help="checkpoint: safetensors files; onnx: a graph with external data."),
+        Literal["checkpoint", "huggingface", "compressed-tensors", "onnx", "triton"],
+        typer.Option("--as", help="See above."),
     ] = "checkpoint",
     store: StoreOption = None,
 ) -> None:
-    """Fetch a pack, check every byte, and write it in a layout that other tools read."""
+    """Fetch a pack, check every byte, and write it in a layout that other tools read.
+
+    \b
+    checkpoint          tensors as safetensors, and the pack's files
+    huggingface         the folder that was published, byte for byte
+    compressed-tensors  the same, and surely one that vLLM reads
+    onnx                model.onnx with external data
+    triton              a Triton model repository: NAME/config.pbtxt, NAME/1/model.onnx
+    """
     from modelpress import load
 
     name, ref = parse_pack(pack)

@@ -165,7 +165,7 @@ def test_no_more_than_a_block_is_in_memory(tmp_path: Path, decoder: Path, texts:
     config = PruneConfig(method=method, ignore=["*.layers.1"])
     prune_folder(one, config, tmp_path / "out", scratch_on_disk=method == "sparsegpt")
     whole = sum(tensor.nbytes for tensor in tensors(decoder).values())
-    sizes = json.loads((tmp_path / "out" / "modelpress.json").read_text())["sizes"]
+    sizes = json.loads((tmp_path / "out" / "blockwise_report.json").read_text())["sizes"]
     assert sizes["model_bytes"] == whole
     assert max(one.most, sizes["block_bytes"]) <= sizes["most_live_bytes"] < whole / 5
     assert one.most > 0 or method == "magnitude"  # which calls nothing

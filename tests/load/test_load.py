@@ -179,7 +179,7 @@ def test_pull_a_checkpoint(store: Store, pack: Pack, tmp_path: Path) -> None:
 def test_pull_a_large_checkpoint_with_an_index(
     store: Store, pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modelpress.load.layouts.PULLED_SHARD_BYTES", 40_000)
+    monkeypatch.setattr("modelpress.load.layouts.folders.PULLED_SHARD_BYTES", 40_000)
     folder = tmp_path / "pulled"
     folder.mkdir()
     load.pull(store, "demo", "champion", folder)

@@ -1,0 +1,385 @@
+"""Graphs as ONNX files and as a Triton model repository, read by ONNX Runtime and by Triton's own format."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import resource
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+from google.protobuf.message import Message
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from modelpress import graph, keys, load
+from modelpress.checkpoint import Checkpoint
+from modelpress.errors import ConfigError, CorruptionError, StoreFullError
+from modelpress.load.layouts import LAYOUTS, triton
+from modelpress.manifest import Manifest
+from modelpress.store import Store
+from modelpress.store.local import LocalStore
+from tests.packs import make_pack, onnx_checkpoint, torch_checkpoint
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return LocalStore(tmp_path / "store")
+
+
+def two_weights() -> Checkpoint:
+    """A graph whose two large weights are of different widths, beside one that stays inside."""
+    random = np.random.default_rng(0)
+    weights = {"a": random.standard_normal((96, 64)).astype(np.float32), "b": random.standard_normal((64, 40))}
+    inline = np.arange(40, dtype=np.float32)
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["m"]),
+        helper.make_node("Cast", ["b"], ["narrow"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["m", "narrow"], ["n"]),
+        helper.make_node("Add", ["n", "c"], ["y"]),
+    ]
+    signature = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", d]) for n, d in (("x", 96), ("y", 40))]
+    values = [numpy_helper.from_array(value, name) for name, value in {**weights, "c": inline}.items()]
+    body = helper.make_graph(nodes, "g", signature[:1], signature[1:], values)
+    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    split = graph.split(model)
+    return Checkpoint("onnx", split.tensors, split.files | {"tokenizer/vocab.txt": b"a\nb\n"})
+
+
+def answers(path: Path) -> np.ndarray:
+    inputs = {"x": np.random.default_rng(1).standard_normal((3, 96)).astype(np.float32)}
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    found: np.ndarray = session.run(None, inputs)[0]
+    return found
+
+
+def publish(store: Store, folder: Path, checkpoint: Checkpoint) -> str:
+    pack = make_pack(folder, checkpoint, name="graph")
+    pack.publish(store)
+    return pack.digest
+
+
+@pytest.mark.parametrize("limit", [2**31, 20_000])
+def test_onnx_runtime_loads_weights_from_one_file_and_from_several(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    checkpoint = two_weights()
+    digest = publish(store, tmp_path / "shards", checkpoint)
+    monkeypatch.setattr("modelpress.load.layouts.graphs.DATA_FILE_BYTES", limit)
+    folder = tmp_path / "pulled"
+    load.pull(store, "graph", digest, folder, "onnx")
+    onnx.checker.check_model(str(folder / "model.onnx"))
+    expected = graph.session(checkpoint, threads=1).run(
+        None, {"x": np.random.default_rng(1).standard_normal((3, 96)).astype(np.float32)}
+    )[0]
+    assert np.array_equal(answers(folder / "model.onnx"), expected)
+    one = ["model.onnx.data"]
+    several = ["model.onnx.data-00001-of-00002", "model.onnx.data-00002-of-00002"]
+    assert sorted(path.name for path in folder.glob("*.data*")) == (one if limit > 20_000 else several)
+    assert (folder / "tokenizer/vocab.txt").read_bytes() == b"a\nb\n"
+    places = [entry for one in onnx.load(folder / "model.onnx", load_external_data=False).graph.initializer
+              for entry in one.external_data if entry.key == "offset"]  # fmt: skip
+    assert len(places) == 2
+    assert all(int(entry.value) % 4096 == 0 for entry in places)
+
+
+def test_triton_reads_the_repository(store: Store, tmp_path: Path) -> None:
+    digest = publish(store, tmp_path / "shards", two_weights())
+    folder = tmp_path / "pulled"
+    load.pull(store, "graph", digest, folder, "triton")
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    assert found == [
+        "graph/1/model.onnx", "graph/1/model.onnx.data", "graph/1/tokenizer/vocab.txt", "graph/config.pbtxt",
+        "modelpress.json",
+    ]  # fmt: skip
+    assert answers(folder / "graph/1/model.onnx").shape == (3, 40)
+    config = parse((folder / "graph/config.pbtxt").read_text())
+    assert (config["name"], config["backend"], config["default_model_filename"]) == (
+        "graph",
+        "onnxruntime",
+        "model.onnx",
+    )
+    assert config["max_batch_size"] == triton.MAX_BATCH_SIZE
+    assert config["input"] == [{"name": "x", "data_type": "TYPE_FP32", "dims": [96]}]
+    assert config["output"] == [{"name": "y", "data_type": "TYPE_FP32", "dims": [40]}]
+    assert config["instance_group"] == [{"count": 1, "kind": "KIND_AUTO"}]
+    assert config["dynamic_batching"]["max_queue_delay_microseconds"] > 0
+
+
+def model_of(inputs: list[Any], outputs: list[Any]) -> ModelProto:
+    """A graph with these signatures (name, type, axes), which is not run."""
+    made = [[helper.make_tensor_value_info(*one) for one in side] for side in (inputs, outputs)]
+    weight = numpy_helper.from_array(np.zeros(3, np.float32), "weight")
+    value = helper.make_tensor_value_info("weight", TensorProto.FLOAT, [3])
+    return helper.make_model(helper.make_graph([], "g", [*made[0], value], made[1], [weight]))
+
+
+def test_a_configuration_says_what_the_graph_takes() -> None:
+    model = model_of(
+        [("ids", TensorProto.INT64, ["n", "length"]), ("flag", TensorProto.BOOL, ["n"])],
+        [("logits", TensorProto.BFLOAT16, ["n", "length", 304]), ('odd "é\n', TensorProto.STRING, ["n", None])],
+    )
+    config = parse(triton.config("a-model", model))
+    assert config["max_batch_size"] == triton.MAX_BATCH_SIZE
+    assert config["input"] == [
+        {"name": "ids", "data_type": "TYPE_INT64", "dims": [-1]},
+        {"name": "flag", "data_type": "TYPE_BOOL", "dims": [1], "reshape": {"shape": []}},
+    ]
+    assert config["output"] == [
+        {"name": "logits", "data_type": "TYPE_BF16", "dims": [-1, 304]},
+        {"name": 'odd "é\n', "data_type": "TYPE_STRING", "dims": [-1]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "output"),
+    [
+        ([["n", 4]], [3, 4]),
+        ([["n", 4]], ["m", 4]),
+        ([["n", 4]], []),
+        ([[2, 4]], [2, 4]),
+        ([["n", 4], [4, 4]], ["n", 4]),
+        ([[None, 4]], [None, 4]),
+    ],
+    ids=["fixed", "another name", "scalar", "all fixed", "one input without", "nameless"],
+)
+def test_what_cannot_be_batched_is_not(inputs: list[list[Any]], output: list[Any]) -> None:
+    taken = [(f"x{number}", TensorProto.FLOAT, axes) for number, axes in enumerate(inputs)]
+    config = parse(triton.config("demo", model_of(taken, [("y", TensorProto.FLOAT, output)])))
+    assert config["max_batch_size"] == 0
+    assert "dynamic_batching" not in config
+    assert [one["dims"] for one in config["input"]] == [
+        [-1 if not isinstance(a, int) else a for a in axes] for axes in inputs
+    ]
+    if not output:
+        assert config["output"] == [{"name": "y", "data_type": "TYPE_FP32", "dims": [1], "reshape": {"shape": []}}]
+
+
+def test_types_that_triton_lacks_are_refused() -> None:
+    model = model_of([("x", TensorProto.FLOAT8E4M3FN, ["n"])], [])
+    with pytest.raises(ConfigError, match=r"'x' of its graph[\s\S]*FLOAT8E4M3FN"):
+        triton.config("demo", model)
+    scalar = model_of([("x", TensorProto.FLOAT, None)], [])
+    with pytest.raises(ConfigError, match="any number of axes"):
+        triton.config("demo", scalar)
+
+
+FIELDS: dict[str, list[tuple[str, int, str, bool]]] = {
+    "ModelConfig": [
+        ("name", 1, "string", False), ("platform", 2, "string", False), ("backend", 17, "string", False),
+        ("max_batch_size", 4, "int32", False), ("input", 5, "ModelInput", True), ("output", 6, "ModelOutput", True),
+        ("instance_group", 7, "ModelInstanceGroup", True), ("default_model_filename", 8, "string", False),
+        ("dynamic_batching", 11, "ModelDynamicBatching", False),
+    ],
+    "ModelInput": [
+        ("name", 1, "string", False), ("data_type", 2, "DataType", False), ("dims", 4, "int64", True),
+        ("reshape", 5, "ModelTensorReshape", False),
+    ],
+    "ModelOutput": [
+        ("name", 1, "string", False), ("data_type", 2, "DataType", False), ("dims", 3, "int64", True),
+        ("reshape", 5, "ModelTensorReshape", False),
+    ],
+    "ModelTensorReshape": [("shape", 1, "int64", True)],
+    "ModelInstanceGroup": [("count", 2, "int32", False), ("kind", 4, "Kind", False)],
+    "ModelDynamicBatching": [("max_queue_delay_microseconds", 2, "uint64", False)],
+}  # fmt: skip
+"""The part of Triton's model_config.proto that is used: name, number, type, whether repeated."""
+ENUMS = {
+    "DataType": ["TYPE_INVALID", *triton.TYPES.values()],
+    "Kind": ["KIND_AUTO", "KIND_GPU", "KIND_CPU", "KIND_MODEL"],
+}
+
+
+def described() -> type[Message]:
+    """`ModelConfig` of `FIELDS`; text with any other field or value does not parse."""
+    field = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="part_of_model_config.proto", package="part", syntax="proto3")
+    for name, values in ENUMS.items():
+        enum = file.enum_type.add(name=name)
+        for number, value in enumerate(values):
+            enum.value.add(name=value, number=number)
+    for name, fields in FIELDS.items():
+        message = file.message_type.add(name=name)
+        for label, number, kind, repeated in fields:
+            one = message.field.add(name=label, number=number)
+            one.label = field.LABEL_REPEATED if repeated else field.LABEL_OPTIONAL
+            if kind in FIELDS or kind in ENUMS:
+                one.type = field.TYPE_ENUM if kind in ENUMS else field.TYPE_MESSAGE
+                one.type_name = f".part.{kind}"
+            else:
+                one.type = getattr(field, f"TYPE_{kind.upper()}")
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("part.ModelConfig"))
+
+
+def parse(text: str) -> dict[str, Any]:
+    """The configuration as fields that are set; scalars that proto3 leaves out at 0 are there."""
+
+    def plain(message: Message) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for field, value in message.ListFields():
+            if field.type == field.TYPE_MESSAGE:
+                found[field.name] = [plain(one) for one in value] if field.is_repeated else plain(value)
+            elif field.type == field.TYPE_ENUM:
+                found[field.name] = field.enum_type.values_by_number[value].name
+            else:
+                found[field.name] = list(value) if field.is_repeated else value
+        if "reshape" in found:
+            found["reshape"] = {"shape": list(message.reshape.shape)}  # type: ignore[attr-defined]
+        return found
+
+    document = plain(text_format.Parse(text, described()()))
+    for one in document["instance_group"]:
+        one.setdefault("kind", "KIND_AUTO")
+    return {"max_batch_size": 0, **document}
+
+
+def test_triton_own_definition_reads_the_configuration() -> None:
+    """`model_config.proto` as the client package of Triton carries it."""
+    found = importlib.util.find_spec("tritonclient")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("install the extra 'dev' for Triton's own definition of its configuration (tritonclient)")
+    path = Path(found.submodule_search_locations[0]) / "grpc/model_config_pb2.py"
+    spec = importlib.util.spec_from_file_location("model_config_pb2", path)  # without grpc, which its package imports
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = model_of(
+        [("ids", TensorProto.INT64, ["n", "length"]), ("flag", TensorProto.BOOL, ["n"])],
+        [(f"y{kind}", kind, ["n", 3]) for kind in triton.TYPES],
+    )
+    config = text_format.Parse(triton.config("demo", model), module.ModelConfig())
+    assert (config.name, config.backend, config.max_batch_size) == ("demo", "onnxruntime", triton.MAX_BATCH_SIZE)
+    assert [module.DataType.Name(one.data_type) for one in config.output] == list(triton.TYPES.values())
+    assert list(config.input[0].dims) == [-1]
+    assert config.input[1].HasField("reshape")
+    assert config.HasField("dynamic_batching")
+    assert config.instance_group[0].kind == module.ModelInstanceGroup.KIND_AUTO
+
+
+def test_each_layout_says_what_it_is_in_the_help() -> None:
+    from modelpress.cli.packs import pull as command
+
+    assert command.__doc__ is not None
+    for name, writer in LAYOUTS.items():
+        (line,) = [one.split(maxsplit=1) for one in command.__doc__.splitlines() if one.split()[:1] == [name]]
+        assert line[1] == writer.about
+
+
+@pytest.mark.parametrize("layout", ["onnx", "triton", "huggingface", "compressed-tensors"])
+def test_a_layout_refuses_what_it_does_not_fit_before_anything_is_fetched(
+    store: Store, tmp_path: Path, layout: Any
+) -> None:
+    graphs = layout in ("onnx", "triton")
+    pack = make_pack(tmp_path / "shards", torch_checkpoint() if graphs else onnx_checkpoint(), name="demo")
+    pack.publish(store)
+    for blob in pack.manifest.blobs():
+        store.delete(keys.blob(blob))
+    said = "layout checkpoint" if graphs else r"modelpress publish FOLDER[\s\S]*onnx or triton"
+    with pytest.raises(ConfigError, match=said):
+        load.pull(store, "demo", pack.digest, tmp_path / "pulled", layout)
+    assert not (tmp_path / "pulled").exists()
+
+
+@pytest.mark.parametrize(
+    ("layout", "files"),
+    [
+        ("onnx", {"model.onnx.data": b"x"}),
+        ("triton", {"model.onnx.data": b"x"}),
+        ("onnx", {"modelpress.json": b"x"}),
+        ("onnx", {"model.onnx.data/x": b"x"}),
+        ("onnx", {"a": b"x", "a/b": b"x"}),
+        ("checkpoint", {"model.safetensors": b"x"}),
+        ("checkpoint", {"modelpress.json/x": b"x"}),
+    ],
+)
+def test_files_in_each_others_way_are_refused_before_anything_is_fetched(
+    store: Store, tmp_path: Path, layout: Any, files: dict[str, bytes]
+) -> None:
+    checkpoint = onnx_checkpoint()
+    pack = make_pack(tmp_path / "shards", dataclasses.replace(checkpoint, files=checkpoint.files | files), name="graph")
+    pack.publish(store)
+    for blob in pack.manifest.blobs():
+        store.delete(keys.blob(blob))
+    with pytest.raises(ConfigError, match=r"takes for itself|a folder of this name"):
+        load.pull(store, "graph", pack.digest, tmp_path / "pulled", layout)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shards", "store"]
+
+
+def test_tensors_that_the_graph_does_not_name_are_refused(store: Store, tmp_path: Path) -> None:
+    checkpoint = two_weights()
+    spare = dataclasses.replace(checkpoint, tensors=checkpoint.tensors | {"spare": torch.ones(700)})
+    digest = publish(store, tmp_path / "shards", spare)
+    with pytest.raises(CorruptionError, match="first 'spare'"):
+        load.pull(store, "graph", digest, tmp_path / "pulled", "onnx")
+    other = dataclasses.replace(checkpoint, tensors=checkpoint.tensors | {"a": torch.ones(96, 65)})
+    digest = publish(store, tmp_path / "others", other)
+    with pytest.raises(CorruptionError, match=r"filling initializer 'a'"):
+        load.pull(store, "graph", digest, tmp_path / "pulled", "onnx")
+    assert not (tmp_path / "pulled").exists()
+
+
+@pytest.mark.parametrize("layout", ["checkpoint", "onnx", "triton"])
+def test_a_full_disk_leaves_nothing(store: Store, tmp_path: Path, layout: Any) -> None:
+    digest = publish(store, tmp_path / "shards", two_weights())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # a weight has 24 kB
+    try:
+        with pytest.raises(StoreFullError, match="pulling graph@"):
+            load.pull(store, "graph", digest, tmp_path / "pulled", layout)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shards", "store"]
+
+
+def headed(store: Store, tmp_path: Path, origin: Any) -> str:
+    """A pack that claims to come from a folder laid out so."""
+    pack = make_pack(tmp_path / "shards", Checkpoint("torch", {"w": torch.ones(3)}, {}, {"huggingface": origin}))
+    pack.publish(store)
+    assert isinstance(pack.manifest, Manifest)
+    return pack.digest
+
+
+GOOD = '{"w":{"dtype":"F32","shape":[3],"data_offsets":[0,12]}}'
+
+
+@pytest.mark.parametrize(
+    ("origin", "said"),
+    [
+        ({"headers": {"../m.safetensors": GOOD}, "model": []}, "relative paths"),
+        ({"headers": {"/m.safetensors": GOOD}, "model": []}, "relative paths"),
+        ({"headers": {}, "model": []}, "headers"),
+        ({"headers": {"m": GOOD}}, "model"),
+        ("folder", "headers by file"),
+        ({"headers": {"m": "{"}, "model": ["m"]}, "strict JSON"),
+        ({"headers": {"m": "{}"}, "model": ["m"]}, "no place for tensor 'w'"),
+        ({"headers": {"m": GOOD}, "model": []}, "a tensor 'm:w'"),
+        ({"headers": {"m": GOOD.replace("12", "11")}, "model": ["m"]}, "tensor 'w'"),
+        ({"headers": {"m": GOOD.replace("[0,12]", "[4,16]")}, "model": ["m"]}, "byte 4"),
+        ({"headers": {"m": GOOD.replace("[0,12]", "[-12,0]")}, "model": ["m"]}, "byte -12"),
+        ({"headers": {"m": GOOD.replace("[0,12]", "[0,1e1]")}, "model": ["m"]}, "data_offsets"),
+        ({"headers": {"m": GOOD.replace("F32", "I32")}, "model": ["m"]}, "I32"),
+        ({"headers": {"m": GOOD, "n": GOOD}, "model": ["m", "n"]}, "twice"),
+        (
+            {"headers": {"m": GOOD.replace('{"dtype"', '[{"dtype"').replace("}}", "}]}")}, "model": ["m"]},
+            "data_offsets",
+        ),
+    ],
+)
+def test_headers_that_lie_are_refused(store: Store, tmp_path: Path, origin: Any, said: str) -> None:
+    with pytest.raises(CorruptionError, match=said):
+        load.pull(store, "demo", headed(store, tmp_path, origin), tmp_path / "pulled", "huggingface")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shards", "store"]
+
+
+def test_a_file_of_tensors_cannot_take_the_manifests_name(store: Store, tmp_path: Path) -> None:
+    digest = headed(store, tmp_path, {"headers": {"modelpress.json": GOOD}, "model": ["modelpress.json"]})
+    with pytest.raises(ConfigError, match="takes for itself"):
+        load.pull(store, "demo", digest, tmp_path / "pulled", "huggingface")
