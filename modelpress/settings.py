@@ -41,6 +41,10 @@ class Settings(BaseSettings):
     """How often a request is sent before the store counts as unavailable."""
     s3_backoff_seconds: float = Field(default=0.5, ge=0)
     """Before attempt n + 1 a random wait below this times 2ⁿ, and below 20 seconds."""
+    cache: str = ""
+    """Folder that keeps verified blobs for the next load on this machine; empty: none."""
+    cache_bytes: int = Field(default=20 * 2**30, gt=0)
+    """What the cache may hold; the blobs that were read longest ago go first."""
     tracking_uri: str = ""
     """MLflow tracking and registry server. Default: SQLite in `<home>/mlflow.db`."""
     reuse: bool = True
