@@ -7,9 +7,9 @@
     <folder>/locks/<digest>         locked by who fetches the blob, so that others wait for it
     <folder>/lock                   locked by who makes room
 
-Nothing in it is trusted: a blob is verified before it is written and each time it is read, and a damaged one is dropped.
-A blob takes its name when it is whole. Locks are flock's, which end with their process, however that ends. Whatever the
-disk refuses costs speed and never the load: the cache says so once, and is done without.
+Nothing in it is trusted: a blob is verified before it is written and each time it is read, and a damaged one is
+dropped. A blob takes its name when it is whole. Locks are flock's, which end with their process, however that ends.
+Whatever the disk refuses costs speed and never the load: the cache says so once, and is done without.
 """
 
 from __future__ import annotations

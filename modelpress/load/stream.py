@@ -9,6 +9,7 @@ third that a manifest has, that of its coded bytes, which is left to `verify`: e
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -269,8 +270,4 @@ def _cut(piece: Piece) -> list[Piece]:
     if min(parts, units) < 2:
         return [piece]
     cuts = [units * number // parts * unit for number in range(parts)] + [piece.count]
-    return [
-        piece.cut(piece.start + first, last - first)
-        for first, last in zip(cuts, cuts[1:], strict=False)
-        if last > first
-    ]
+    return [piece.cut(piece.start + first, last - first) for first, last in itertools.pairwise(cuts) if last > first]
