@@ -152,7 +152,7 @@ def _device(device: torch.device | str) -> torch.device:
 
 def _to_cuda(tensors: Iterator[tuple[str, torch.Tensor]], device: torch.device) -> dict[str, torch.Tensor]:
     """Copies on a stream of their own, out of two pinned buffers in turn, while the next tensors are decoded."""
-    copying = torch.cuda.Stream(device)
+    copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's stubs
     staging: list[tuple[torch.Tensor, torch.cuda.Event] | None] = [None, None]
     found = {}
     with torch.cuda.stream(copying):
@@ -165,7 +165,7 @@ def _to_cuda(tensors: Iterator[tuple[str, torch.Tensor]], device: torch.device) 
             pinned[: raw.numel()].copy_(raw)
             placed = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             placed.reshape(-1).view(torch.uint8).copy_(pinned[: raw.numel()], non_blocking=True)
-            done = torch.cuda.Event()
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(copying)
             staging[turn], found[name] = (pinned, done), placed
     copying.synchronize()
