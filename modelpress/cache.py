@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import logging
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -27,7 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modelpress import keys
+from modelpress.errors import SetupError
 from modelpress.settings import Settings, read_settings
+
+if sys.platform != "win32":
+    import fcntl
 
 log = logging.getLogger("modelpress.cache")
 
@@ -205,9 +209,16 @@ def open_cache(settings: Settings | None = None) -> BlobCache | None:
 
     Raises:
         ConfigError: a setting is not legal.
+        SetupError: this system has no `flock`.
     """
     settings = settings or read_settings()
-    return BlobCache(Path(settings.cache), settings.cache_bytes) if settings.cache else None
+    if not settings.cache:
+        return None
+    if sys.platform == "win32":
+        raise SetupError(
+            "opening the cache", found="Windows", expected="a system with flock", fix="unset MODELPRESS_CACHE"
+        )
+    return BlobCache(Path(settings.cache), settings.cache_bytes)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -38,7 +38,7 @@ class Opener(Protocol):
 class Blobs:
     """Reads blobs by their sha256, never more bytes than the manifest says; errors name the pack's part.
 
-    Safe to use from threads. `progress` counts the bytes of whole blobs.
+    Safe to use from threads. `progress` counts the bytes of whole blobs, in the thread that brought the last one.
     """
 
     def __init__(

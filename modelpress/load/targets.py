@@ -155,19 +155,21 @@ def _to_cuda(tensors: Iterator[tuple[str, torch.Tensor]], device: torch.device) 
     copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's stubs
     staging: list[tuple[torch.Tensor, torch.cuda.Event] | None] = [None, None]
     found = {}
-    with torch.cuda.stream(copying):
-        for number, (name, tensor) in enumerate(tensors):
-            turn, raw = number % 2, tensor.reshape(-1).view(torch.uint8)
-            used = staging[turn]
-            if used is not None:
-                used[1].synchronize()
-            pinned = used[0] if used is not None and used[0].numel() >= raw.numel() else _pinned(raw.numel())
-            pinned[: raw.numel()].copy_(raw)
-            placed = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-            placed.reshape(-1).view(torch.uint8).copy_(pinned[: raw.numel()], non_blocking=True)
+    for number, (name, tensor) in enumerate(tensors):
+        turn, raw = number % 2, tensor.reshape(-1).view(torch.uint8)
+        used = staging[turn]
+        if used is not None:
+            used[1].synchronize()
+        pinned = used[0] if used is not None and used[0].numel() >= raw.numel() else _pinned(raw.numel())
+        pinned[: raw.numel()].copy_(raw)
+        # The caller's stream owns the tensor, and its memory may still be in use there.
+        found[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        copying.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(copying):
+            found[name].reshape(-1).view(torch.uint8).copy_(pinned[: raw.numel()], non_blocking=True)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(copying)
-            staging[turn], found[name] = (pinned, done), placed
+        staging[turn] = (pinned, done)
     copying.synchronize()
     return found
 
