@@ -43,6 +43,10 @@ class Settings(BaseSettings):
     """Before attempt n + 1 a random wait below this times 2ⁿ, and below 20 seconds."""
     upload_abandoned_days: float = Field(default=7.0, gt=0, le=365)
     """How long an upload that was cut off keeps what it sent from being collected."""
+    cache: str = ""
+    """Folder that keeps verified blobs for the next load on this machine; empty: none."""
+    cache_bytes: int = Field(default=20 * 2**30, gt=0)
+    """What the cache may hold; the blobs that were read longest ago go first."""
     tracking_uri: str = ""
     """MLflow tracking and registry server. Default: SQLite in `<home>/mlflow.db`."""
     trust: Path | None = None

@@ -119,16 +119,15 @@ class Engine:
 
 
 def load_engine(store: Store, name: str, pack: str, provider: str, threads: int) -> Engine:
-    """Fetch a pack, check every digest in it, make a session, run it once.
+    """Fetch a pack, from this machine's cache where it has one, check every digest, make a session, run it once.
 
     Raises:
         ModelpressError: whatever is wrong with the store, the bytes, the graph or the provider; see `modelpress.load`
             and `modelpress.graph.session`.
     """
     started = time.perf_counter()
-    _, checkpoint = load.load_checkpoint(store, name, pack)
     try:
-        engine = Engine(pack, graph.session(checkpoint, provider, threads))
+        engine = Engine(pack, load.open_session(store, name, pack, provider, threads))
     except UnicodeDecodeError as error:
         raise CorruptionError(f"reading the signature of pack {pack}", found=str(error), expected="UTF-8") from error
     engine.warm_up()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from modelpress.cli import folders, housekeeping, kserve, models, packs, pointers, servers, signing
+from modelpress.cli import caches, folders, housekeeping, kserve, models, packs, pointers, servers, signing
 from modelpress.cli.common import app
 from modelpress.errors import ModelpressError
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "app",
+    "caches",
     "folders",
     "housekeeping",
     "kserve",

@@ -17,6 +17,9 @@ from modelpress.dtypes import DTYPES
 from modelpress.errors import CorruptionError, UnsupportedFormatError
 from modelpress.manifest import Manifest, TensorEntry
 
+Rebuild = Callable[[TensorEntry, Bytes], Bytes]
+"""From a tensor's decoded bytes to its own, (raw_bytes,) uint8, before its digest is checked."""
+
 
 def read_tensors(
     manifest: Manifest, fetch: Callable[[str], bytes], *, threads: int | None = None
@@ -33,7 +36,7 @@ def read_tensors(
     threads = threads or usable_cores()
     waiting = iter(manifest.tensors)
     entry = next(waiting, None)
-    begun = _Begun(entry) if entry else None
+    begun = Begun(entry) if entry else None
     for position in range(len(manifest.shards)):
         pieces = {piece.name: piece for piece in _read_shard(manifest, position, fetch)}
         while entry is not None and begun is not None and position in entry.shards:
@@ -43,7 +46,7 @@ def read_tensors(
                 break
             yield entry.name, begun.finish(doing)
             entry = next(waiting, None)
-            begun = _Begun(entry) if entry else None
+            begun = Begun(entry) if entry else None
         if pieces:
             raise CorruptionError(
                 f"reading shard {manifest.shards[position].sha256}",
@@ -77,7 +80,7 @@ def decode_tensor(entry: TensorEntry, pieces: Sequence[Piece], *, threads: int =
     Raises:
         CorruptionError: the pieces are not what the manifest says.
     """
-    doing, begun = f"reading tensor {entry.name!r}", _Begun(entry)
+    doing, begun = f"reading tensor {entry.name!r}", Begun(entry)
     for piece in pieces:
         begun.add(piece, doing, threads)
     return begun.finish(doing)
@@ -118,18 +121,29 @@ def _check_claims(piece: Piece, doing: str) -> None:
     check_streams(CODECS[piece.codec], piece.streams, piece.dtype, piece.count, piece.chunk_symbols, doing)
 
 
-class _Begun:
-    """A tensor of which the first pieces have been read: its memory, filled so far, and what was seen of it."""
+class Begun:
+    """A tensor of which the first pieces have been read: its memory, filled so far, and what was seen of it.
 
-    def __init__(self, entry: TensorEntry) -> None:
-        self._entry = entry
+    Args:
+        entry: what it must become.
+        coded_digest: check the digest of its coded bytes as well. Where its shards' digests and that of its raw bytes
+            are checked it adds nothing: equal shards hold equal coded bytes.
+    """
+
+    def __init__(self, entry: TensorEntry, *, coded_digest: bool = True) -> None:
+        self.entry = entry
         self._raw: Bytes | None = None
         self._elements = self._stored_bytes = 0
-        self._digest = hashlib.sha256()
+        self._digest = hashlib.sha256() if coded_digest else None
 
     def add(self, piece: Piece | None, doing: str, threads: int) -> None:
-        """Decode the next piece to its place."""
-        entry = self._entry
+        """Decode the next piece to its place.
+
+        Raises:
+            CorruptionError: it is not the piece that must follow, or its streams are not what its codec writes.
+            UnsupportedFormatError: a codec that this release does not know.
+        """
+        entry = self.entry
         if piece is None:
             raise CorruptionError(doing, found="no such tensor in the shard", expected=_describe(entry))
         _check_piece(piece, entry, self._elements, doing)
@@ -137,20 +151,26 @@ class _Begun:
         if (self._elements + piece.count) * size > entry.raw_bytes:
             found = f"{self._elements + piece.count} elements"
             raise CorruptionError(doing, found=found, expected=f"{entry.raw_bytes // size} for {_describe(entry)}")
+        consumed = self._digest.update if self._digest else None
         if piece.count == piece.elements:
-            self._raw = decode_piece(piece, doing, threads=threads, consumed=self._digest.update)
+            self._raw = decode_piece(piece, doing, threads=threads, consumed=consumed)
         else:
             if self._raw is None:
                 _check_claims(piece, doing)
                 self._raw = np.empty(entry.raw_bytes, np.uint8)
             out = self._raw[self._elements * size : (self._elements + piece.count) * size]
-            decode_piece(piece, doing, out=out, threads=threads, consumed=self._digest.update)
+            decode_piece(piece, doing, out=out, threads=threads, consumed=consumed)
         self._elements += piece.count
         self._stored_bytes += piece.stored_bytes
 
-    def finish(self, doing: str) -> torch.Tensor:
-        """The whole tensor, if every digest agrees."""
-        entry, coded, stored = self._entry, self._digest.hexdigest(), self._stored_bytes
+    def finish(self, doing: str, rebuild: Rebuild | None = None) -> torch.Tensor:
+        """The whole tensor, if every digest agrees; `rebuild` makes its own bytes of the decoded ones.
+
+        Raises:
+            CorruptionError: a length or a digest differs.
+        """
+        entry, stored = self.entry, self._stored_bytes
+        coded = self._digest.hexdigest() if self._digest else entry.stored_sha256
         if coded != entry.stored_sha256 or stored != entry.stored_bytes:
             raise CorruptionError(
                 doing,
@@ -160,10 +180,11 @@ class _Begun:
         size = self._elements * DTYPES[entry.dtype].itemsize
         if self._raw is None or size != entry.raw_bytes:
             raise CorruptionError(doing, found=f"{size} bytes", expected=f"{entry.raw_bytes} for {_describe(entry)}")
-        found = hashlib.sha256(self._raw.data).hexdigest()
+        raw = rebuild(entry, self._raw) if rebuild else self._raw
+        found = hashlib.sha256(raw.data).hexdigest()
         if found != entry.raw_sha256:
             raise CorruptionError(doing, found=f"decoded sha256 {found}", expected=f"sha256 {entry.raw_sha256}")
-        return from_bytes(self._raw, DTYPES[entry.dtype], entry.shape)
+        return from_bytes(raw, DTYPES[entry.dtype], entry.shape)
 
 
 def _read_shard(manifest: Manifest, position: int, fetch: Callable[[str], bytes]) -> list[Piece]:

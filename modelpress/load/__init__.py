@@ -7,6 +7,8 @@ says, every tensor and file the digest of its own bytes.
 from modelpress.load.layouts import Layout, pull
 from modelpress.load.names import MAX_MANIFEST_BYTES, MIN_PREFIX, check_trust, load_manifest, resolve
 from modelpress.load.read import fetcher, load_checkpoint, verify
+from modelpress.load.stream import stream_tensors
+from modelpress.load.targets import open_pack, open_session, state_dict
 
 __all__ = [
     "MAX_MANIFEST_BYTES",
@@ -16,7 +18,11 @@ __all__ = [
     "fetcher",
     "load_checkpoint",
     "load_manifest",
+    "open_pack",
+    "open_session",
     "pull",
     "resolve",
+    "state_dict",
+    "stream_tensors",
     "verify",
 ]

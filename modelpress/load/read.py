@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 
 from modelpress import keys
+from modelpress.cache import BlobCache
 from modelpress.checkpoint import Checkpoint
 from modelpress.container import read_tensors
-from modelpress.errors import CorruptionError, NotFoundError
-from modelpress.load.names import MIN_PREFIX, check_trust, load_manifest, resolve
+from modelpress.load.blobs import Blobs
+from modelpress.load.names import check_trust, load_manifest, resolve
+from modelpress.load.stream import stream_tensors
 from modelpress.manifest import Manifest
 from modelpress.pack_files import read_files, read_reports
 from modelpress.progress import Progress, silent
@@ -17,8 +20,12 @@ from modelpress.reports import VerifyReport
 from modelpress.store.base import Store
 
 
-def load_checkpoint(store: Store, name: str, digest: str, progress: Progress = silent) -> tuple[Manifest, Checkpoint]:
-    """Read a pack, one shard at a time, with everything verified; `progress` counts bytes.
+def load_checkpoint(
+    store: Store, name: str, digest: str, progress: Progress = silent, *, cache: BlobCache | None = None
+) -> tuple[Manifest, Checkpoint]:
+    """Read a pack while its bytes come, with everything verified (see `stream_tensors`); `progress` counts bytes.
+
+    With a `cache`, blobs that are there are read from there, and the others are kept there.
 
     Raises:
         NotFoundError: the pack, or one of its blobs, is not there.
@@ -26,13 +33,14 @@ def load_checkpoint(store: Store, name: str, digest: str, progress: Progress = s
         UnsupportedFormatError: written by a newer modelpress.
     """
     manifest = load_manifest(store, name, digest)
-    fetch = fetcher(store, manifest, progress)
-    tensors = dict(read_tensors(manifest, fetch))
-    return manifest, Checkpoint(manifest.kind, tensors, read_files(manifest, fetch), dict(manifest.metadata))
+    blobs = Blobs(store, manifest, progress, cache)
+    with contextlib.closing(stream_tensors(manifest, blobs)) as stream:
+        tensors = dict(stream)
+    return manifest, Checkpoint(manifest.kind, tensors, read_files(manifest, blobs.fetch), dict(manifest.metadata))
 
 
 def verify(store: Store, name: str, ref: str, progress: Progress = silent) -> VerifyReport:
-    """Read everything of a pack afresh and check it, as `load_checkpoint` does, without keeping it.
+    """Read everything of a pack afresh from the store and check every digest, one shard at a time, keeping nothing.
 
     Raises:
         see `resolve` and `load_checkpoint`.
@@ -58,30 +66,4 @@ def verify(store: Store, name: str, ref: str, progress: Progress = silent) -> Ve
 
 def fetcher(store: Store, manifest: Manifest, progress: Progress = silent) -> Callable[[str], bytes]:
     """Read a blob of the pack by its sha256, never more bytes than the manifest says; errors name the pack's part."""
-    sizes = manifest.blobs()
-    total, seen = sum(sizes.values()), set[str]()
-    pack = f"{manifest.name}@{manifest.digest[:MIN_PREFIX]}"
-    parts = {shard.sha256: f"shard {number} ({shard.sha256})" for number, shard in enumerate(manifest.shards)}
-    entries = [*manifest.files, *([manifest.reports] if manifest.reports else [])]
-    parts |= {entry.stored_sha256: f"file {entry.name!r}" for entry in entries}
-
-    def fetch(digest: str) -> bytes:
-        doing = f"reading {parts[digest]} of pack {pack}"
-        fix = "publish the pack again: it sends what is missing; a damaged blob must be deleted first"
-        try:
-            data = store.get(keys.blob(digest), 0, sizes[digest])
-        except NotFoundError as error:
-            found = f"no object {store.uri}/{keys.blob(digest)}"
-            raise NotFoundError(doing, found=found, expected=f"{sizes[digest]} bytes", fix=fix) from error
-        except CorruptionError as error:
-            raise CorruptionError(
-                doing,
-                found=f"{error.found} under {store.uri}/{keys.blob(digest)}",
-                expected=f"{sizes[digest]} bytes with sha256 {digest}",
-                fix=fix,
-            ) from error
-        seen.add(digest)
-        progress(sum(sizes[item] for item in seen), total, parts[digest])
-        return data
-
-    return fetch
+    return Blobs(store, manifest, progress).fetch

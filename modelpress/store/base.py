@@ -8,7 +8,7 @@ import copy
 import threading
 import urllib.parse
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +18,8 @@ from modelpress.errors import ConfigError, CorruptionError, NotFoundError, Store
 from modelpress.settings import Settings, read_settings
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
     from modelpress.trust import Signer, Trust
 
 MAX_KEY_BYTES = 1024
@@ -78,6 +80,22 @@ class Store(abc.ABC):
     @abc.abstractmethod
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         """Bytes `[start, start + length)` of an object, or all of it from `start`.
+
+        Raises:
+            NotFoundError: no such object.
+            CorruptionError: the object holds less than what was asked for.
+        """
+
+    @abc.abstractmethod
+    def read_into(
+        self, key: str, buffer: Buffer, start: int = 0, arrived: Callable[[memoryview], None] = lambda _: None
+    ) -> None:
+        """Fill `buffer`, writable memory of bytes, with the bytes of an object from `start` on.
+
+        `arrived` is called in this thread, in order, with each run of bytes of `buffer` that has come and changes no
+        more, while later ones are on their way, and now and then with none while nothing comes; what it raises ends the
+        call. After the call, nothing is written to
+        `buffer`, whether it returned or raised.
 
         Raises:
             NotFoundError: no such object.

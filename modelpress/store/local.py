@@ -9,10 +9,10 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from modelpress.errors import (
     AccessDeniedError,
@@ -25,6 +25,9 @@ from modelpress.errors import (
     StoreUnfitError,
 )
 from modelpress.store.base import RESERVED, ObjectInfo, Store, check_digest, check_key, check_range
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 BLOCK_BYTES = 4 * 2**20
 STALE_SECONDS = 24 * 3600.0
@@ -55,6 +58,25 @@ class LocalStore(Store):
                 )
             file.seek(start)
             return file.read(end - start)
+
+    def read_into(
+        self, key: str, buffer: Buffer, start: int = 0, arrived: Callable[[memoryview], None] = lambda _: None
+    ) -> None:
+        check_range(key, start, None)
+        view, position = memoryview(buffer).cast("B"), 0
+        with local_errors(f"reading {self._path(key)}"), self._path(key).open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(start)
+            while position < len(view) or start > size:
+                count = file.readinto(view[position : position + BLOCK_BYTES])
+                if not count:
+                    raise CorruptionError(
+                        f"reading {self.uri}/{key}",
+                        found=f"{min(size, start + position)} bytes",
+                        expected=f"at least {start + len(view)} bytes",
+                    )
+                position += count
+                arrived(view[position - count : position])
 
     def download(self, key: str, path: Path) -> str:
         with local_errors(f"downloading {self._path(key)} to {path}"), self._path(key).open("rb") as source:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from botocore.exceptions import ClientError
 
@@ -24,12 +24,18 @@ from modelpress.errors import ConfigError, CorruptionError, NotFoundError, Store
 from modelpress.settings import Settings
 from modelpress.store.base import ObjectInfo, Store, Unfinished, check_digest, check_key, check_range
 from modelpress.store.local import file_sha256, local_errors
+from modelpress.store.receive import Target, memory, receive
 from modelpress.store.s3_client import back_off, connect
 from modelpress.store.s3_errors import status_of, translated
 from modelpress.store.s3_multipart import PART_BYTES, PARTS_IN_FLIGHT, Multipart
 from modelpress.store.threads import ClosedError, DaemonPool, ahead
 from modelpress.store.wire import Body
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+RANGE_BYTES = 8 * 2**20
+"""What one request brings into memory that is given: more cost more waiting for the first, fewer cost more CPU."""
 MULTIPART_BYTES = 64 * 2**20
 """Larger objects travel in parts, and an interrupted upload continues."""
 
@@ -43,7 +49,8 @@ class S3Store(Store):
     Credentials follow the AWS SDK's chain. A request is given up after `Settings.s3_timeout_seconds` without a byte and
     sent again, with exponential backoff and full jitter, up to `Settings.s3_attempts` times and for
     `Settings.s3_deadline_seconds` in all. A `put` holds `wire.BLOCK_BYTES` in memory beside what is given; puts of more
-    than `MULTIPART_BYTES` hold `PART_BUFFERS` parts between them; a `get` or `download`, `PARTS_IN_FLIGHT` parts each.
+    than `MULTIPART_BYTES` hold `PART_BUFFERS` parts between them; a `get` holds `PARTS_IN_FLIGHT` parts, and a
+    `download` as many ranges of `RANGE_BYTES`.
 
     Raises:
         ConfigError: the URI or the endpoint is not legal.
@@ -66,15 +73,39 @@ class S3Store(Store):
         check_range(key, start, length)
         return b"".join(self._pieces(key, start, length))
 
+    def read_into(
+        self, key: str, buffer: Buffer, start: int = 0, arrived: Callable[[memoryview], None] = lambda _: None
+    ) -> None:
+        check_range(key, start, None)
+        view = memoryview(buffer).cast("B")
+        if not view:
+            check_key(key)
+            self._check_end(key, start)
+        offsets = range(0, len(view), RANGE_BYTES)
+        self._receive(key, start + len(view), ((start + at, view[at : at + RANGE_BYTES]) for at in offsets), arrived)
+
     def download(self, key: str, path: Path) -> str:
-        digest = hashlib.sha256()
+        doing, digest = f"downloading {self.uri}/{key} to {path}", hashlib.sha256()
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-        with local_errors(f"downloading {self.uri}/{key} to {path}"):
+        info = self.info(key)
+        if info is None:
+            raise NotFoundError(doing, found="no such object")
+        size = info.size_bytes
+        ring = [memory(RANGE_BYTES) for _ in range(min(PARTS_IN_FLIGHT, -(-size // RANGE_BYTES)))]
+        places = (
+            (at, ring[number % PARTS_IN_FLIGHT][: min(RANGE_BYTES, size - at)])
+            for number, at in enumerate(range(0, size, RANGE_BYTES))
+        )
+        with local_errors(doing):
             try:
-                with partial.open("xb") as target:
-                    for piece in self._pieces(key, 0, None):
-                        digest.update(piece)
-                        target.write(piece)
+                with partial.open("xb", buffering=0) as target:
+
+                    def arrived(data: memoryview) -> None:
+                        digest.update(data)
+                        while data:
+                            data = data[target.write(data) :]
+
+                    self._receive(key, size, places, arrived, whole=True)
                 partial.replace(path)
             finally:
                 partial.unlink(missing_ok=True)
@@ -198,6 +229,33 @@ class S3Store(Store):
         offsets = iter(range(start + len(data), end, PART_BYTES))
         yield from self._ahead(f"reading {self.uri}/{key}", fetch, offsets)
 
+    def _receive(
+        self,
+        key: str,
+        end: int,
+        places: Iterator[tuple[int, memoryview]],
+        arrived: Callable[[memoryview], None],
+        *,
+        whole: bool = False,
+    ) -> None:
+        """Ranges of an object up to `end`, in parallel, each to its place; `whole`: it must hold no more than that."""
+        doing, seen = f"reading {self.uri}/{check_key(key)}", set[tuple[int, str]]()
+
+        def fetch(offset: int, target: Target) -> None:
+            found = self._range(key, offset, len(target.view), target)
+            if found is None:
+                self._check_end(key, offset + len(target.view))
+            elif found[1] < end:
+                raise CorruptionError(doing, found=f"{found[1]} bytes", expected=f"at least {end} bytes")
+            seen.add(found[1:] if found else (-1, ""))
+            if len(seen) > 1 or found is None or (whole and found[1] != end):
+                raise CorruptionError(doing, found="another writer changed it meanwhile", fix="read it again")
+
+        try:
+            receive(self._pool, fetch, places, PARTS_IN_FLIGHT, arrived)
+        except (CancelledError, ClosedError) as error:
+            raise StoreUnavailableError(doing, found="that the store was closed meanwhile") from error
+
     def _check_end(self, key: str, end: int) -> None:
         info = self.info(key)
         if info is None:
@@ -207,23 +265,29 @@ class S3Store(Store):
                 f"reading {self.uri}/{key}", found=f"{info.size_bytes} bytes", expected=f"at least {end} bytes"
             )
 
-    def _range(self, key: str, start: int, length: int) -> tuple[bytes, int, str] | None:
-        """One ranged GET: its bytes, the object's size and its ETag; None where `start` is not before its end."""
+    def _range(self, key: str, start: int, length: int, into: Target | None = None) -> tuple[bytes, int, str] | None:
+        """One ranged GET: its bytes (none where they went `into` a target), the object's size and its ETag; None where
+        `start` is not before its end."""
         doing, asked = f"reading {self.uri}/{key}", f"bytes={start}-{start + length - 1}"
-        with self._translated(doing):
+        direct = into is not None and self._wire is not None
+        receiving = self._wire.receiving(into) if into and self._wire else contextlib.nullcontext()
+        with self._translated(doing), receiving:
             try:
                 answer = self._client.get_object(Bucket=self.bucket, Key=self._prefix + key, Range=asked)
             except ClientError as error:
                 if status_of(error) == 416:
                     return None
                 raise
-            data = answer["Body"].read()
+            data = b"" if direct else answer["Body"].read()
         if "ContentRange" not in answer:
             raise StoreUnfitError(doing, found="an answer without Content-Range", expected="ranged reads")
+        if into is not None and not direct:
+            into.fill(data)
+        count = into.received if into is not None else len(data)
         total = int(answer["ContentRange"].rpartition("/")[2])
-        if len(data) != min(length, total - start):
+        if count != min(length, total - start):
             raise StoreUnavailableError(
-                doing, found=f"{len(data)} bytes of {asked}, of {total}", fix="run it again; find out who cuts answers"
+                doing, found=f"{count} bytes of {asked}, of {total}", fix="run it again; find out who cuts answers"
             )
         return data, total, answer["ETag"]
 

@@ -9,6 +9,7 @@ See docs/decisions/0019-wire.md for the measurement.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import io
@@ -37,6 +38,7 @@ from modelpress.errors import CorruptionError, StoreUnfitError
 from modelpress.store.base import check_digest
 from modelpress.store.dial import dial
 from modelpress.store.local import local_errors
+from modelpress.store.receive import Target
 
 if TYPE_CHECKING:
     from botocore.awsrequest import AWSPreparedRequest
@@ -158,6 +160,16 @@ class Wire:
         self._idle: dict[tuple[str, str, int], list[_Connection]] = {}
         self._lock = threading.Lock()
         self._closed = False
+        self._here = threading.local()
+
+    @contextlib.contextmanager
+    def receiving(self, target: Target) -> Iterator[None]:
+        """What this thread asks for meanwhile is received into `target`, where the answer is a range (206)."""
+        self._here.target = target
+        try:
+            yield
+        finally:
+            self._here.target = None
 
     def send(self, request: AWSPreparedRequest, **_: object) -> AWSResponse:
         """Carry one request; botocore's handler of ``before-send.s3``.
@@ -165,7 +177,11 @@ class Wire:
         Raises:
             BotoCoreError: no connection, silence, the deadline, or an answer that is not whole.
             ModelpressError: what the body raises.
+            StoppedError: the target of what this thread receives was stopped.
         """
+        into: Target | None = getattr(self._here, "target", None)
+        if into is not None:
+            into.check()
         context: dict[str, Any] = request.context  # type: ignore[attr-defined]  # the stubs lack it
         end: float = context.setdefault(END, time.monotonic() + self._deadline)
         url = urlsplit(request.url)
@@ -174,7 +190,7 @@ class Wire:
         try:
             target = f"{url.path or '/'}?{url.query}" if url.query else url.path or "/"
             status, headers, content = connection.exchange(
-                request.method, target, _sent(dict(request.headers.items())), request.body, end
+                request.method, target, _sent(dict(request.headers.items())), request.body, end, into
             )
         except TimeoutError as error:
             raise ReadTimeoutError(endpoint_url=where, error=error) from error
@@ -285,9 +301,18 @@ class _Connection(http.client.HTTPConnection):
         return not poll.poll(0)
 
     def exchange(
-        self, method: str, target: str, headers: Mapping[str, str | bytes], body: Any, end: float
+        self,
+        method: str,
+        target: str,
+        headers: Mapping[str, str | bytes],
+        body: Any,
+        end: float,
+        into: Target | None = None,
     ) -> tuple[int, list[tuple[str, str]], bytes]:
-        """Send a request and read its whole answer; `ready` tells whether the connection can take another."""
+        """Send a request and read its whole answer; `ready` tells whether the connection can take another.
+
+        The bytes of a range go to `into`, if given, and not into the answer.
+        """
         self.ready, self._line.end = False, end
         self.putrequest(method, target, skip_accept_encoding=True)
         for name, value in headers.items():
@@ -301,11 +326,15 @@ class _Connection(http.client.HTTPConnection):
             broken = error  # a server that refuses early says why before it closes
         try:
             response = self.getresponse()
-            if response.length is not None and response.length > MAX_ANSWER_BYTES:
+            if into is not None and response.status == http.HTTPStatus.PARTIAL_CONTENT:
+                into.take(response, self._line.sock)
+                content = b""
+            elif response.length is not None and response.length > MAX_ANSWER_BYTES:
                 raise _TooLongError(f"an answer of {response.length} bytes", response.status)
-            content = response.read(MAX_ANSWER_BYTES + 1) if response.length is None else response.read()
-            if len(content) > MAX_ANSWER_BYTES:
-                raise _TooLongError(f"an answer of more than {MAX_ANSWER_BYTES} bytes", response.status)
+            else:
+                content = response.read(MAX_ANSWER_BYTES + 1) if response.length is None else response.read()
+                if len(content) > MAX_ANSWER_BYTES:
+                    raise _TooLongError(f"an answer of more than {MAX_ANSWER_BYTES} bytes", response.status)
         except (OSError, http.client.HTTPException) as error:
             if broken is not None:
                 raise broken from error

@@ -79,6 +79,25 @@ def test_inspect_shows_every_tensor_and_blob(packs: list[str], store: Store, run
     assert f"{manifest.published_bytes:,} published" in out
 
 
+def test_the_cache_is_shown_and_pruned(
+    packs: list[str], store: Store, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = run("cache", "show")
+    assert code == errors.ConfigError.exit_code
+    assert "MODELPRESS_CACHE" in err
+    monkeypatch.setenv("MODELPRESS_CACHE", str(tmp_path / "cache"))
+    load.open_session(store, "scale", packs[0])
+    code, out, _ = run("cache", "show", "--json")
+    blobs = {blob["sha256"]: blob["size_bytes"] for blob in json.loads(out)["blobs"]}
+    shards = load.load_manifest(store, "scale", packs[0]).shards
+    assert {shard.sha256: shard.size_bytes for shard in shards}.items() <= blobs.items()
+    _, out, _ = run("cache", "show")
+    assert all(digest in out for digest in blobs)
+    code, out, _ = run("cache", "prune")
+    assert (code, f"{sum(blobs.values()):,} bytes freed" in out) == (0, True)
+    assert json.loads(run("cache", "show", "--json")[1])["blobs"] == []
+
+
 def test_inspect_gives_json(packs: list[str], run: Run) -> None:
     code, out, _ = run("inspect", f"scale@{packs[0][:12]}", "--json")
     document = json.loads(out)

@@ -218,3 +218,35 @@ class StoreConformance:
         again = open_store(store.uri)
         assert again.uri == store.uri
         assert again.get("k") == b"x"
+
+    @pytest.mark.parametrize(("start", "length"), [(0, 10), (3, 4), (9, 1), (10, 0), (0, 0)])
+    def test_bytes_come_into_given_memory(self, store: Store, start: int, length: int) -> None:
+        store.put("digits", b"0123456789")
+        buffer, came = bytearray(b"x" * length), bytearray()
+        store.read_into("digits", buffer, start, came.extend)
+        assert bytes(buffer) == bytes(came) == b"0123456789"[start : start + length]
+
+    def test_a_large_object_comes_in_order(self, store: Store) -> None:
+        data = bytes(range(251)) * (18 * 2**20 // 251)
+        store.put("large", data)
+        buffer, digest = bytearray(len(data) - 5), hashlib.sha256()
+        store.read_into("large", memoryview(buffer), 5, digest.update)
+        assert buffer == data[5:]
+        assert digest.digest() == hashlib.sha256(data[5:]).digest()
+
+    @pytest.mark.parametrize(("start", "length"), [(0, 11), (9, 2), (10, 1), (11, 0), (99, 1)])
+    def test_memory_that_the_object_does_not_fill_is_refused(self, store: Store, start: int, length: int) -> None:
+        store.put("digits", b"0123456789")
+        with pytest.raises(CorruptionError, match="10 bytes"):
+            store.read_into("digits", bytearray(length), start)
+        with pytest.raises(NotFoundError):
+            store.read_into("none", bytearray(length))
+
+    def test_whoever_takes_the_bytes_can_end_it(self, store: Store) -> None:
+        store.put("large", bytes(2**25))
+
+        def refuse(data: memoryview) -> None:
+            raise RuntimeError("enough")
+
+        with pytest.raises(RuntimeError, match="enough"):
+            store.read_into("large", bytearray(2**25), 0, refuse)

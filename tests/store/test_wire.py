@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import socket
@@ -19,6 +20,7 @@ from botocore.exceptions import BotoCoreError, ConnectionClosedError, ReadTimeou
 
 from modelpress.errors import CorruptionError, ModelpressError, NotFoundError, StoreUnfitError
 from modelpress.settings import Settings
+from modelpress.store.receive import StoppedError, Target
 from modelpress.store.s3 import S3Store
 from modelpress.store.s3_client import _Patience, back_off
 from modelpress.store.s3_multipart import Buffers
@@ -181,6 +183,60 @@ def test_silence_and_the_deadline_both_end_a_request() -> None:
             with pytest.raises(ReadTimeoutError):
                 ask(Wire(connect=5, context=None, silence=silence, deadline=deadline), url)
             stop.set()
+
+
+def test_a_range_goes_into_given_memory_and_what_was_seen_stays(wire: Wire) -> None:
+    """The first answer breaks off, the second has other bytes where the first had some: those are passed over."""
+    head = b"HTTP/1.1 206 Partial\r\nContent-Length: 10\r\nContent-Range: bytes 0-9/10\r\n\r\n"
+    memory, seen = bytearray(10), []
+    target = Target(memoryview(memory), lambda: seen.append(bytes(memory[: target.received])))
+    with server(says(head + b"01234"), says(head + b"xxxxx56789", OK)) as url, wire.receiving(target):
+        with pytest.raises(BotoCoreError):
+            ask(wire, url)
+        kept = seen[-1] if seen else b""
+        assert ask(wire, url) == (206, b"")
+        assert ask(wire, url) == (200, b"ok")  # no range: an answer like any other
+    assert memory[: len(kept)] == b"01234"[: len(kept)]
+    assert bytes(memory[5:]) == b"56789"
+    assert seen[-1] == bytes(memory)
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(seen))
+
+
+@pytest.mark.parametrize("length", [b"Content-Length: 11", b"Transfer-Encoding: chunked"])
+def test_a_range_that_memory_does_not_hold_is_refused(wire: Wire, length: bytes) -> None:
+    with server(says(b"HTTP/1.1 206 Partial\r\n" + length + b"\r\n\r\n" + b"b\r\n01234567890")) as url:
+        memory = bytearray(12)
+        with wire.receiving(Target(memoryview(memory)[:10])), pytest.raises(BotoCoreError):
+            ask(wire, url)
+        assert memory == bytes(12)
+
+
+def test_who_is_stopped_waits_for_no_server(wire: Wire) -> None:
+    stop = threading.Event()
+
+    def half(client: socket.socket) -> None:
+        heard(client)
+        client.sendall(b"HTTP/1.1 206 Partial\r\nContent-Length: 10\r\n\r\n01234")
+        stop.wait(20)
+
+    silent = Wire(connect=5, silence=1000, deadline=1000, context=None)
+    target = Target(memoryview(bytearray(10)))
+
+    def receive() -> None:
+        with silent.receiving(target), pytest.raises((BotoCoreError, StoppedError)):
+            ask(silent, url)
+        with silent.receiving(target), pytest.raises(StoppedError):  # nor is it asked again
+            ask(silent, url)
+
+    with server(half) as url:
+        thread = threading.Thread(target=receive)
+        thread.start()
+        while target._line is None:
+            time.sleep(0.01)
+        target.stop()
+        thread.join(10)
+        assert not thread.is_alive()
+        stop.set()
 
 
 def test_a_body_is_checked_before_its_end_is_sent(wire: Wire, tmp_path: Path) -> None:

@@ -1,0 +1,228 @@
+"""Verified blobs on this machine's disk, shared by all its readers, so that a second load asks the store for none.
+
+::
+
+    <folder>/sha256/<digest>        a blob, named by its content
+    <folder>/incoming/<unique>      one that is being written; locked by its writer
+    <folder>/locks/<digest>         locked by who fetches the blob, so that others wait for it
+    <folder>/lock                   locked by who makes room
+
+Nothing in it is trusted: a blob is verified before it is written and each time it is read, and a damaged one is
+dropped. A blob takes its name when it is whole. Locks are flock's, which end with their process, however that ends.
+Whatever the disk refuses costs speed and never the load: the cache says so once, and is done without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelpress import keys
+from modelpress.errors import SetupError
+from modelpress.settings import Settings, read_settings
+
+if sys.platform != "win32":
+    import fcntl
+
+log = logging.getLogger("modelpress.cache")
+
+BLOCK_BYTES = 4 * 2**20
+LOOK_SECONDS = 0.05
+"""How often somebody who waits for another's fetch looks."""
+MAX_WAIT_SECONDS = 120.0
+"""Longer than this nobody waits for another: it fetches for itself."""
+
+
+@dataclass(frozen=True)
+class CachedBlob:
+    """One blob of the cache."""
+
+    digest: str
+    size_bytes: int
+    used_at: float
+    """When it was last read or written, in seconds since 1970."""
+
+
+class BlobCache:
+    """A folder of verified blobs. Safe to use from threads and from processes on one machine.
+
+    Args:
+        folder: made when the first blob is kept.
+        max_bytes: what the blobs may take, those being written included.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes = Path(os.path.abspath(folder)), max_bytes
+        self._writes = True
+
+    def read_into(self, digest: str, view: memoryview) -> bool:
+        """Fill `view` with a blob, if it is here and its digest holds; else False, and `view` holds anything."""
+        path = self._path(digest)
+        hashed, position = hashlib.sha256(), 0
+        try:
+            with path.open("rb", buffering=0) as file:
+                while position < len(view) and (count := file.readinto(view[position : position + BLOCK_BYTES])):
+                    hashed.update(view[position : position + count])
+                    position += count
+                whole = position == len(view) and not file.read(1)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            log.warning("cannot read %s from the cache, the store is asked: %s", path, error)
+            return False
+        if not whole or hashed.hexdigest() != digest:
+            log.warning("dropping %s from the cache: its bytes are not those of its name", path)
+            self._drop(path)
+            return False
+        with contextlib.suppress(OSError):  # a folder that may only be read: others keep its order
+            os.utime(path)
+        return True
+
+    def keep(self, digest: str, view: memoryview) -> None:
+        """Keep a blob that was verified; what was read longest ago makes room. A disk that refuses is no error."""
+        if not self._writes or len(view) > self.max_bytes:
+            return
+        path, incoming = self._path(digest), self.folder / "incoming" / uuid.uuid4().hex
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            incoming.parent.mkdir(exist_ok=True)
+            with incoming.open("xb", buffering=0) as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                try:
+                    self._make_room(incoming, len(view))
+                    rest = view
+                    while rest:
+                        rest = rest[file.write(rest[:BLOCK_BYTES]) :]
+                    incoming.replace(path)
+                finally:
+                    incoming.unlink(missing_ok=True)
+        except OSError as error:
+            self._writes = False
+            log.warning("cannot write to the cache %s, going on without: %s", self.folder, error)
+
+    @contextlib.contextmanager
+    def fetching(self, digest: str, look: Callable[[], None] = lambda: None) -> Iterator[bool]:
+        """Be the one process, and thread, that fetches a blob; True: another one was at it, and was waited for.
+
+        `look` is called while waiting; what it raises ends that. Where no lock can be had, everybody fetches.
+        """
+        waited, until = False, time.monotonic() + MAX_WAIT_SECONDS
+        path = self.folder / "locks" / digest
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("wb")
+        except OSError as error:
+            if self._writes:
+                self._writes = False
+                log.warning("the cache %s is read and not written: %s", self.folder, error)
+            yield False
+            return
+        with file:
+            while time.monotonic() < until:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError as error:
+                    if error.errno not in (errno.EAGAIN, errno.EACCES):
+                        break  # a file system without locks
+                waited = True
+                look()
+                time.sleep(LOOK_SECONDS)
+            yield waited
+
+    def blobs(self) -> list[CachedBlob]:
+        """What is kept, the longest unused first."""
+        found = []
+        for path in _files(self.folder / "sha256"):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                found.append(CachedBlob(path.name, status.st_size, status.st_mtime))
+        return sorted(found, key=lambda blob: blob.used_at)
+
+    def prune(self, to_bytes: int = 0) -> int:
+        """Drop what is longest unused until at most `to_bytes` are left, and what dead writers left; bytes freed.
+
+        Raises:
+            OSError: the folder may not be changed.
+        """
+        if not self.folder.is_dir():
+            return 0
+        with (self.folder / "lock").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            before = self._taken()
+            self._evict(to_bytes)
+            for path in _files(self.folder / "locks"):
+                with path.open("rb") as file, contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink(missing_ok=True)
+            return before - self._taken()
+
+    def _make_room(self, incoming: Path, size: int) -> None:
+        """Take `size` bytes of the bound for a file that is about to be written."""
+        with (self.folder / "lock").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._evict(self.max_bytes - size)
+            os.truncate(incoming, size)  # a hole: from now on others count it
+
+    def _evict(self, most: int) -> None:
+        for path in _files(self.folder / "incoming"):
+            with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its writer is dead
+                path.unlink()
+        taken = self._taken()
+        for blob in self.blobs():
+            if taken <= most:
+                return
+            self._path(blob.digest).unlink(missing_ok=True)
+            taken -= blob.size_bytes
+
+    def _taken(self) -> int:
+        total = 0
+        for name in ("sha256", "incoming"):
+            for path in _files(self.folder / name):
+                with contextlib.suppress(FileNotFoundError):
+                    total += path.stat().st_size
+        return total
+
+    def _path(self, digest: str) -> Path:
+        keys.blob(digest)  # refuses what is no digest
+        return self.folder / "sha256" / digest
+
+    def _drop(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("cannot drop %s, it will be met again: %s", path, error)
+
+
+def open_cache(settings: Settings | None = None) -> BlobCache | None:
+    """The cache that the settings name; None where they name none.
+
+    Raises:
+        ConfigError: a setting is not legal.
+        SetupError: this system has no `flock`.
+    """
+    settings = settings or read_settings()
+    if not settings.cache:
+        return None
+    if sys.platform == "win32":
+        raise SetupError(
+            "opening the cache", found="Windows", expected="a system with flock", fix="unset MODELPRESS_CACHE"
+        )
+    return BlobCache(Path(settings.cache), settings.cache_bytes)
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if path.is_file()]
+    except FileNotFoundError:
+        return []

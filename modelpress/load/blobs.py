@@ -1,0 +1,133 @@
+"""The blobs of one pack, wherever they lie: the store, or this machine's cache in front of it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from modelpress import keys
+from modelpress.cache import BlobCache
+from modelpress.errors import CorruptionError, NotFoundError
+from modelpress.load.names import MIN_PREFIX
+from modelpress.manifest import Manifest
+from modelpress.progress import Progress, silent
+from modelpress.store.base import Store
+
+FIX = "publish the pack again: it sends what is missing; a damaged blob must be deleted first"
+
+
+class Opener(Protocol):
+    """Turns the stored bytes of one blob into plain ones, in order, as they come: the place for decryption.
+
+    It sees bytes before the digest of the whole blob is known to hold, and so authenticates what it gives out.
+    """
+
+    plain_bytes: int
+    """How many plain bytes the blob has."""
+
+    def feed(self, stored: memoryview) -> bytes:
+        """The plain bytes that can be said after these stored ones."""
+
+    def finish(self) -> bytes:
+        """The rest, at the end of the blob."""
+
+
+class Blobs:
+    """Reads blobs by their sha256, never more bytes than the manifest says; errors name the pack's part.
+
+    Safe to use from threads. `progress` counts the bytes of whole blobs, in the thread that brought the last one.
+    """
+
+    def __init__(
+        self, store: Store, manifest: Manifest, progress: Progress = silent, cache: BlobCache | None = None
+    ) -> None:
+        self._store, self._cache, self._progress = store, cache, progress
+        self._sizes = manifest.blobs()
+        self._pack = f"{manifest.name}@{manifest.digest[:MIN_PREFIX]}"
+        self._parts = {shard.sha256: f"shard {number} ({shard.sha256})" for number, shard in enumerate(manifest.shards)}
+        entries = [*manifest.files, *([manifest.reports] if manifest.reports else [])]
+        self._parts |= {entry.stored_sha256: f"file {entry.name!r}" for entry in entries}
+        self._seen: set[str] = set()
+        self._lock = threading.Lock()
+
+    def size(self, digest: str) -> int:
+        """Length of a blob."""
+        return self._sizes[digest]
+
+    def fetch(self, digest: str) -> bytes:
+        """A whole blob. From the store it comes as it is, for the caller to verify; from the cache, verified.
+
+        Raises:
+            NotFoundError: there is none.
+            CorruptionError: it holds less than the manifest says.
+        """
+        if self._cache is not None:
+            buffer = bytearray(self._sizes[digest])
+            self.read_into(digest, memoryview(buffer), lambda _: None)
+            return bytes(buffer)
+        with self._named(digest):
+            data = self._store.get(keys.blob(digest), 0, self._sizes[digest])
+        self._count(digest)
+        return data
+
+    def read_into(self, digest: str, view: memoryview, arrived: Callable[[memoryview], None]) -> None:
+        """Fill `view` with a blob; returns when its digest holds.
+
+        `arrived` gets every byte in order, before that is known, and now and then none; what it raises ends the call.
+
+        Raises:
+            NotFoundError: there is none.
+            CorruptionError: it holds other bytes, or less.
+        """
+        if self._cache is None:
+            self._from_store(digest, view, arrived)
+        elif not self._cache.read_into(digest, view):
+            with self._cache.fetching(digest, lambda: arrived(view[:0])) as others:
+                # Whoever was waited for has brought it, or died.
+                if not (others and self._cache.read_into(digest, view)):
+                    self._from_store(digest, view, arrived)
+                    self._cache.keep(digest, view)
+                    self._count(digest)
+                    return
+            arrived(view)
+        else:
+            arrived(view)
+        self._count(digest)
+
+    def _from_store(self, digest: str, view: memoryview, arrived: Callable[[memoryview], None]) -> None:
+        hashed = hashlib.sha256()
+
+        def seen(data: memoryview) -> None:
+            hashed.update(data)
+            arrived(data)
+
+        with self._named(digest):
+            self._store.read_into(keys.blob(digest), view, 0, seen)
+            if hashed.hexdigest() != digest:
+                raise CorruptionError(f"reading {digest}", found=f"{len(view)} bytes, sha256 {hashed.hexdigest()}")
+
+    @contextlib.contextmanager
+    def _named(self, digest: str) -> Iterator[None]:
+        """Errors that name the part of the pack."""
+        doing = f"reading {self._parts[digest]} of pack {self._pack}"
+        try:
+            yield
+        except NotFoundError as error:
+            found = f"no object {self._store.uri}/{keys.blob(digest)}"
+            raise NotFoundError(doing, found=found, expected=f"{self._sizes[digest]} bytes", fix=FIX) from error
+        except CorruptionError as error:
+            raise CorruptionError(
+                doing,
+                found=f"{error.found} under {self._store.uri}/{keys.blob(digest)}",
+                expected=f"{self._sizes[digest]} bytes with sha256 {digest}",
+                fix=FIX,
+            ) from error
+
+    def _count(self, digest: str) -> None:
+        with self._lock:
+            self._seen.add(digest)
+            done = sum(self._sizes[item] for item in self._seen)
+            self._progress(done, sum(self._sizes.values()), self._parts[digest])
