@@ -53,6 +53,7 @@ def publish(
 
     Raises:
         StageError: a blob of the manifest is not among `shards` and `blobs`.
+        NotFoundError: the pack's base is not published here; CorruptionError: the pack cannot be read with it.
         CorruptionError: bytes on the way do not have the digest that the manifest says.
         ConflictError: another manifest stands under this digest.
         StoreError: see `modelpress.store.Store`.
@@ -61,6 +62,7 @@ def publish(
     sizes = manifest.blobs()
     sources = _sources(manifest, shards, blobs)
     store.ensure_fit()
+    base_bytes = _base_bytes(store, manifest)
     upload = _Upload(store, sum(sizes.values()), progress)
     # Large ones first: the last thread is not left alone with the largest.
     order = sorted(sizes, key=lambda digest: (-sizes[digest], digest))
@@ -75,7 +77,8 @@ def publish(
         sent_bytes=upload.sent_bytes,
         published_bytes=published,
         source_bytes=source_bytes,
-        compression_ratio=source_bytes / published,
+        base_bytes=base_bytes,
+        compression_ratio=source_bytes / (published + base_bytes),
         seconds=time.perf_counter() - started,
     )
 
@@ -126,6 +129,16 @@ def _sources(manifest: Manifest, shards: Sequence[ShardFile], blobs: Mapping[str
             expected="every shard, file and report that the manifest lists",
         )
     return given
+
+
+def _base_bytes(store: Store, manifest: Manifest) -> int:
+    """What a reader needs beside the pack; a pack without its base is never published."""
+    if manifest.base is None:
+        return 0
+    from modelpress.load import open_pack  # torch and onnx, which a pack that stands alone has no need of
+
+    _, base = open_pack(store, manifest)
+    return base.read_bytes if base is not None else 0
 
 
 def _commit(store: Store, manifest: Manifest) -> None:

@@ -79,7 +79,8 @@ def inspect(
     entry = explain.find_tensor(manifest, tensor) if tensor is not None else None
     choices = explain.read_choices(manifest, fetch)
     if entry is not None:
-        found = explain.describe(manifest, entry, choices.get(entry.name), fetch)
+        fetch, base = load.open_pack(opened, manifest)
+        found = explain.describe(manifest, entry, choices.get(entry.name), fetch, base)
         typer.echo(json.dumps({"pack": digest} | found, indent=2) if as_json else "\n".join(explain.lines(found)))
         return
     if as_json:
@@ -88,6 +89,8 @@ def inspect(
         typer.echo(json.dumps(document, indent=2))
         return
     echo(f"{name} {digest}, {manifest.kind}, format {manifest.format_version}, licence {manifest.licence}")
+    if manifest.base is not None:
+        echo(f"stored as the difference to {name} {manifest.base}, which a reader needs as well")
     echo(rows_table(explain.table(manifest, choices)))
     echo(explain.codec_counts(manifest))
     echo(_blob_table(manifest))

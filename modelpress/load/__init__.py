@@ -6,7 +6,7 @@ says, every tensor and file the digest of its own bytes.
 
 from modelpress.load.layouts import Layout, pull
 from modelpress.load.names import MAX_MANIFEST_BYTES, MIN_PREFIX, load_manifest, resolve
-from modelpress.load.read import fetcher, load_checkpoint, verify
+from modelpress.load.read import fetcher, load_checkpoint, open_pack, verify
 
 __all__ = [
     "MAX_MANIFEST_BYTES",
@@ -15,6 +15,7 @@ __all__ = [
     "fetcher",
     "load_checkpoint",
     "load_manifest",
+    "open_pack",
     "pull",
     "resolve",
     "verify",

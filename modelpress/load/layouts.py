@@ -16,10 +16,10 @@ from torch import Tensor
 
 from modelpress import graph
 from modelpress.checkpoint import Checkpoint
-from modelpress.container import read_tensors
+from modelpress.container import Base, read_tensors
 from modelpress.errors import ConfigError
 from modelpress.load.names import load_manifest, resolve
-from modelpress.load.read import fetcher
+from modelpress.load.read import open_pack
 from modelpress.manifest import Manifest
 from modelpress.pack_files import read_files
 from modelpress.progress import Progress, silent
@@ -58,7 +58,7 @@ def pull(
             raise ConfigError(doing, found="something there already", expected="a new or empty folder")
         try:
             partial.mkdir(parents=True)
-            _WRITERS[layout](manifest, fetcher(store, manifest, progress), partial)
+            _WRITERS[layout](manifest, *open_pack(store, manifest, progress), partial)
             (partial / MANIFEST_NAME).write_bytes(manifest.to_bytes())
             partial.rename(folder)
         finally:
@@ -66,12 +66,12 @@ def pull(
     return digest
 
 
-def _write_checkpoint(manifest: Manifest, fetch: Callable[[str], bytes], folder: Path) -> None:
+def _write_checkpoint(manifest: Manifest, fetch: Callable[[str], bytes], base: Base | None, folder: Path) -> None:
     """Hugging Face's layout; never more than one file's tensors in memory."""
     groups = _grouped(manifest)
     names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     names = names if len(groups) > 1 else ["model.safetensors"]
-    tensors: Iterator[tuple[str, Tensor]] = read_tensors(manifest, fetch)
+    tensors: Iterator[tuple[str, Tensor]] = read_tensors(manifest, fetch, original=base)
     for file_name, group in zip(names, groups, strict=True):
         content = {name: tensor for _, (name, tensor) in zip(group, tensors, strict=False)}
         # Through bytes: the library's own writer turns a full disk into an error of no type.
@@ -84,15 +84,17 @@ def _write_checkpoint(manifest: Manifest, fetch: Callable[[str], bytes], folder:
     _write_files(read_files(manifest, fetch), folder)
 
 
-def _write_onnx(manifest: Manifest, fetch: Callable[[str], bytes], folder: Path) -> None:
+def _write_onnx(manifest: Manifest, fetch: Callable[[str], bytes], base: Base | None, folder: Path) -> None:
     files = read_files(manifest, fetch)
-    model = graph.join(Checkpoint(manifest.kind, dict(read_tensors(manifest, fetch)), files, dict(manifest.metadata)))
+    model = graph.join(
+        Checkpoint(manifest.kind, dict(read_tensors(manifest, fetch, original=base)), files, dict(manifest.metadata))
+    )
     path = folder / graph.GRAPH_FILE
     onnx.save_model(model, str(path), save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
     _write_files({name: data for name, data in files.items() if name != graph.GRAPH_FILE}, folder)
 
 
-_WRITERS: dict[Layout, Callable[[Manifest, Callable[[str], bytes], Path], None]] = {
+_WRITERS: dict[Layout, Callable[[Manifest, Callable[[str], bytes], Base | None, Path], None]] = {
     "checkpoint": _write_checkpoint,
     "onnx": _write_onnx,
 }

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 from modelpress import keys
 from modelpress.checkpoint import Checkpoint
-from modelpress.container import read_tensors
+from modelpress.container import Base, read_tensors
 from modelpress.errors import CorruptionError, NotFoundError
+from modelpress.load.base import Joint, load_base
 from modelpress.load.names import MIN_PREFIX, load_manifest, resolve
 from modelpress.manifest import Manifest
 from modelpress.pack_files import read_files, read_reports
@@ -26,8 +27,8 @@ def load_checkpoint(store: Store, name: str, digest: str, progress: Progress = s
         UnsupportedFormatError: written by a newer modelpress.
     """
     manifest = load_manifest(store, name, digest)
-    fetch = fetcher(store, manifest, progress)
-    tensors = dict(read_tensors(manifest, fetch))
+    fetch, base = open_pack(store, manifest, progress)
+    tensors = dict(read_tensors(manifest, fetch, original=base))
     return manifest, Checkpoint(manifest.kind, tensors, read_files(manifest, fetch), dict(manifest.metadata))
 
 
@@ -40,19 +41,39 @@ def verify(store: Store, name: str, ref: str, progress: Progress = silent) -> Ve
     started = time.perf_counter()
     digest = resolve(store, name, ref)
     manifest = load_manifest(store, name, digest)
-    fetch = fetcher(store, manifest, progress)
-    tensors = sum(1 for _ in read_tensors(manifest, fetch))
+    fetch, base = open_pack(store, manifest, progress)
+    tensors = sum(1 for _ in read_tensors(manifest, fetch, original=base))
     files = len(read_files(manifest, fetch))
     read_reports(manifest, fetch)
     return VerifyReport(
         pack=digest,
         uri=f"{store.uri}/{keys.manifest(name, digest)}",
-        shards=len(manifest.shards),
+        shards=len(manifest.shards) + (len(base.blobs) if base else 0),
         tensors=tensors,
         files=files,
-        read_bytes=manifest.published_bytes,
+        read_bytes=manifest.published_bytes + (base.read_bytes if base else 0),
         seconds=time.perf_counter() - started,
     )
+
+
+def open_pack(
+    store: Store, manifest: Manifest, progress: Progress = silent
+) -> tuple[Callable[[str], bytes], Base | None]:
+    """What reads a pack's blobs, and its base's tensors where it has one; both count into one `progress`.
+
+    The base's manifest is read and checked here, before any blob is.
+
+    Raises:
+        NotFoundError: the base is not there; both packs are named.
+        CorruptionError: the base is not what its digest says, or not what the pack can be read with.
+        UnsupportedFormatError: the base was written by a newer modelpress.
+    """
+    if manifest.base is None:
+        return fetcher(store, manifest, progress), None
+    found, joint = load_base(store, manifest, manifest.base), Joint(progress)
+    base = Base(manifest, found, fetcher(store, found, joint.part()))
+    joint.total_bytes = sum(manifest.blobs().values()) + sum(base.blobs.values())
+    return fetcher(store, manifest, joint.part()), base
 
 
 def fetcher(store: Store, manifest: Manifest, progress: Progress = silent) -> Callable[[str], bytes]:

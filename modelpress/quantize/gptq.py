@@ -20,7 +20,12 @@ _BLOCK = 128
 
 
 def gptq(
-    weight: Tensor, hessian: Tensor, grid: Grid, act_order: bool = False, damping: float = DAMPING
+    weight: Tensor,
+    hessian: Tensor,
+    grid: Grid,
+    act_order: bool = False,
+    damping: float = DAMPING,
+    given: tuple[Tensor, Tensor] | None = None,
 ) -> GroupedWeight:
     """Quantize a weight so that its layer's outputs on calibration data change little; zeros stay zeros.
 
@@ -31,6 +36,7 @@ def gptq(
         act_order: take the inputs of the largest H_ii first. Each group's scale then comes from the weights as they
             were (static groups), so that groups are of neighbours in any order.
         damping: share of the mean diagonal.
+        given: scales and zero points, (out, groups) float32 each, to be taken as they are.
 
     Raises:
         StageError: H is not of this shape, not finite, or singular despite the damping; the weight is not finite.
@@ -42,7 +48,7 @@ def gptq(
     if act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
     factor = inverse_factor(hessian.double()[order][:, order], damping, "a layer that GPTQ rounds").float()
-    scale, zero_point = (one.T.contiguous() for one in parameters(groups, grid))
+    scale, zero_point = (one.T.contiguous() for one in given or parameters(groups, grid))
     left = weight.float().T[order].contiguous()  # (in, out): what is worked on lies together
     pruned = left == 0
     sparse = bool(pruned.any())
@@ -53,7 +59,7 @@ def gptq(
         errors = torch.empty(end - start, outputs)
         for row in range(start, end):
             group = int(order[row]) // grid.group_size
-            if not act_order and row % grid.group_size == 0:
+            if given is None and not act_order and row % grid.group_size == 0:
                 fresh = parameters(in_groups(left[row : row + grid.group_size].T, grid.group_size), grid)
                 scale[group], zero_point[group] = fresh[0][:, 0], fresh[1][:, 0]
             codes[row] = encode(left[row], scale[group], zero_point[group], grid)

@@ -11,6 +11,8 @@ from modelpress.reports.folder import FolderReport
 from modelpress.reports.graph import (
     CodebookReport,
     ExportReport,
+    FrozenReport,
+    FrozenWeight,
     LayersReport,
     QuantizeReport,
     RoundedLayer,
@@ -18,7 +20,7 @@ from modelpress.reports.graph import (
     SharedTensor,
 )
 from modelpress.reports.module import DistillReport, PruneReport, PruneStep, SourceReport, TensorChange, TrainReport
-from modelpress.reports.pack import CodedTensor, CompressReport, ShardReport, UploadReport, VerifyReport
+from modelpress.reports.pack import CodedTensor, CompressReport, DeltaReport, ShardReport, UploadReport, VerifyReport
 from modelpress.reports.plan import PlannedTensor, PlanOutline, PlanPoint, PlanReport
 from modelpress.reports.quality import AttributionReport, EvaluationReport, LatencyReport, QualityReport
 
@@ -28,10 +30,13 @@ __all__ = [
     "CodebookReport",
     "CodedTensor",
     "CompressReport",
+    "DeltaReport",
     "DistillReport",
     "EvaluationReport",
     "ExportReport",
     "FolderReport",
+    "FrozenReport",
+    "FrozenWeight",
     "LatencyReport",
     "LayersReport",
     "PlanOutline",
