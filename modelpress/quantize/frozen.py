@@ -30,6 +30,8 @@ MAX_ERROR_GROWTH = 1.25
 weight gets fresh scales. Clipping and steps that are too wide both show in it; a quarter more error is a third of a
 bit."""
 
+Doubles = npt.NDArray[np.float64]
+
 _CODES, _SCALE, _ZERO_POINT, _VALUE = "_quantized", "_scale", "_zero_point", "_value"
 _SWEEPS = 8
 """Alternations by which factors of rows and columns are found; they settle in two or three."""
@@ -147,17 +149,9 @@ class Frozen:
             return None
         now = np.concatenate([values for values, _ in pairs], axis=1).astype(np.float64)
         then = np.concatenate([earlier for _, earlier in pairs if earlier is not None], axis=1)
-        rows, columns = np.ones(len(now)), np.ones(now.shape[1])
-        for _ in range(_SWEEPS):
-            rows = _ratio((then * now) @ columns, (now**2) @ columns**2)
-            columns = _ratio(rows @ (then * now), rows**2 @ (now**2))
-        rows = _ratio((then * now) @ columns, (now**2) @ columns**2)
-        alive = (now != 0).any(axis=1)
-        if alive.any():
-            rows = np.where(alive, rows / np.exp(np.log(rows[alive]).mean()), 1.0)
-        return np.asarray(rows, dtype=np.float32)
+        return np.asarray(scales_between(now, then), dtype=np.float32)
 
-    def _rows_first(self, node: NodeProto, shape: tuple[int, ...]) -> npt.NDArray[np.float64] | None:
+    def _rows_first(self, node: NodeProto, shape: tuple[int, ...]) -> Doubles | None:
         """The earlier weight of a MatMul or Gemm as (in, out)."""
         earlier, name = self._nodes.get(node.name), node.input[1]
         codes, scale = self._array(name + _CODES, np.int8), self.scale(name)
@@ -207,11 +201,25 @@ class Frozen:
         return growth if kept else None
 
 
+def scales_between(now: Doubles, then: Doubles) -> Doubles:
+    """s of then ≈ diag(s) · now · diag(t), by least squares: (rows,), of geometric mean 1, and 1 for rows of zeros."""
+    rows, columns = np.ones(len(now)), np.ones(now.shape[1])
+    for _ in range(_SWEEPS):
+        rows = _ratio((then * now) @ columns, (now**2) @ columns**2)
+        columns = _ratio(rows @ (then * now), rows**2 @ (now**2))
+    rows = _ratio((then * now) @ columns, (now**2) @ columns**2)
+    alive = (now != 0).any(axis=1)
+    if not alive.any():
+        return np.ones(len(now))
+    scaled: Doubles = np.where(alive, rows / np.exp(np.log(rows[alive]).mean()), 1.0)
+    return scaled
+
+
 def _growth(frozen: float, fresh: float) -> float:
     return frozen / fresh if fresh else float("inf") if frozen else 1.0
 
 
-def _ratio(above: npt.NDArray[np.float64], below: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _ratio(above: Doubles, below: Doubles) -> Doubles:
     """Element by element; 1 where it is no positive number."""
     with np.errstate(all="ignore"):
         found = above / below
