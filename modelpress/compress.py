@@ -18,7 +18,7 @@ from modelpress.container.safetensors_file import compact
 from modelpress.container.stored import check_names
 from modelpress.container.tensors import dtype_of, to_bytes
 from modelpress.dtypes import DType
-from modelpress.errors import StageError
+from modelpress.errors import ConfigError, StageError
 from modelpress.manifest import MAX_EXPANSION
 from modelpress.progress import Progress, silent
 from modelpress.reports import CodedTensor, CompressReport
@@ -51,9 +51,15 @@ def compress(
     floor is held against each codec's known speed, not against a measurement in this run.
 
     Raises:
-        ConfigError: a dtype or a name that a pack cannot hold.
+        ConfigError: a dtype or a name that a pack cannot hold, or a config with a base.
         StageError: a decoded tensor differs from what was coded.
     """
+    if config is not None and config.base is not None:
+        raise ConfigError(
+            "coding a checkpoint by itself",
+            found=f"compress.base {config.base!r}",
+            fix="call modelpress.delta.compress_against with that pack",
+        )
     names = sorted(checkpoint.tensors, key=natural_key)
     check_names(names)
     stored: list[StoredTensor] = []

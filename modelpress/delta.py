@@ -59,20 +59,21 @@ def compress_against(
 
     Args:
         checkpoint: the new version.
-        config: the codecs, the floor and the share.
+        config: the codecs, the floor and the share; `base` is the digest of the pack.
         base: a pack that stands alone.
         progress: told of each tensor.
 
     Raises:
-        ConfigError: the base is stored as differences itself; and see `compress`.
+        ConfigError: the base is not the config's, or is stored as differences itself; and see `compress`.
         StoreError, FormatError: the base cannot be read.
     """
+    doing = f"storing differences to pack {base.manifest.name}@{base.manifest.digest}"
+    if config.base != base.manifest.digest:
+        raise ConfigError(doing, found=f"compress.base {config.base!r}", expected="that pack's digest")
     if base.manifest.base is not None:
-        raise ConfigError(
-            f"storing differences to pack {base.manifest.name}@{base.manifest.digest}",
-            found=f"a pack that is stored as differences to {base.manifest.base}",
-            expected="one that stands alone: that base",
-        )
+        found = f"a pack that is stored as differences to {base.manifest.base}"
+        raise ConfigError(doing, found=found, expected="one that stands alone: that base")
+    config = config.model_copy(update={"base": None})
     coded, report = compress(checkpoint, config, progress)
     by_digest = {(one.raw_sha256, one.dtype, one.shape): one.name for one in reversed(base.manifest.tensors)}
     stored: list[StoredTensor] = []

@@ -153,6 +153,8 @@ def plan(
 ) -> Finished[PlanReport]:
     """Give each weight a form of its own within one budget; `compression` is how the pack will be coded. `model` is
     what the graph was exported from, as `export_config` says; it is read where the plan trains it."""
+    if compression is not None:  # forms are weighed by what they take in a pack that stands alone
+        compression = compression.model_copy(update={"base": None})
 
     def work(progress: Progress) -> tuple[Mapping[str, bytes], PlanReport]:
         from modelpress.checkpoint import to_module

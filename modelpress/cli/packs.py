@@ -94,8 +94,11 @@ def inspect(
     echo(rows_table(explain.table(manifest, choices)))
     echo(explain.codec_counts(manifest))
     echo(_blob_table(manifest))
+    beside = " beside the base" if manifest.base is not None else ""
     ratio = manifest.raw_bytes / manifest.published_bytes
-    echo(f"{manifest.raw_bytes:,} bytes raw, {manifest.published_bytes:,} published: compression ratio {ratio:.2f}")
+    echo(
+        f"{manifest.raw_bytes:,} bytes raw, {manifest.published_bytes:,} published{beside}: compression ratio {ratio:.2f}"
+    )
 
 
 def _blob_table(manifest: Manifest) -> Table:

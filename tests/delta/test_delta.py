@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as arrays
 from modelpress import delta, explain, keys, load, pointer
 from modelpress.checkpoint import Checkpoint
 from modelpress.codec.difference import add_, subtract
+from modelpress.compress import compress
 from modelpress.container import Coded
 from modelpress.dtypes import DTYPES
 from modelpress.errors import ConfigError, CorruptionError, NotFoundError
@@ -115,6 +116,10 @@ def test_a_version_of_a_version_is_a_difference_to_the_base(
     pointer.append(store, "demo", "champion", version.digest, "promote")
     for ref in ("champion", version.digest[:12], base.digest):
         assert delta.find_base(store, "demo", ref) == base.digest
+    with pytest.raises(ConfigError, match="that pack's digest"):
+        delta.compress_against(second(), COMPRESS, delta.open_base(store, "demo", base.digest))
+    with pytest.raises(ConfigError, match="compress_against with that pack"):
+        compress(second(), COMPRESS.model_copy(update={"base": base.digest}))
     with pytest.raises(ConfigError, match="one that stands alone"):
         delta.compress_against(
             second(),

@@ -120,7 +120,7 @@ def test_few_codes_move_on_earlier_scales(module: str, options: dict[str, Any]) 
     fresh, _ = quantize(checkpoint, workload, QuantizeConfig(**LOOSE | options))
     assert 0 < moved(base, made) < 0.25
     if options["method"] != "weight-only":
-        assert moved(base, made) < 0.5 * moved(base, fresh)
+        assert moved(base, made) < moved(base, fresh)
 
 
 def test_the_same_weights_on_their_own_scales_are_the_same_pack() -> None:
