@@ -96,9 +96,8 @@ def inspect(
     echo(_blob_table(manifest))
     beside = " beside the base" if manifest.base is not None else ""
     ratio = manifest.raw_bytes / manifest.published_bytes
-    echo(
-        f"{manifest.raw_bytes:,} bytes raw, {manifest.published_bytes:,} published{beside}: compression ratio {ratio:.2f}"
-    )
+    published = f"{manifest.published_bytes:,} published{beside}"
+    echo(f"{manifest.raw_bytes:,} bytes raw, {published}: compression ratio {ratio:.2f}")
 
 
 def _blob_table(manifest: Manifest) -> Table:
