@@ -107,7 +107,7 @@ def fine_tuned(module: nn.Module, workload: SentenceEmbedding, steps: int) -> nn
                 return tuned
             loss = workload.loss(tuned(**batch.inputs), batch)
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             done += 1
     return tuned

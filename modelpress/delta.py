@@ -75,18 +75,22 @@ def compress_against(
         raise ConfigError(doing, found=found, expected="one that stands alone: that base")
     config = config.model_copy(update={"base": None})
     coded, report = compress(checkpoint, config, progress)
-    by_digest = {(one.raw_sha256, one.dtype, one.shape): one.name for one in reversed(base.manifest.tensors)}
+    # Each tensor of the base serves one: that of its name, or else one that is equal.
+    free = [one for one in base.manifest.tensors if one.name not in checkpoint.tensors]
+    renamed = {(one.raw_sha256, one.dtype, one.shape): one.name for one in reversed(free)}
     stored: list[StoredTensor] = []
     rows: list[CodedTensor] = []
     for number, (tensor, row) in enumerate(zip(coded.tensors, report.tensors, strict=True)):
         progress(number, len(coded.tensors), f"difference of {tensor.name}")
         piece, entry = tensor.piece, base.entries.get(tensor.name)
-        equal = by_digest.get((tensor.raw_sha256, piece.dtype.name, piece.shape))
+        if entry is not None and (entry.dtype, entry.shape) == (piece.dtype.name, piece.shape):
+            equal = entry.name if entry.raw_sha256 == tensor.raw_sha256 else None
+        else:
+            entry, equal = None, renamed.pop((tensor.raw_sha256, piece.dtype.name, piece.shape), None)
         if equal is not None:
-            name = tensor.name if entry is not None and entry.raw_sha256 == tensor.raw_sha256 else equal
-            tensor = StoredTensor.unchanged(tensor.name, tensor.raw_sha256, name, piece.dtype, piece.shape)
-            row = row.model_copy(update={"codec": "raw", "stored_bytes": 0, "entropy_bound_bytes": 0.0, "base": name})
-        elif entry is not None and (entry.dtype, entry.shape) == (piece.dtype.name, piece.shape):
+            tensor = StoredTensor.unchanged(tensor.name, tensor.raw_sha256, equal, piece.dtype, piece.shape)
+            row = row.model_copy(update={"codec": "raw", "stored_bytes": 0, "entropy_bound_bytes": 0.0, "base": equal})
+        elif entry is not None:
             tensor, row = _difference(checkpoint, tensor, row, entry, base, config)
         stored.append(tensor)
         rows.append(row)

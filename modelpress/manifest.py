@@ -169,8 +169,10 @@ class Manifest(Entry):
             self._check_tensor(tensor)
         for file in [*self.files, *([self.reports] if self.reports else [])]:
             _check_file(file)
-        if self.base is not None and all(tensor.base is None for tensor in self.tensors):
+        differences = [tensor.base for tensor in self.tensors if tensor.base is not None]
+        if self.base is not None and not differences:
             raise ValueError(f"base {self.base}, and no tensor that is stored as a difference to it")
+        _unique("the base's tensors", differences)  # so that no manifest claims more than the base holds
         reached = {position for tensor in self.tensors for position in tensor.shards}
         if reached != set(range(len(self.shards))):
             raise ValueError(f"tensors use shards {sorted(reached)}, of {len(self.shards)} listed")

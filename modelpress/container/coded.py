@@ -62,7 +62,7 @@ class Coded:
         pieces = [tensor.piece for tensor in self.tensors if not tensor.is_base]
         entries = [entry for piece in pieces for entry in piece.entries()]
         entries += [Entry(FILE_PREFIX + name, "U8", (len(data),), [data]) for name, data in sorted(self.files.items())]
-        header = {
+        header: dict[str, Any] = {
             "kind": self.kind,
             "metadata": self.metadata,
             "tensors": [[t.name, t.raw_sha256, t.entropy_bound_bytes] for t in self.tensors],

@@ -41,8 +41,8 @@ class Joint:
         place = len(self._done)
         self._done.append(0)
 
-        def note(done: int, _total: int, text: str = "") -> None:
+        def counted(done: int, total: int, note: str = "") -> None:  # noqa: ARG001
             self._done[place] = done
-            self._progress(sum(self._done), self.total_bytes, text)
+            self._progress(sum(self._done), self.total_bytes, note)
 
-        return note
+        return counted

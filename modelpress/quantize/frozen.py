@@ -65,7 +65,8 @@ class Frozen:
         Raises:
             ConfigError: the graph has none of these nodes, or none in integers: another model or method.
         """
-        integers, in_float = [], []
+        integers: list[str] = []
+        in_float: list[str] = []
         for layer in layers:
             node = self._nodes.get(layer.node)
             if node is None or self._array(layer.weight + _CODES) is None:
@@ -94,14 +95,15 @@ class Frozen:
         channels = 1 if axis is None else values.shape[axis]
         scale = self.scale(weight)
         if scale is None or scale.size != channels or self._array(weight + _CODES, np.int8) is None:
-            return self._note(weight, None)
+            self._keep(weight, None)
+            return None
         scale = np.array(scale.reshape(()) if axis is None else scale.reshape(-1))
         shape = [-1 if one == axis else 1 for one in range(values.ndim)]
         errors = []
         for given in (scale, None):
             codes, found = quantize_symmetric(values, axis, given)
             errors.append(relative_error(values, codes, found if axis is None else found.reshape(shape)))
-        return scale if self._note(weight, _growth(*errors)) is not None else None
+        return scale if self._keep(weight, _growth(*errors)) else None
 
     def groups(self, weight: str, values: Tensor, grid: Grid) -> tuple[Tensor, Tensor] | None:
         """The earlier scales and zero points, (out, groups) float32 each, of a weight (out, in); None as above."""
@@ -109,19 +111,22 @@ class Frozen:
         shape = groups.shape[:2]
         codes, scale = self._array(weight + _CODES, np.uint8), self.scale(weight)
         if codes is None or scale is None or scale.size != shape.numel():
-            return self._note(weight, None)
+            self._keep(weight, None)
+            return None
         if codes.shape != (*shape, grid.group_size * grid.num_bits // 8):
-            return self._note(weight, None)
+            self._keep(weight, None)
+            return None
         zero_point = self._zero_points(weight, shape, grid)
         if zero_point is None:
-            return self._note(weight, None)
+            self._keep(weight, None)
+            return None
         found = torch.from_numpy(scale.reshape(shape).copy()), zero_point
         errors = []
         for scales, zeros in (found, parameters(groups, grid)):
             scales, zeros = scales.unsqueeze(-1), zeros.unsqueeze(-1)
             rounded = (encode(groups, scales, zeros, grid) - zeros) * scales
             errors.append(float((rounded - groups).double().square().mean().sqrt()))
-        return found if self._note(weight, _growth(*errors)) is not None else None
+        return found if self._keep(weight, _growth(*errors)) else None
 
     def activation(self, value: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]] | None:
         """Scale and zero point of an activation in a QDQ graph, both (); None where it has none."""
@@ -189,16 +194,16 @@ class Frozen:
             stored = np.stack([stored & 15, stored >> 4], axis=-1).reshape(shape[0], -1)[:, : shape[1]]
         return torch.from_numpy(stored.reshape(shape).astype(np.float32))
 
-    def _array(self, name: str, dtype: npt.DTypeLike = None) -> npt.NDArray[Any] | None:
+    def _array(self, name: str, dtype: type[np.generic] | None = None) -> npt.NDArray[Any] | None:
         found = self._arrays.get(name)
         return None if found is None or (dtype is not None and found.dtype != dtype) else found
 
-    def _note(self, weight: str, growth: float | None) -> float | None:
-        """Tell of a weight; None where it gets fresh scales."""
+    def _keep(self, weight: str, growth: float | None) -> bool:
+        """Whether a weight stays on the earlier scales, noted."""
         kept = growth is not None and growth <= MAX_ERROR_GROWTH
         reason = "" if kept else "no such scales there" if growth is None else "moved out of its range"
         self._rows[weight] = FrozenWeight(name=weight, frozen=kept, error_growth=growth, reason=reason)
-        return growth if kept else None
+        return kept
 
 
 def scales_between(now: Doubles, then: Doubles) -> Doubles:

@@ -84,10 +84,11 @@ def test_what_is_equal_is_not_sent_and_what_moved_little_costs_little(
 ) -> None:
     entries = {entry.name: entry for entry in version.manifest.tensors}
     whole = {entry.name: entry for entry in base.manifest.tensors}
-    for name in ("layer.0.scale", "none", "table.copy"):
+    for name in ("layer.0.scale", "none", "new.name"):
         assert entries[name].is_base
         assert (entries[name].stored_bytes, entries[name].shards) == (0, ())
-    assert entries["table.copy"].base == "table"
+    assert entries["new.name"].base == "old.name"
+    assert entries["table.copy"].base is None, "a tensor of the base serves one"
     for name in ("layer.0.codes", "layer.1.packed", "layer.2.index", "table"):
         assert entries[name].base == name
         assert entries[name].shards
@@ -296,6 +297,7 @@ def test_a_base_that_does_not_fit_is_refused(
         ("layer.0.scale", {"codec": "zstd"}, "a difference stored as 'zstd' in 0 pieces"),
         ("layer.0.scale", {"stored_bytes": 1}, "in no shard"),
         ("layer.0.scale", {"base": None}, "in no shard"),
+        ("layer.0.scale", {"base": "layer.0.codes"}, "the base's tensors: 'layer.0.codes' stands 2 times"),
     ],
 )
 def test_entries_that_contradict_themselves_are_refused(

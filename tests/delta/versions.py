@@ -40,6 +40,7 @@ def first() -> Checkpoint:
         "table": torch.randn(400, 32, generator=generator),
         "norm.bias": torch.randn(64, generator=generator),
         "none": torch.empty(0, 3),
+        "old.name": torch.arange(300, dtype=torch.int16),
     }
     return Checkpoint("torch", tensors, {"config.json": b"{}" * 60}, {"architecture": {}})
 
@@ -56,6 +57,7 @@ def second() -> Checkpoint:
     tensors["norm.bias"] = tensors["norm.bias"] * 1.01
     tensors["new"] = torch.arange(20, dtype=torch.int32)
     tensors["table.copy"] = base.tensors["table"].clone()
+    tensors["new.name"] = tensors.pop("old.name")
     return Checkpoint("torch", tensors, base.files, base.metadata)
 
 

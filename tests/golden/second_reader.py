@@ -62,6 +62,8 @@ def read_base(store, name, manifest):
         need(all("base" not in entry for entry in manifest["tensors"]), "differences to no base")
         return {}
     need(manifest["format_version"] == 3, "a base before version 3")
+    used = [entry["base"] for entry in manifest["tensors"] if "base" in entry]
+    need(used and len(used) == len(set(used)), "one tensor of the base for each difference")
     base, tensors, _ = read_pack(store, name, manifest["base"])
     need("base" not in base and base["name"] == manifest["name"], "a base that does not stand alone")
     return tensors
