@@ -20,7 +20,7 @@ from modelpress import graph
 from modelpress.checkpoint import Checkpoint
 from modelpress.config import QuantizeConfig
 from modelpress.errors import ConfigError
-from modelpress.quantize.groups import Grid, encode, in_groups, parameters
+from modelpress.quantize.groups import Earlier, Grid, encode, in_groups, parameters
 from modelpress.quantize.selection import Layer
 from modelpress.quantize.weights import Floats, quantize_symmetric, relative_error
 from modelpress.reports import FrozenWeight
@@ -105,8 +105,8 @@ class Frozen:
             errors.append(relative_error(values, codes, found if axis is None else found.reshape(shape)))
         return scale if self._keep(weight, _growth(*errors)) else None
 
-    def groups(self, weight: str, values: Tensor, grid: Grid) -> tuple[Tensor, Tensor] | None:
-        """The earlier scales and zero points, (out, groups) float32 each, of a weight (out, in); None as above."""
+    def groups(self, weight: str, values: Tensor, grid: Grid) -> Earlier | None:
+        """The earlier scales, zero points and codes of a weight (out, in); None as above."""
         groups = in_groups(values, grid.group_size)
         shape = groups.shape[:2]
         codes, scale = self._array(weight + _CODES, np.uint8), self.scale(weight)
@@ -120,13 +120,13 @@ class Frozen:
         if zero_point is None:
             self._keep(weight, None)
             return None
-        found = torch.from_numpy(scale.reshape(shape).copy()), zero_point
+        earlier = Earlier(torch.from_numpy(scale.reshape(shape).copy()), zero_point, _unpacked(codes, values, grid))
         errors = []
-        for scales, zeros in (found, parameters(groups, grid)):
+        for scales, zeros in (earlier[:2], parameters(groups, grid)):
             scales, zeros = scales.unsqueeze(-1), zeros.unsqueeze(-1)
             rounded = (encode(groups, scales, zeros, grid) - zeros) * scales
             errors.append(float((rounded - groups).double().square().mean().sqrt()))
-        return found if self._keep(weight, _growth(*errors)) else None
+        return earlier if self._keep(weight, _growth(*errors)) else None
 
     def activation(self, value: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]] | None:
         """Scale and zero point of an activation in a QDQ graph, both (); None where it has none."""
@@ -190,8 +190,7 @@ class Frozen:
         if stored.dtype == np.float32:
             return torch.from_numpy(stored.reshape(shape).copy())
         if grid.num_bits == 4:
-            stored = stored.reshape(shape[0], -1)
-            stored = np.stack([stored & 15, stored >> 4], axis=-1).reshape(shape[0], -1)[:, : shape[1]]
+            stored = _nibbles(stored.reshape(shape[0], -1))[:, : shape[1]]
         return torch.from_numpy(stored.reshape(shape).astype(np.float32))
 
     def _array(self, name: str, dtype: type[np.generic] | None = None) -> npt.NDArray[Any] | None:
@@ -218,6 +217,17 @@ def scales_between(now: Doubles, then: Doubles) -> Doubles:
         return np.ones(len(now))
     scaled: Doubles = np.where(alive, rows / np.exp(np.log(rows[alive]).mean()), 1.0)
     return scaled
+
+
+def _unpacked(codes: npt.NDArray[np.uint8], values: Tensor, grid: Grid) -> Tensor:
+    """Codes as `nbits.pack_codes` packed them, (out, groups, bytes), as (out, in) float32."""
+    rows = codes.reshape(len(codes), -1)
+    rows = _nibbles(rows) if grid.num_bits == 4 else rows
+    return torch.from_numpy(rows[:, : values.shape[1]].astype(np.float32))
+
+
+def _nibbles(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    return np.stack([rows & 15, rows >> 4], axis=-1).reshape(len(rows), -1)
 
 
 def _growth(frozen: float, fresh: float) -> float:

@@ -7,6 +7,7 @@ inputs count as zeros.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,19 +64,30 @@ class GroupedWeight:
         return (self.codes.float() - zero_point) * self.scale.repeat_interleave(size, dim=1)[:, :inputs]
 
 
-def round_to_nearest(weight: Tensor, grid: Grid, given: tuple[Tensor, Tensor] | None = None) -> GroupedWeight:
+class Earlier(NamedTuple):
+    """What stands of a weight's earlier version."""
+
+    scale: Tensor
+    """(out, groups) float32."""
+    zero_point: Tensor
+    """(out, groups) float32, perhaps real."""
+    codes: Tensor
+    """(out, in) float32."""
+
+
+def round_to_nearest(weight: Tensor, grid: Grid, earlier: Earlier | None = None) -> GroupedWeight:
     """RTN: each weight becomes the nearest value of its group's grid; zeros stay zeros.
 
     Args:
         weight: (out, in) float.
         grid: bits, group size, symmetric or not, clipped or not.
-        given: scales and zero points, (out, groups) float32 each, to be taken as they are; zero points may be real.
+        earlier: whose scales and zero points are taken as they are.
 
     Raises:
         StageError: the weight is no matrix, or is not finite.
     """
     groups = in_groups(weight, grid.group_size)
-    scale, zero_point = given or parameters(groups, grid)
+    scale, zero_point = earlier[:2] if earlier else parameters(groups, grid)
     codes = encode(groups, scale.unsqueeze(-1), zero_point.unsqueeze(-1), grid)
     return grouped(codes.flatten(1)[:, : weight.shape[1]], scale, zero_point, grid)
 

@@ -18,7 +18,7 @@ from modelpress.quantize import nbits
 from modelpress.quantize.float8 import Float8Weight, round_to_float8
 from modelpress.quantize.frozen import Frozen
 from modelpress.quantize.gptq import gptq
-from modelpress.quantize.groups import Grid, GroupedWeight, round_to_nearest
+from modelpress.quantize.groups import Earlier, Grid, GroupedWeight, round_to_nearest
 from modelpress.quantize.hqq import hqq
 from modelpress.quantize.observe import Inputs, hessians
 from modelpress.quantize.rewrite import channel_axis, transposes_weight
@@ -55,8 +55,8 @@ def quantize_layers(
     made: dict[str, GroupedWeight] = {}
     if config.algorithm != "gptq":
         for one in shared:
-            given = frozen.groups(one.name, one.values, grid) if frozen else None
-            made |= dict.fromkeys(one.nodes, quantize_weight(one.nodes, one.values, grid, config, given=given))
+            earlier = frozen.groups(one.name, one.values, grid) if frozen else None
+            made |= dict.fromkeys(one.nodes, quantize_weight(one.nodes, one.values, grid, config, earlier=earlier))
         return made
     steps: dict[str, list[_Weight]] = {}
     for one in shared:
@@ -69,8 +69,8 @@ def quantize_layers(
         moments = hessians(current, list(dict.fromkeys(name for one in step for name in one.inputs)), batches)
         for one in step:
             hessian = torch.stack([moments[name] for name in one.inputs]).sum(0)
-            given = frozen.groups(one.name, one.values, grid) if frozen else None
-            made |= dict.fromkeys(one.nodes, quantize_weight(one.nodes, one.values, grid, config, hessian, given))
+            earlier = frozen.groups(one.name, one.values, grid) if frozen else None
+            made |= dict.fromkeys(one.nodes, quantize_weight(one.nodes, one.values, grid, config, hessian, earlier))
     return made
 
 
@@ -81,8 +81,8 @@ def round_layers(
     made: dict[str, GroupedWeight] = {}
     for one in _shared(model, layers):
         with naming(one.nodes):
-            given = frozen.groups(one.name, one.values, grid) if frozen else None
-            made |= dict.fromkeys(one.nodes, round_to_nearest(one.values, grid, given))
+            earlier = frozen.groups(one.name, one.values, grid) if frozen else None
+            made |= dict.fromkeys(one.nodes, round_to_nearest(one.values, grid, earlier))
     return made
 
 
@@ -140,7 +140,7 @@ def quantize_weight(
     grid: Grid,
     config: QuantizeConfig,
     hessian: Tensor | None = None,
-    given: tuple[Tensor, Tensor] | None = None,
+    earlier: Earlier | None = None,
 ) -> GroupedWeight:
     """Round one weight by `config.algorithm`: a graph's or a module's.
 
@@ -150,16 +150,16 @@ def quantize_weight(
         grid: bits, group size, symmetric or not.
         config: the algorithm, and whether `gptq` orders its inputs.
         hessian: (in, in), for `gptq`: Σ x xᵀ of the inputs.
-        given: scales and zero points, (out, groups) float32 each, to be taken as they are.
+        earlier: its earlier version, on whose scales it is rounded.
 
     Raises:
         StageError: see `quantize_layers`.
     """
     with naming(names):
         if hessian is not None:
-            return gptq(weight, hessian, grid, config.act_order, given=given)
+            return gptq(weight, hessian, grid, config.act_order, earlier=earlier)
         if config.algorithm == "rtn":
-            return round_to_nearest(weight, grid, given)
+            return round_to_nearest(weight, grid, earlier)
         zeros = float((weight == 0).float().mean())
         if zeros > MOST_ZEROS:
             raise StageError(
@@ -168,9 +168,9 @@ def quantize_weight(
                 expected=f"at most {MOST_ZEROS:.0%}",
                 fix="use quantize.algorithm 'gptq' or 'rtn', which keep zeros",
             )
-        return (
-            hqq(weight, grid) if given is None else replace(round_to_nearest(weight, grid, given), zero_point=given[1])
-        )
+        if earlier is None:
+            return hqq(weight, grid)
+        return replace(round_to_nearest(weight, grid, earlier), zero_point=earlier.zero_point)
 
 
 @contextlib.contextmanager

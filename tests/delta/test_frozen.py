@@ -56,7 +56,7 @@ def first(name: str) -> Version:
 
 
 def second(name: str, edit: Callable[[str, np.ndarray], np.ndarray] = lambda _, values: values) -> Version:
-    """The same graph with each weight off by a little of its tensor's spread, as after a light fine-tune, then edited."""
+    """The same graph, each weight off by a little of its tensor's spread, as after a light fine-tune, then edited."""
     workload, checkpoint = first(name)
     model, random = graph.join(checkpoint), np.random.default_rng(5)
     for one in model.graph.initializer:
