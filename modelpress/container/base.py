@@ -37,7 +37,7 @@ class PackTensors:
             CorruptionError: a shard or the tensor is not what the manifest says.
         """
         entry = self.entries[name]
-        pieces = [piece for position in entry.shards for piece in self._pieces(position, name)]
+        pieces = (piece for position in entry.shards for piece in self._pieces(position, name))
         return to_bytes(decode_tensor(entry, pieces, threads=usable_cores()))
 
     def _pieces(self, position: int, name: str) -> list[Piece]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -84,7 +84,7 @@ def pieces_of(manifest: Manifest, name: str, fetch: Callable[[str], bytes]) -> l
 
 
 def decode_tensor(
-    entry: TensorEntry, pieces: Sequence[Piece], *, threads: int = 1, original: Original | None = None
+    entry: TensorEntry, pieces: Iterable[Piece], *, threads: int = 1, original: Original | None = None
 ) -> torch.Tensor:
     """The tensor that `pieces_of` found, verified; see `read_tensors` for `original`.
 
