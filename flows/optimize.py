@@ -8,7 +8,7 @@ from flows.line import tracked
 from flows.result import OptimizeResult
 from modelpress.config import OptimizeConfig
 from tasks.models import distill, export, plan, prune, quantize, source
-from tasks.packs import compress, shard, upload
+from tasks.packs import compress, pin_bases, shard, upload
 from tasks.release import promote, register
 
 __all__ = ["OptimizeResult", "optimize"]
@@ -21,6 +21,7 @@ def optimize(config: OptimizeConfig) -> OptimizeResult:
     Each stage takes its finished output from the work store where there is one, so that a run which was interrupted,
     or is started twice, repeats nothing. A stage whose quality is over budget ends the flow; nothing is published then.
     """
+    config = pin_bases(config)
     with tracked(config) as line:
         run = line.context
         model = line.judged("source", source(run))

@@ -18,7 +18,7 @@ from modelpress.container.safetensors_file import compact
 from modelpress.container.stored import check_names
 from modelpress.container.tensors import dtype_of, to_bytes
 from modelpress.dtypes import DType
-from modelpress.errors import StageError
+from modelpress.errors import ConfigError, StageError
 from modelpress.manifest import MAX_EXPANSION
 from modelpress.progress import Progress, silent
 from modelpress.reports import CodedTensor, CompressReport
@@ -26,11 +26,13 @@ from modelpress.reports import CodedTensor, CompressReport
 TIE = 1.001
 """Of two codecs whose bytes differ by less, the one that decodes faster is taken."""
 
-__all__ = ["Coded", "compress", "natural_key"]
+__all__ = ["Choice", "Coded", "choose", "compress", "natural_key", "plain_piece", "summary"]
 
 
 @dataclass(frozen=True)
-class _Choice:
+class Choice:
+    """How a tensor, or a difference, is stored, and what the other codecs would have cost."""
+
     piece: Piece
     seconds: float | None = None
     """CPU time of decoding it."""
@@ -49,9 +51,15 @@ def compress(
     floor is held against each codec's known speed, not against a measurement in this run.
 
     Raises:
-        ConfigError: a dtype or a name that a pack cannot hold.
+        ConfigError: a dtype or a name that a pack cannot hold, or a config with a base.
         StageError: a decoded tensor differs from what was coded.
     """
+    if config is not None and config.base is not None:
+        raise ConfigError(
+            "coding a checkpoint by itself",
+            found=f"compress.base {config.base!r}",
+            fix="call modelpress.delta.compress_against with that pack",
+        )
     names = sorted(checkpoint.tensors, key=natural_key)
     check_names(names)
     stored: list[StoredTensor] = []
@@ -60,14 +68,14 @@ def compress(
         progress(number, len(names), name)
         tensor = checkpoint.tensors[name]
         dtype, raw, shape = dtype_of(name, tensor), to_bytes(tensor), tuple(tensor.shape)
-        plain = Piece(name, dtype, shape, "raw", None, max(tensor.numel(), 1), 0, tensor.numel(), _raw_streams(raw))
+        plain = plain_piece(name, dtype, shape, raw)
         bound = bound_bytes(raw, dtype)
         digest = hashlib.sha256(raw.data).hexdigest()
-        choice = _choose(raw, dtype, plain, digest, config) if config else _Choice(plain)
+        choice = choose(raw, dtype, plain, digest, config) if config else Choice(plain)
         stored.append(StoredTensor(choice.piece, digest, math.ceil(bound)))
         rows.append(_row(choice, raw.size, bound))
     progress(len(names), len(names))
-    return Coded(checkpoint.kind, tuple(stored), dict(checkpoint.files), dict(checkpoint.metadata)), _report(rows)
+    return Coded(checkpoint.kind, tuple(stored), dict(checkpoint.files), dict(checkpoint.metadata)), summary(rows)
 
 
 def natural_key(name: str) -> tuple[tuple[tuple[int, int, str], ...], str]:
@@ -76,14 +84,26 @@ def natural_key(name: str) -> tuple[tuple[tuple[int, int, str], ...], str]:
     return tuple((0, int(part), "") if re.fullmatch("[0-9]{1,9}", part) else (1, 0, part) for part in parts), name
 
 
-def _choose(raw: Bytes, dtype: DType, plain: Piece, digest: str, config: CompressConfig) -> _Choice:
-    """The cheapest candidate that decodes to the same bytes within the floor, and what the others would have cost."""
+def choose(
+    raw: Bytes, dtype: DType, plain: Piece, digest: str, config: CompressConfig, floor: float | None = None
+) -> Choice:
+    """The cheapest candidate that decodes to the same bytes within the floor, and what the others would have cost.
+
+    Args:
+        raw: what is coded, (elements · itemsize,) uint8.
+        dtype: of its elements.
+        plain: the same stored raw.
+        digest: sha256 (hex) that the piece is to carry.
+        config: the codecs.
+        floor: raw bytes per second and core; by default the config's.
+    """
+    floor = config.min_decode_bytes_per_second if floor is None else floor
     pieces: list[Piece] = []
     too_slow: list[str] = []
     not_tried: list[str] = []
     for codec_id in config.codecs if raw.size else ():
         codec = CODECS[codec_id]
-        if codec.decode_bytes_per_second < config.min_decode_bytes_per_second:
+        if codec.decode_bytes_per_second < floor:
             too_slow.append(codec_id)
         elif not codec.suits(raw, dtype):
             not_tried.append(codec_id)
@@ -106,8 +126,15 @@ def _choose(raw: Bytes, dtype: DType, plain: Piece, digest: str, config: Compres
         if costs[piece.codec] >= costs[plain.codec]:
             break
         if raw.size <= MAX_EXPANSION * piece.stored_bytes:  # beyond, a reader refuses the claim
-            return _Choice(piece, _prove(piece, raw), costs, too_slow, not_tried)
-    return _Choice(plain, None, costs, too_slow, not_tried)
+            return Choice(piece, _prove(piece, raw), costs, too_slow, not_tried)
+    return Choice(plain, None, costs, too_slow, not_tried)
+
+
+def plain_piece(name: str, dtype: DType, shape: tuple[int, ...], raw: Bytes) -> Piece:
+    """A tensor as it is."""
+    elements = math.prod(shape)
+    streams = [Stream.of("raw", "raw", [raw.data] if raw.size else [])]
+    return Piece(name, dtype, shape, "raw", None, max(elements, 1), 0, elements, streams)
 
 
 def _prove(piece: Piece, raw: Bytes) -> float:
@@ -133,11 +160,7 @@ def _cost(piece: Piece) -> int:
     return piece.stored_bytes + header + digits + described
 
 
-def _raw_streams(raw: Bytes) -> list[Stream]:
-    return [Stream.of("raw", "raw", [raw.data] if raw.size else [])]
-
-
-def _row(choice: _Choice, raw_bytes: int, bound: float) -> CodedTensor:
+def _row(choice: Choice, raw_bytes: int, bound: float) -> CodedTensor:
     piece = choice.piece
     return CodedTensor(
         name=piece.name,
@@ -154,7 +177,8 @@ def _row(choice: _Choice, raw_bytes: int, bound: float) -> CodedTensor:
     )
 
 
-def _report(rows: list[CodedTensor]) -> CompressReport:
+def summary(rows: list[CodedTensor]) -> CompressReport:
+    """The report of so many tensors."""
     raw, stored = sum(row.raw_bytes for row in rows), sum(row.stored_bytes for row in rows)
     coded = sum(row.raw_bytes for row in rows if row.codec != "raw")
     return CompressReport(

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from modelpress.container.read import decode_tensor, pieces_of
+from modelpress.container.read import Original, decode_tensor, pieces_of
 from modelpress.errors import ConfigError, CorruptionError
 from modelpress.manifest import Manifest, TensorEntry
 from modelpress.pack_files import read_reports
@@ -62,7 +62,7 @@ def table(manifest: Manifest, choices: dict[str, CodedTensor]) -> list[dict[str,
             "tensor": tensor.name,
             "dtype": tensor.dtype,
             "shape": _shape(tensor.shape),
-            "codec": tensor.codec,
+            "codec": ("equal" if tensor.is_base else f"{tensor.codec}, difference") if tensor.base else tensor.codec,
             **_sizes([tensor]),
             "next best": _next_best(choices.get(tensor.name)),
         }
@@ -74,12 +74,16 @@ def table(manifest: Manifest, choices: dict[str, CodedTensor]) -> list[dict[str,
 
 def codec_counts(manifest: Manifest) -> str:
     """How many tensors each codec won."""
-    counted = Counter(tensor.codec for tensor in manifest.tensors).most_common()
+    counted = Counter(
+        "equal to the base's" if tensor.is_base else tensor.codec for tensor in manifest.tensors
+    ).most_common()
     return "codecs: " + (", ".join(f"{count} {codec}" for codec, count in counted) or "none")
 
 
-def describe(manifest: Manifest, entry: TensorEntry, choice: CodedTensor | None, fetch: Fetch) -> dict[str, Any]:
-    """One tensor in full, decoded and verified here, by one thread.
+def describe(
+    manifest: Manifest, entry: TensorEntry, choice: CodedTensor | None, fetch: Fetch, original: Original | None = None
+) -> dict[str, Any]:
+    """One tensor in full, decoded and verified here, by one thread; `original` reads the pack's base.
 
     Raises:
         CorruptionError: a shard or the tensor is not what the manifest says.
@@ -88,7 +92,7 @@ def describe(manifest: Manifest, entry: TensorEntry, choice: CodedTensor | None,
     taken = []
     for _ in range(RUNS):
         started = time.perf_counter()
-        decode_tensor(entry, pieces)
+        decode_tensor(entry, pieces, original=original)
         taken.append(time.perf_counter() - started)
     streams = [
         {
@@ -103,14 +107,15 @@ def describe(manifest: Manifest, entry: TensorEntry, choice: CodedTensor | None,
         "dtype": entry.dtype,
         "shape": list(entry.shape),
         "codec": entry.codec,
-        "chunk_symbols": pieces[0].chunk_symbols,
+        "base": f"{entry.base} of {manifest.base}" if entry.base is not None else None,
+        "chunk_symbols": pieces[0].chunk_symbols if pieces else None,
         "shards": [manifest.shards[position].sha256 for position in entry.shards],
         "raw_bytes": entry.raw_bytes,
         "stored_bytes": entry.stored_bytes,
         "entropy_bound_bytes": entry.entropy_bound_bytes,
         "streams": streams,
         "decode_seconds": min(taken),
-        "candidates": dict(sorted(choice.candidates.items(), key=lambda item: item[1])) if choice else {},
+        "candidates": _costs(choice, entry),
         "too_slow": choice.too_slow if choice else [],
         "not_tried": choice.not_tried if choice else [],
     }
@@ -125,7 +130,12 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"{found['tensor']}: {found['dtype']} {_shape(found['shape'])}, codec {found['codec']}",
         f"  {found['raw_bytes']:,} → {found['stored_bytes']:,} bytes, {_bits(found['stored_bytes'], weights)} bits per "
         f"weight ({bound})",
-        f"  chunks of {found['chunk_symbols']:,} symbols in {len(found['shards'])} shard(s)",
+        *([f"  difference to {found['base']}" if found["streams"] else f"  {found['base']}"] if found["base"] else []),
+        *(
+            [f"  chunks of {found['chunk_symbols']:,} symbols in {len(found['shards'])} shard(s)"]
+            if found["shards"]
+            else []
+        ),
         *(f"  stream {row['stream']}: {row['coder']}, {row['stored_bytes']:,} bytes" for row in found["streams"]),
         f"  every digest holds; decoded and checked here by one thread in {seconds:.6f} s{speed}",
         *why(found),
@@ -135,6 +145,8 @@ def lines(found: dict[str, Any]) -> list[str]:
 def why(found: dict[str, Any]) -> list[str]:
     """The contest in words: every candidate with its bytes in the shard, and who was not let in."""
     costs: dict[str, int] = found["candidates"]
+    if found["base"] and not found["streams"]:
+        return ["  why: it is the base's tensor bit by bit, so that nothing is stored"]
     if not costs:
         return ["  why: the pack's reports do not say; it was stored without compression or by an earlier release"]
     won = costs.get(found["codec"], found["stored_bytes"])
@@ -153,9 +165,20 @@ def why(found: dict[str, Any]) -> list[str]:
     return said
 
 
+def _costs(choice: CodedTensor | None, entry: TensorEntry) -> dict[str, int]:
+    """Bytes by codec, rising: of the tensor, or of its difference with the tensor's own best beside."""
+    if choice is None or entry.is_base:
+        return {}
+    costs = dict(choice.candidates)
+    if entry.base is not None:
+        best = min(costs, key=costs.__getitem__)
+        costs = {**choice.differences, f"{best}, whole": costs[best]}
+    return dict(sorted(costs.items(), key=lambda item: item[1]))
+
+
 def _next_best(choice: CodedTensor | None) -> str:
     """The nearest loser, by what it would have cost more."""
-    if choice is None or choice.codec not in choice.candidates:
+    if choice is None or choice.codec not in choice.candidates or choice.base is not None:
         return "–"
     won = choice.candidates[choice.codec]
     others = sorted((cost, codec) for codec, cost in choice.candidates.items() if codec != choice.codec and cost >= won)

@@ -36,6 +36,10 @@ PLAIN_VERSION: Final = 2
 """What a pack is written as that needs nothing of a later version: older releases read it."""
 MAX_MANIFEST_BYTES = 256 * 2**20
 MAX_RANK = 64
+RAW: Final = "raw"
+"""Codec of a tensor that is stored as it is."""
+NOTHING: Final = hashlib.sha256().hexdigest()
+"""Digest of no bytes: what a tensor without pieces has for its coded bytes."""
 MAX_EXPANSION = 2**16
 """A tensor that claims more raw bytes for its stored bytes is refused, and `compress` makes none."""
 
@@ -69,6 +73,8 @@ class ShardEntry(Entry):
 class TensorEntry(Entry):
     """One tensor: where it lies and what it must be."""
 
+    later = frozenset({"base"})
+
     name: str
     """Its name in the checkpoint."""
     dtype: DTypeName
@@ -85,13 +91,21 @@ class TensorEntry(Entry):
     """Length of its coded bytes."""
     entropy_bound_bytes: Size
     """Order-0 entropy bound of its byte planes, rounded up."""
-    shards: Annotated[tuple[Size, ...], FailFast()] = Field(min_length=1)
-    """Positions in `Manifest.shards` of its pieces, in element order."""
+    shards: Annotated[tuple[Size, ...], FailFast()]
+    """Positions in `Manifest.shards` of its pieces, in element order; none where it is the base's tensor as it is."""
+    base: str | None = None
+    """Name of the base pack's tensor, of the same dtype and shape, that it is stored as the difference to: word by
+    word, modulo 2^bits. Without `shards` there is no difference."""
 
     @property
     def raw_bytes(self) -> int:
         """Length of the tensor's own bytes."""
         return raw_size(self.dtype, self.shape)
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it is the base's tensor, bit by bit, so that nothing of it is stored."""
+        return self.base is not None and not self.shards
 
 
 class FileEntry(Entry):
@@ -155,6 +169,10 @@ class Manifest(Entry):
             self._check_tensor(tensor)
         for file in [*self.files, *([self.reports] if self.reports else [])]:
             _check_file(file)
+        differences = [tensor.base for tensor in self.tensors if tensor.base is not None]
+        if self.base is not None and not differences:
+            raise ValueError(f"base {self.base}, and no tensor that is stored as a difference to it")
+        _unique("the base's tensors", differences)  # so that no manifest claims more than the base holds
         reached = {position for tensor in self.tensors for position in tensor.shards}
         if reached != set(range(len(self.shards))):
             raise ValueError(f"tensors use shards {sorted(reached)}, of {len(self.shards)} listed")
@@ -164,12 +182,20 @@ class Manifest(Entry):
         where = f"tensor {tensor.name!r}"
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{where}: unknown dtype {tensor.dtype!r}")
+        if prod(max(size, 1) for size in tensor.shape) * DTYPES[tensor.dtype].itemsize >= 2**63:
+            raise ValueError(f"{where}: shape {list(tensor.shape)} is beyond any memory")
+        if tensor.base is not None and self.base is None:
+            raise ValueError(f"{where}: a difference to {tensor.base!r} of a base, and the manifest names none")
+        if tensor.base is not None and (tensor.codec == RAW) != tensor.is_base:
+            raise ValueError(f"{where}: a difference stored as {tensor.codec!r} in {len(tensor.shards)} pieces")
+        if not tensor.shards:
+            if not tensor.is_base or (tensor.stored_bytes, tensor.stored_sha256) != (0, NOTHING):
+                raise ValueError(f"{where}: in no shard")
+            return
         if list(tensor.shards) != list(range(tensor.shards[0], tensor.shards[0] + len(tensor.shards))):
             raise ValueError(f"{where}: pieces in shards {list(tensor.shards)}, not in neighbouring ones")
         if tensor.shards[-1] >= len(self.shards):
             raise ValueError(f"{where}: shard {tensor.shards[-1]} of {len(self.shards)}")
-        if prod(max(size, 1) for size in tensor.shape) * DTYPES[tensor.dtype].itemsize >= 2**63:
-            raise ValueError(f"{where}: shape {list(tensor.shape)} is beyond any memory")
         room = sum(self.shards[position].size_bytes for position in tensor.shards)
         if tensor.stored_bytes > room:
             raise ValueError(f"{where}: {tensor.stored_bytes} stored bytes in shards of {room} bytes")
@@ -247,6 +273,12 @@ class Manifest(Entry):
         if spelled != data:
             raise CorruptionError(doing, found="another spelling", expected="canonical JSON, as FORMAT.md says")
         return manifest
+
+
+def needs(manifest: Manifest) -> tuple[str, ...]:
+    """Digests of the other packs, of the same name, without which this one cannot be read: their manifests and all
+    their blobs must stay for as long as it does. A base needs no other pack: there are no chains."""
+    return (manifest.base,) if manifest.base is not None else ()
 
 
 def canonical_json(document: Any) -> bytes:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from modelpress import keys
 from modelpress.config import UploadConfig
-from modelpress.errors import ConflictError, NotFoundError, StageError
+from modelpress.errors import ConflictError, StageError
 from modelpress.housekeeping.intents import announced
 from modelpress.manifest import Manifest
 from modelpress.progress import Progress, silent
@@ -60,6 +60,7 @@ def publish(
 
     Raises:
         StageError: a blob of the manifest is not among `shards` and `blobs`.
+        NotFoundError: the pack's base is not published here; CorruptionError: the pack cannot be read with it.
         CorruptionError: bytes on the way do not have the digest that the manifest says.
         ConflictError: another manifest, or another signature, stands under this digest.
         KeyRefusedError: the store has a trust file, in which the key to sign with does not count for this name.
@@ -72,6 +73,7 @@ def publish(
     sizes = manifest.blobs()
     sources = _sources(manifest, shards, blobs)
     store.ensure_fit()
+    _base_bytes(store, manifest)  # before anything is sent
     upload = _Upload(store, sum(sizes.values()), progress)
     # Large ones first: the last thread is not left alone with the largest.
     order = sorted(sizes, key=lambda digest: (-sizes[digest], digest))
@@ -90,7 +92,7 @@ def publish(
             announcement.announce()
             upload.begin_anew()
             _send_all(upload, blobs_in_order, config or UploadConfig())
-        _check_base(store, manifest)
+        base_bytes = _base_bytes(store, manifest)  # again: now our intent keeps it
         if store.signer is not None:
             sign_pack(store, store.signer, manifest.name, manifest.digest)
         _commit(store, manifest)
@@ -103,7 +105,8 @@ def publish(
         sent_bytes=upload.sent_bytes,
         published_bytes=published,
         source_bytes=source_bytes,
-        compression_ratio=source_bytes / published,
+        base_bytes=base_bytes,
+        compression_ratio=source_bytes / (published + base_bytes),
         seconds=time.perf_counter() - started,
     )
 
@@ -161,15 +164,14 @@ def _sources(manifest: Manifest, shards: Sequence[ShardFile], blobs: Mapping[str
     return given
 
 
-def _check_base(store: Store, manifest: Manifest) -> None:
-    """The pack that this one is a difference to: it stood when the difference was taken, and our intent keeps it."""
-    if manifest.base is not None and store.info(keys.manifest(manifest.name, manifest.base)) is None:
-        raise NotFoundError(
-            f"publishing {manifest.name}",
-            found=f"no manifest {store.uri}/{keys.manifest(manifest.name, manifest.base)}",
-            expected="the pack that this one is a difference to",
-            fix="it was removed since: publish in full, or as a difference to another pack",
-        )
+def _base_bytes(store: Store, manifest: Manifest) -> int:
+    """What a reader needs beside the pack; a pack without its base is never published."""
+    if manifest.base is None:
+        return 0
+    from modelpress.load import open_parts  # torch and onnx, which a pack that stands alone has no need of
+
+    base = open_parts(store, manifest).base
+    return base.read_bytes if base is not None else 0
 
 
 def _commit(store: Store, manifest: Manifest) -> None:

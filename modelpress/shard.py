@@ -14,7 +14,15 @@ from modelpress.config import ShardConfig
 from modelpress.container import Coded, Piece, StoredTensor, metadata_of, stored_sha256
 from modelpress.container.safetensors_file import Entry, compact, write
 from modelpress.errors import ConfigError, StoreFullError
-from modelpress.manifest import FileEntry, Manifest, ShardEntry, TensorEntry, library_versions
+from modelpress.manifest import (
+    FORMAT_VERSION,
+    PLAIN_VERSION,
+    FileEntry,
+    Manifest,
+    ShardEntry,
+    TensorEntry,
+    library_versions,
+)
 from modelpress.pack_files import pack_file, pack_reports
 from modelpress.progress import Progress, silent
 from modelpress.reports import Report, ShardReport
@@ -71,6 +79,7 @@ def write_shards(
 
 def plan(tensors: Sequence[StoredTensor], config: ShardConfig) -> list[list[Piece]]:
     """The pieces of each shard, in reading order; see `write_shards`."""
+    tensors = [tensor for tensor in tensors if not tensor.is_base]
     plans = [_Plan()]
     for before, tensor in zip([None, *tensors], tensors, strict=False):
         if before is not None and config.by == "layer" and layer_of(before.name) != layer_of(tensor.name):
@@ -128,6 +137,7 @@ def draft_manifest(
         tensor.name: tuple(i for i, s in enumerate(shards) if tensor.name in set(s.tensors)) for tensor in coded.tensors
     }
     manifest = Manifest(
+        format_version=PLAIN_VERSION if coded.base is None else FORMAT_VERSION,
         name=name,
         kind=coded.kind,
         metadata=coded.metadata,
@@ -139,6 +149,7 @@ def draft_manifest(
         lineage=dict(lineage or {}),
         licence=licence,
         reports=reports_entry,
+        base=coded.base,
     )
     return manifest, blobs
 
@@ -163,6 +174,7 @@ def tensor_entry(tensor: StoredTensor, shards: tuple[int, ...]) -> TensorEntry:
         stored_bytes=piece.stored_bytes,
         entropy_bound_bytes=tensor.entropy_bound_bytes,
         shards=shards,
+        base=tensor.base,
     )
 
 

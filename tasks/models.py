@@ -18,6 +18,8 @@ from modelpress.reports import (
     QuantizeReport,
     SourceReport,
 )
+from modelpress.settings import read_settings
+from modelpress.store.base import open_store
 from tasks.evaluation import host_fingerprint
 from tasks.records import Finished
 from tasks.runner import RunContext, fetch_checkpoint, find_source, open_workload, run_stage
@@ -113,21 +115,26 @@ def quantize(
 ) -> Finished[QuantizeReport]:
     """Turn weights and activations into integers, or weights into indices; `model` is what `graph` was exported from.
 
-    Methods that train the torch model export it again, as `export_config` says.
+    Methods that train the torch model export it again, as `export_config` says. `config.scales_from` is a digest here.
     """
+    settings = read_settings()
 
     def work(progress: Progress) -> tuple[Mapping[str, bytes], QuantizeReport]:
+        from modelpress import load
         from modelpress.checkpoint import to_module
         from modelpress.quantize import quantize as run
         from modelpress.quantize.from_module import quantize_module
 
         workload = open_workload(context.workload, context.mlflow_run)
-        checkpoint = fetch_checkpoint(graph)
+        checkpoint, earlier = fetch_checkpoint(graph), None
+        if config.scales_from is not None:
+            store = open_store(settings.store_uri, settings)
+            _, earlier = load.load_checkpoint(store, context.name, config.scales_from)
         if config.needs_module:
             module = to_module(fetch_checkpoint(model), workload)
             quantized, report = quantize_module(module, checkpoint, workload, config, export_config, progress)
         else:
-            quantized, report = run(checkpoint, workload, config, progress)
+            quantized, report = run(checkpoint, workload, config, progress, earlier)
         return {"output": quantized.to_bytes()}, report
 
     inputs = [graph, model] if config.needs_module else [graph]
@@ -146,6 +153,8 @@ def plan(
 ) -> Finished[PlanReport]:
     """Give each weight a form of its own within one budget; `compression` is how the pack will be coded. `model` is
     what the graph was exported from, as `export_config` says; it is read where the plan trains it."""
+    if compression is not None:  # forms are weighed by what they take in a pack that stands alone
+        compression = compression.model_copy(update={"base": None})
 
     def work(progress: Progress) -> tuple[Mapping[str, bytes], PlanReport]:
         from modelpress.checkpoint import to_module

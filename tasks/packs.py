@@ -50,14 +50,45 @@ class Provenance(Report):
     """The source model's checkpoint."""
 
 
+def pin_bases(config: OptimizeConfig) -> OptimizeConfig:
+    """The config with the digests of the packs that it names as the base of this version: what an alias points at may
+    change while the flow runs. Of a pack that is stored as differences it is that one's base.
+
+    Raises:
+        NotFoundError: there is no such pack or alias yet.
+        ConfigError: what is named is neither an alias nor a digest.
+    """
+    compression, quantization = config.compress, config.quantize
+    if (compression is None or compression.base is None) and (quantization is None or not quantization.scales_from):
+        return config
+    from modelpress.delta import find_base
+
+    settings = read_settings()
+    store = open_store(settings.store_uri, settings)
+    changes: dict[str, Any] = {}
+    if compression is not None and compression.base is not None:
+        changes["compress"] = compression.model_copy(update={"base": find_base(store, config.name, compression.base)})
+    if quantization is not None and quantization.scales_from is not None:
+        base = find_base(store, config.name, quantization.scales_from)
+        changes["quantize"] = quantization.model_copy(update={"scales_from": base})
+    return config.model_copy(update=changes)
+
+
 @task(name="compress", task_run_name="compress", cache_policy=NO_CACHE)
 def compress(context: RunContext, graph: ArtifactRef, config: CompressConfig | None) -> Finished[CompressReport]:
-    """Code each tensor without loss, and prove it by decoding."""
+    """Code each tensor without loss, and prove it by decoding; `config.base` is a digest here."""
+    settings = read_settings()
 
     def work(progress: Progress) -> tuple[Mapping[str, bytes], CompressReport]:
+        from modelpress import delta
         from modelpress.compress import compress as run
 
-        coded, report = run(fetch_checkpoint(graph), config, progress)
+        checkpoint = fetch_checkpoint(graph)
+        if config is None or config.base is None:
+            coded, report = run(checkpoint, config, progress)
+        else:
+            base = delta.open_base(open_store(settings.store_uri, settings), context.name, config.base)
+            coded, report = delta.compress_against(checkpoint, config, base, progress)
         return {"output": coded.to_bytes()}, report
 
     return run_stage(context, "compress", CompressReport, work, inputs=[graph], config=config)

@@ -131,7 +131,8 @@ def inspect(
     entry = explain.find_tensor(manifest, tensor) if tensor is not None else None
     choices = explain.read_choices(manifest, fetch)
     if entry is not None:
-        found = explain.describe(manifest, entry, choices.get(entry.name), fetch)
+        parts = load.open_parts(opened, manifest)
+        found = explain.describe(manifest, entry, choices.get(entry.name), parts.fetch, parts.base)
         typer.echo(json.dumps({"pack": digest} | found, indent=2) if as_json else "\n".join(explain.lines(found)))
         return
     if as_json:
@@ -142,11 +143,15 @@ def inspect(
     echo(f"{name} {digest}, {manifest.kind}, format {manifest.format_version}, licence {manifest.licence}")
     signed = load.check_trust(opened, name, digest)
     echo(_signed_line([one.line() for one in signed] if opened.trust else None))
+    if manifest.base is not None:
+        echo(f"stored as the difference to {name} {manifest.base}, which a reader needs as well")
     echo(rows_table(explain.table(manifest, choices)))
     echo(explain.codec_counts(manifest))
     echo(_blob_table(manifest))
+    beside = " beside the base" if manifest.base is not None else ""
     ratio = manifest.raw_bytes / manifest.published_bytes
-    echo(f"{manifest.raw_bytes:,} bytes raw, {manifest.published_bytes:,} published: compression ratio {ratio:.2f}")
+    published = f"{manifest.published_bytes:,} published{beside}"
+    echo(f"{manifest.raw_bytes:,} bytes raw, {published}: compression ratio {ratio:.2f}")
 
 
 def _blob_table(manifest: Manifest) -> Table:

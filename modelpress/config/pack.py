@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from modelpress.config.base import Bytes, Config
+from modelpress.config.base import Bytes, Config, refuse_unread
 
 
 class CompressConfig(Config):
@@ -22,6 +22,18 @@ class CompressConfig(Config):
     """Decode-speed floor, in raw bytes per second on one core; a codec known to be slower is not chosen. 0: none."""
     chunk_symbols: int = Field(default=131_072, ge=4_096, le=16_777_216)
     """Symbols (elements) per independently decodable chunk."""
+    base: str | None = None
+    """Alias or digest of a published pack of the same name: tensors are stored as the difference to its, where that is
+    smaller, and equal ones not at all. Needs its codes on the same scales, see `quantize.scales_from`. Of a pack that
+    is stored so itself, its base is taken."""
+    max_delta_share: float = Field(default=0.5, gt=0, le=1)
+    """With `base`: a whole pack is published all the same where differences would take more than this share of it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> CompressConfig:
+        if self.base is None:
+            refuse_unread(self, "compress", {"max_delta_share": "compress.base"})
+        return self
 
 
 class ShardConfig(Config):

@@ -61,6 +61,14 @@ class QuantizeConfig(Config):
     measured as 1 − agreement with the float graph, is within it."""
     min_coverage: float = Field(default=0.5, ge=0, le=1)
     """Least share of the eligible weights that must end as integers; less is an error."""
+    scales_from: str | None = None
+    """Alias or digest of a published pack of the same name, quantized with the same options: weights are rounded on its
+    scales, so that a light fine-tune changes few codes and `compress.base` sends little. A weight that has moved out of
+    its range gets fresh ones. Not for `codebook`, `fp8` or with `recovery`; of little use with `gptq`, whose codes move
+    together: take `rtn`."""
+    max_scales_loss: float = Field(default=0.002, ge=0)
+    """With `scales_from`: what those scales may cost in agreement on calibration data against fresh ones; beyond it all
+    scales are fresh. The report shows both."""
     recovery: TrainConfig | None = None
     """Train with the model as it was before as teacher: the shared values (`codebook`), or the weights with the
     rounding of int8 in the loop (`dynamic`, `static`; with `smooth` 0, as what smoothing changes is not in the loop);
@@ -89,6 +97,8 @@ class QuantizeConfig(Config):
             raise ValueError("quantize.algorithm 'hqq' needs quantize.symmetric false and quantize.num_bits 4")
         if self.algorithm == "fp8" and self.num_bits != 8:
             raise ValueError("quantize.algorithm 'fp8' needs quantize.num_bits 8")
+        if self.scales_from is not None and (self.needs_module or self.algorithm == "fp8"):
+            raise ValueError("quantize.scales_from needs integer weights, and no quantize.recovery")
         self._refuse_unread()
         return self
 
@@ -100,6 +110,8 @@ class QuantizeConfig(Config):
             unread |= dict.fromkeys(names, "quantize.method 'weight-only'")
         elif float8:
             unread |= dict.fromkeys(("group_size", "symmetric"), "an integer quantize.algorithm")
+        if self.scales_from is None:
+            unread["max_scales_loss"] = "quantize.scales_from"
         if self.method != "static":
             unread["calibration"] = "quantize.method 'static'"
         if self.method != "static" or self.calibration != "percentile":

@@ -3,48 +3,54 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 
 from modelpress.codec import CODECS, Buffer, Bytes, check_streams, decode
+from modelpress.codec.difference import add_
 from modelpress.container.safetensors_file import read
 from modelpress.container.stored import Piece, read_pieces
 from modelpress.container.tensors import from_bytes
 from modelpress.cores import usable_cores
 from modelpress.dtypes import DTYPES
-from modelpress.errors import CorruptionError, UnsupportedFormatError
+from modelpress.errors import ConfigError, CorruptionError, UnsupportedFormatError
 from modelpress.manifest import Manifest, TensorEntry
 
-Rebuild = Callable[[TensorEntry, Bytes], Bytes]
-"""From a tensor's decoded bytes to its own, (raw_bytes,) uint8, before its digest is checked."""
+Original = Callable[[TensorEntry], Bytes]
+"""Gives the base's tensor that an entry is the difference to: its bytes, verified, in memory that the caller may
+change. `container.base.Base` is one."""
 
 
 def read_tensors(
-    manifest: Manifest, fetch: Callable[[str], bytes], *, threads: int | None = None
+    manifest: Manifest, fetch: Callable[[str], bytes], *, threads: int | None = None, original: Original | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of a pack, verified, in the manifest's order.
 
     `fetch` gives the bytes of the shard with a sha256; one shard is held at a time, and the tensor being read. Tensors
-    own their memory. `threads` decode at the same time; by default as many as this process may use cores.
+    own their memory. `threads` decode at the same time; by default as many as this process may use cores. `original`
+    gives the base's tensors to a pack that is stored as differences; that is another shard and another tensor.
 
     Raises:
+        ConfigError: a pack with a base, and no `original`.
         CorruptionError: a shard, a coded tensor or a decoded tensor is not what the manifest says.
         UnsupportedFormatError: a codec or a format version that this release does not know.
     """
+    check_original(manifest, original)
     threads = threads or usable_cores()
     waiting = iter(manifest.tensors)
     entry = next(waiting, None)
     begun = Begun(entry) if entry else None
     for position in range(len(manifest.shards)):
-        pieces = {piece.name: piece for piece in _read_shard(manifest, position, fetch)}
-        while entry is not None and begun is not None and position in entry.shards:
+        pieces = {piece.name: piece for piece in read_shard(manifest, position, fetch)}
+        while entry is not None and begun is not None and (entry.is_base or position in entry.shards):
             doing = f"reading tensor {entry.name!r} from shard {manifest.shards[position].sha256}"
-            begun.add(pieces.pop(entry.name, None), doing, threads)
-            if position != entry.shards[-1]:
-                break
-            yield entry.name, begun.finish(doing)
+            if not entry.is_base:
+                begun.add(pieces.pop(entry.name, None), doing, threads)
+                if position != entry.shards[-1]:
+                    break
+            yield entry.name, begun.finish(doing, original)
             entry = next(waiting, None)
             begun = Begun(entry) if entry else None
         if pieces:
@@ -54,6 +60,9 @@ def read_tensors(
                 expected="only the tensors that the manifest puts there, in its order",
             )
         del pieces  # the next shard is fetched when this one is let go
+    while not manifest.shards and entry is not None:
+        yield entry.name, Begun(entry).finish(f"reading tensor {entry.name!r} from the base", original)
+        entry = next(waiting, None)
     if entry is not None:
         raise CorruptionError(
             f"reading pack {manifest.name}",
@@ -70,12 +79,14 @@ def pieces_of(manifest: Manifest, name: str, fetch: Callable[[str], bytes]) -> l
         UnsupportedFormatError: a codec or a format version that this release does not know.
     """
     (entry,) = (entry for entry in manifest.tensors if entry.name == name)
-    read_shards = (_read_shard(manifest, position, fetch) for position in entry.shards)
+    read_shards = (read_shard(manifest, position, fetch) for position in entry.shards)
     return [piece for pieces in read_shards for piece in pieces if piece.name == name]
 
 
-def decode_tensor(entry: TensorEntry, pieces: Sequence[Piece], *, threads: int = 1) -> torch.Tensor:
-    """The tensor that `pieces_of` found, verified.
+def decode_tensor(
+    entry: TensorEntry, pieces: Iterable[Piece], *, threads: int = 1, original: Original | None = None
+) -> torch.Tensor:
+    """The tensor that `pieces_of` found, verified; see `read_tensors` for `original`.
 
     Raises:
         CorruptionError: the pieces are not what the manifest says.
@@ -83,7 +94,7 @@ def decode_tensor(entry: TensorEntry, pieces: Sequence[Piece], *, threads: int =
     doing, begun = f"reading tensor {entry.name!r}", Begun(entry)
     for piece in pieces:
         begun.add(piece, doing, threads)
-    return begun.finish(doing)
+    return begun.finish(doing, original)
 
 
 def decode_piece(
@@ -163,8 +174,8 @@ class Begun:
         self._elements += piece.count
         self._stored_bytes += piece.stored_bytes
 
-    def finish(self, doing: str, rebuild: Rebuild | None = None) -> torch.Tensor:
-        """The whole tensor, if every digest agrees; `rebuild` makes its own bytes of the decoded ones.
+    def finish(self, doing: str, original: Original | None = None) -> torch.Tensor:
+        """The whole tensor, the base's added where it is a difference, if every digest agrees.
 
         Raises:
             CorruptionError: a length or a digest differs.
@@ -178,16 +189,26 @@ class Begun:
                 expected=f"{entry.stored_bytes} bytes, sha256 {entry.stored_sha256}",
             )
         size = self._elements * DTYPES[entry.dtype].itemsize
+        if entry.base is not None and original is not None and size == (0 if entry.is_base else entry.raw_bytes):
+            # Between "decoded" and "raw digest checked": the digest of the result decides.
+            base, difference = original(entry), self._raw
+            self._raw = base if difference is None else add_(base, difference, DTYPES[entry.dtype])
+            size = self._raw.size
         if self._raw is None or size != entry.raw_bytes:
             raise CorruptionError(doing, found=f"{size} bytes", expected=f"{entry.raw_bytes} for {_describe(entry)}")
-        raw = rebuild(entry, self._raw) if rebuild else self._raw
-        found = hashlib.sha256(raw.data).hexdigest()
+        found = hashlib.sha256(self._raw.data).hexdigest()
         if found != entry.raw_sha256:
             raise CorruptionError(doing, found=f"decoded sha256 {found}", expected=f"sha256 {entry.raw_sha256}")
-        return from_bytes(raw, DTYPES[entry.dtype], entry.shape)
+        return from_bytes(self._raw, DTYPES[entry.dtype], entry.shape)
 
 
-def _read_shard(manifest: Manifest, position: int, fetch: Callable[[str], bytes]) -> list[Piece]:
+def read_shard(manifest: Manifest, position: int, fetch: Callable[[str], bytes]) -> list[Piece]:
+    """What stands in a shard of a pack, verified as a whole.
+
+    Raises:
+        CorruptionError: the shard is not what the manifest says.
+        UnsupportedFormatError: a codec or a format version that this release does not know.
+    """
     shard = manifest.shards[position]
     doing = f"reading shard {position} ({shard.sha256}) of pack {manifest.name}"
     data = fetch(shard.sha256)
@@ -201,6 +222,21 @@ def _read_shard(manifest: Manifest, position: int, fetch: Callable[[str], bytes]
         )
     entries, metadata = read(data, doing)
     return read_pieces(entries, metadata, doing)
+
+
+def check_original(manifest: Manifest, original: Original | None) -> None:
+    """Refuse to read differences without what they are to.
+
+    Raises:
+        ConfigError: the pack has a base, and `original` is None.
+    """
+    if manifest.base is not None and original is None:
+        raise ConfigError(
+            f"reading pack {manifest.name}",
+            found="no base",
+            expected=f"{manifest.name}@{manifest.base}, which its tensors are the difference to",
+            fix="read it with modelpress.load, or give container.base.Base as `original`",
+        )
 
 
 def _check_piece(piece: Piece, entry: TensorEntry, start: int, doing: str) -> None:

@@ -6,7 +6,7 @@ says, every tensor and file the digest of its own bytes.
 
 from modelpress.load.layouts import Layout, pull
 from modelpress.load.names import MAX_MANIFEST_BYTES, MIN_PREFIX, check_trust, load_manifest, resolve
-from modelpress.load.read import fetcher, load_checkpoint, verify
+from modelpress.load.read import Parts, fetcher, load_checkpoint, open_parts, verify
 from modelpress.load.stream import stream_tensors
 from modelpress.load.targets import open_pack, open_session, state_dict
 
@@ -14,11 +14,13 @@ __all__ = [
     "MAX_MANIFEST_BYTES",
     "MIN_PREFIX",
     "Layout",
+    "Parts",
     "check_trust",
     "fetcher",
     "load_checkpoint",
     "load_manifest",
     "open_pack",
+    "open_parts",
     "open_session",
     "pull",
     "resolve",

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from modelpress import keys
 from modelpress.cache import BlobCache
 from modelpress.checkpoint import Checkpoint
-from modelpress.container import read_tensors
+from modelpress.container import Base, read_tensors
+from modelpress.load.base import Joint, load_base
 from modelpress.load.blobs import Blobs
 from modelpress.load.names import check_trust, load_manifest, resolve
 from modelpress.load.stream import stream_tensors
@@ -33,10 +37,10 @@ def load_checkpoint(
         UnsupportedFormatError: written by a newer modelpress.
     """
     manifest = load_manifest(store, name, digest)
-    blobs = Blobs(store, manifest, progress, cache)
-    with contextlib.closing(stream_tensors(manifest, blobs)) as stream:
+    parts = open_parts(store, manifest, progress, cache)
+    with contextlib.closing(parts.stream()) as stream:
         tensors = dict(stream)
-    return manifest, Checkpoint(manifest.kind, tensors, read_files(manifest, blobs.fetch), dict(manifest.metadata))
+    return manifest, Checkpoint(manifest.kind, tensors, read_files(manifest, parts.fetch), dict(manifest.metadata))
 
 
 def verify(store: Store, name: str, ref: str, progress: Progress = silent) -> VerifyReport:
@@ -48,20 +52,60 @@ def verify(store: Store, name: str, ref: str, progress: Progress = silent) -> Ve
     started = time.perf_counter()
     digest = resolve(store, name, ref)
     manifest = load_manifest(store, name, digest)
-    fetch = fetcher(store, manifest, progress)
-    tensors = sum(1 for _ in read_tensors(manifest, fetch))
-    files = len(read_files(manifest, fetch))
-    read_reports(manifest, fetch)
+    parts = open_parts(store, manifest, progress)
+    base, tensors = parts.base, sum(1 for _ in parts.tensors())
+    files = len(read_files(manifest, parts.fetch))
+    read_reports(manifest, parts.fetch)
     return VerifyReport(
         pack=digest,
         uri=f"{store.uri}/{keys.manifest(name, digest)}",
-        shards=len(manifest.shards),
+        shards=len(manifest.shards) + (len(base.blobs) if base else 0),
         tensors=tensors,
         files=files,
-        read_bytes=manifest.published_bytes,
+        read_bytes=manifest.published_bytes + (base.read_bytes if base else 0),
         signed_by=tuple(one.line() for one in check_trust(store, name, digest)) if store.trust else None,
         seconds=time.perf_counter() - started,
     )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a pack is read with."""
+
+    manifest: Manifest
+    blobs: Blobs
+    base: Base | None
+    """Gives the tensors of the pack that this one is the difference to; None where it stands alone."""
+
+    def fetch(self, digest: str) -> bytes:
+        """A whole blob; see `Blobs.fetch`."""
+        return self.blobs.fetch(digest)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor, one shard at a time; see `container.read_tensors`."""
+        return read_tensors(self.manifest, self.fetch, original=self.base)
+
+    def stream(self) -> Generator[tuple[str, Tensor], None, None]:
+        """Every tensor, while its bytes come; see `stream_tensors`."""
+        return stream_tensors(self.manifest, self.blobs, original=self.base)
+
+
+def open_parts(store: Store, manifest: Manifest, progress: Progress = silent, cache: BlobCache | None = None) -> Parts:
+    """What reads a pack's blobs, and its base's tensors where it has one; both count into one `progress`.
+
+    The base's manifest is read and checked here, before any blob is.
+
+    Raises:
+        NotFoundError: the base is not there; both packs are named.
+        CorruptionError: the base is not what its digest says, or not what the pack can be read with.
+        UnsupportedFormatError: the base was written by a newer modelpress.
+    """
+    if manifest.base is None:
+        return Parts(manifest, Blobs(store, manifest, progress, cache), None)
+    found, joint = load_base(store, manifest, manifest.base), Joint(progress)
+    base = Base(manifest, found, Blobs(store, found, joint.part(), cache).fetch)
+    joint.total_bytes = sum(manifest.blobs().values()) + sum(base.blobs.values())
+    return Parts(manifest, Blobs(store, manifest, joint.part(), cache), base)
 
 
 def fetcher(store: Store, manifest: Manifest, progress: Progress = silent) -> Callable[[str], bytes]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from modelpress.codec import Buffer
-from modelpress.container.read import Begun, Rebuild
+from modelpress.container.read import Begun, Original, check_original
 from modelpress.container.safetensors_file import MAX_HEADER_BYTES, read
 from modelpress.container.stored import RAW, Piece, read_pieces
 from modelpress.cores import usable_cores
@@ -44,7 +44,7 @@ def stream_tensors(
     blobs: Blobs,
     *,
     threads: int | None = None,
-    rebuild: Rebuild | None = None,
+    original: Original | None = None,
     opener: Callable[[str], Opener | None] = lambda _: None,
 ) -> Generator[tuple[str, torch.Tensor], None, None]:
     """Every tensor of a pack, verified, in the manifest's order: what `container.read_tensors` gives.
@@ -55,7 +55,7 @@ def stream_tensors(
         manifest: of the pack.
         blobs: where its shards come from.
         threads: that decode at the same time, and that hash; by default as many as this process may use cores.
-        rebuild: makes a tensor's own bytes of the decoded ones, before its digest is checked.
+        original: gives the base's tensors, where the pack is stored as differences; it is called by one thread.
         opener: what turns a blob's stored bytes, by its digest, into plain ones; None: they are plain. Opened shards
             take the memory of one more each.
 
@@ -64,38 +64,59 @@ def stream_tensors(
         CorruptionError: a shard or a decoded tensor is not what the manifest says.
         UnsupportedFormatError: a codec or a format version that this release does not know.
     """
+    check_original(manifest, original)
     threads = threads or usable_cores()
     stream = _Stream(manifest, blobs, opener)
-    hashing = ThreadPoolExecutor(threads, thread_name_prefix="tensor-sha256")
+    hashing = ThreadPoolExecutor(1 if original else threads, thread_name_prefix="tensor-sha256")
     begun: dict[str, Begun] = {}
+
+    def taken(entry: TensorEntry) -> torch.Tensor:
+        """A tensor of which nothing is stored here: the base's, as it is."""
+        doing = f"reading tensor {entry.name!r} of pack {manifest.name}"
+        return hashing.submit(Begun(entry, coded_digest=False).finish, doing, original).result()
+
     try:
+        due = _due(manifest)
+        for entry in due[-1]:
+            yield entry.name, taken(entry)
         for position in range(len(manifest.shards)):
-            entries = stream.entries(position)
             doing = f"from shard {manifest.shards[position].sha256}"
             shard = stream.shard(position)
             finished: dict[str, Future[torch.Tensor]] = {}
             try:
-                for entry, piece, end in _runs(manifest, position, shard, entries):
+                for entry, piece, end in _runs(manifest, position, shard, stream.entries(position)):
                     where = f"reading tensor {entry.name!r} {doing}"
                     shard.wait(end)
                     started = begun.setdefault(entry.name, Begun(entry, coded_digest=False))
                     started.add(piece, where, threads)
                     if piece.start + piece.count == piece.elements:
-                        finished[entry.name] = hashing.submit(begun.pop(entry.name).finish, where, rebuild)
+                        finished[entry.name] = hashing.submit(begun.pop(entry.name).finish, where, original)
                     del piece, started
             except FormatError:
                 stream.check(position)  # a digest that does not hold is the better reason
                 raise
             del shard
             stream.release(position)
-            for entry in entries:
-                if entry.shards[-1] == position:
-                    if entry.name not in finished:
-                        begun.pop(entry.name).finish(f"reading tensor {entry.name!r} {doing}")  # which says what lacks
-                    yield entry.name, finished.pop(entry.name).result()
+            for entry in due[position]:
+                if entry.is_base:
+                    yield entry.name, taken(entry)
+                    continue
+                if entry.name not in finished:
+                    begun.pop(entry.name).finish(f"reading tensor {entry.name!r} {doing}")  # which says what lacks
+                yield entry.name, finished.pop(entry.name).result()
     finally:
         stream.close()
         hashing.shutdown(wait=True, cancel_futures=True)
+
+
+def _due(manifest: Manifest) -> dict[int, list[TensorEntry]]:
+    """The tensors in their order, by the shard after which they are whole; -1: before any."""
+    due: dict[int, list[TensorEntry]] = {position: [] for position in range(-1, len(manifest.shards))}
+    last = -1
+    for entry in manifest.tensors:
+        last = entry.shards[-1] if entry.shards else last
+        due[last].append(entry)
+    return due
 
 
 class _Arriving:

@@ -11,11 +11,8 @@ from modelpress.cache import BlobCache, open_cache
 from modelpress.container.read import decode_tensor, pieces_of
 from modelpress.cores import usable_cores
 from modelpress.errors import ConfigError, SetupError, WorkloadError
-from modelpress.load.blobs import Blobs
 from modelpress.load.names import load_manifest, resolve
-from modelpress.load.read import load_checkpoint
-from modelpress.load.stream import stream_tensors
-from modelpress.manifest import Manifest
+from modelpress.load.read import Parts, load_checkpoint, open_parts
 from modelpress.progress import Progress, silent
 from modelpress.store.base import Store, open_store
 
@@ -93,7 +90,7 @@ def state_dict(
             expected="torch",
             fix="modelpress.load.open_session",
         )
-    tensors = stream_tensors(manifest, Blobs(opened, manifest, progress, cache or open_cache()))
+    tensors = open_parts(opened, manifest, progress, cache or open_cache()).stream()
     found = dict(tensors) if place.type == "cpu" else _to_cuda(tensors, place)
     tied: dict[str, str] = manifest.metadata.get("tied", {})
     return found | {alias: found[stored] for alias, stored in tied.items() if stored in found}
@@ -107,7 +104,7 @@ def open_pack(store: Store | str, name: str, ref: str = "champion", *, cache: Bl
     """
     opened = open_store(store) if isinstance(store, str) else store
     manifest = load_manifest(opened, name, resolve(opened, name, ref))
-    return PackTensors(manifest, Blobs(opened, manifest, silent, cache or open_cache()))
+    return PackTensors(open_parts(opened, manifest, silent, cache or open_cache()))
 
 
 class PackTensors(Mapping[str, torch.Tensor]):
@@ -116,16 +113,16 @@ class PackTensors(Mapping[str, torch.Tensor]):
     Reading a tensor fetches the shards that hold it, so that a cache pays off for many small ones.
     """
 
-    def __init__(self, manifest: Manifest, blobs: Blobs) -> None:
-        self.manifest = manifest
+    def __init__(self, parts: Parts) -> None:
+        self.manifest = parts.manifest
         """What the pack holds, by name, with dtypes, shapes and digests."""
-        self._blobs = blobs
-        self._entries = {entry.name: entry for entry in manifest.tensors}
+        self._parts = parts
+        self._entries = {entry.name: entry for entry in parts.manifest.tensors}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         entry = self._entries[name]
-        pieces = pieces_of(self.manifest, name, self._blobs.fetch)
-        return decode_tensor(entry, pieces, threads=usable_cores())
+        pieces = pieces_of(self.manifest, name, self._parts.fetch)
+        return decode_tensor(entry, pieces, original=self._parts.base, threads=usable_cores())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

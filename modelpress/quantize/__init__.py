@@ -22,9 +22,11 @@ from modelpress.errors import ConfigError, CoverageError
 from modelpress.progress import Progress, silent
 from modelpress.quantize import rewrite, sensitivity, static
 from modelpress.quantize.build import builder
+from modelpress.quantize.earlier import on_earlier_scales
+from modelpress.quantize.frozen import Frozen
 from modelpress.quantize.observe import Inputs
 from modelpress.quantize.selection import Layer, chosen_layers, eligible_layers, shared_weights
-from modelpress.reports import QuantizeReport, SensitivityRow
+from modelpress.reports import FrozenReport, QuantizeReport, SensitivityRow
 from modelpress.workload import Workload
 
 __all__ = ["quantize"]
@@ -34,18 +36,25 @@ _RANKING_BATCHES, _RANKING_SAMPLES = 3, 8
 
 
 def quantize(
-    checkpoint: Checkpoint, workload: Workload, config: QuantizeConfig, progress: Progress = silent
+    checkpoint: Checkpoint,
+    workload: Workload,
+    config: QuantizeConfig,
+    progress: Progress = silent,
+    earlier: Checkpoint | None = None,
 ) -> tuple[Checkpoint, QuantizeReport]:
     """Quantize an ONNX checkpoint; the checkpoint given is left as it is.
 
     Calibration and agreement are measured on the workload's calibration split, in batches of 32; the layers are ranked
-    on a few samples of it.
+    on a few samples of it. With `config.scales_from`, the layers take the forms and the scales that they have in the
+    `earlier` version, that pack's checkpoint, if the graph agrees about as well with the float one as on fresh scales,
+    and within the budget; else the layers are ranked as ever.
 
     Returns:
         The quantized checkpoint, and what was done: coverage counts the weights whose float form is gone.
 
     Raises:
-        ConfigError: a pattern in `targets` or `ignore` matches nothing, or a method that needs the torch module.
+        ConfigError: a pattern in `targets` or `ignore` matches nothing, a method that needs the torch module, or
+            `scales_from` without an earlier version of this model.
         CoverageError: nothing to quantize, an activation without a calibrated range, or less than `min_coverage` or
             no layer in integers within `max_quality_drop`.
         CorruptionError: no ONNX checkpoint.
@@ -58,6 +67,12 @@ def quantize(
             expected="'dynamic', 'static' or 'weight-only', without quantize.recovery",
             fix="call modelpress.quantize.from_module.quantize_module with the module that the graph comes from",
         )
+    if (earlier is None) != (config.scales_from is None):
+        raise ConfigError(
+            "quantizing a graph on the scales of an earlier version",
+            found="no earlier version" if earlier is None else "no quantize.scales_from",
+            expected="both: quantize.scales_from, and that pack's checkpoint",
+        )
     model = graph.join(checkpoint)
     if config.method == "static":
         progress(0, 1, "preparing the graph")
@@ -67,6 +82,11 @@ def quantize(
     chosen = chosen_layers(layers, config)
     batches = [batch.inputs for batch in workload.batches("calibration", min(_BATCH, workload.evaluation_batch_size))]
     build = builder(model, chosen, batches, config, progress)
+    frozen = None
+    if earlier is not None:
+        found, frozen = on_earlier_scales(model, chosen, batches, config, build, Frozen(earlier), progress)
+        if found is not None:
+            return _finished(checkpoint, found, layers, [], frozen, config)
 
     units = shared_weights(chosen)
     total = len(units) + 1
@@ -77,7 +97,26 @@ def quantize(
         lambda done, node: progress(done - 1, total, f"sensitivity of {node}"),
     )
     kept, quantized, disagreement = _within_budget(build, model, ranked, batches, config, progress)
-    made = graph.split(quantized)
+    rows = [
+        SensitivityRow(node=node, disagreement=drop, kept_float=place < kept)
+        for place, (unit, drop) in enumerate(ranked)
+        for node in unit
+    ]
+    finished = _finished(checkpoint, (quantized, disagreement), layers, rows, frozen, config)
+    progress(total, total, f"coverage {finished[1].coverage:.1%}, agreement {finished[1].agreement:.4f}")
+    return finished
+
+
+def _finished(
+    checkpoint: Checkpoint,
+    found: tuple[ModelProto, float],
+    layers: Sequence[Layer],
+    sensitivity: list[SensitivityRow],
+    frozen: FrozenReport | None,
+    config: QuantizeConfig,
+) -> tuple[Checkpoint, QuantizeReport]:
+    """The quantized checkpoint and its report, from the model and its disagreement."""
+    made = graph.split(found[0])
     still_float = {one.name for one in graph.parse(made).graph.initializer}
     eligible = _elements(layers)
     integers = eligible - _elements(layer for layer in layers if layer.weight in still_float)
@@ -86,17 +125,12 @@ def quantize(
         eligible_weights=eligible,
         quantized_weights=integers,
         coverage=integers / eligible,
-        agreement=1.0 - disagreement,
-        sensitivity=[
-            SensitivityRow(node=node, disagreement=drop, kept_float=place < kept)
-            for place, (unit, drop) in enumerate(ranked)
-            for node in unit
-        ],
+        agreement=1.0 - found[1],
+        sensitivity=sensitivity,
+        frozen=frozen,
     )
     _check_coverage(report, config)
-    progress(total, total, f"coverage {report.coverage:.1%}, agreement {report.agreement:.4f}")
-    files = checkpoint.files | made.files
-    return Checkpoint("onnx", made.tensors, files, checkpoint.metadata), report
+    return Checkpoint("onnx", made.tensors, checkpoint.files | made.files, checkpoint.metadata), report
 
 
 def _within_budget(
@@ -146,7 +180,8 @@ def _elements(layers: Iterable[Layer]) -> int:
 def _check_coverage(report: QuantizeReport, config: QuantizeConfig) -> None:
     kept = [row.node for row in report.sensitivity if row.kept_float]
     within_budget = 1.0 - report.agreement <= config.max_quality_drop
-    some = config.method == "weight-only" or len(kept) < len(report.sensitivity)
+    frozen = report.frozen is not None and report.frozen.chosen
+    some = frozen or config.method == "weight-only" or len(kept) < len(report.sensitivity)
     if within_budget and report.coverage >= config.min_coverage and some:
         return
     more = "8 bits" if config.method == "weight-only" and config.num_bits < 8 else "float"

@@ -7,6 +7,7 @@ inputs count as zeros.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,25 +71,41 @@ class GroupedWeight:
         return weight
 
 
-def round_to_nearest(weight: Tensor, grid: Grid) -> GroupedWeight:
+class Earlier(NamedTuple):
+    """What stands of a weight's earlier version."""
+
+    scale: Tensor
+    """(out, groups) float32."""
+    zero_point: Tensor
+    """(out, groups) float32, perhaps real."""
+    codes: Tensor
+    """(out, in) float32."""
+
+
+def round_to_nearest(weight: Tensor, grid: Grid, earlier: Earlier | None = None) -> GroupedWeight:
     """RTN: each weight becomes the nearest value of its group's grid; zeros stay zeros.
 
     Args:
         weight: (out, in) float.
         grid: bits, group size, symmetric or not, clipped or not.
+        earlier: whose scales and zero points are taken as they are.
 
     Raises:
         StageError: the weight is no matrix, or is not finite.
     """
     _check(weight)
-    parts = []
-    for rows in weight.split(_rows_at_a_time(weight)):
-        groups = in_groups(rows, grid.group_size)
-        scale, zero_point = parameters(groups, grid)
+    parts, step = [], _rows_at_a_time(weight)
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        groups = in_groups(weight[rows], grid.group_size)
+        scale, zero_point = (earlier.scale[rows], earlier.zero_point[rows]) if earlier else parameters(groups, grid)
         codes = encode(groups, scale.unsqueeze(-1), zero_point.unsqueeze(-1), grid)
         parts.append(grouped(codes.flatten(1)[:, : weight.shape[1]], scale, zero_point, grid))
     return GroupedWeight(
-        *(torch.cat([getattr(part, key) for part in parts]) for key in ("codes", "scale", "zero_point")), grid
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        torch.cat([part.zero_point for part in parts]),
+        grid,
     )
 
 
@@ -99,7 +116,8 @@ def parameters_of(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         StageError: see `in_groups`.
     """
     _check(weight)
-    rows = weight.split(_rows_at_a_time(weight))
+    step = _rows_at_a_time(weight)
+    rows = (weight[start : start + step] for start in range(0, weight.shape[0], step))
     found = [parameters(in_groups(part, grid.group_size), grid) for part in rows]
     return torch.cat([scale for scale, _ in found]), torch.cat([zero_point for _, zero_point in found])
 

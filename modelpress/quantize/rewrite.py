@@ -17,7 +17,8 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from modelpress.errors import StageError
-from modelpress.quantize.weights import quantize_symmetric, relative_error
+from modelpress.quantize.frozen import Frozen
+from modelpress.quantize.weights import Floats, quantize_symmetric, relative_error
 
 TABLE_TOLERANCE = 0.05
 """Relative rounding error above which an embedding table takes one scale per row instead of one in all."""
@@ -27,8 +28,12 @@ _SCALE, _ZERO_POINT = "_scale", "_zero_point"
 _VALUE = "_value"
 
 
-def quantize_dynamic_(model: ModelProto, nodes: Collection[str], per_channel: bool) -> None:
+def quantize_dynamic_(
+    model: ModelProto, nodes: Collection[str], per_channel: bool, frozen: Frozen | None = None
+) -> None:
     """Rewrite the named MatMul and Gemm nodes in place; weights signed, activations unsigned, ranged per call.
+
+    Weights are on the scales of `frozen`, here and below, where it has them.
 
     Raises:
         StageError: a Gemm that scales or transposes its input, or two nodes that need one weight in two forms.
@@ -43,7 +48,8 @@ def quantize_dynamic_(model: ModelProto, nodes: Collection[str], per_channel: bo
         weight = numpy_helper.to_array(initializers[node.input[1]])
         if transposes_weight(node):
             weight = np.ascontiguousarray(weight.T)
-        codes, scale = quantize_symmetric(weight, weight.ndim - 1 if per_channel else None)
+        axis = weight.ndim - 1 if per_channel else None
+        codes, scale = quantize_symmetric(weight, axis, _given(frozen, node.input[1], weight, axis))
         add_initializer(model, node.input[1] + _CODES, codes)
         add_initializer(model, node.input[1] + _SCALE, scale)
         if node.input[0] not in ranged:
@@ -53,7 +59,9 @@ def quantize_dynamic_(model: ModelProto, nodes: Collection[str], per_channel: bo
     replace_nodes(model, rewritten)
 
 
-def quantize_weights_(model: ModelProto, nodes: Collection[str], per_channel: bool) -> None:
+def quantize_weights_(
+    model: ModelProto, nodes: Collection[str], per_channel: bool, frozen: Frozen | None = None
+) -> None:
     """Store the weights of the named MatMul, Gemm and Conv nodes as int8 in place; the nodes compute in float.
 
     The weight is spelt as Cast and Mul of constants, which ONNX Runtime folds when it loads the graph (it would not
@@ -69,7 +77,7 @@ def quantize_weights_(model: ModelProto, nodes: Collection[str], per_channel: bo
                 spelt.add(weight)
                 values = numpy_helper.to_array(initializers[weight])
                 axis = channel_axis(node, values.ndim) if per_channel else None
-                codes, scale = quantize_symmetric(values, axis)
+                codes, scale = quantize_symmetric(values, axis, _given(frozen, weight, values, axis))
                 if axis is not None:
                     scale = scale.reshape([-1 if one == axis else 1 for one in range(values.ndim)])
                 rewritten += scaled_back(model, weight, codes, scale, node.name)
@@ -78,7 +86,7 @@ def quantize_weights_(model: ModelProto, nodes: Collection[str], per_channel: bo
     replace_nodes(model, rewritten)
 
 
-def quantize_tables_(model: ModelProto, nodes: Collection[str]) -> None:
+def quantize_tables_(model: ModelProto, nodes: Collection[str], frozen: Frozen | None = None) -> None:
     """Rewrite the named Gather nodes in place: their tables are stored as int8.
 
     One scale serves the whole table where its rounding error stays within `TABLE_TOLERANCE`: at equal error, codes of
@@ -98,15 +106,26 @@ def quantize_tables_(model: ModelProto, nodes: Collection[str]) -> None:
         table = node.input[0]
         if table not in by_row:
             values = numpy_helper.to_array(initializers[table])
-            codes, scale = quantize_symmetric(values, None)
-            by_row[table] = relative_error(values, codes, scale) > TABLE_TOLERANCE
-            if by_row[table]:
-                codes, scale = quantize_symmetric(values, 0)
-                scale = scale.reshape(-1, 1)
+            codes, scale, by_row[table] = _table_codes(table, values, frozen)
             add_initializer(model, table + _CODES, codes)
             add_initializer(model, table + _SCALE, scale)
         rewritten.extend(_scaled_rows(node, by_row[table]))
     replace_nodes(model, rewritten)
+
+
+def _table_codes(table: str, values: Floats, frozen: Frozen | None) -> tuple[np.ndarray, Floats, bool]:
+    """Codes and scale of a table, () or (rows, 1), and whether it is by row: as the earlier version has it, if any."""
+    given = frozen.scale(table) if frozen else None
+    axis = 0 if given is not None and given.ndim == 2 else None
+    codes, scale = quantize_symmetric(values, axis, _given(frozen, table, values, axis))
+    if given is None and relative_error(values, codes, scale) > TABLE_TOLERANCE:
+        axis = 0
+        codes, scale = quantize_symmetric(values, axis)
+    return codes, scale if axis is None else scale.reshape(-1, 1), axis is not None
+
+
+def _given(frozen: Frozen | None, weight: str, values: Floats, axis: int | None) -> Floats | None:
+    return frozen.symmetric(weight, values, axis) if frozen else None
 
 
 def _range(value: str) -> NodeProto:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from modelpress.errors import CoverageError
+from modelpress.quantize.frozen import Frozen
 from modelpress.quantize.observe import Inputs, observe
 from modelpress.quantize.rewrite import add_initializer, has_bodies, is_plain, replace_nodes, transposes_weight
 
@@ -39,7 +40,13 @@ class _Migration:
     """Node, place of the initializer among its inputs, axis: what of a linear producer is divided."""
 
 
-def smooth(model: ModelProto, nodes: Collection[str], batches: Sequence[Inputs], alpha: float) -> ModelProto:
+def smooth(
+    model: ModelProto,
+    nodes: Collection[str],
+    batches: Sequence[Inputs],
+    alpha: float,
+    frozen: Frozen | None = None,
+) -> ModelProto:
     """Move the scale of activations into weights for the named MatMul and Gemm nodes.
 
     Where others read a normalisation's output as it is (a residual, a node that is not named), the named nodes get a
@@ -51,6 +58,7 @@ def smooth(model: ModelProto, nodes: Collection[str], batches: Sequence[Inputs],
         nodes: names of those that are to be quantized.
         batches: calibration data.
         alpha: share of the difficulty that moves to the weights, between 0 and 1.
+        frozen: an earlier version: where it smoothed the same weights, its factors are taken.
 
     Returns:
         The model, equal in float but for rounding.
@@ -72,7 +80,9 @@ def smooth(model: ModelProto, nodes: Collection[str], batches: Sequence[Inputs],
         _check_finite(one, largest[one.value])
         weights = {node.input[1]: node for node in one.readers}
         read = {name: _rows_first(node, numpy_helper.to_array(initializers[name])) for name, node in weights.items()}
-        factor = _factor(largest[one.value], list(read.values()), alpha)
+        factor = frozen.factor([(weights[name], array) for name, array in read.items()]) if frozen else None
+        if factor is None:
+            factor = _factor(largest[one.value], list(read.values()), alpha)
         for name, node in weights.items():
             _overwrite(initializers[name], _rows_first(node, read[name] * factor[:, None]))
         for node, place, axis in one.scaled:

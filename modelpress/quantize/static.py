@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto
+from onnx import ModelProto, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, quant_pre_process
 from onnxruntime.quantization.calibrate import TensorData, TensorsData, create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -23,7 +23,9 @@ from torch import Tensor
 
 from modelpress.config import QuantizeConfig
 from modelpress.errors import CoverageError
+from modelpress.quantize.frozen import Frozen
 from modelpress.quantize.ranges import least_error_ranges
+from modelpress.quantize.rewrite import channel_axis
 from modelpress.quantize.selection import WEIGHTED
 
 _METHODS = {
@@ -91,12 +93,17 @@ def calibrate(model: ModelProto, batches: Sequence[dict[str, Tensor]], config: Q
 
 
 def quantize_static(
-    model: ModelProto, nodes: Collection[str], ranges: TensorsData, config: QuantizeConfig
+    model: ModelProto,
+    nodes: Collection[str],
+    ranges: TensorsData,
+    config: QuantizeConfig,
+    frozen: Frozen | None = None,
 ) -> ModelProto:
     """The model with QuantizeLinear and DequantizeLinear around the named nodes; the model given is left as it is.
 
     Weights are signed and symmetric, activations unsigned with a zero point. In a network of convolutions, the
-    operators between quantized layers (`Relu`, pooling, …) are quantized with them.
+    operators between quantized layers (`Relu`, pooling, …) are quantized with them. Weights and activations are on the
+    scales of `frozen` where it has them.
 
     Raises:
         CoverageError: an activation of a named node has no calibrated range.
@@ -120,12 +127,35 @@ def quantize_static(
         {
             "ActivationSymmetric": False,
             "WeightSymmetric": True,
+            "TensorQuantOverrides": _overrides(model, nodes, ranges, config, frozen) if frozen else {},
             "OpTypesToExcludeOutputQuantization": [] if _has_convolutions(model) else list(WEIGHTED),
         },
     )
     quantizer.quantize_model()
     quantized: ModelProto = quantizer.model.model
     return quantized
+
+
+def _overrides(
+    model: ModelProto, nodes: Collection[str], ranges: TensorsData, config: QuantizeConfig, frozen: Frozen
+) -> dict[str, list[dict[str, Any]]]:
+    """An earlier version's scales as ONNX Runtime's quantizer takes them."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name in ranges.keys():  # noqa: SIM118
+        activation = frozen.activation(name)
+        if activation is not None:
+            found[name] = [{"scale": activation[0], "zero_point": activation[1]}]
+    initializers = {one.name: one for one in model.graph.initializer}
+    for node in model.graph.node:
+        if node.name not in nodes or len(node.input) < 2 or node.input[1] not in initializers:
+            continue
+        values = numpy_helper.to_array(initializers[node.input[1]])
+        axis = channel_axis(node, values.ndim) if config.per_channel else None
+        scales = frozen.symmetric(node.input[1], values, axis)
+        if scales is not None:
+            zero, place = np.int8(0), {} if axis is None else {"axis": axis}
+            found[node.input[1]] = [{**place, "scale": scale, "zero_point": zero} for scale in scales.reshape(-1)]
+    return found
 
 
 def _calibration_options(config: QuantizeConfig) -> dict[str, Any]:

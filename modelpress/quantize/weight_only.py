@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,8 +16,9 @@ from modelpress.errors import StageError
 from modelpress.progress import Progress
 from modelpress.quantize import nbits
 from modelpress.quantize.float8 import Float8Weight, round_to_float8
+from modelpress.quantize.frozen import Frozen
 from modelpress.quantize.gptq import gptq
-from modelpress.quantize.groups import Grid, GroupedWeight, round_to_nearest
+from modelpress.quantize.groups import Earlier, Grid, GroupedWeight, round_to_nearest
 from modelpress.quantize.hqq import hqq
 from modelpress.quantize.observe import Inputs, hessians
 from modelpress.quantize.rewrite import channel_axis, transposes_weight
@@ -28,9 +29,16 @@ MOST_ZEROS = 0.25
 
 
 def quantize_layers(
-    model: ModelProto, layers: Sequence[Layer], batches: Sequence[Inputs], config: QuantizeConfig, progress: Progress
+    model: ModelProto,
+    layers: Sequence[Layer],
+    batches: Sequence[Inputs],
+    config: QuantizeConfig,
+    progress: Progress,
+    frozen: Frozen | None = None,
 ) -> dict[str, GroupedWeight]:
     """Quantize the weights of MatMul and Gemm nodes; nodes that share a weight share its codes.
+
+    With `frozen` on an earlier version's scales.
 
     GPTQ goes through the graph in its order, input by input: the Hessian of a layer is taken from the graph whose
     earlier layers are quantized already, as in the paper.
@@ -47,7 +55,8 @@ def quantize_layers(
     made: dict[str, GroupedWeight] = {}
     if config.algorithm != "gptq":
         for one in shared:
-            made |= dict.fromkeys(one.nodes, quantize_weight(one.nodes, one.values, grid, config))
+            earlier = frozen.groups(one.name, one.values, grid) if frozen else None
+            made |= dict.fromkeys(one.nodes, quantize_weight(one.nodes, one.values, grid, config, earlier=earlier))
         return made
     steps: dict[str, list[_Weight]] = {}
     for one in shared:
@@ -60,16 +69,20 @@ def quantize_layers(
         moments = hessians(current, list(dict.fromkeys(name for one in step for name in one.inputs)), batches)
         for one in step:
             hessian = torch.stack([moments[name] for name in one.inputs]).sum(0)
-            made |= dict.fromkeys(one.nodes, quantize_weight(one.nodes, one.values, grid, config, hessian))
+            earlier = frozen.groups(one.name, one.values, grid) if frozen else None
+            made |= dict.fromkeys(one.nodes, quantize_weight(one.nodes, one.values, grid, config, hessian, earlier))
     return made
 
 
-def round_layers(model: ModelProto, layers: Sequence[Layer], grid: Grid) -> dict[str, GroupedWeight]:
+def round_layers(
+    model: ModelProto, layers: Sequence[Layer], grid: Grid, frozen: Frozen | None = None
+) -> dict[str, GroupedWeight]:
     """The same by rounding to the nearest, whatever the config's algorithm: for layers that need more bits."""
     made: dict[str, GroupedWeight] = {}
     for one in _shared(model, layers):
         with naming(one.nodes):
-            made |= dict.fromkeys(one.nodes, round_to_nearest(one.values, grid))
+            earlier = frozen.groups(one.name, one.values, grid) if frozen else None
+            made |= dict.fromkeys(one.nodes, round_to_nearest(one.values, grid, earlier))
     return made
 
 
@@ -95,6 +108,7 @@ def float8_layers(model: ModelProto, layers: Sequence[Layer], per_channel: bool)
 
 @dataclass(frozen=True)
 class _Weight:
+    name: str
     values: Tensor
     """(out, in) float32."""
     nodes: list[str]
@@ -112,7 +126,7 @@ def _shared(model: ModelProto, layers: Sequence[Layer]) -> list[_Weight]:
         as_rows = transposes_weight(node)
         if (layer.weight, as_rows) not in found:
             values = torch.from_numpy(np.array(numpy_helper.to_array(initializers[layer.weight])))
-            found[layer.weight, as_rows] = _Weight(values if as_rows else values.T.contiguous(), [], [])
+            found[layer.weight, as_rows] = _Weight(layer.weight, values if as_rows else values.T.contiguous(), [], [])
         one = found[layer.weight, as_rows]
         one.nodes.append(layer.node)
         if node.input[0] not in one.inputs:
@@ -121,7 +135,12 @@ def _shared(model: ModelProto, layers: Sequence[Layer]) -> list[_Weight]:
 
 
 def quantize_weight(
-    names: Sequence[str], weight: Tensor, grid: Grid, config: QuantizeConfig, hessian: Tensor | None = None
+    names: Sequence[str],
+    weight: Tensor,
+    grid: Grid,
+    config: QuantizeConfig,
+    hessian: Tensor | None = None,
+    earlier: Earlier | None = None,
 ) -> GroupedWeight:
     """Round one weight by `config.algorithm`: a graph's or a module's.
 
@@ -131,15 +150,16 @@ def quantize_weight(
         grid: bits, group size, symmetric or not.
         config: the algorithm, and whether `gptq` orders its inputs.
         hessian: (in, in), for `gptq`: Σ x xᵀ of the inputs; overwritten above its diagonal.
+        earlier: its earlier version, on whose scales it is rounded.
 
     Raises:
         StageError: see `quantize_layers`.
     """
     with naming(names):
         if hessian is not None:
-            return gptq(weight, hessian, grid, config.act_order, overwrite=True)
+            return gptq(weight, hessian, grid, config.act_order, earlier=earlier, overwrite=True)
         if config.algorithm == "rtn":
-            return round_to_nearest(weight, grid)
+            return round_to_nearest(weight, grid, earlier)
         zeros = float((weight == 0).float().mean())
         if zeros > MOST_ZEROS:
             raise StageError(
@@ -148,7 +168,9 @@ def quantize_weight(
                 expected=f"at most {MOST_ZEROS:.0%}",
                 fix="use quantize.algorithm 'gptq' or 'rtn', which keep zeros",
             )
-        return hqq(weight, grid)
+        if earlier is None:
+            return hqq(weight, grid)
+        return replace(round_to_nearest(weight, grid, earlier), zero_point=earlier.zero_point)
 
 
 @contextlib.contextmanager

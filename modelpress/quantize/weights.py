@@ -13,16 +13,23 @@ LARGEST_CODE = 127
 Floats = npt.NDArray[np.float32]
 
 
-def quantize_symmetric(weights: Floats, axis: int | None) -> tuple[npt.NDArray[np.int8], Floats]:
+def quantize_symmetric(
+    weights: Floats, axis: int | None, scale: Floats | None = None
+) -> tuple[npt.NDArray[np.int8], Floats]:
     """Round to the nearest of 255 levels, with one scale per index of `axis`, or a single one.
 
     Args:
         weights: any shape, float32.
         axis: the channel axis, or None for one scale in all.
+        scale: to be taken as it is, (channels,) or (); weights beyond its range get the largest code. By default the
+            least that clips nothing.
 
     Returns:
         Codes, int8, of the weights' shape; scales, float32, of shape (channels,) or ().
     """
+    if scale is not None:
+        steps = scale if axis is None else scale.reshape([-1 if one == axis else 1 for one in range(weights.ndim)])
+        return np.clip(np.rint(weights / steps), -LARGEST_CODE, LARGEST_CODE).astype(np.int8), scale
     if axis is None:
         largest = np.abs(weights).max(initial=0.0)
     else:

@@ -11,6 +11,8 @@ from modelpress.reports.folder import FolderReport
 from modelpress.reports.graph import (
     CodebookReport,
     ExportReport,
+    FrozenReport,
+    FrozenWeight,
     LayersReport,
     QuantizeReport,
     RoundedLayer,
@@ -28,7 +30,7 @@ from modelpress.reports.housekeeping import (
     VersionUsage,
 )
 from modelpress.reports.module import DistillReport, PruneReport, PruneStep, SourceReport, TensorChange, TrainReport
-from modelpress.reports.pack import CodedTensor, CompressReport, ShardReport, UploadReport, VerifyReport
+from modelpress.reports.pack import CodedTensor, CompressReport, DeltaReport, ShardReport, UploadReport, VerifyReport
 from modelpress.reports.plan import PlannedTensor, PlanOutline, PlanPoint, PlanReport
 from modelpress.reports.quality import AttributionReport, EvaluationReport, LatencyReport, QualityReport
 
@@ -40,10 +42,13 @@ __all__ = [
     "CollectReport",
     "CompressReport",
     "Counted",
+    "DeltaReport",
     "DistillReport",
     "EvaluationReport",
     "ExportReport",
     "FolderReport",
+    "FrozenReport",
+    "FrozenWeight",
     "Garbage",
     "GarbageItem",
     "LatencyReport",

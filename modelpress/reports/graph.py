@@ -61,6 +61,40 @@ class CodebookReport(Report):
     """The training of the values."""
 
 
+class FrozenWeight(Report):
+    """Whether one weight is rounded on the scales of an earlier version."""
+
+    name: str
+    """Initializer name."""
+    frozen: bool
+    """Whether it is; else on fresh ones, and a new version sends it whole."""
+    error_growth: float | None
+    """Rounding error on the earlier scales ÷ on fresh ones; None: there are none for it."""
+    reason: str = ""
+    """Why not."""
+
+
+class FrozenReport(Report):
+    """Whether an earlier version's scales served, and what they cost in quality."""
+
+    base: str
+    """Digest of the pack that the scales are of."""
+    chosen: bool
+    """Whether they were taken; else all scales are fresh."""
+    reason: str
+    """Why."""
+    agreement: float
+    """With the float graph on calibration data, on the earlier scales."""
+    fresh_agreement: float
+    """The same on fresh scales, each layer in the same form."""
+    frozen_weights: int
+    """Weight tensors on the earlier scales."""
+    fresh_weights: int
+    """Weight tensors on fresh ones."""
+    weights: list[FrozenWeight]
+    """Each of them."""
+
+
 class QuantizeReport(Report):
     """What quantization did."""
 
@@ -80,6 +114,8 @@ class QuantizeReport(Report):
     """For `codebook`: the values that the weights share."""
     recovery: TrainReport | None = None
     """For int8: the training with rounded weights and activations that came before."""
+    frozen: FrozenReport | None = None
+    """With `scales_from`: whether those scales served."""
 
 
 class RoundedLayer(Report):

@@ -32,6 +32,33 @@ class CodedTensor(Report):
     """Codecs left out because they decode more slowly than `min_decode_bytes_per_second`."""
     not_tried: list[str] = Field(default_factory=list)
     """Codecs left out at a look: too few zeros, nothing that repeats."""
+    base: str | None = None
+    """Name of the base's tensor that it is stored as the difference to, or that it equals and takes no bytes."""
+    differences: dict[str, int] = Field(default_factory=dict)
+    """As the difference to the base's tensor: bytes in a shard by codec; empty where there is none or it is equal."""
+
+
+class DeltaReport(Report):
+    """Whether a pack is stored as the difference to another, and what that takes."""
+
+    base: str
+    """Digest of the other pack."""
+    chosen: bool
+    """Whether it is; else it stands alone."""
+    reason: str
+    """Why."""
+    full_bytes: int
+    """Of the tensors in shards, were each stored whole."""
+    delta_bytes: int
+    """Of the tensors in shards, with differences where those are smaller and nothing where the base's is equal."""
+    share: float
+    """delta ÷ full."""
+    equal: int
+    """Tensors that the base has as they are."""
+    differences: int
+    """Tensors whose difference is smaller than they are."""
+    whole: int
+    """Tensors that take fewer bytes by themselves, or that the base has not."""
 
 
 class CompressReport(Report):
@@ -47,6 +74,8 @@ class CompressReport(Report):
     """Share of the raw bytes that a codec other than `raw` won."""
     tensors: list[CodedTensor]
     """Per tensor."""
+    delta: DeltaReport | None = None
+    """With a base: what became of it."""
 
 
 class ShardReport(Report):
@@ -77,8 +106,10 @@ class UploadReport(Report):
     """All bytes of the pack: shards, files and manifest."""
     source_bytes: int
     """The source model's checkpoint."""
+    base_bytes: int = 0
+    """What a reader needs beside: the base's manifest and those of its shards that tensors are the difference to."""
     compression_ratio: float
-    """source ÷ published."""
+    """source ÷ (published + base): what a server without any of it must fetch."""
     seconds: float
     """Wall time."""
 

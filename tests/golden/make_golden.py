@@ -17,8 +17,10 @@ from modelpress import keys
 from modelpress.checkpoint import Checkpoint
 from modelpress.compress import compress
 from modelpress.config import CompressConfig, ShardConfig
+from modelpress.delta import compress_against, open_base
 from modelpress.reports import Report, ShardReport
 from modelpress.shard import draft_manifest, write_shards
+from modelpress.store.local import LocalStore
 
 
 def noise(count: int, seed: int) -> np.ndarray:
@@ -38,7 +40,13 @@ def bell(count: int, seed: int) -> np.ndarray:
 
 def tensors(pack: str) -> dict[str, torch.Tensor]:
     """What a golden pack holds: every codec, every dtype, odd shapes and odd values."""
-    return {"v1": tensors_1, "v2": lambda: tensors_1() | tensors_2(), "v2-stored": tensors_stored}[pack]()
+    makers = {
+        "v1": tensors_1,
+        "v2": lambda: tensors_1() | tensors_2(),
+        "v2-stored": tensors_stored,
+        "v3-delta": tensors_delta,
+    }
+    return makers[pack]()
 
 
 def tensors_stored() -> dict[str, torch.Tensor]:
@@ -57,6 +65,26 @@ def tensors_stored() -> dict[str, torch.Tensor]:
         "mixed.sparse": sparse,
         "mixed.short": noise_bytes[:4096].view(torch.int16),
     }
+
+
+def tensors_delta() -> dict[str, torch.Tensor]:
+    """A new version of `tensors_1` with `tensors_2`, of every dtype: most are equal, some moved, one is new, one is
+    renamed."""
+    made = tensors_1() | tensors_2()
+    for number, name in enumerate(sorted(made)):
+        tensor = made[name]
+        if tensor.numel() < 500 or number % 4 == 0:
+            continue
+        words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+        steps = (noise(tensor.numel(), 100 + number) % np.uint64(20)).astype(np.int64)
+        step = torch.from_numpy(np.where(steps == 0, 1, np.where(steps == 1, -1, 0)))
+        bits = tensor.reshape(-1).view(words)
+        moved = bits ^ (step != 0) if tensor.dtype == torch.bool else (bits.long() + step).to(words)
+        made[name] = moved.to(words).view(tensor.dtype).reshape(tensor.shape)
+    del made["random.bits"]
+    made["renamed.bits"] = tensors_1()["random.bits"]
+    made["new.weight"] = torch.from_numpy(bell(2000, 95)).float()
+    return made
 
 
 def tensors_2() -> dict[str, torch.Tensor]:
@@ -109,7 +137,13 @@ def tensors_1() -> dict[str, torch.Tensor]:
 def make(folder: Path, pack: str) -> str:
     """Write the pack as a store's objects; returns its digest."""
     checkpoint = Checkpoint("torch", tensors(pack), {"labels.txt": b"zero\none\n" * 40, "raw.bin": b"\0\1"}, {"a": None})
-    coded, report = compress(checkpoint, CompressConfig(chunk_symbols=4096, min_decode_bytes_per_second=0))
+    config = CompressConfig(chunk_symbols=4096, min_decode_bytes_per_second=0)
+    if pack == "v3-delta":
+        base = make(folder, "v2")
+        config = config.model_copy(update={"base": base, "max_delta_share": 1.0})
+        coded, report = compress_against(checkpoint, config, open_base(LocalStore(folder), "golden", base))
+    else:
+        coded, report = compress(checkpoint, config)
     with tempfile.TemporaryDirectory() as temporary:
         shards, shard_report = write_shards(coded, ShardConfig(max_shard_size=20_000), Path(temporary))
         blobs = {shard.sha256: shard.path.read_bytes() for shard in shards}

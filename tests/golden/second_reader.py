@@ -23,7 +23,7 @@ FLOATS = {"F16", "BF16", "F32", "F64"}
 
 
 class Refused(Exception):
-    """The bytes are not a pack of format version 1 or 2."""
+    """The bytes are not a pack of format version 1 to 3."""
 
 
 def need(condition, message):
@@ -48,11 +48,25 @@ def read_pack(store: Path, name: str, digest: str):
     data = (store / "packs" / name / f"{digest}.json").read_bytes()
     need(sha256(data) == digest, "manifest digest")
     manifest = strict_json(data)
-    need(manifest["format_version"] in (1, 2), "format version")
+    need(manifest["format_version"] in (1, 2, 3), "format version")
+    base = read_base(store, name, manifest)
     shards = [read_shard(blob(store, shard["sha256"], shard["size_bytes"])) for shard in manifest["shards"]]
-    tensors = {entry["name"]: read_tensor(entry, shards) for entry in manifest["tensors"]}
+    tensors = {entry["name"]: read_tensor(entry, shards, base) for entry in manifest["tensors"]}
     need(len(tensors) == len(manifest["tensors"]), "duplicate tensor")
     return manifest, tensors, {entry["name"]: read_file(store, entry) for entry in manifest["files"]}
+
+
+def read_base(store, name, manifest):
+    """The tensors of the pack that this one is stored as the difference to, which stands alone; none without one."""
+    if "base" not in manifest:
+        need(all("base" not in entry for entry in manifest["tensors"]), "differences to no base")
+        return {}
+    need(manifest["format_version"] == 3, "a base before version 3")
+    used = [entry["base"] for entry in manifest["tensors"] if "base" in entry]
+    need(used and len(used) == len(set(used)), "one tensor of the base for each difference")
+    base, tensors, _ = read_pack(store, name, manifest["base"])
+    need("base" not in base and base["name"] == manifest["name"], "a base that does not stand alone")
+    return tensors
 
 
 def blob(store, digest, size):
@@ -93,7 +107,7 @@ def read_shard(data):
     return entries, described["tensors"]
 
 
-def read_tensor(entry, shards):
+def read_tensor(entry, shards, base):
     name, size = entry["name"], ITEMSIZE[entry["dtype"]]
     raw, coded, position = b"", b"", 0
     for number in entry["shards"]:
@@ -109,6 +123,14 @@ def read_tensor(entry, shards):
         for chunk, out in read_chunks(name, piece, entries, size):
             raw, coded = raw + out, coded + chunk
         position += piece["count"]
+    if "base" in entry:
+        dtype, shape, original = base[entry["base"]]
+        need([dtype, shape] == [entry["dtype"], entry["shape"]], f"{name}: its base's dtype and shape")
+        if entry["shards"]:
+            words = np.frombuffer(original, f"<u{size}") + np.frombuffer(raw, f"<u{size}")
+            original = words.tobytes()
+        raw, position = original, prod(shape) if not entry["shards"] else position
+    need(entry["shards"] or "base" in entry, f"{name}: in no shard")
     need(position == prod(entry["shape"]), f"{name}: {position} elements")
     need(len(coded) == entry["stored_bytes"] and sha256(coded) == entry["stored_sha256"], f"{name}: coded digest")
     need(sha256(raw) == entry["raw_sha256"], f"{name}: raw digest")

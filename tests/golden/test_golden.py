@@ -8,10 +8,10 @@ import pytest
 
 from modelpress import keys
 from modelpress.codec import CODECS
-from modelpress.container import read_tensors
+from modelpress.container import Base, read_tensors
 from modelpress.container.tensors import to_bytes
 from modelpress.dtypes import DTYPES
-from modelpress.manifest import PLAIN_VERSION, Manifest
+from modelpress.manifest import FORMAT_VERSION, Manifest
 from modelpress.pack_files import read_files, read_reports
 from tests.golden import second_reader
 from tests.golden.make_golden import tensors
@@ -21,6 +21,7 @@ DIGESTS = {
     "v1": "a55c805c1c7e755d7f8af54abecd4ffa1ba43a979e77a1fe5f4d4c4afd1a5e87",
     "v2": "e42d1acf7762a68270e967e2dbf273aae5a60fa77397f82ce7b93feebd31a7f2",
     "v2-stored": "0e42694f2e9b16d08473a3ecc21b8f3ad9c696c0e70b42a915d475d88d825c4f",
+    "v3-delta": "3095036ad629a763d3f7e49fe5fc6c9d9669dc2b846bf7e1457a5dbb0cd98798",
 }
 PACKS = pytest.mark.parametrize("pack", DIGESTS)
 
@@ -46,7 +47,17 @@ def test_a_pack_holds_every_codec_and_splits(pack: str) -> None:
 
 
 def test_every_version_has_its_pack() -> None:
-    assert {manifest_of(pack).format_version for pack in DIGESTS} == set(range(1, PLAIN_VERSION + 1))
+    assert {manifest_of(pack).format_version for pack in DIGESTS} == set(range(1, FORMAT_VERSION + 1))
+
+
+def test_one_pack_is_stored_as_the_difference_to_another() -> None:
+    manifest = manifest_of("v3-delta")
+    kinds = {(entry.base is not None, bool(entry.shards)) for entry in manifest.tensors}
+    assert kinds == {(True, False), (True, True), (False, True)}
+    differences = [entry for entry in manifest.tensors if entry.base is not None and entry.shards]
+    assert {entry.codec for entry in differences} == {"planes-huffman", "rle-huffman", "zstd"}
+    assert len({entry.dtype for entry in differences}) > 6
+    assert [entry.base for entry in manifest.tensors if entry.name == "renamed.bits"] == ["random.bits"]
 
 
 def test_one_pack_has_streams_with_stored_and_with_coded_chunks() -> None:
@@ -70,7 +81,11 @@ def test_every_version_stays_readable(pack: str) -> None:
     def fetch(digest: str) -> bytes:
         return (store(pack) / keys.blob(digest)).read_bytes()
 
-    found = dict(read_tensors(manifest, fetch))
+    base = None
+    if manifest.base is not None:
+        data = (store(pack) / keys.manifest("golden", manifest.base)).read_bytes()
+        base = Base(manifest, Manifest.parse(data, manifest.base), fetch)
+    found = dict(read_tensors(manifest, fetch, original=base))
     assert list(found) == [tensor.name for tensor in manifest.tensors]
     assert set(found) == set(expected)
     for name, tensor in expected.items():

@@ -31,22 +31,28 @@ class Net(nn.Module):
 
 
 class Small(Workload):
-    """Random numbers in three splits; with `overlap` the evaluation split holds a calibration sample."""
+    """Random numbers in three splits; with `overlap` the evaluation split holds a calibration sample, with `tuned` the
+    weights are off by so much of their size, as after a light fine-tune."""
 
     metric = "accuracy"
 
-    def __init__(self, overlap: bool = False, branching: bool = False) -> None:
+    def __init__(self, overlap: bool = False, branching: bool = False, tuned: float = 0.0) -> None:
         x = torch.randn(600, WIDTH, generator=torch.Generator().manual_seed(0))
         self.rows = {"train": x[:100], "calibration": x[100:200], "evaluation": x[200:]}
         if overlap:
             self.rows["evaluation"] = x[199:]
-        self.overlap, self.branching = overlap, branching
+        self.overlap, self.branching, self.tuned = overlap, branching, tuned
 
     def skeleton(self, architecture: Mapping[str, Any]) -> nn.Module:
         return Net(self.branching)
 
     def source(self, progress: Progress = silent) -> nn.Module:
-        return self.skeleton({}).eval()
+        net = self.skeleton({}).eval()
+        with torch.no_grad():
+            for parameter in net.parameters():
+                generator = torch.Generator().manual_seed(1)
+                parameter += self.tuned * parameter.std() * torch.randn(parameter.shape, generator=generator)
+        return net
 
     def batches(self, split: Split, batch_size: int, seed: int | None = None) -> Iterator[Batch]:
         for part in self.rows[split].split(batch_size):
@@ -56,4 +62,4 @@ class Small(Workload):
         return (outputs.argmax(1) == 0).astype(np.float64)
 
     def identity(self) -> str:
-        return f"small {self.overlap} {self.branching}"
+        return f"small {self.overlap} {self.branching} {self.tuned}"

@@ -14,9 +14,9 @@ from modelpress.errors import ConfigError
 from modelpress.load.layouts.folders import checkpoint_names, folder_names, write_checkpoint, write_compressed_tensors
 from modelpress.load.layouts.graphs import onnx_names, write_onnx
 from modelpress.load.layouts.triton import write_triton
-from modelpress.load.layouts.writing import MANIFEST_NAME, Fetch, check_names, write_file
+from modelpress.load.layouts.writing import MANIFEST_NAME, check_names, write_file
 from modelpress.load.names import load_manifest, resolve
-from modelpress.load.read import fetcher
+from modelpress.load.read import Parts, open_parts
 from modelpress.manifest import Manifest
 from modelpress.progress import Progress, silent
 from modelpress.store.base import Store
@@ -38,7 +38,7 @@ class Writer:
     """What it is, in a line."""
     names: Callable[[Manifest], Sequence[str]]
     """The files that it makes beside the pack's own; ConfigError where the pack does not fit. Nothing is fetched."""
-    write: Callable[[Manifest, Fetch, Path], object]
+    write: Callable[[Manifest, Parts, Path], object]
     """Write a pack into an empty folder; at most a shard and a tensor of it are in memory."""
 
 
@@ -127,5 +127,5 @@ def _fill(store: Store, manifest: Manifest, folder: Path, layout: Layout, progre
     writer = LAYOUTS[layout]
     check_names(manifest, writer.names(manifest))
     folder.mkdir(parents=True)
-    writer.write(manifest, fetcher(store, manifest, progress), folder)
+    writer.write(manifest, open_parts(store, manifest, progress), folder)
     write_file(folder / MANIFEST_NAME, manifest.to_bytes())

@@ -14,7 +14,8 @@ from modelpress import hf_origin
 from modelpress.container.safetensors_file import ALIGNMENT, METADATA, compact
 from modelpress.dtypes import DTYPES
 from modelpress.errors import ConfigError
-from modelpress.load.layouts.writing import Fetch, Place, read_file, write_file, write_files, write_tensors
+from modelpress.load.layouts.writing import Place, read_file, write_file, write_files, write_tensors
+from modelpress.load.read import Parts
 from modelpress.manifest import Manifest, TensorEntry
 from modelpress.strictjson import loads
 
@@ -57,7 +58,7 @@ def folder_names(manifest: Manifest) -> list[str]:
     return checkpoint_names(manifest)
 
 
-def write_checkpoint(manifest: Manifest, fetch: Fetch, folder: Path) -> None:
+def write_checkpoint(manifest: Manifest, parts: Parts, folder: Path) -> None:
     """Safetensors files, with an index where there are several, and the pack's files."""
     origin = hf_origin.read_origin(manifest)
     if origin is not None:
@@ -68,22 +69,22 @@ def write_checkpoint(manifest: Manifest, fetch: Fetch, folder: Path) -> None:
         for file, tensors in _grouped(manifest).items():
             heads[file], offsets = _header(tensors)
             places |= {name: Place(file, offset) for name, offset in offsets.items()}
-    write_tensors(manifest, fetch, folder, heads, places)
+    write_tensors(parts, folder, heads, places)
     if origin is None and len(heads) > 1:
         total = sum(tensor.raw_bytes for tensor in manifest.tensors)
         index = {"metadata": {"total_size": total}, "weight_map": {name: place.file for name, place in places.items()}}
         write_file(folder / INDEX, json.dumps(index, indent=2, sort_keys=True).encode())
-    write_files(manifest, fetch, folder)
+    write_files(manifest, parts, folder)
 
 
-def write_compressed_tensors(manifest: Manifest, fetch: Fetch, folder: Path) -> None:
+def write_compressed_tensors(manifest: Manifest, parts: Parts, folder: Path) -> None:
     """The folder, if its config.json says that it is in the layout of compressed-tensors.
 
     Raises:
         ConfigError: it does not.
     """
     doing = f"laying out pack {manifest.name} as compressed-tensors"
-    config = loads(read_file(manifest, fetch, CONFIG), f"{doing}, {CONFIG}")
+    config = loads(read_file(manifest, parts, CONFIG), f"{doing}, {CONFIG}")
     stated = config.get("quantization_config")
     method = stated.get("quant_method") if isinstance(stated, dict) else None
     if method != COMPRESSED_TENSORS:
@@ -94,7 +95,7 @@ def write_compressed_tensors(manifest: Manifest, fetch: Fetch, folder: Path) -> 
             fix="make such a folder with `modelpress quantize RECIPE --as compressed-tensors --to FOLDER`, publish it "
             "with `modelpress publish FOLDER --name NAME`, and pull that; or pull this one as huggingface",
         )
-    write_checkpoint(manifest, fetch, folder)
+    write_checkpoint(manifest, parts, folder)
 
 
 def _grouped(manifest: Manifest) -> dict[str, list[TensorEntry]]:

@@ -11,7 +11,8 @@ from modelpress import graph
 from modelpress.checkpoint import Checkpoint
 from modelpress.container.tensors import TORCH_DTYPES
 from modelpress.errors import ConfigError, CorruptionError
-from modelpress.load.layouts.writing import Fetch, Place, read_file, write_file, write_files, write_tensors
+from modelpress.load.layouts.writing import Place, read_file, write_file, write_files, write_tensors
+from modelpress.load.read import Parts
 from modelpress.manifest import Manifest
 
 DATA_FILE_BYTES = 2**31
@@ -36,7 +37,7 @@ def onnx_names(manifest: Manifest) -> list[str]:
     return sorted({place.file for place in _places(manifest).values()})
 
 
-def write_onnx(manifest: Manifest, fetch: Fetch, folder: Path) -> ModelProto:
+def write_onnx(manifest: Manifest, parts: Parts, folder: Path) -> ModelProto:
     """``model.onnx`` and its weights: in ``model.onnx.data``, or in several files where they are more than 2 GiB.
 
     Returns:
@@ -46,10 +47,10 @@ def write_onnx(manifest: Manifest, fetch: Fetch, folder: Path) -> ModelProto:
         CorruptionError: the pack's graph and its tensors do not belong together.
     """
     places = _places(manifest)
-    model = _located(manifest, read_file(manifest, fetch, graph.GRAPH_FILE), places)
+    model = _located(manifest, read_file(manifest, parts, graph.GRAPH_FILE), places)
     write_file(folder / graph.GRAPH_FILE, model.SerializeToString(deterministic=True))
-    write_tensors(manifest, fetch, folder, dict.fromkeys(onnx_names(manifest), b""), places)
-    write_files(manifest, fetch, folder, but=[graph.GRAPH_FILE])
+    write_tensors(parts, folder, dict.fromkeys(onnx_names(manifest), b""), places)
+    write_files(manifest, parts, folder, but=[graph.GRAPH_FILE])
     return model
 
 

@@ -15,7 +15,8 @@ from onnx import ModelProto, TensorProto, ValueInfoProto
 from modelpress import graph
 from modelpress.errors import ConfigError
 from modelpress.load.layouts.graphs import write_onnx
-from modelpress.load.layouts.writing import Fetch, write_file
+from modelpress.load.layouts.writing import write_file
+from modelpress.load.read import Parts
 from modelpress.manifest import Manifest
 
 CONFIG_FILE = "config.pbtxt"
@@ -47,14 +48,14 @@ Axes = list[int | str]
 """Of one input or output: sizes, and names of those that vary."""
 
 
-def write_triton(manifest: Manifest, fetch: Fetch, folder: Path) -> None:
+def write_triton(manifest: Manifest, parts: Parts, folder: Path) -> None:
     """The graph and the pack's other files in ``NAME/1``, and ``NAME/config.pbtxt``.
 
     Raises:
         ConfigError: an input or output that Triton has no type for.
         CorruptionError: see `write_onnx`.
     """
-    model = write_onnx(manifest, fetch, folder / manifest.name / VERSION)
+    model = write_onnx(manifest, parts, folder / manifest.name / VERSION)
     write_file(folder / manifest.name / CONFIG_FILE, config(manifest.name, model).encode())
 
 

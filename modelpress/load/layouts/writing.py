@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelpress.container import read_tensors
 from modelpress.container.tensors import to_bytes
 from modelpress.errors import ConfigError
+from modelpress.load.read import Parts
 from modelpress.manifest import Manifest
 from modelpress.pack_files import unpack_file
 
-Fetch = Callable[[str], bytes]
-"""Gives the blob with a sha256."""
 MANIFEST_NAME = "modelpress.json"
 
 
@@ -50,14 +48,11 @@ def check_names(manifest: Manifest, own: Sequence[str]) -> None:
                 )
 
 
-def write_tensors(
-    manifest: Manifest, fetch: Fetch, folder: Path, heads: Mapping[str, bytes], places: Mapping[str, Place]
-) -> None:
+def write_tensors(parts: Parts, folder: Path, heads: Mapping[str, bytes], places: Mapping[str, Place]) -> None:
     """Write every tensor of a pack to its place; one shard and one tensor are in memory.
 
     Args:
-        manifest: the pack.
-        fetch: gives its blobs.
+        parts: what the pack is read with.
         folder: relative to it are the files' names.
         heads: what each file begins with; all files are named.
         places: by tensor. Together they fill each file behind its head; zeros are left between them, if anything.
@@ -69,7 +64,7 @@ def write_tensors(
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(head)
-    for name, tensor in read_tensors(manifest, fetch):
+    for name, tensor in parts.tensors():
         place = places[name]
         with (folder / place.file).open("r+b") as file:
             file.seek(place.offset)
@@ -80,7 +75,7 @@ def write_tensors(
             os.fsync(file.fileno())
 
 
-def write_files(manifest: Manifest, fetch: Fetch, folder: Path, but: Iterable[str] = ()) -> None:
+def write_files(manifest: Manifest, parts: Parts, folder: Path, but: Iterable[str] = ()) -> None:
     """Write the pack's files, one at a time, byte for byte; those in `but` are left out.
 
     Raises:
@@ -89,10 +84,10 @@ def write_files(manifest: Manifest, fetch: Fetch, folder: Path, but: Iterable[st
     left_out = set(but)
     for entry in manifest.files:  # the manifest admits plain relative names only
         if entry.name not in left_out:
-            write_file(folder / entry.name, unpack_file(entry, fetch(entry.stored_sha256)))
+            write_file(folder / entry.name, unpack_file(entry, parts.fetch(entry.stored_sha256)))
 
 
-def read_file(manifest: Manifest, fetch: Fetch, name: str) -> bytes:
+def read_file(manifest: Manifest, parts: Parts, name: str) -> bytes:
     """One file of a pack, verified.
 
     Raises:
@@ -100,7 +95,7 @@ def read_file(manifest: Manifest, fetch: Fetch, name: str) -> bytes:
         CorruptionError: see `pack_files.unpack_file`.
     """
     entry = manifest.file(name)
-    return unpack_file(entry, fetch(entry.stored_sha256))
+    return unpack_file(entry, parts.fetch(entry.stored_sha256))
 
 
 def write_file(path: Path, data: bytes) -> None:
