@@ -21,6 +21,7 @@
     │   ├── StoreUnavailableError   no answer within the deadline
     │   ├── StoreFullError          no space left
     │   └── StoreUnfitError         the store lacks what publishing needs (conditional writes)
+    ├── EncryptionKeyError          the key that opens a secret or a pack is not here, or is another
     ├── GateError                   the gate refused the promotion
     └── ServingError                the server cannot load or answer
 
@@ -143,6 +144,12 @@ class StoreFullError(StoreError):
 
 class StoreUnfitError(StoreError):
     """The store lacks what publishing needs."""
+
+
+class EncryptionKeyError(ModelpressError):
+    """The key that opens a model's secret, or the secret that opens a pack, is not here, or is another."""
+
+    exit_code = 11
 
 
 class GateError(ModelpressError):

@@ -5,6 +5,7 @@
     blobs/sha256/<digest>                       a shard or a file, named by its content
     packs/<name>/<digest>.json                  a manifest, named by its content
     packs/<name>/refs/<alias>/<number>.json     one entry of a pointer's log
+    packs/<name>/secrets/<number>.json          one entry of the log of the model's wrapped secrets
 """
 
 from __future__ import annotations
@@ -48,8 +49,18 @@ def pointer(name: str, alias: str, number: int) -> str:
     return f"{pointers(name, alias)}{number:0{NUMBER_DIGITS}d}.json"
 
 
+def secrets(name: str) -> str:
+    """Prefix of the log of a model's wrapped secrets."""
+    return f"{manifests(name)}secrets/"
+
+
+def secret(name: str, number: int) -> str:
+    """Key of one entry of that log, numbered like a pointer's."""
+    return f"{secrets(name)}{number:0{NUMBER_DIGITS}d}.json"
+
+
 def pointer_number(key: str) -> int | None:
-    """The number in an entry's key; None for a key that is none."""
+    """The number in the key of an entry, of a pointer or of secrets; None for a key that is none."""
     match = re.search(rf"/([0-9]{{{NUMBER_DIGITS}}})\.json$", key)
     return int(match[1]) if match else None
 

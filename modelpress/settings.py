@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from modelpress.errors import ConfigError
@@ -41,6 +41,15 @@ class Settings(BaseSettings):
     """How often a request is sent before the store counts as unavailable."""
     s3_backoff_seconds: float = Field(default=0.5, ge=0)
     """Before attempt n + 1 a random wait below this times 2ⁿ, and below 20 seconds."""
+    key_file: str = ""
+    """Files with a key (base64 of 32 bytes) that models' secrets are wrapped with, parted by `:`; the first wraps,
+    all open."""
+    key: SecretStr = SecretStr("")
+    """The same, the keys themselves, parted by commas."""
+    kms_key_id: str = ""
+    """The same, keys of AWS KMS: ids, ARNs or aliases, parted by commas."""
+    kms_endpoint_url: str = ""
+    """KMS endpoint; empty takes the AWS SDK's own."""
     tracking_uri: str = ""
     """MLflow tracking and registry server. Default: SQLite in `<home>/mlflow.db`."""
     reuse: bool = True

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from modelpress.cli import models, packs, pointers, servers
+from modelpress.cli import models, packs, pointers, secrecy, servers
 from modelpress.cli.common import app
 from modelpress.errors import ModelpressError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["app", "main", "models", "packs", "pointers", "servers"]
+__all__ = ["app", "main", "models", "packs", "pointers", "secrecy", "servers"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -21,9 +21,12 @@ from modelpress.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.table import Table
 
     from modelpress.manifest import Manifest
+    from modelpress.store import Store
 
 
 @app.command()
@@ -75,10 +78,10 @@ def inspect(
     opened = opened_store(store)
     digest = load.resolve(opened, name, ref)
     manifest = load.load_manifest(opened, name, digest)
-    fetch = load.fetcher(opened, manifest)
+    fetch = _fetcher(opened, manifest, needed=tensor is not None)
     entry = explain.find_tensor(manifest, tensor) if tensor is not None else None
-    choices = explain.read_choices(manifest, fetch)
-    if entry is not None:
+    choices = explain.read_choices(manifest, fetch) if fetch else {}
+    if entry is not None and fetch:
         found = explain.describe(manifest, entry, choices.get(entry.name), fetch)
         typer.echo(json.dumps({"pack": digest} | found, indent=2) if as_json else "\n".join(explain.lines(found)))
         return
@@ -88,11 +91,27 @@ def inspect(
         typer.echo(json.dumps(document, indent=2))
         return
     echo(f"{name} {digest}, {manifest.kind}, format {manifest.format_version}, licence {manifest.licence}")
+    if manifest.encryption:
+        with_reports = "" if fetch else "; no key in the settings opens it, so without how codecs were chosen"
+        echo(f"encrypted: {manifest.encryption.algorithm}, secret {manifest.encryption.secret}{with_reports}")
     echo(rows_table(explain.table(manifest, choices)))
     echo(explain.codec_counts(manifest))
     echo(_blob_table(manifest))
     ratio = manifest.raw_bytes / manifest.published_bytes
     echo(f"{manifest.raw_bytes:,} bytes raw, {manifest.published_bytes:,} published: compression ratio {ratio:.2f}")
+
+
+def _fetcher(store: Store, manifest: Manifest, *, needed: bool) -> Callable[[str], bytes] | None:
+    """What reads the pack's blobs; None where no key opens them, unless they are needed."""
+    from modelpress import load
+    from modelpress.errors import EncryptionKeyError
+
+    try:
+        return load.fetcher(store, manifest)
+    except EncryptionKeyError:
+        if needed:
+            raise
+        return None
 
 
 def _blob_table(manifest: Manifest) -> Table:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 
 from modelpress import keys
 from modelpress.checkpoint import Checkpoint
+from modelpress.cipher import opener
 from modelpress.container import read_tensors
 from modelpress.errors import CorruptionError, NotFoundError
 from modelpress.load.names import MIN_PREFIX, load_manifest, resolve
@@ -14,7 +16,7 @@ from modelpress.manifest import Manifest
 from modelpress.pack_files import read_files, read_reports
 from modelpress.progress import Progress, silent
 from modelpress.reports import VerifyReport
-from modelpress.store.base import Store
+from modelpress.store.base import Store, check_digest
 
 
 def load_checkpoint(store: Store, name: str, digest: str, progress: Progress = silent) -> tuple[Manifest, Checkpoint]:
@@ -23,6 +25,7 @@ def load_checkpoint(store: Store, name: str, digest: str, progress: Progress = s
     Raises:
         NotFoundError: the pack, or one of its blobs, is not there.
         CorruptionError: any digest or length differs; the message names the shard, the tensor or the file.
+        EncryptionKeyError: the pack is encrypted, and none of the keys that the settings name opens it.
         UnsupportedFormatError: written by a newer modelpress.
     """
     manifest = load_manifest(store, name, digest)
@@ -56,8 +59,14 @@ def verify(store: Store, name: str, ref: str, progress: Progress = silent) -> Ve
 
 
 def fetcher(store: Store, manifest: Manifest, progress: Progress = silent) -> Callable[[str], bytes]:
-    """Read a blob of the pack by its sha256, never more bytes than the manifest says; errors name the pack's part."""
-    sizes = manifest.blobs()
+    """Read a blob of the pack by its sha256, never more bytes than the manifest says; errors name the pack's part.
+
+    The blobs of an encrypted pack are verified and opened with the keys that the settings name.
+
+    Raises:
+        EncryptionKeyError: none of the keys opens the pack; see `cipher.opener`.
+    """
+    sizes, opener_of = manifest.blobs(), opener(store, manifest)
     total, seen = sum(sizes.values()), set[str]()
     pack = f"{manifest.name}@{manifest.digest[:MIN_PREFIX]}"
     parts = {shard.sha256: f"shard {number} ({shard.sha256})" for number, shard in enumerate(manifest.shards)}
@@ -81,6 +90,9 @@ def fetcher(store: Store, manifest: Manifest, progress: Progress = silent) -> Ca
             ) from error
         seen.add(digest)
         progress(sum(sizes[item] for item in seen), total, parts[digest])
-        return data
+        if (sealed := opener_of(digest, doing)) is None:
+            return data
+        check_digest(f"{doing} from {store.uri}/{keys.blob(digest)}", hashlib.sha256(data).hexdigest(), digest)
+        return sealed.open(data)
 
     return fetch

@@ -8,19 +8,22 @@ import pytest
 
 from modelpress import keys
 from modelpress.codec import CODECS
+from modelpress.cipher import LocalKey, opener
 from modelpress.container import read_tensors
 from modelpress.container.tensors import to_bytes
 from modelpress.dtypes import DTYPES
-from modelpress.manifest import PLAIN_VERSION, Manifest
+from modelpress.manifest import FORMAT_VERSION, Manifest
 from modelpress.pack_files import read_files, read_reports
+from modelpress.store import open_store
 from tests.golden import second_reader
-from tests.golden.make_golden import tensors
+from tests.golden.make_golden import WRAPPING_KEY, tensors
 
 HERE = Path(__file__).parent
 DIGESTS = {
     "v1": "a55c805c1c7e755d7f8af54abecd4ffa1ba43a979e77a1fe5f4d4c4afd1a5e87",
     "v2": "e42d1acf7762a68270e967e2dbf273aae5a60fa77397f82ce7b93feebd31a7f2",
     "v2-stored": "0e42694f2e9b16d08473a3ecc21b8f3ad9c696c0e70b42a915d475d88d825c4f",
+    "v3-encrypted": "b8e25d080f61334281c1d35b5f972164ab385f708474c7a4b57482f457e57ad8",
 }
 PACKS = pytest.mark.parametrize("pack", DIGESTS)
 
@@ -46,7 +49,7 @@ def test_a_pack_holds_every_codec_and_splits(pack: str) -> None:
 
 
 def test_every_version_has_its_pack() -> None:
-    assert {manifest_of(pack).format_version for pack in DIGESTS} == set(range(1, PLAIN_VERSION + 1))
+    assert {manifest_of(pack).format_version for pack in DIGESTS} == set(range(1, FORMAT_VERSION + 1))
 
 
 def test_one_pack_has_streams_with_stored_and_with_coded_chunks() -> None:
@@ -67,8 +70,11 @@ def test_one_pack_has_streams_with_stored_and_with_coded_chunks() -> None:
 def test_every_version_stays_readable(pack: str) -> None:
     manifest, expected = manifest_of(pack), tensors(pack)
 
+    opener_of = opener(open_store(str(store(pack))), manifest, [LocalKey(WRAPPING_KEY)])
+
     def fetch(digest: str) -> bytes:
-        return (store(pack) / keys.blob(digest)).read_bytes()
+        data, sealed = (store(pack) / keys.blob(digest)).read_bytes(), opener_of(digest, "opening")
+        return sealed.open(data) if sealed else data
 
     found = dict(read_tensors(manifest, fetch))
     assert list(found) == [tensor.name for tensor in manifest.tensors]
@@ -83,7 +89,7 @@ def test_every_version_stays_readable(pack: str) -> None:
 
 @PACKS
 def test_the_second_reader_reads_the_same(pack: str) -> None:
-    _, found, files = second_reader.read_pack(store(pack), "golden", DIGESTS[pack])
+    _, found, files = second_reader.read_pack(store(pack), "golden", DIGESTS[pack], WRAPPING_KEY)
     expected = tensors(pack)
     assert set(found) == set(expected)
     for name, tensor in expected.items():
