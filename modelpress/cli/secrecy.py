@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modelpress.cli.common import JsonOption, NameArgument, StoreOption, app, echo, rows_table, store_settings
+from modelpress.cli.common import (
+    JsonOption,
+    NameArgument,
+    PackArgument,
+    StoreOption,
+    app,
+    echo,
+    opened_store,
+    parse_pack,
+    rows_table,
+    store_settings,
+)
 
 if TYPE_CHECKING:
     from modelpress.cipher import WrappingKey
@@ -68,6 +79,24 @@ def show(name: NameArgument, store: StoreOption = None, as_json: JsonOption = Fa
         return
     echo("keys in the settings: " + (", ".join(str(key) for key in wrapping) or "none"))
     echo(rows_table([_row(entry) for entry in entries] or [{"number": "none"}]))
+
+
+@app.command()
+def share(
+    pack: PackArgument,
+    to: Annotated[Path, typer.Option("--to", help="A new file. Who has it reads the pack: it is a secret.")],
+    duration: Annotated[str, typer.Option("--for", help="How long the links work: 90s, 30m, 1h, at most 7d.")] = "1h",
+    store: StoreOption = None,
+) -> None:
+    """Write links with which a process without credentials loads one pack for a while."""
+    from modelpress import share as sharing
+
+    name, ref = parse_pack(pack)
+    links = sharing.share(opened_store(store), name, ref, sharing.parse_duration(duration))
+    links.write(to)
+    until = links.expires.isoformat(" ", "seconds")
+    echo(f"{name} {links.pack}: {len(links.objects)} links until {until} → {to}")
+    echo(f"modelpress pull {name}@{links.pack} --store links+{to.absolute().as_uri()} --to FOLDER")
 
 
 def _opened(store: str | None) -> tuple[Store, list[WrappingKey]]:
