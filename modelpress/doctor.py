@@ -5,9 +5,11 @@ Prefect and MLflow are looked at from outside, over HTTP: the library imports ne
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import platform
 import shutil
+import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -52,6 +54,8 @@ def examine(settings: Settings, providers: Sequence[str] = ()) -> Iterator[Findi
     for provider in providers or ([CPU, CUDA] if has_cuda else [CPU]):
         yield _guarded(f"ONNX Runtime {provider}", lambda provider=provider: _provider(provider))  # type: ignore[misc]
     yield from _stores(settings)
+    yield _transport(settings)
+    yield _guarded("keys", lambda: _keys(settings))
     yield _mlflow(settings)
     yield _prefect(os.environ.get("PREFECT_API_URL", ""))
     yield _disk(settings.home)
@@ -133,6 +137,44 @@ def _torch() -> tuple[Finding, bool]:
 def _provider(provider: str) -> Finding:
     version = check_provider(provider)
     return Finding(f"ONNX Runtime {provider}", "ok", f"{version}, ran a graph")
+
+
+def _transport(settings: Settings) -> Finding:
+    """What leaves this machine travels by TLS."""
+    addresses = {
+        "MODELPRESS_S3_ENDPOINT_URL": settings.s3_endpoint_url,
+        "MODELPRESS_KMS_ENDPOINT_URL": settings.kms_endpoint_url,
+        "MODELPRESS_TRACKING_URI": settings.tracking_uri,
+        "PREFECT_API_URL": os.environ.get("PREFECT_API_URL", ""),
+    }
+    clear = [name for name, address in addresses.items() if _in_clear(address)]
+    if clear:
+        fix = "give https:// addresses; AWS_CA_BUNDLE names a file of certificates of your own"
+        return Finding(
+            "TLS", "warn", f"http:// to another machine in {', '.join(clear)}: anybody on the way reads", fix
+        )
+    return Finding("TLS", "ok", "nothing leaves this machine by http://")
+
+
+def _in_clear(address: str) -> bool:
+    parts = urllib.parse.urlsplit(address)
+    host = parts.hostname or ""
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost" or host.endswith(".localhost")
+    return parts.scheme == "http" and not local
+
+
+def _keys(settings: Settings) -> Finding:
+    """The keys that open encrypted packs can be read, by this user alone. KMS is not asked."""
+    from modelpress.cipher import wrapping_keys
+
+    names = ", ".join(str(key) for key in wrapping_keys(settings))
+    paths = filter(None, settings.key_file.split(os.pathsep))
+    if shared := [path for path in paths if Path(path).stat().st_mode & 0o077]:
+        return Finding("keys", "warn", f"{names}; others can read {', '.join(shared)}", f"chmod 600 {shared[0]}")
+    return Finding("keys", "ok", names or "none: packs are not encrypted, and encrypted ones do not open")
 
 
 def _stores(settings: Settings) -> Iterator[Finding]:

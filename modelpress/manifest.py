@@ -77,7 +77,7 @@ class Encryption(Entry):
     """The one there is."""
     secret: SecretId
     """Id of the model's secret, from which each blob's key is derived."""
-    segment_bytes: int = Field(default=2**20, ge=1, le=2**24)
+    segment_bytes: int = Field(default=2**18, ge=1, le=2**24)
     """Bytes of a segment before it is encrypted; the last one may be shorter."""
 
     def segments(self, plain_bytes: int) -> int:

@@ -30,7 +30,7 @@ def seal_pack(
     secret: tuple[str, bytes],
     folder: Path,
     *,
-    segment_bytes: int = 2**20,
+    segment_bytes: int = 2**18,
     progress: Progress = silent,
 ) -> tuple[Manifest, list[ShardFile], dict[str, bytes]]:
     """What `draft_manifest` gave, encrypted: the same three, for `publish`.
