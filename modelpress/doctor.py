@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from modelpress.errors import AccessDeniedError, ModelpressError
-from modelpress.settings import Settings
+from modelpress.settings import Settings, without_logins
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -209,7 +209,7 @@ def _mlflow(settings: Settings) -> Finding:
         if not os.access(folder, os.W_OK):
             return Finding("MLflow", "fail", f"{uri}: {folder} can't be written", "set MODELPRESS_HOME elsewhere")
         return Finding("MLflow", "ok", f"{uri} (a local database, for one user)")
-    return Finding("MLflow", "warn", f"{uri}: not looked into", "see that this machine reaches it")
+    return Finding("MLflow", "warn", f"{without_logins(uri)}: not looked into", "see that this machine reaches it")
 
 
 def _prefect(api: str) -> Finding:
@@ -224,7 +224,8 @@ def _http(check: str, url: str, fix: str) -> Finding:
     try:
         answer = httpx.get(url, timeout=HTTP_SECONDS, follow_redirects=True)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        return Finding(check, "fail", f"{url}: {error}", fix)
+        return Finding(check, "fail", without_logins(f"{url}: {error}"), fix)
+    url = without_logins(url)
     if answer.status_code in (401, 403):
         return Finding(
             check, "warn", f"{url}: {answer.status_code}, it asks for credentials", "see that runs have them"

@@ -6,6 +6,7 @@ read, stored or printed here.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pydantic import Field, SecretStr, ValidationError
@@ -81,6 +82,11 @@ def read_settings() -> Settings:
         return Settings()
     except ValidationError as error:
         raise ConfigError("reading the settings", found=problems(error, "MODELPRESS_")) from error
+
+
+def without_logins(text: str) -> str:
+    """A text without the logins of the addresses in it (``http://name:password@host``)."""
+    return re.sub(r"://[^/\s]*@", "://", text)
 
 
 def problems(error: ValidationError, prefix: str) -> str:

@@ -21,8 +21,8 @@ from botocore.exceptions import (
 )
 
 from modelpress.errors import AccessDeniedError, ConfigError, CorruptionError, StoreError, StoreUnavailableError
-from modelpress.settings import Settings
-from modelpress.store.s3_errors import DENIED, WRONG_KEY, code_of, status_of, without_logins
+from modelpress.settings import Settings, without_logins
+from modelpress.store.s3_errors import DENIED, WRONG_KEY, code_of, status_of
 
 REFUSED = {
     *("AccessDeniedException", "UnrecognizedClientException", "InvalidSignatureException", "ExpiredTokenException"),

@@ -27,8 +27,8 @@ from botocore.exceptions import (
 from botocore.utils import get_environ_proxies
 
 from modelpress.errors import ConfigError
-from modelpress.settings import Settings
-from modelpress.store.s3_errors import Where, without_logins
+from modelpress.settings import Settings, without_logins
+from modelpress.store.s3_errors import Where
 from modelpress.store.wire import END, Body, Wire, tls_context
 
 if TYPE_CHECKING:
