@@ -25,7 +25,7 @@ from rich.table import Table
 
 from modelpress.config import OptimizeConfig, load_config
 from modelpress.errors import CorruptionError, GateError, ModelpressError, ServingError
-from modelpress.settings import read_settings
+from modelpress.settings import read_settings, without_logins
 
 if TYPE_CHECKING:
     from flows.result import OptimizeResult
@@ -228,7 +228,9 @@ def _print_lines() -> None:
     console.print(
         f"  Prefect UI   PREFECT_HOME={os.environ['PREFECT_HOME']} {python}/prefect server start", soft_wrap=True
     )
-    console.print(f"  MLflow UI    {python}/mlflow ui --backend-store-uri {settings.mlflow_uri}", soft_wrap=True)
+    console.print(
+        f"  MLflow UI    {python}/mlflow ui --backend-store-uri {without_logins(settings.mlflow_uri)}", soft_wrap=True
+    )
     console.print(f"  the server   {python}/modelpress serve", soft_wrap=True)
 
 

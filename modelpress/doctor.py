@@ -5,9 +5,11 @@ Prefect and MLflow are looked at from outside, over HTTP: the library imports ne
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import platform
 import shutil
+import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from modelpress.errors import AccessDeniedError, ModelpressError
-from modelpress.settings import Settings
+from modelpress.settings import Settings, without_logins
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -52,6 +54,8 @@ def examine(settings: Settings, providers: Sequence[str] = ()) -> Iterator[Findi
     for provider in providers or ([CPU, CUDA] if has_cuda else [CPU]):
         yield _guarded(f"ONNX Runtime {provider}", lambda provider=provider: _provider(provider))  # type: ignore[misc]
     yield from _stores(settings)
+    yield _transport(settings)
+    yield _guarded("keys", lambda: _keys(settings))
     yield _mlflow(settings)
     yield _prefect(os.environ.get("PREFECT_API_URL", ""))
     yield _disk(settings.home)
@@ -135,6 +139,44 @@ def _provider(provider: str) -> Finding:
     return Finding(f"ONNX Runtime {provider}", "ok", f"{version}, ran a graph")
 
 
+def _transport(settings: Settings) -> Finding:
+    """What leaves this machine travels by TLS."""
+    addresses = {
+        "MODELPRESS_S3_ENDPOINT_URL": settings.s3_endpoint_url,
+        "MODELPRESS_KMS_ENDPOINT_URL": settings.kms_endpoint_url,
+        "MODELPRESS_TRACKING_URI": settings.tracking_uri,
+        "PREFECT_API_URL": os.environ.get("PREFECT_API_URL", ""),
+    }
+    clear = [name for name, address in addresses.items() if _in_clear(address)]
+    if clear:
+        fix = "give https:// addresses; AWS_CA_BUNDLE names a file of certificates of your own"
+        return Finding(
+            "TLS", "warn", f"http:// to another machine in {', '.join(clear)}: anybody on the way reads", fix
+        )
+    return Finding("TLS", "ok", "nothing leaves this machine by http://")
+
+
+def _in_clear(address: str) -> bool:
+    parts = urllib.parse.urlsplit(address)
+    host = parts.hostname or ""
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost" or host.endswith(".localhost")
+    return parts.scheme == "http" and not local
+
+
+def _keys(settings: Settings) -> Finding:
+    """The keys that open encrypted packs can be read, by this user alone. KMS is not asked."""
+    from modelpress.cipher import wrapping_keys
+
+    names = ", ".join(str(key) for key in wrapping_keys(settings))
+    paths = filter(None, settings.key_file.split(os.pathsep))
+    if shared := [path for path in paths if Path(path).stat().st_mode & 0o077]:
+        return Finding("keys", "warn", f"{names}; others can read {', '.join(shared)}", f"chmod 600 {shared[0]}")
+    return Finding("keys", "ok", names or "none: packs are not encrypted, and encrypted ones do not open")
+
+
 def _stores(settings: Settings) -> Iterator[Finding]:
     for check, uri in (("store", settings.store_uri), ("work store", settings.work_uri)):
         yield _guarded(check, lambda check=check, uri=uri: _store(check, uri, settings))  # type: ignore[misc]
@@ -167,7 +209,7 @@ def _mlflow(settings: Settings) -> Finding:
         if not os.access(folder, os.W_OK):
             return Finding("MLflow", "fail", f"{uri}: {folder} can't be written", "set MODELPRESS_HOME elsewhere")
         return Finding("MLflow", "ok", f"{uri} (a local database, for one user)")
-    return Finding("MLflow", "warn", f"{uri}: not looked into", "see that this machine reaches it")
+    return Finding("MLflow", "warn", f"{without_logins(uri)}: not looked into", "see that this machine reaches it")
 
 
 def _prefect(api: str) -> Finding:
@@ -182,7 +224,8 @@ def _http(check: str, url: str, fix: str) -> Finding:
     try:
         answer = httpx.get(url, timeout=HTTP_SECONDS, follow_redirects=True)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        return Finding(check, "fail", f"{url}: {error}", fix)
+        return Finding(check, "fail", without_logins(f"{url}: {error}"), fix)
+    url = without_logins(url)
     if answer.status_code in (401, 403):
         return Finding(
             check, "warn", f"{url}: {answer.status_code}, it asks for credentials", "see that runs have them"

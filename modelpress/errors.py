@@ -27,6 +27,7 @@
     │   ├── UnsignedError           there is no signature, or none of a role that is required
     │   ├── SignatureError          a signature is malformed, wrong, or of something else
     │   └── KeyRefusedError         the key is unknown, revoked, expired or not for this pack
+    ├── EncryptionKeyError          the key that opens a secret or a pack is not here, or is another
     ├── GateError                   the gate refused the promotion
     └── ServingError                the server cannot load or answer
 
@@ -157,6 +158,12 @@ class StoreFullError(StoreError):
 
 class StoreUnfitError(StoreError):
     """The store lacks what publishing needs."""
+
+
+class EncryptionKeyError(ModelpressError):
+    """The key that opens a model's secret, or the secret that opens a pack, is not here, or is another."""
+
+    exit_code = 12
 
 
 class TrustError(ModelpressError):

@@ -6,6 +6,7 @@
     packs/<name>/<digest>.json                  a manifest, named by its content
     packs/<name>/sigs/<digest>/<keyid>.json     the signature of a manifest by one key
     packs/<name>/refs/<alias>/<number>.json     one entry of a pointer's log
+    packs/<name>/secrets/<number>.json          one entry of the log of the model's wrapped secrets
     uploads/<name>/<id>.json                    an intent: what an upload under way needs
     collections/<number>.json                   a collector's turn; <number>.ended: it is over
 """
@@ -29,6 +30,7 @@ _ALIAS = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PLACE = re.compile(
     rf"{PACKS}(?P<name>{_NAME.pattern})/(?:(?P<digest>{_DIGEST.pattern})\.json"
+    rf"|secrets/(?P<secret>[0-9]{{{NUMBER_DIGITS}}})\.json"
     rf"|sigs/(?P<signed>{_DIGEST.pattern})/(?P<key>{_DIGEST.pattern})\.json"
     rf"|refs/(?P<alias>{_ALIAS.pattern})/(?P<number>[0-9]{{{NUMBER_DIGITS}}})\.json)"
 )
@@ -70,8 +72,18 @@ def pointer(name: str, alias: str, number: int) -> str:
     return f"{pointers(name, alias)}{number:0{NUMBER_DIGITS}d}.json"
 
 
+def secrets(name: str) -> str:
+    """Prefix of the log of a model's wrapped secrets."""
+    return f"{manifests(name)}secrets/"
+
+
+def secret(name: str, number: int) -> str:
+    """Key of one entry of that log, numbered like a pointer's."""
+    return f"{secrets(name)}{number:0{NUMBER_DIGITS}d}.json"
+
+
 def pointer_number(key: str) -> int | None:
-    """The number in an entry's key; None for a key that is none."""
+    """The number in the key of an entry, of a pointer or of secrets; None for a key that is none."""
     match = re.search(rf"/([0-9]{{{NUMBER_DIGITS}}})\.json$", key)
     return int(match[1]) if match else None
 
@@ -80,7 +92,7 @@ def pointer_number(key: str) -> int | None:
 class Place:
     """What a key below `packs/` is the key of."""
 
-    kind: Literal["manifest", "signature", "pointer"]
+    kind: Literal["manifest", "signature", "pointer", "secret"]
     name: str
     digest: str = ""
     """Of the manifest, or of the manifest that is signed."""
@@ -90,13 +102,15 @@ class Place:
 
 
 def place(key: str) -> Place | None:
-    """What lies under a key; None for a key that publishing, signing and promoting do not make."""
+    """What lies under a key; None for a key that publishing, encrypting, signing and promoting do not make."""
     if match := _PLACE.fullmatch(key):
         name, digest, signed, key_id, alias, number = match.group("name", "digest", "signed", "key", "alias", "number")
         if digest:
             return Place("manifest", name, digest)
         if signed:
             return Place("signature", name, signed, key_id)
+        if match["secret"]:
+            return Place("secret", name, number=int(match["secret"]))
         return Place("pointer", name, alias=alias, number=int(number))
     return None
 

@@ -46,6 +46,10 @@ MAX_EXPANSION = 2**16
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=0, lt=2**63)]
 DTypeName = Annotated[str, StringConstraints(pattern=r"^[A-Z0-9_]{1,16}$")]
+SecretId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+
+TAG_BYTES: Final = 16
+"""What encryption adds to each segment."""
 
 
 class Entry(BaseModel):
@@ -61,13 +65,50 @@ class Entry(BaseModel):
         return {name: value for name, value in fields.items() if value is not None or name not in self.later}
 
 
+class Plain(Entry):
+    """The bytes of a blob as they are without encryption."""
+
+    sha256: Sha256
+    """Their digest."""
+    size_bytes: Size
+    """Their length."""
+
+
+class Encryption(Entry):
+    """How the blobs of a pack are encrypted; see `modelpress.cipher`."""
+
+    algorithm: Literal["AES-256-GCM-STREAM"] = "AES-256-GCM-STREAM"
+    """The one there is."""
+    secret: SecretId
+    """Id of the model's secret, from which each blob's key is derived."""
+    segment_bytes: int = Field(default=2**18, ge=1, le=2**24)
+    """Bytes of a segment before it is encrypted; the last one may be shorter."""
+
+    def segments(self, plain_bytes: int) -> int:
+        """Segments of a blob of so many bytes: at least one."""
+        return max(1, -(-plain_bytes // self.segment_bytes))
+
+    def stored_bytes(self, plain_bytes: int) -> int:
+        """What so many bytes take when they are encrypted."""
+        return plain_bytes + TAG_BYTES * self.segments(plain_bytes)
+
+
 class ShardEntry(Entry):
     """One shard: a blob that is a valid safetensors file."""
 
+    later = frozenset({"plain"})
+
     sha256: Sha256
-    """Digest of its bytes, and its key."""
+    """Digest of the blob, and its key."""
     size_bytes: Size
     """Its length."""
+    plain: Plain | None = None
+    """The safetensors file that an encrypted blob holds."""
+
+    @property
+    def content(self) -> Plain:
+        """The safetensors file, encrypted or not."""
+        return self.plain or Plain(sha256=self.sha256, size_bytes=self.size_bytes)
 
 
 class TensorEntry(Entry):
@@ -111,6 +152,8 @@ class TensorEntry(Entry):
 class FileEntry(Entry):
     """One file (graph, tokenizer, reports): a blob, perhaps a zstandard frame."""
 
+    later = frozenset({"plain"})
+
     name: str
     """Relative path in the checkpoint's folder."""
     sha256: Sha256
@@ -123,12 +166,19 @@ class FileEntry(Entry):
     """Digest of the blob, and its key."""
     stored_bytes: Size
     """Length of the blob."""
+    plain: Plain | None = None
+    """The file or frame that an encrypted blob holds."""
+
+    @property
+    def content(self) -> Plain:
+        """The file or frame, encrypted or not."""
+        return self.plain or Plain(sha256=self.stored_sha256, size_bytes=self.stored_bytes)
 
 
 class Manifest(Entry):
     """Everything that a reader needs to fetch, verify, rebuild and explain a published model."""
 
-    later = frozenset({"base"})
+    later = frozenset({"base", "encryption"})
 
     format_version: Literal[1, 2, 3] = PLAIN_VERSION
     """Version of the pack format."""
@@ -156,10 +206,12 @@ class Manifest(Entry):
     """The stages' reports, one JSON object by stage."""
     base: Sha256 | None = None
     """Digest of the pack, of the same name, that some tensors are stored as the difference to."""
+    encryption: Encryption | None = None
+    """How all blobs are encrypted; null where none is."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        entries: list[Entry] = [self, *self.shards, *self.tensors, *self.files]
+        entries: list[Entry] = [self, *self.shards, *self.tensors, *self.blob_files()]
         used = sorted({name for entry in entries for name in entry.later if getattr(entry, name) is not None})
         if bool(used) != (self.format_version > PLAIN_VERSION):
             raise ValueError(f"format version {self.format_version} with {', '.join(used) or 'nothing'} of version 3")
@@ -167,12 +219,13 @@ class Manifest(Entry):
         _unique("files", [file.name for file in self.files])
         for tensor in self.tensors:
             self._check_tensor(tensor)
-        for file in [*self.files, *([self.reports] if self.reports else [])]:
+        for file in self.blob_files():
             _check_file(file)
         differences = [tensor.base for tensor in self.tensors if tensor.base is not None]
         if self.base is not None and not differences:
             raise ValueError(f"base {self.base}, and no tensor that is stored as a difference to it")
         _unique("the base's tensors", differences)  # so that no manifest claims more than the base holds
+        self._check_encryption()
         reached = {position for tensor in self.tensors for position in tensor.shards}
         if reached != set(range(len(self.shards))):
             raise ValueError(f"tensors use shards {sorted(reached)}, of {len(self.shards)} listed")
@@ -202,6 +255,16 @@ class Manifest(Entry):
         if tensor.raw_bytes > tensor.stored_bytes * MAX_EXPANSION:
             raise ValueError(f"{where}: {tensor.raw_bytes} raw bytes claimed from {tensor.stored_bytes} stored bytes")
 
+    def _check_encryption(self) -> None:
+        """All blobs or none, each as long as its segments make it."""
+        blobs = [("shard", shard.sha256, shard.size_bytes, shard.plain) for shard in self.shards]
+        blobs += [("file", file.stored_sha256, file.stored_bytes, file.plain) for file in self.blob_files()]
+        for what, digest, size, plain in blobs:
+            if (plain is None) != (self.encryption is None):
+                raise ValueError(f"{what} {digest}: encrypted and plain blobs in one pack, or no word on how")
+            if plain and self.encryption and size != self.encryption.stored_bytes(plain.size_bytes):
+                raise ValueError(f"{what} {digest}: {size} bytes, which are not {plain.size_bytes} bytes encrypted")
+
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
         return canonical_json(self.model_dump(mode="json"))
@@ -223,10 +286,13 @@ class Manifest(Entry):
 
     def blobs(self) -> dict[str, int]:
         """Every blob of the pack: sha256 (hex) to length. Equal content is one blob."""
-        files = [*self.files, *([self.reports] if self.reports else [])]
         return {shard.sha256: shard.size_bytes for shard in self.shards} | {
-            file.stored_sha256: file.stored_bytes for file in files
+            file.stored_sha256: file.stored_bytes for file in self.blob_files()
         }
+
+    def blob_files(self) -> list[FileEntry]:
+        """The files, and the reports behind them: every blob that is no shard."""
+        return [*self.files, *([self.reports] if self.reports else [])]
 
     def file(self, name: str) -> FileEntry:
         """The entry of a file.
@@ -336,5 +402,5 @@ def _check_file(file: FileEntry) -> None:
         or any(c < " " or c in "\\:\x7f" for c in file.name)
     ):
         raise ValueError(f"file {file.name!r}: not a relative path of plain names")
-    if file.codec == "raw" and (file.sha256, file.size_bytes) != (file.stored_sha256, file.stored_bytes):
+    if file.codec == "raw" and (file.sha256, file.size_bytes) != (file.content.sha256, file.content.size_bytes):
         raise ValueError(f"file {file.name!r}: stored raw, yet its two digests or lengths differ")

@@ -34,19 +34,19 @@ def pack_file(name: str, data: bytes) -> tuple[FileEntry, bytes]:
     return entry, stored
 
 
-def unpack_file(entry: FileEntry, stored: bytes) -> bytes:
-    """The file behind an entry, verified.
+def unpack_file(entry: FileEntry, content: bytes) -> bytes:
+    """The file behind an entry, verified; `content` is its blob, opened where the pack is encrypted.
 
     Raises:
         CorruptionError: the blob or the file is not what the entry says.
     """
-    doing = f"reading file {entry.name!r}"
-    found = hashlib.sha256(stored).hexdigest()
-    if found != entry.stored_sha256:
-        raise CorruptionError(doing, found=f"blob sha256 {found}", expected=f"blob sha256 {entry.stored_sha256}")
-    data = stored
+    doing, expected = f"reading file {entry.name!r}", entry.content.sha256
+    found = hashlib.sha256(content).hexdigest()
+    if found != expected:
+        raise CorruptionError(doing, found=f"blob sha256 {found}", expected=f"blob sha256 {expected}")
+    data = content
     if entry.codec == "zstd":
-        data = _decompress(doing, stored, entry.size_bytes)
+        data = _decompress(doing, content, entry.size_bytes)
     found = hashlib.sha256(data).hexdigest()
     if found != entry.sha256 or len(data) != entry.size_bytes:
         raise CorruptionError(
@@ -58,7 +58,7 @@ def unpack_file(entry: FileEntry, stored: bytes) -> bytes:
 
 
 def read_files(manifest: Manifest, fetch: Callable[[str], bytes]) -> dict[str, bytes]:
-    """Every file of a pack (without the reports), verified; `fetch` gives the blob of a sha256."""
+    """Every file of a pack (without the reports), verified; `fetch` gives the blob of a sha256, opened."""
     return {entry.name: unpack_file(entry, fetch(entry.stored_sha256)) for entry in manifest.files}
 
 

@@ -6,6 +6,7 @@ read, stored or printed here.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pydantic import Field, SecretStr, ValidationError
@@ -47,6 +48,15 @@ class Settings(BaseSettings):
     """Folder that keeps verified blobs for the next load on this machine; empty: none."""
     cache_bytes: int = Field(default=20 * 2**30, gt=0)
     """What the cache may hold; the blobs that were read longest ago go first."""
+    key_file: str = ""
+    """Files with a key (base64 of 32 bytes) that models' secrets are wrapped with, parted by `:`; the first wraps,
+    all open."""
+    key: SecretStr = SecretStr("")
+    """The same, the keys themselves, parted by commas."""
+    kms_key_id: str = ""
+    """The same, keys of AWS KMS: ids, ARNs or aliases, parted by commas."""
+    kms_endpoint_url: str = ""
+    """KMS endpoint; empty takes the AWS SDK's own."""
     tracking_uri: str = ""
     """MLflow tracking and registry server. Default: SQLite in `<home>/mlflow.db`."""
     trust: Path | None = None
@@ -89,6 +99,11 @@ def read_settings() -> Settings:
         return Settings()
     except ValidationError as error:
         raise ConfigError("reading the settings", found=problems(error, "MODELPRESS_")) from error
+
+
+def without_logins(text: str) -> str:
+    """A text without the logins of the addresses in it (``http://name:password@host``)."""
+    return re.sub(r"://[^/\s]*@", "://", text)
 
 
 def problems(error: ValidationError, prefix: str) -> str:

@@ -12,13 +12,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from modelpress import intervals, keys, load, pointer
+from modelpress import intervals, load, pointer
 from modelpress.config import GateConfig, parse_config
 from modelpress.errors import ModelpressError, NotFoundError, SetupError, StoreError, TrustError
 from modelpress.manifest import Manifest
@@ -203,7 +202,7 @@ def _registered(client: MlflowClient, name: str, pack: str) -> Version:
 
 def _gather(store: Store, manifest: Manifest, version: Version, champion: str | None) -> Evidence:
     """What is known of the candidate: from its pack, and the speed, which is no part of its identity, from MLflow."""
-    reports = read_reports(manifest, partial(_blob, store))
+    reports = read_reports(manifest, load.fetcher(store, manifest))
     candidate = _scores(store, manifest)
     return Evidence(
         candidate=candidate.get("candidate", UNMEASURED),
@@ -229,11 +228,7 @@ def _champion(store: Store, name: str, pack: str) -> Scored:
 def _scores(store: Store, manifest: Manifest) -> dict[str, Scored]:
     """The scores in a pack; empty where it was published without."""
     entry = next((entry for entry in manifest.files if entry.name == scores.SCORES_FILE), None)
-    return scores.load(unpack_file(entry, _blob(store, entry.stored_sha256))) if entry else {}
-
-
-def _blob(store: Store, digest: str) -> bytes:
-    return store.get(keys.blob(digest))
+    return scores.load(unpack_file(entry, load.fetcher(store, manifest)(entry.stored_sha256))) if entry else {}
 
 
 def _compression_ratio(manifest: Manifest, reports: Mapping[str, Any]) -> float | None:

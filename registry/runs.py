@@ -26,7 +26,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
 
 from modelpress.errors import SetupError
-from modelpress.settings import Settings
+from modelpress.settings import Settings, without_logins
 
 DEFAULT_UI = "http://127.0.0.1:5000"
 """Where `mlflow ui` shows a local database when nobody says otherwise."""
@@ -150,9 +150,10 @@ def child_run(settings: Settings, parent: str, stage: str, config: Mapping[str, 
 
 
 def run_url(settings: Settings, run_id: str, experiment_id: str) -> str:
-    """Page of a run. A database has no address of its own: then where `mlflow ui` shows it by default."""
+    """Page of a run, without the login that may stand in the server's address. A database has no address of its own:
+    then where `mlflow ui` shows it by default."""
     base = settings.mlflow_uri if settings.mlflow_uri.startswith("http") else DEFAULT_UI
-    return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+    return f"{without_logins(base).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -16,9 +16,9 @@ from modelpress import keys
 from modelpress.config import CompressConfig, OptimizeConfig, ShardConfig
 from modelpress.progress import Progress
 from modelpress.reports import ArtifactRef, CompressReport, Report, ShardReport, UploadReport
-from modelpress.settings import read_settings
+from modelpress.settings import Settings, read_settings
 from modelpress.store.artifacts import load_artifact
-from modelpress.store.base import open_store
+from modelpress.store.base import Store, open_store
 from modelpress.store.local import local_errors
 from tasks.records import Finished
 from tasks.runner import RunContext, fetch_checkpoint, open_workload, run_stage
@@ -121,11 +121,13 @@ def upload(
     config: OptimizeConfig,
     provenance: Provenance,
 ) -> Finished[UploadReport]:
-    """Publish shards and files, and the manifest last."""
+    """Publish shards and files, encrypted if the config says so, and the manifest last."""
     settings = read_settings()
     store = open_store(settings.store_uri, settings)
+    secret = _secret(store, config.name, settings) if config.upload.encrypt else None
 
     def work(progress: Progress) -> tuple[Mapping[str, bytes], UploadReport]:
+        from modelpress.cipher import seal_pack
         from modelpress.publish import publish
         from modelpress.shard import draft_manifest
 
@@ -140,6 +142,8 @@ def upload(
                 licence=open_workload(context.workload, context.mlflow_run).licence(),
                 reports={stage: Numbers.model_validate(found) for stage, found in provenance.reports.items()},
             )
+            if secret is not None:
+                manifest, files, blobs = seal_pack(manifest, files, blobs, secret, Path(folder), progress=progress)
             source_bytes = provenance.source_bytes
             report = publish(
                 store, manifest, files, blobs, config=config.upload, source_bytes=source_bytes, progress=progress
@@ -155,8 +159,16 @@ def upload(
         "reports": provenance.reports,
         "lineage": provenance.lineage,
         "licence": open_workload(context.workload, context.mlflow_run).licence(),
+        **({"secret": secret[0]} if secret else {}),  # its id: after a new one, the pack is published anew
     }
     return run_stage(context, "upload", UploadReport, work, inputs=refs, config=config, extra=extra, valid=published)
+
+
+def _secret(store: Store, name: str, settings: Settings) -> tuple[str, bytes]:
+    """Id and bytes of the model's secret; it stays in this process."""
+    from modelpress.cipher import secrets, wrapping_keys
+
+    return secrets.current(store, name, wrapping_keys(settings))
 
 
 def _shard_files(shards: Mapping[str, ArtifactRef], folder: Path) -> list[ShardFile]:

@@ -3,6 +3,7 @@
 ::
 
     python infra/s3/server.py start     # installs (apt) if missing, starts, prints `export` lines; again: prints them
+    python infra/s3/server.py user NAME # one more user of the running server, without rights; see policies.py
     python infra/s3/server.py stop      # stops it and removes its folder
     python infra/s3/server.py run       # start, print, stop when standard input closes (what the tests use)
 
@@ -182,6 +183,21 @@ def _make_users(folder: Path) -> dict[str, str]:
     }
 
 
+def add_user(folder: Path, name: str) -> dict[str, str]:
+    """A user of its own beside the bucket's owner, with no right but what a policy gives to `arn:aws:iam:::user/NAME`.
+
+    Raises:
+        StartError: the server does not run, or has this user.
+    """
+    folder = folder.absolute()
+    if not _running(folder):
+        raise StartError(f"no server runs below {folder}")
+    access, secret = secrets.token_hex(10).upper(), secrets.token_hex(20)
+    user = ["--uid", name, "--display-name", name, "--access-key", access, "--secret-key", secret]
+    _ceph(folder, "radosgw-admin", "user", "create", *user)
+    return {"AWS_ACCESS_KEY_ID": access, "AWS_SECRET_ACCESS_KEY": secret}
+
+
 def stop(folder: Path) -> None:
     """Stop the daemons that were started below `folder` and remove it; no folder, or an empty one, is left as it is.
 
@@ -287,7 +303,8 @@ def _tail(log: Path) -> str:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("command", choices=["start", "stop", "run"])
+    parser.add_argument("command", choices=["start", "stop", "run", "user"])
+    parser.add_argument("name", nargs="?", help="of the new user")
     parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="where it keeps its files")
     parser.add_argument("--capacity-bytes", type=int, default=8 * 2**30, help="memory for objects")
     arguments = parser.parse_args()
@@ -297,7 +314,12 @@ def main() -> int:
         if arguments.command == "stop":
             stop(arguments.folder)
             return 0
-        environment = start(arguments.folder, arguments.capacity_bytes)
+        if arguments.command == "user":
+            if not arguments.name:
+                parser.error("user: give a name")
+            environment = add_user(arguments.folder, arguments.name)
+        else:
+            environment = start(arguments.folder, arguments.capacity_bytes)
     except StartError as error:
         print(f"no S3 server: {error}", file=sys.stderr)
         return 3
@@ -313,7 +335,7 @@ def main() -> int:
             pass
         finally:
             stop(arguments.folder)
-    else:
+    elif arguments.command == "start":
         print(f"# python {sys.argv[0]} stop --folder {arguments.folder}", flush=True)
     return 0
 

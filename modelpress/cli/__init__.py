@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from modelpress.cli import caches, folders, housekeeping, kserve, models, packs, pointers, servers, signing
+from modelpress.cli import (
+    caches,
+    folders,
+    housekeeping,
+    kserve,
+    models,
+    packs,
+    pointers,
+    secrecy,
+    servers,
+    signing,
+)
 from modelpress.cli.common import app
 from modelpress.errors import ModelpressError
 
@@ -25,6 +36,7 @@ __all__ = [
     "models",
     "packs",
     "pointers",
+    "secrecy",
     "servers",
     "signing",
 ]

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
+    from modelpress.load import Parts
     from modelpress.manifest import Manifest
+    from modelpress.store import Store
 
 
 @app.command()
@@ -127,11 +129,10 @@ def inspect(
     opened = opened_store(store)
     digest = load.resolve(opened, name, ref)
     manifest = load.load_manifest(opened, name, digest)
-    fetch = load.fetcher(opened, manifest)
+    parts = _parts(opened, manifest, needed=tensor is not None)
     entry = explain.find_tensor(manifest, tensor) if tensor is not None else None
-    choices = explain.read_choices(manifest, fetch)
-    if entry is not None:
-        parts = load.open_parts(opened, manifest)
+    choices = explain.read_choices(manifest, parts.fetch) if parts else {}
+    if entry is not None and parts:
         found = explain.describe(manifest, entry, choices.get(entry.name), parts.fetch, parts.base)
         typer.echo(json.dumps({"pack": digest} | found, indent=2) if as_json else "\n".join(explain.lines(found)))
         return
@@ -143,6 +144,9 @@ def inspect(
     echo(f"{name} {digest}, {manifest.kind}, format {manifest.format_version}, licence {manifest.licence}")
     signed = load.check_trust(opened, name, digest)
     echo(_signed_line([one.line() for one in signed] if opened.trust else None))
+    if manifest.encryption:
+        with_reports = "" if parts else "; no key in the settings opens it, so without how codecs were chosen"
+        echo(f"encrypted: {manifest.encryption.algorithm}, secret {manifest.encryption.secret}{with_reports}")
     if manifest.base is not None:
         echo(f"stored as the difference to {name} {manifest.base}, which a reader needs as well")
     echo(rows_table(explain.table(manifest, choices)))
@@ -152,6 +156,19 @@ def inspect(
     ratio = manifest.raw_bytes / manifest.published_bytes
     published = f"{manifest.published_bytes:,} published{beside}"
     echo(f"{manifest.raw_bytes:,} bytes raw, {published}: compression ratio {ratio:.2f}")
+
+
+def _parts(store: Store, manifest: Manifest, *, needed: bool) -> Parts | None:
+    """What reads the pack; None where no key opens it, unless it is needed."""
+    from modelpress import load
+    from modelpress.errors import EncryptionKeyError
+
+    try:
+        return load.open_parts(store, manifest)
+    except EncryptionKeyError:
+        if needed:
+            raise
+        return None
 
 
 def _blob_table(manifest: Manifest) -> Table:

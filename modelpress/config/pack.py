@@ -50,3 +50,6 @@ class UploadConfig(Config):
 
     concurrency: int = Field(default=4, ge=1, le=64)
     """Objects in flight."""
+    encrypt: bool = False
+    """Encrypt every shard, file and report with the model's secret, which a key of the settings opens. The manifest
+    stays readable."""

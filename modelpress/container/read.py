@@ -28,9 +28,10 @@ def read_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of a pack, verified, in the manifest's order.
 
-    `fetch` gives the bytes of the shard with a sha256; one shard is held at a time, and the tensor being read. Tensors
-    own their memory. `threads` decode at the same time; by default as many as this process may use cores. `original`
-    gives the base's tensors to a pack that is stored as differences; that is another shard and another tensor.
+    `fetch` gives the bytes of the shard with a sha256, opened where the pack is encrypted; one shard is held at a time,
+    and the tensor being read. Tensors own their memory. `threads` decode at the same time; by default as many as this
+    process may use cores. `original` gives the base's tensors to a pack that is stored as differences; that is another
+    shard and another tensor.
 
     Raises:
         ConfigError: a pack with a base, and no `original`.
@@ -211,13 +212,13 @@ def read_shard(manifest: Manifest, position: int, fetch: Callable[[str], bytes])
     """
     shard = manifest.shards[position]
     doing = f"reading shard {position} ({shard.sha256}) of pack {manifest.name}"
-    data = fetch(shard.sha256)
+    data, content = fetch(shard.sha256), shard.content
     found = hashlib.sha256(data).hexdigest()
-    if len(data) != shard.size_bytes or found != shard.sha256:
+    if len(data) != content.size_bytes or found != content.sha256:
         raise CorruptionError(
             doing,
             found=f"{len(data)} bytes, sha256 {found}",
-            expected=f"{shard.size_bytes} bytes, sha256 {shard.sha256}",
+            expected=f"{content.size_bytes} bytes, sha256 {content.sha256}",
             fix="restore the shard from a copy, or publish the pack again",
         )
     entries, metadata = read(data, doing)

@@ -6,10 +6,10 @@ import contextlib
 import hashlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 from modelpress import keys
 from modelpress.cache import BlobCache
+from modelpress.cipher import Opener, opener
 from modelpress.errors import CorruptionError, NotFoundError
 from modelpress.load.names import MIN_PREFIX
 from modelpress.manifest import Manifest
@@ -17,22 +17,6 @@ from modelpress.progress import Progress, silent
 from modelpress.store.base import Store
 
 FIX = "publish the pack again: it sends what is missing; a damaged blob must be deleted first"
-
-
-class Opener(Protocol):
-    """Turns the stored bytes of one blob into plain ones, in order, as they come: the place for decryption.
-
-    It sees bytes before the digest of the whole blob is known to hold, and so authenticates what it gives out.
-    """
-
-    plain_bytes: int
-    """How many plain bytes the blob has."""
-
-    def feed(self, stored: memoryview) -> bytes:
-        """The plain bytes that can be said after these stored ones."""
-
-    def finish(self) -> bytes:
-        """The rest, at the end of the blob."""
 
 
 class Blobs:
@@ -45,11 +29,10 @@ class Blobs:
         self, store: Store, manifest: Manifest, progress: Progress = silent, cache: BlobCache | None = None
     ) -> None:
         self._store, self._cache, self._progress = store, cache, progress
-        self._sizes = manifest.blobs()
+        self._sizes, self._openers = manifest.blobs(), opener(store, manifest)
         self._pack = f"{manifest.name}@{manifest.digest[:MIN_PREFIX]}"
         self._parts = {shard.sha256: f"shard {number} ({shard.sha256})" for number, shard in enumerate(manifest.shards)}
-        entries = [*manifest.files, *([manifest.reports] if manifest.reports else [])]
-        self._parts |= {entry.stored_sha256: f"file {entry.name!r}" for entry in entries}
+        self._parts |= {entry.stored_sha256: f"file {entry.name!r}" for entry in manifest.blob_files()}
         self._seen: set[str] = set()
         self._lock = threading.Lock()
 
@@ -57,17 +40,24 @@ class Blobs:
         """Length of a blob."""
         return self._sizes[digest]
 
+    def opener(self, digest: str) -> Opener | None:
+        """What turns the stored bytes of a blob into plain ones; None where they are plain."""
+        return self._openers(digest, f"reading {self._parts[digest]} of pack {self._pack}")
+
     def fetch(self, digest: str) -> bytes:
-        """A whole blob. From the store it comes as it is, for the caller to verify; from the cache, verified.
+        """A whole blob, opened where the pack is encrypted.
+
+        A plain one comes from the store as it is, for the caller to verify; any other is verified, and from the cache.
 
         Raises:
             NotFoundError: there is none.
-            CorruptionError: it holds less than the manifest says.
+            CorruptionError: it holds less than the manifest says, or what its key does not open.
         """
-        if self._cache is not None:
+        opening = self.opener(digest)
+        if self._cache is not None or opening is not None:
             buffer = bytearray(self._sizes[digest])
             self.read_into(digest, memoryview(buffer), lambda _: None)
-            return bytes(buffer)
+            return opening.open(buffer) if opening is not None else bytes(buffer)
         with self._named(digest):
             data = self._store.get(keys.blob(digest), 0, self._sizes[digest])
         self._count(digest)

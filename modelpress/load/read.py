@@ -34,6 +34,7 @@ def load_checkpoint(
     Raises:
         NotFoundError: the pack, or one of its blobs, is not there.
         CorruptionError: any digest or length differs; the message names the shard, the tensor or the file.
+        EncryptionKeyError: the pack is encrypted, and none of the keys that the settings name opens it.
         UnsupportedFormatError: written by a newer modelpress.
     """
     manifest = load_manifest(store, name, digest)
@@ -109,5 +110,11 @@ def open_parts(store: Store, manifest: Manifest, progress: Progress = silent, ca
 
 
 def fetcher(store: Store, manifest: Manifest, progress: Progress = silent) -> Callable[[str], bytes]:
-    """Read a blob of the pack by its sha256, never more bytes than the manifest says; errors name the pack's part."""
+    """Read a blob of the pack by its sha256, never more bytes than the manifest says; errors name the pack's part.
+
+    The blobs of an encrypted pack are verified and opened with the keys that the settings name.
+
+    Raises:
+        EncryptionKeyError: none of the keys opens the pack; see `cipher.opener`.
+    """
     return Blobs(store, manifest, progress).fetch

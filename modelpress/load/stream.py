@@ -1,7 +1,8 @@
 """Tensors while their shards are still on the way: fetched by range, hashed and decoded as the bytes come.
 
 Two threads bring shards, each into a buffer that is used again; this thread decodes what has come, straight into the
-memory that the tensors keep, and others hash it. So it takes the model, and `IN_FLIGHT` shards.
+memory that the tensors keep, and others hash it. So it takes the model, and `IN_FLIGHT` shards; of an encrypted pack
+twice as many, the opened ones beside them.
 
 A tensor is given out when the digests of all shards that hold it are known to hold, and its own. These two imply the
 third that a manifest has, that of its coded bytes, which is left to `verify`: equal shards hold equal coded bytes.
@@ -11,20 +12,21 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from modelpress.cipher import Opener
 from modelpress.codec import Buffer
 from modelpress.container.read import Begun, Original, check_original
 from modelpress.container.safetensors_file import MAX_HEADER_BYTES, read
 from modelpress.container.stored import RAW, Piece, read_pieces
 from modelpress.cores import usable_cores
 from modelpress.errors import CorruptionError, FormatError, SetupError
-from modelpress.load.blobs import Blobs, Opener
+from modelpress.load.blobs import Blobs
 from modelpress.manifest import Manifest, TensorEntry
 from modelpress.store.receive import memory
 from modelpress.store.threads import DaemonPool
@@ -45,7 +47,6 @@ def stream_tensors(
     *,
     threads: int | None = None,
     original: Original | None = None,
-    opener: Callable[[str], Opener | None] = lambda _: None,
 ) -> Generator[tuple[str, torch.Tensor], None, None]:
     """Every tensor of a pack, verified, in the manifest's order: what `container.read_tensors` gives.
 
@@ -56,8 +57,6 @@ def stream_tensors(
         blobs: where its shards come from.
         threads: that decode at the same time, and that hash; by default as many as this process may use cores.
         original: gives the base's tensors, where the pack is stored as differences; it is called by one thread.
-        opener: what turns a blob's stored bytes, by its digest, into plain ones; None: they are plain. Opened shards
-            take the memory of one more each.
 
     Raises:
         NotFoundError: a shard is not there.
@@ -66,7 +65,7 @@ def stream_tensors(
     """
     check_original(manifest, original)
     threads = threads or usable_cores()
-    stream = _Stream(manifest, blobs, opener)
+    stream = _Stream(manifest, blobs)
     hashing = ThreadPoolExecutor(1 if original else threads, thread_name_prefix="tensor-sha256")
     begun: dict[str, Begun] = {}
 
@@ -159,8 +158,8 @@ class _Slot:
 class _Stream:
     """The shards of a pack, in order, the next ones brought while one is read."""
 
-    def __init__(self, manifest: Manifest, blobs: Blobs, opener: Callable[[str], Opener | None]) -> None:
-        self._manifest, self._blobs, self._opener = manifest, blobs, opener
+    def __init__(self, manifest: Manifest, blobs: Blobs) -> None:
+        self._manifest, self._blobs = manifest, blobs
         self._stopped = threading.Event()
         count = min(IN_FLIGHT, len(manifest.shards))
         largest = max((shard.size_bytes for shard in manifest.shards), default=0)
@@ -210,9 +209,9 @@ class _Stream:
 
     def _start(self, position: int) -> None:
         slot, shard = self._slots[position % len(self._slots)], self._manifest.shards[position]
-        opening = self._opener(shard.sha256)
+        opening = self._blobs.opener(shard.sha256)
         stored = slot.buffer[: shard.size_bytes]
-        arriving = _Arriving(stored if opening is None else memory(opening.plain_bytes))
+        arriving = _Arriving(stored if opening is None else memory(shard.content.size_bytes))
         self._arriving[position] = arriving
         slot.bringing = self._pool.submit(self._bring, shard.sha256, stored, arriving, opening)
 
@@ -236,7 +235,7 @@ class _Stream:
         try:
             self._blobs.read_into(digest, stored, arrived)
             if opening is not None:
-                give(opening.finish())
+                opening.finish()
         except BaseException as error:
             arriving.fail(error)
             raise

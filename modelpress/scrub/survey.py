@@ -42,7 +42,7 @@ def survey(store: Store) -> Survey:
             _manifest(store, place, found)
         elif place.kind == "signature":
             signed.append(place)
-        else:
+        elif place.kind == "pointer":
             found.aliases[place.name, place.alias] = None
     there = {(row.name, row.digest) for row in found.packs}
     for place in signed:

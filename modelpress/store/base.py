@@ -153,6 +153,18 @@ class Store(abc.ABC):
         """End an unfinished upload and free its parts; one that has ended is no error."""
         raise NotImplementedError(upload)
 
+    def link(self, key: str, seconds: int) -> str:
+        """An address under which the object can be read for so many seconds, without credentials: a secret.
+
+        Raises:
+            StoreUnfitError: this kind of store has none.
+        """
+        raise StoreUnfitError(
+            f"making a link to {self.uri}/{key}, for {seconds} s",
+            found="a store without signed addresses",
+            expected="a store on S3",
+        )
+
     def check_fit(self) -> None:
         """Prove by real writes under `doctor/` that conditional creation works, and clean up.
 
@@ -269,7 +281,10 @@ def check_digest(doing: str, found: str, expected: str | None) -> None:
 
 
 def open_store(uri: str, settings: Settings | None = None) -> Store:
-    """Open `s3://bucket/prefix` or a local folder (a path or `file://`), with the trust and the key of the settings.
+    """Open a store, with the trust and the key of the settings.
+
+    It is `s3://bucket/prefix`, a local folder (a path or `file://`), or a file of links (`links+file://`, only
+    read).
 
     Raises:
         ConfigError: neither, or the trust file or the signing key can't be used.
@@ -294,10 +309,16 @@ def _opened(uri: str, settings: Settings) -> Store:
         from modelpress.store.s3 import S3Store
 
         return S3Store(uri, settings)
+    if uri.startswith("links+file://"):
+        from modelpress.store.links import LinkStore
+
+        return LinkStore(uri, settings)
     from modelpress.store.local import LocalStore
 
     if uri.startswith("file://"):
         return LocalStore(Path(urllib.parse.unquote(uri.removeprefix("file://"))))
     if "://" in uri or not uri:
-        raise ConfigError("opening a store", found=uri, expected="s3://bucket/prefix, file:///folder or a folder")
+        raise ConfigError(
+            "opening a store", found=uri, expected="s3://bucket/prefix, file:///folder, links+file:///file or a folder"
+        )
     return LocalStore(Path(uri))

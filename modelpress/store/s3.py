@@ -138,7 +138,7 @@ class S3Store(Store):
             except ClientError as error:
                 if status_of(error) != 404:
                     raise
-                self._see_bucket()
+                self._see_bucket(key)
                 return None
             return ObjectInfo(key, answer["ContentLength"], answer["LastModified"])
 
@@ -170,6 +170,12 @@ class S3Store(Store):
 
     def abort(self, upload: Unfinished) -> None:
         self._multipart.abort(self._prefix + check_key(upload.key), upload.upload, f"ending an upload of {upload.key}")
+
+    def link(self, key: str, seconds: int) -> str:
+        check_key(key)
+        with self._translated(f"making a link to {self.uri}/{key}"):
+            place = {"Bucket": self.bucket, "Key": self._prefix + key}
+            return self._client.generate_presigned_url("get_object", Params=place, ExpiresIn=seconds)
 
     def close(self) -> None:
         self._multipart.close()
@@ -299,10 +305,11 @@ class S3Store(Store):
 
     # --- errors
 
-    def _see_bucket(self) -> None:
+    def _see_bucket(self, key: str) -> None:
         """A missing object and a missing bucket answer HEAD alike: tell them apart, once."""
         if not self._bucket_seen:
-            self._client.list_objects_v2(Bucket=self.bucket, Prefix=self._prefix, MaxKeys=1)
+            # By the key: a right to list may be bound to a prefix.
+            self._client.list_objects_v2(Bucket=self.bucket, Prefix=self._prefix + key, MaxKeys=1)
             self._bucket_seen = True
 
     def _translated(self, doing: str) -> contextlib.AbstractContextManager[None]:

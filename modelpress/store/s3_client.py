@@ -27,8 +27,8 @@ from botocore.exceptions import (
 from botocore.utils import get_environ_proxies
 
 from modelpress.errors import ConfigError
-from modelpress.settings import Settings
-from modelpress.store.s3_errors import Where, without_logins
+from modelpress.settings import Settings, without_logins
+from modelpress.store.s3_errors import Where
 from modelpress.store.wire import END, Body, Wire, tls_context
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def connect(bucket: str, settings: Settings) -> tuple[S3Client, Where, Wire | No
         read_timeout=timeout,
         retries={"mode": "standard", "total_max_attempts": 1},  # `_Patience` repeats
         max_pool_connections=64,
+        signature_version="s3v4",  # links too, which would else have the signature of 2006
         tcp_keepalive=True,
         # The newer default checksums are refused or dropped by other servers; our digests are signed instead.
         request_checksum_calculation="when_required",

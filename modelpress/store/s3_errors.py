@@ -6,7 +6,6 @@ Secrets never appear: only the *source* of the credentials (``env``, ``shared-cr
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
@@ -30,6 +29,7 @@ from modelpress.errors import (
     StoreUnavailableError,
     StoreUnfitError,
 )
+from modelpress.settings import without_logins
 
 WRONG_KEY = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "TokenRefreshRequired"}
 DENIED = {"AccessDenied", "AllAccessDisabled", "AccountProblem", "Forbidden", "403", "401"}
@@ -50,11 +50,6 @@ class Where:
     def __str__(self) -> str:
         source = f"credentials from {self.credentials}" if self.credentials else "no credentials found"
         return f"endpoint {self.endpoint}, bucket {self.bucket}, {source}"
-
-
-def without_logins(text: str) -> str:
-    """A text without the logins of the addresses in it (``http://name:password@host``)."""
-    return re.sub(r"://[^/\s]*@", "://", text)
 
 
 def status_of(error: ClientError) -> int:

@@ -15,12 +15,18 @@ import torch
 
 from modelpress import keys
 from modelpress.checkpoint import Checkpoint
+from modelpress.cipher import LocalKey, seal_pack, secrets
 from modelpress.compress import compress
 from modelpress.config import CompressConfig, ShardConfig
 from modelpress.delta import compress_against, open_base
+from modelpress.manifest import Manifest
 from modelpress.reports import Report, ShardReport
-from modelpress.shard import draft_manifest, write_shards
+from modelpress.shard import ShardFile, draft_manifest, write_shards
+from modelpress.store import open_store
 from modelpress.store.local import LocalStore
+
+WRAPPING_KEY = b"modelpress golden wrapping key 1"
+"""Opens the golden encrypted packs, and nothing else anywhere."""
 
 
 def noise(count: int, seed: int) -> np.ndarray:
@@ -45,6 +51,7 @@ def tensors(pack: str) -> dict[str, torch.Tensor]:
         "v2": lambda: tensors_1() | tensors_2(),
         "v2-stored": tensors_stored,
         "v3-delta": tensors_delta,
+        "v3-encrypted": tensors_1,
     }
     return makers[pack]()
 
@@ -147,14 +154,26 @@ def make(folder: Path, pack: str) -> str:
     with tempfile.TemporaryDirectory() as temporary:
         shards, shard_report = write_shards(coded, ShardConfig(max_shard_size=20_000), Path(temporary))
         blobs = {shard.sha256: shard.path.read_bytes() for shard in shards}
-    rows = [row.model_copy(update={"decode_seconds": 0.0}) for row in report.tensors]
-    reports: dict[str, Report] = {"compress": report.model_copy(update={"tensors": rows}), "shard": shard_report}
-    assert isinstance(shard_report, ShardReport)
-    manifest, files = draft_manifest("golden", coded, shards, licence="Apache-2.0", reports=reports)
-    for digest, data in (blobs | files).items():
-        _write(folder / keys.blob(digest), data)
-    _write(folder / keys.manifest("golden", manifest.digest), manifest.to_bytes())
+        rows = [row.model_copy(update={"decode_seconds": 0.0}) for row in report.tensors]
+        reports: dict[str, Report] = {"compress": report.model_copy(update={"tensors": rows}), "shard": shard_report}
+        assert isinstance(shard_report, ShardReport)
+        manifest, files = draft_manifest("golden", coded, shards, licence="Apache-2.0", reports=reports)
+        if pack == "v3-encrypted":
+            manifest, blobs, files = encrypt(manifest, shards, files, folder)
+        for digest, data in (blobs | files).items():
+            _write(folder / keys.blob(digest), data)
+        _write(folder / keys.manifest("golden", manifest.digest), manifest.to_bytes())
     return manifest.digest
+
+
+def encrypt(
+    manifest: Manifest, shards: list[ShardFile], files: dict[str, bytes], folder: Path
+) -> tuple[Manifest, dict[str, bytes], dict[str, bytes]]:
+    """The pack encrypted, in segments of 3000 bytes, and its secret, wrapped by the golden key, in the store."""
+    secret = secrets.current(open_store(str(folder)), "golden", [LocalKey(WRAPPING_KEY)])
+    with tempfile.TemporaryDirectory() as temporary:
+        manifest, sealed, files = seal_pack(manifest, shards, files, secret, Path(temporary), segment_bytes=3000)
+        return manifest, {shard.sha256: shard.path.read_bytes() for shard in sealed}, files
 
 
 def _write(path: Path, data: bytes) -> None:

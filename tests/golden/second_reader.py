@@ -1,17 +1,21 @@
 """A second reader of packs, written from FORMAT.md alone: no line of modelpress, no torch.
 
-Only the standard library, numpy and zstandard. What comes out are raw bytes with dtype name and shape.
+Only the standard library, numpy, zstandard, and for encrypted packs AES-GCM. What comes out are raw bytes with dtype
+name and shape.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import hmac
 import json
 from math import prod
 from pathlib import Path
 
 import numpy as np
 import zstandard
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 ITEMSIZE = {
     **dict.fromkeys(["BOOL", "U8", "I8", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ"], 1),
@@ -43,20 +47,25 @@ def strict_json(data):
     return json.loads(data, object_pairs_hook=unique)
 
 
-def read_pack(store: Path, name: str, digest: str):
-    """Returns (manifest, {tensor: (dtype, shape, bytes)}, {file: bytes})."""
+def read_pack(store: Path, name: str, digest: str, key: bytes = b""):
+    """Returns (manifest, {tensor: (dtype, shape, bytes)}, {file: bytes}); `key` wraps the secret of an encrypted pack."""
     data = (store / "packs" / name / f"{digest}.json").read_bytes()
     need(sha256(data) == digest, "manifest digest")
     manifest = strict_json(data)
     need(manifest["format_version"] in (1, 2, 3), "format version")
-    base = read_base(store, name, manifest)
-    shards = [read_shard(blob(store, shard["sha256"], shard["size_bytes"])) for shard in manifest["shards"]]
+    base = read_base(store, name, manifest, key)
+    how = manifest.get("encryption")
+    secret = read_secret(store, name, how["secret"], key) if how else b""
+    shards = [
+        read_shard(opened(blob(store, shard["sha256"], shard["size_bytes"]), shard.get("plain"), how, secret))
+        for shard in manifest["shards"]
+    ]
     tensors = {entry["name"]: read_tensor(entry, shards, base) for entry in manifest["tensors"]}
     need(len(tensors) == len(manifest["tensors"]), "duplicate tensor")
-    return manifest, tensors, {entry["name"]: read_file(store, entry) for entry in manifest["files"]}
+    return manifest, tensors, {entry["name"]: read_file(store, entry, how, secret) for entry in manifest["files"]}
 
 
-def read_base(store, name, manifest):
+def read_base(store, name, manifest, key):
     """The tensors of the pack that this one is stored as the difference to, which stands alone; none without one."""
     if "base" not in manifest:
         need(all("base" not in entry for entry in manifest["tensors"]), "differences to no base")
@@ -64,7 +73,7 @@ def read_base(store, name, manifest):
     need(manifest["format_version"] == 3, "a base before version 3")
     used = [entry["base"] for entry in manifest["tensors"] if "base" in entry]
     need(used and len(used) == len(set(used)), "one tensor of the base for each difference")
-    base, tensors, _ = read_pack(store, name, manifest["base"])
+    base, tensors, _ = read_pack(store, name, manifest["base"], key)
     need("base" not in base and base["name"] == manifest["name"], "a base that does not stand alone")
     return tensors
 
@@ -75,8 +84,54 @@ def blob(store, digest, size):
     return data
 
 
-def read_file(store, entry):
+def hkdf(secret, info, size):
+    """RFC 5869 with SHA-256 and without salt, up to 32 bytes."""
+    return hmac.digest(hmac.digest(bytes(32), secret, "sha256"), info + b"\1", "sha256")[:size]
+
+
+def read_secret(store, name, wanted, key):
+    """The secret with an id, from the newest entry that the key wrapped; see "Encryption" in FORMAT.md."""
+    for path in sorted((store / "packs" / name / "secrets").glob("*.json"), reverse=True):
+        entry = strict_json(path.read_bytes())
+        if entry["key"] != hkdf(key, b"modelpress wrapping key id v1", 16).hex() or wanted not in entry["secrets"]:
+            continue
+        need(entry["algorithm"] == "AES-256-GCM" and entry["format_version"] == 1, "how secrets are wrapped")
+        place = {field: entry[field] for field in ("format_version", "name", "number", "secrets")}
+        context = {"modelpress:entry": sha256(compact(place)), "modelpress:name": name}
+        wrapped = base64.b64decode(entry["wrapped"])
+        found = AESGCM(key).decrypt(wrapped[:12], wrapped[12:], compact(context))
+        position = entry["secrets"].index(wanted)
+        secret = found[32 * position : 32 * position + 32]
+        need(hkdf(secret, b"modelpress secret id v1" + name.encode(), 16).hex() == wanted, "id of the secret")
+        return secret
+    raise Refused(f"no entry with secret {wanted} for this key")
+
+
+def compact(document):
+    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+
+
+def opened(data, plain, how, secret):
+    """A blob without its encryption; as it is where the pack has none."""
+    need((plain is None) == (how is None), "a pack in which only some blobs are encrypted")
+    if how is None:
+        return data
+    need(how["algorithm"] == "AES-256-GCM-STREAM", "algorithm")
+    step, digest, out = how["segment_bytes"], bytes.fromhex(plain["sha256"]), b""
+    key = hkdf(secret, b"modelpress blob v1" + step.to_bytes(8, "little") + digest, 32)
+    count = max(1, -(-plain["size_bytes"] // step))
+    for number in range(count):
+        segment = data[number * (step + 16) :][: step + 16]
+        nonce = number.to_bytes(11, "little") + bytes([number == count - 1])
+        out += AESGCM(key).decrypt(nonce, segment, digest)
+    need(len(data) == plain["size_bytes"] + 16 * count, "length of an encrypted blob")
+    need(len(out) == plain["size_bytes"] and sha256(out) == plain["sha256"], "digest of a decrypted blob")
+    return out
+
+
+def read_file(store, entry, how, secret):
     data = blob(store, entry["stored_sha256"], entry["stored_bytes"])
+    data = opened(data, entry.get("plain"), how, secret)
     if entry["codec"] == "zstd":
         data = frame(data, entry["size_bytes"], exact=True)
     need(len(data) == entry["size_bytes"] and sha256(data) == entry["sha256"], f"file {entry['name']}")

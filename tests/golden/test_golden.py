@@ -8,13 +8,15 @@ import pytest
 
 from modelpress import keys
 from modelpress.codec import CODECS
+from modelpress.cipher import LocalKey, opener
 from modelpress.container import Base, read_tensors
 from modelpress.container.tensors import to_bytes
 from modelpress.dtypes import DTYPES
 from modelpress.manifest import FORMAT_VERSION, Manifest
 from modelpress.pack_files import read_files, read_reports
+from modelpress.store import open_store
 from tests.golden import second_reader
-from tests.golden.make_golden import tensors
+from tests.golden.make_golden import WRAPPING_KEY, tensors
 
 HERE = Path(__file__).parent
 DIGESTS = {
@@ -22,6 +24,7 @@ DIGESTS = {
     "v2": "e42d1acf7762a68270e967e2dbf273aae5a60fa77397f82ce7b93feebd31a7f2",
     "v2-stored": "0e42694f2e9b16d08473a3ecc21b8f3ad9c696c0e70b42a915d475d88d825c4f",
     "v3-delta": "3095036ad629a763d3f7e49fe5fc6c9d9669dc2b846bf7e1457a5dbb0cd98798",
+    "v3-encrypted": "b8e25d080f61334281c1d35b5f972164ab385f708474c7a4b57482f457e57ad8",
 }
 PACKS = pytest.mark.parametrize("pack", DIGESTS)
 
@@ -78,8 +81,11 @@ def test_one_pack_has_streams_with_stored_and_with_coded_chunks() -> None:
 def test_every_version_stays_readable(pack: str) -> None:
     manifest, expected = manifest_of(pack), tensors(pack)
 
+    opener_of = opener(open_store(str(store(pack))), manifest, [LocalKey(WRAPPING_KEY)])
+
     def fetch(digest: str) -> bytes:
-        return (store(pack) / keys.blob(digest)).read_bytes()
+        data, sealed = (store(pack) / keys.blob(digest)).read_bytes(), opener_of(digest, "opening")
+        return sealed.open(data) if sealed else data
 
     base = None
     if manifest.base is not None:
@@ -98,7 +104,7 @@ def test_every_version_stays_readable(pack: str) -> None:
 
 @PACKS
 def test_the_second_reader_reads_the_same(pack: str) -> None:
-    _, found, files = second_reader.read_pack(store(pack), "golden", DIGESTS[pack])
+    _, found, files = second_reader.read_pack(store(pack), "golden", DIGESTS[pack], WRAPPING_KEY)
     expected = tensors(pack)
     assert set(found) == set(expected)
     for name, tensor in expected.items():

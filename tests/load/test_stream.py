@@ -201,39 +201,6 @@ def test_who_stops_early_leaves_no_thread(tmp_path: Path, pack: Pack) -> None:
     assert threads_left() == []
 
 
-def test_stored_bytes_can_be_opened_and_decoded_ones_rebuilt(tmp_path: Path, pack: Pack) -> None:
-    """The two hooks, with a cipher and a difference of one line each."""
-    flipped = bytes(range(255, -1, -1))
-    manifest, store = pack.manifest, LocalStore(tmp_path / "other")
-    sizes = {}
-    shards = []
-    import hashlib
-
-    for shard in manifest.shards:
-        plain = LocalStore(tmp_path / "store").get(keys.blob(shard.sha256))
-        stored = plain.translate(flipped) + b"tag"
-        digest = hashlib.sha256(stored).hexdigest()
-        sizes[digest] = len(plain)
-        shards.append({"sha256": digest, "size_bytes": len(stored)})
-        store.put(keys.blob(digest), stored)
-    other = Manifest.model_validate(manifest.model_dump() | {"shards": shards})
-
-    class Opening:
-        def __init__(self, size: int) -> None:
-            self.plain_bytes, self._left = size, size
-
-        def feed(self, stored: memoryview) -> bytes:
-            plain = bytes(stored[: self._left]).translate(flipped)
-            self._left -= len(plain)
-            return plain
-
-        def finish(self) -> bytes:
-            return b""
-
-    found = dict(stream_tensors(other, Blobs(store, other), opener=lambda digest: Opening(sizes[digest])))
-    assert all(torch.equal(found[name], tensor) for name, tensor in pack.checkpoint.tensors.items())
-
-
 def test_a_shard_beyond_all_memory_is_a_named_error(pack: Pack, tmp_path: Path) -> None:
     shards = [shard.model_dump() for shard in pack.manifest.shards]
     shards[0]["size_bytes"] = 2**62

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from modelpress.errors import ConfigError
-from modelpress.settings import read_settings
+from modelpress.settings import read_settings, without_logins
 
 
 def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,3 +21,7 @@ def test_a_bad_value_names_its_variable(monkeypatch: pytest.MonkeyPatch, name: s
     monkeypatch.setenv(f"MODELPRESS_{name}", value)
     with pytest.raises(ConfigError, match=f"MODELPRESS_{name}='{value}'"):
         read_settings()
+
+
+def test_addresses_are_shown_without_their_logins() -> None:
+    assert without_logins("talking to http://name:p:w@host:1/x and s3://b") == "talking to http://host:1/x and s3://b"
