@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from modelpress import keys, pointer
 from modelpress.errors import ConfigError, NotFoundError
+from modelpress.load.base import load_base
 from modelpress.load.names import load_manifest, resolve
 from modelpress.store.base import Store
 
@@ -20,8 +21,9 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 24 * 3600}
 
 
 def share(store: Store, name: str, ref: str, seconds: int) -> Links:
-    """Links to all objects that loading a pack needs: its manifest and blobs, where it is encrypted the model's wrapped
-    secrets (who loads it needs the key that opens them), and where `ref` is an alias the entry that it stands on.
+    """Links to all objects that loading a pack needs: its manifest, signatures and blobs; the same of its base, where it
+    is stored as the difference to one; the model's wrapped secrets, where one is encrypted (who loads it needs the key
+    that opens them); and where `ref` is an alias the entry that it stands on.
 
     Whoever has the links reads the pack until they end: nothing takes them back but the credentials that signed them.
 
@@ -37,8 +39,11 @@ def share(store: Store, name: str, ref: str, seconds: int) -> Links:
         raise ConfigError(f"sharing {name}@{ref}", found=f"{seconds} seconds", expected=f"1 to {MAX_SECONDS} (7 days)")
     digest = resolve(store, name, ref)
     manifest = load_manifest(store, name, digest)
-    wanted = [keys.manifest(name, digest), *(keys.blob(blob) for blob in manifest.blobs())]
-    if manifest.encryption:
+    packs = [manifest] if manifest.base is None else [manifest, load_base(store, manifest, manifest.base)]
+    wanted = [keys.manifest(name, pack.digest) for pack in packs]
+    wanted += sorted({keys.blob(blob) for pack in packs for blob in pack.blobs()})
+    wanted += [info.key for pack in packs for info in store.list(keys.signatures(name, pack.digest))]
+    if any(pack.encryption for pack in packs):
         wanted += [info.key for info in store.list(keys.secrets(name))]
     if keys.is_alias(ref) and (entry := pointer.current(store, name, ref)) is not None and entry.pack == digest:
         wanted.append(keys.pointer(name, ref, entry.number))
@@ -48,7 +53,9 @@ def share(store: Store, name: str, ref: str, seconds: int) -> Links:
         info = store.info(key)
         if info is None:
             raise NotFoundError(f"sharing {name}@{ref}", found=f"no object {store.uri}/{key}", fix="publish it again")
-        objects[key] = Link.model_validate({"url": store.link(key, seconds), "size_bytes": info.size_bytes})
+        objects[key] = Link.model_validate(
+            {"url": store.link(key, seconds), "size_bytes": info.size_bytes, "modified": info.modified}
+        )
     return Links(name=name, pack=digest, expires=expires, objects=objects)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterator
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -24,6 +24,9 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from modelpress.errors import CorruptionError
 from modelpress.manifest import TAG_BYTES, Encryption, Plain
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 KEY_BYTES: Final = 32
 LABEL: Final = b"modelpress blob v1"
@@ -132,7 +135,7 @@ class Opener:
         if self._number != self._count:
             raise self._refusal(f"the end in segment {self._number} of {self._count}")
 
-    def open(self, data: bytes | memoryview) -> bytes:
+    def open(self, data: Buffer) -> bytes:
         """A whole blob at once.
 
         Raises:

@@ -12,10 +12,10 @@ import itertools
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from urllib.parse import unquote, urlsplit
 
 import botocore.session
@@ -42,6 +42,9 @@ from modelpress.store.s3_multipart import PART_BYTES
 from modelpress.store.wire import Wire, tls_context
 from modelpress.strictjson import loads
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 SCHEME = "links+file://"
 MAX_FILE_BYTES = 2**26
 
@@ -55,6 +58,8 @@ class Link(BaseModel):
     """The address, signed."""
     size_bytes: Size
     """Length of the object."""
+    modified: AwareDatetime
+    """When it was written."""
 
     @field_serializer("url", when_used="json")
     def _spell(self, url: SecretStr) -> str:
@@ -121,6 +126,15 @@ class LinkStore(Store):
         check_range(key, start, length)
         return b"".join(self._pieces(key, start, length))
 
+    def read_into(
+        self, key: str, buffer: Buffer, start: int = 0, arrived: Callable[[memoryview], None] = lambda _: None
+    ) -> None:
+        view, position = memoryview(buffer).cast("B"), 0
+        for piece in self._pieces(key, start, len(view)):
+            view[position : position + len(piece)] = piece
+            position += len(piece)
+            arrived(view[position - len(piece) : position])
+
     def download(self, key: str, path: Path) -> str:
         digest = hashlib.sha256()
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
@@ -137,13 +151,13 @@ class LinkStore(Store):
 
     def info(self, key: str) -> ObjectInfo | None:
         link = self.links.objects.get(check_key(key))
-        return None if link is None else ObjectInfo(key, link.size_bytes)
+        return None if link is None else ObjectInfo(key, link.size_bytes, link.modified)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         check_key(prefix, prefix=True)
         for key in sorted(self.links.objects, key=str.encode):
             if key.startswith(prefix):
-                yield ObjectInfo(key, self.links.objects[key].size_bytes)
+                yield ObjectInfo(key, self.links.objects[key].size_bytes, self.links.objects[key].modified)
 
     def put(self, key: str, data: bytes | Path, *, if_absent: bool = False, sha256: str | None = None) -> bool:
         del data, if_absent, sha256

@@ -148,7 +148,7 @@ def test_a_file_that_is_none_of_links_is_refused_and_not_shown(tmp_path: Path, c
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://host/x", "http:///x", "x"])
 def test_links_to_anything_but_http_are_refused(tmp_path: Path, url: str) -> None:
     path, digest = tmp_path / "links.json", hashlib.sha256().hexdigest()
-    objects = {keys.blob(digest): {"url": url, "size_bytes": 0}}
+    objects = {keys.blob(digest): {"url": url, "size_bytes": 0, "modified": "2026-01-01T00:00:00Z"}}
     expires = "2030-01-01T00:00:00Z"
     Links.model_validate({"name": "demo", "pack": digest, "expires": expires, "objects": objects}).write(path)
     with pytest.raises(ConfigError, match="no address"):
