@@ -27,6 +27,7 @@ CERTAIN_SECONDS = 5.0
 """A delete that was answered sooner was not sent twice by a client that waited for its first answer."""
 MAX_FRUITLESS = 3
 PROBES = "doctor/"
+PROBE_LIFE = timedelta(hours=1)
 
 
 class _Plan:
@@ -56,7 +57,8 @@ class _Plan:
             if not found.lives(now):
                 self._add(ObjectInfo(found.key, found.size_bytes, found.modified), "abandoned upload")
         for info in store.list(PROBES):
-            self._judge(info, "probe")
+            if now - info.modified > PROBE_LIFE:  # whatever the grace: somebody may be looking at it
+                self._judge(info, "probe")
         for upload in store.unfinished(keys.BLOBS):
             if keys.blob_digest(upload.key) not in survey.needed | {None} and now - upload.begun > abandoned:
                 name = f"{upload.key}?uploadId={upload.upload}"

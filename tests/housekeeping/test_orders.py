@@ -34,7 +34,7 @@ TIME = "time"
 HOUR, WEEKS = timedelta(hours=1), timedelta(days=15)
 ATOMIC = ("delete blobs/", "put packs/", "delete packs/", "delete uploads/")
 """Between the decision for one of these and its effect no time passes: what `turns` has its margins for."""
-FEW, MANY = 2, 10**6
+FEW, MANY = 1, 10**6
 """Switches from a thread that could have gone on."""
 ALONE = ("stages/", "doctor/")
 """What only one thread looks at: no step of its own."""
