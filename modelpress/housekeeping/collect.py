@@ -158,11 +158,7 @@ def _remove(store: Store, lease: Lease, survey: Survey, plan: _Plan, progress: P
             progress(removed.size_bytes, total, "collecting")
         fruitless = fruitless + 1 if len(waiting) == before else 0
         if fruitless == MAX_FRUITLESS:
-            raise StoreUnavailableError(
-                f"collecting in {store.uri}",
-                found=f"{MAX_FRUITLESS} rounds with no time left for a delete after what is needed was listed",
-                fix="collect when the store is less busy, and from nearer to it",
-            )
+            raise no_time(store, "collecting in")
     return removed
 
 
@@ -197,6 +193,15 @@ def delete_all(lease: Lease, deletes: Sequence[Callable[[], None]]) -> list[bool
         )
     lease.uncertain = False
     return [one is not None for one in seconds]
+
+
+def no_time(store: Store, what: str) -> StoreUnavailableError:
+    """Rounds that were over before anything was deleted."""
+    return StoreUnavailableError(
+        f"{what} {store.uri}",
+        found=f"{MAX_FRUITLESS} rounds with no time left for a delete after what is needed was listed",
+        fix="run it when the store is less busy, and from nearer to it",
+    )
 
 
 def _report(
