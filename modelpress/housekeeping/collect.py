@@ -27,6 +27,7 @@ CERTAIN_SECONDS = 5.0
 """A delete that was answered sooner was not sent twice by a client that waited for its first answer."""
 MAX_FRUITLESS = 3
 PROBES = "doctor/"
+PROBE_LIFE = timedelta(hours=1)
 
 
 class _Plan:
@@ -56,7 +57,8 @@ class _Plan:
             if not found.lives(now):
                 self._add(ObjectInfo(found.key, found.size_bytes, found.modified), "abandoned upload")
         for info in store.list(PROBES):
-            self._judge(info, "probe")
+            if now - info.modified > PROBE_LIFE:  # whatever the grace: somebody may be looking at it
+                self._judge(info, "probe")
         for upload in store.unfinished(keys.BLOBS):
             if keys.blob_digest(upload.key) not in survey.needed | {None} and now - upload.begun > abandoned:
                 name = f"{upload.key}?uploadId={upload.upload}"
@@ -156,11 +158,7 @@ def _remove(store: Store, lease: Lease, survey: Survey, plan: _Plan, progress: P
             progress(removed.size_bytes, total, "collecting")
         fruitless = fruitless + 1 if len(waiting) == before else 0
         if fruitless == MAX_FRUITLESS:
-            raise StoreUnavailableError(
-                f"collecting in {store.uri}",
-                found=f"{MAX_FRUITLESS} rounds with no time left for a delete after what is needed was listed",
-                fix="collect when the store is less busy, and from nearer to it",
-            )
+            raise no_time(store, "collecting in")
     return removed
 
 
@@ -195,6 +193,15 @@ def delete_all(lease: Lease, deletes: Sequence[Callable[[], None]]) -> list[bool
         )
     lease.uncertain = False
     return [one is not None for one in seconds]
+
+
+def no_time(store: Store, what: str) -> StoreUnavailableError:
+    """Rounds that were over before anything was deleted."""
+    return StoreUnavailableError(
+        f"{what} {store.uri}",
+        found=f"{MAX_FRUITLESS} rounds with no time left for a delete after what is needed was listed",
+        fix="run it when the store is less busy, and from nearer to it",
+    )
 
 
 def _report(

@@ -68,7 +68,6 @@ class Announcement:
         self._ended = threading.Event()
         self._beat = threading.Thread(target=self._renew_until_ended, name="intent", daemon=True)
         self._renewed = 0.0
-        self.announce()
 
     def announce(self) -> None:
         """Write it, under a new name, and wait until every collector that may delete from now on will read it.
@@ -95,7 +94,8 @@ class Announcement:
                 self._store.delete(key)
 
     def start(self) -> None:
-        """Keep it alive from a thread of its own."""
+        """Write it, and keep it alive from a thread of its own."""
+        self.announce()
         self._beat.start()
 
     def stop(self) -> None:
@@ -151,8 +151,8 @@ def announced(
         lives_seconds=lives,
     )
     announcement = Announcement(store, intent, progress)
-    announcement.start()
     try:
+        announcement.start()
         yield announcement
     except BaseException as error:
         announcement.stop()

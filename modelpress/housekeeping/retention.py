@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from modelpress import keys, pointer
 from modelpress.config import RetentionConfig
 from modelpress.errors import NotFoundError
-from modelpress.housekeeping.collect import delete_all
+from modelpress.housekeeping.collect import MAX_FRUITLESS, delete_all, no_time
 from modelpress.housekeeping.survey import PackEntry, PackId, Survey
 from modelpress.housekeeping.turns import Lease
 from modelpress.progress import Progress, silent
@@ -55,10 +55,13 @@ def retain(
     store.ensure_fit()
     with Lease(store, "applying retention in") as lease:
         first = judged = _judge(store, rules, names, lease.now())
-        total, removed = sum(not one.keep for one in first), 0
+        total, removed, fruitless = sum(not one.keep for one in first), 0, 0
         while going := [one for one in judged if not one.keep][:IN_A_ROUND]:
             done = delete_all(lease, [functools.partial(_remove, store, one) for one in going])
             removed += sum(done)
+            fruitless = 0 if any(done) else fruitless + 1
+            if fruitless == MAX_FRUITLESS:
+                raise no_time(store, "applying retention in")
             progress(removed, total, "retention")
             lease.next_round()
             judged = _judge(store, rules, (), lease.now(), only=names)

@@ -33,10 +33,10 @@ def usage(store: Store, name: str | None = None) -> UsageReport:
     there: dict[str, int] = {}
     sums = {"referenced": [0, 0], "unreferenced": [0, 0], "other": [0, 0]}
     for info in store.list():
-        digest = keys.blob_digest(info.key)
-        if digest is not None:
-            there[digest] = info.size_bytes
-        kind = "other" if digest is None else "referenced" if digest in users else "unreferenced"
+        found = keys.blob_digest(info.key)
+        if found is not None:
+            there[found] = info.size_bytes
+        kind = "other" if found is None else "referenced" if found in users else "unreferenced"
         sums[kind][0] += 1
         sums[kind][1] += info.size_bytes
     shown = [entry for pack, entry in survey.packs.items() if name in (None, pack.name)]

@@ -34,7 +34,7 @@ TIME = "time"
 HOUR, WEEKS = timedelta(hours=1), timedelta(days=15)
 ATOMIC = ("delete blobs/", "put packs/", "delete packs/", "delete uploads/")
 """Between the decision for one of these and its effect no time passes: what `turns` has its margins for."""
-FEW, MANY = 2, 10**6
+FEW, MANY = 1, 10**6
 """Switches from a thread that could have gone on."""
 ALONE = ("stages/", "doctor/")
 """What only one thread looks at: no step of its own."""
@@ -147,6 +147,7 @@ def run(
     make: Callable[[], Stepped],
     works: dict[str, Work],
     jump: timedelta,
+    switches: int,
     prefix: tuple[str, ...],
     seen: set[object],
 ) -> tuple[list[tuple[str, ...]], Stepped | None, dict[str, BaseException]]:
@@ -173,7 +174,7 @@ def run(
         thread.fresh = True  # type: ignore[attr-defined]
         thread.start()
     made: tuple[str, ...] = ()
-    last, left = "", FEW if jump else MANY
+    last, left = "", switches
     try:
         while True:
             with store.turn:
@@ -189,7 +190,7 @@ def run(
                     choices = [*choices, TIME]
                 choices.sort(key=lambda name: name != last)  # to go on is no switch
                 if len(made) >= len(prefix):
-                    state = (store.state(), last, left) if jump else store.state()
+                    state = store.state() if switches == MANY else (store.state(), last, left)
                     if state in seen and not stuck:
                         return others, None, errors
                     seen.add(state)
@@ -221,6 +222,7 @@ def all_orders(
     works: dict[str, Work],
     monkeypatch: pytest.MonkeyPatch,
     jump: timedelta = timedelta(0),
+    switches: int = MANY,
     most: int = 50_000,
 ) -> Iterator[tuple[Stepped, dict[str, BaseException]]]:
     current: list[Stepped] = []
@@ -239,7 +241,7 @@ def all_orders(
     for _ in range(most):
         if not todo:
             return
-        others, store, errors = run(made, works, jump, todo.pop(), seen)
+        others, store, errors = run(made, works, jump, switches, todo.pop(), seen)
         todo += others
         if store is not None:
             yield store, errors
@@ -286,7 +288,7 @@ def check_published(
     scene: Callable[[], Stepped], monkeypatch: pytest.MonkeyPatch, jump: timedelta, **works: Work
 ) -> int:
     count = 0
-    for store, errors in all_orders(scene, works, monkeypatch, jump):
+    for store, errors in all_orders(scene, works, monkeypatch, jump, FEW if jump else MANY):
         count += 1
         assert not broken(store), broken(store)
         assert not errors, errors
@@ -301,7 +303,7 @@ def test_nothing_is_taken_from_a_publisher(monkeypatch: pytest.MonkeyPatch, jump
 
 def test_a_pointer_never_leads_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     moved = refused = 0
-    for store, errors in all_orders(with_versions, {"p": promoting, "r": retaining}, monkeypatch):
+    for store, errors in all_orders(with_versions, {"p": promoting, "r": retaining}, monkeypatch, switches=3):
         assert not broken(store)
         entry = pointer.current(store, "demo", "champion")
         if entry is None:
@@ -398,4 +400,5 @@ def test_a_broken_protocol_is_found_out(
 ) -> None:
     breaking(monkeypatch)
     works: dict[str, Work] = {"publisher": NEW.publish, "collector": collecting}
-    assert any(broken(store) for store, _ in all_orders(with_garbage, works, monkeypatch, jump))
+    few = FEW if jump else MANY
+    assert any(broken(store) for store, _ in all_orders(with_garbage, works, monkeypatch, jump, few))

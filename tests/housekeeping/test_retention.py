@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from modelpress import keys, pointer
 from modelpress.cli import app
 from modelpress.config import RetentionConfig
-from modelpress.errors import CorruptionError, NotFoundError
-from modelpress.housekeeping import intents
+from modelpress.errors import CorruptionError, NotFoundError, StoreUnavailableError
+from modelpress.housekeeping import intents, turns
 from modelpress.housekeeping.retention import retain
 from modelpress.housekeeping.usage import usage
 from modelpress.store.local import LocalStore
@@ -133,6 +133,14 @@ def test_a_damaged_log_stops_retention(store: MemoryStore) -> None:
     with pytest.raises(CorruptionError, match="following the log"):
         retain(store, SHORT, delete=True)
     assert all(keys.manifest("demo", pack.digest) in store.objects for pack in packs)
+
+
+def test_nothing_is_removed_late_in_a_round(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    packs = versions(store, 2)
+    monkeypatch.setattr(turns, "ROUND_SECONDS", 0.0)
+    with pytest.raises(StoreUnavailableError, match="no time left"):
+        retain(store, SHORT, delete=True)
+    assert keys.manifest("demo", packs[0].digest) in store.objects
 
 
 def test_an_unknown_name(store: MemoryStore) -> None:
