@@ -122,6 +122,7 @@ def append(
     *,
     after: int | None = None,
     token: str | None = None,
+    accepted: Store | None = None,
 ) -> Pointer:
     """Point `alias` at `pack` by one more entry.
 
@@ -136,6 +137,7 @@ def append(
             if another entry came since.
         token: names the attempt over retries, also those of a restarted process; an entry with this token is returned
             as it is. By default each call is an attempt of its own.
+        accepted: the same store, held to what counts as the log for this once: to leave entries of a revoked key.
 
     Raises:
         NotFoundError: no manifest of this digest is published under `name`.
@@ -153,11 +155,11 @@ def append(
             fix="publish the pack first; `modelpress inspect` shows what is published",
         )
     if token is not None:
-        for entry in history(store, name, alias):
+        for entry in history(accepted or store, name, alias):
             if entry.token == token:
                 return entry
     for attempt in range(MAX_RACES):
-        last = current(store, name, alias)
+        last = current(accepted or store, name, alias)
         number = last.number if last else 0
         if after is not None and number != after:
             raise ConflictError(
@@ -297,17 +299,25 @@ def history(store: Store, name: str, alias: str) -> list[Pointer]:
     return entries
 
 
-def rollback(store: Store, name: str, alias: str, to: str | None = None, *, token: str | None = None) -> Pointer:
+def rollback(
+    store: Store,
+    name: str,
+    alias: str,
+    to: str | None = None,
+    *,
+    token: str | None = None,
+    accepted: Store | None = None,
+) -> Pointer:
     """Point `alias` back by one more entry: at pack `to`, or at the one that stood before the current pack.
 
     Rollbacks in a row go further back, not to and fro: after A, B, C, the first returns to B and the second to A. A
-    retry that carries the `token` of the first attempt meets its entry, and goes no further.
+    retry that carries the `token` of the first attempt meets its entry, and goes no further. `accepted`: see `append`.
 
     Raises:
         NotFoundError: there is nothing to go back to.
         ConflictError: the alias was moved by someone else meanwhile.
     """
-    entries = history(store, name, alias)
+    entries = history(accepted or store, name, alias)
     for entry in entries:
         if token is not None and entry.token == token:
             return entry
@@ -315,7 +325,8 @@ def rollback(store: Store, name: str, alias: str, to: str | None = None, *, toke
     if to is None and len(standing) < 2:
         found = f"only pack {standing[0]}" if standing else "an alias that was never set"
         raise NotFoundError(f"rolling back {name}@{alias}", found=found, expected="an earlier pack to go back to")
-    return append(store, name, alias, to or standing[-2], ROLLBACK, after=len(entries), token=token)
+    pack = to or standing[-2]
+    return append(store, name, alias, pack, ROLLBACK, after=len(entries), token=token, accepted=accepted)
 
 
 def _standing(entries: list[Pointer]) -> list[str]:

@@ -119,6 +119,7 @@ def inspect(
     opened = opened_store(store)
     digest = load.resolve(opened, name, ref)
     manifest = load.load_manifest(opened, name, digest)
+    signed = [one.line() for one in load.check_trust(opened, name, digest)] if opened.trust else None
     fetch = load.fetcher(opened, manifest)
     entry = explain.find_tensor(manifest, tensor) if tensor is not None else None
     choices = explain.read_choices(manifest, fetch)
@@ -128,12 +129,16 @@ def inspect(
         return
     if as_json:
         chosen = {row: choice.model_dump(mode="json", exclude={"decode_seconds"}) for row, choice in choices.items()}
-        document = {"pack": digest, "manifest": manifest.model_dump(mode="json"), "choices": chosen}
+        document = {
+            "pack": digest,
+            "signed_by": signed,
+            "manifest": manifest.model_dump(mode="json"),
+            "choices": chosen,
+        }
         typer.echo(json.dumps(document, indent=2))
         return
     echo(f"{name} {digest}, {manifest.kind}, format {manifest.format_version}, licence {manifest.licence}")
-    signed = load.check_trust(opened, name, digest)
-    echo(_signed_line([one.line() for one in signed] if opened.trust else None))
+    echo(_signed_line(signed))
     echo(rows_table(explain.table(manifest, choices)))
     echo(explain.codec_counts(manifest))
     echo(_blob_table(manifest))
