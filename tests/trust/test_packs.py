@@ -192,7 +192,7 @@ def test_a_signature_that_is_none(team: Team, forge: Callable[[Team, str], bytes
 
 
 @given(place=st.integers(0, 10**6), byte=st.integers(1, 255), cut=st.integers(0, 8), junk=st.binary(max_size=64))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_no_changed_envelope_counts(
     tmp_path_factory: pytest.TempPathFactory, place: int, byte: int, cut: int, junk: bytes
 ) -> None:
