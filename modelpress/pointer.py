@@ -193,17 +193,11 @@ def renew(store: Store, accepted: Store, name: str, alias: str) -> Pointer | Non
         TrustError: the entry that stands is not accepted, or the pack, or our own key.
         CorruptionError: the log is broken.
     """
-    check_may_append(store, name, alias)
     entries = history(accepted, name, alias)
     if not entries:
         return None
     last = entries[-1]
-    if store.trust is not None:
-        check_pack(store, store.trust.policy(), name, last.pack)
-    entry = _next(last, name, alias, last.pack, RENEWAL, None, None).signed(store.signer)
-    if not _create(store, entry):
-        raise ConflictError(f"signing {name}@{alias} again", found=f"a new entry {entry.number}", fix="run it again")
-    return entry
+    return append(store, name, alias, last.pack, RENEWAL, after=last.number, accepted=accepted)
 
 
 def check_may_append(store: Store, name: str, alias: str) -> None:
