@@ -123,6 +123,7 @@ def append(
     *,
     after: int | None = None,
     token: str | None = None,
+    accepted: Store | None = None,
 ) -> Pointer:
     """Point `alias` at `pack` by one more entry.
 
@@ -137,6 +138,7 @@ def append(
             if another entry came since.
         token: names the attempt over retries, also those of a restarted process; an entry with this token is returned
             as it is. By default each call is an attempt of its own.
+        accepted: the same store, held to what counts as the log for this once: to leave entries of a revoked key.
 
     Raises:
         NotFoundError: no manifest of this digest is published under `name`.
@@ -169,11 +171,11 @@ def _append(
             fix="publish the pack first; `modelpress inspect` shows what is published",
         )
     if token is not None:
-        for entry in history(store, name, alias):
+        for entry in history(accepted or store, name, alias):
             if entry.token == token:
                 return entry
     for attempt in range(MAX_RACES):
-        last = current(store, name, alias)
+        last = current(accepted or store, name, alias)
         number = last.number if last else 0
         if after is not None and number != after:
             raise ConflictError(
@@ -207,17 +209,11 @@ def renew(store: Store, accepted: Store, name: str, alias: str) -> Pointer | Non
         TrustError: the entry that stands is not accepted, or the pack, or our own key.
         CorruptionError: the log is broken.
     """
-    check_may_append(store, name, alias)
     entries = history(accepted, name, alias)
     if not entries:
         return None
     last = entries[-1]
-    if store.trust is not None:
-        check_pack(store, store.trust.policy(), name, last.pack)
-    entry = _next(last, name, alias, last.pack, RENEWAL, None, None).signed(store.signer)
-    if not _create(store, entry):
-        raise ConflictError(f"signing {name}@{alias} again", found=f"a new entry {entry.number}", fix="run it again")
-    return entry
+    return append(store, name, alias, last.pack, RENEWAL, after=last.number, accepted=accepted)
 
 
 def check_may_append(store: Store, name: str, alias: str) -> None:
@@ -313,17 +309,25 @@ def history(store: Store, name: str, alias: str) -> list[Pointer]:
     return entries
 
 
-def rollback(store: Store, name: str, alias: str, to: str | None = None, *, token: str | None = None) -> Pointer:
+def rollback(
+    store: Store,
+    name: str,
+    alias: str,
+    to: str | None = None,
+    *,
+    token: str | None = None,
+    accepted: Store | None = None,
+) -> Pointer:
     """Point `alias` back by one more entry: at pack `to`, or at the one that stood before the current pack.
 
     Rollbacks in a row go further back, not to and fro: after A, B, C, the first returns to B and the second to A. A
-    retry that carries the `token` of the first attempt meets its entry, and goes no further.
+    retry that carries the `token` of the first attempt meets its entry, and goes no further. `accepted`: see `append`.
 
     Raises:
         NotFoundError: there is nothing to go back to.
         ConflictError: the alias was moved by someone else meanwhile.
     """
-    entries = history(store, name, alias)
+    entries = history(accepted or store, name, alias)
     for entry in entries:
         if token is not None and entry.token == token:
             return entry
@@ -331,7 +335,8 @@ def rollback(store: Store, name: str, alias: str, to: str | None = None, *, toke
     if to is None and len(back) < 2:
         found = f"only pack {back[0]}" if back else "an alias that was never set"
         raise NotFoundError(f"rolling back {name}@{alias}", found=found, expected="an earlier pack to go back to")
-    return append(store, name, alias, to or back[-2], ROLLBACK, after=len(entries), token=token)
+    pack = to or back[-2]
+    return append(store, name, alias, pack, ROLLBACK, after=len(entries), token=token, accepted=accepted)
 
 
 def standing(entries: list[Pointer]) -> list[str]:

@@ -6,6 +6,8 @@ import re
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
+from pydantic import SecretStr
+
 from modelpress import keys, pointer
 from modelpress.errors import ConfigError, NotFoundError
 from modelpress.load.base import load_base
@@ -21,9 +23,11 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 24 * 3600}
 
 
 def share(store: Store, name: str, ref: str, seconds: int) -> Links:
-    """Links to all objects that loading a pack needs: its manifest, signatures and blobs; the same of its base, where it
-    is stored as the difference to one; the model's wrapped secrets, where one is encrypted (who loads it needs the key
-    that opens them); and where `ref` is an alias the entry that it stands on.
+    """Links to all objects that loading a pack needs.
+
+    They are its manifest, signatures and blobs; the same of its base, where it is stored as the difference to one; the
+    model's wrapped secrets, where one is encrypted (who loads it needs the key that opens them); and where `ref` is an
+    alias, the entry that it stands on.
 
     Whoever has the links reads the pack until they end: nothing takes them back but the credentials that signed them.
 

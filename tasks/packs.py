@@ -151,6 +151,8 @@ def upload(
         return {}, report
 
     def published(report: UploadReport) -> bool:
+        if store.signer is not None and not store.info(keys.signature(config.name, report.pack, store.signer.key_id)):
+            return False  # published before there was this key: publishing again signs, and sends nothing
         return store.info(keys.manifest(config.name, report.pack)) is not None
 
     refs = [coded, *shards.values(), provenance.scores, provenance.source_scores]

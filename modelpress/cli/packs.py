@@ -129,6 +129,7 @@ def inspect(
     opened = opened_store(store)
     digest = load.resolve(opened, name, ref)
     manifest = load.load_manifest(opened, name, digest)
+    signed = [one.line() for one in load.check_trust(opened, name, digest)] if opened.trust else None
     parts = _parts(opened, manifest, needed=tensor is not None)
     entry = explain.find_tensor(manifest, tensor) if tensor is not None else None
     choices = explain.read_choices(manifest, parts.fetch) if parts else {}
@@ -138,12 +139,16 @@ def inspect(
         return
     if as_json:
         chosen = {row: choice.model_dump(mode="json", exclude={"decode_seconds"}) for row, choice in choices.items()}
-        document = {"pack": digest, "manifest": manifest.model_dump(mode="json"), "choices": chosen}
+        document = {
+            "pack": digest,
+            "signed_by": signed,
+            "manifest": manifest.model_dump(mode="json"),
+            "choices": chosen,
+        }
         typer.echo(json.dumps(document, indent=2))
         return
     echo(f"{name} {digest}, {manifest.kind}, format {manifest.format_version}, licence {manifest.licence}")
-    signed = load.check_trust(opened, name, digest)
-    echo(_signed_line([one.line() for one in signed] if opened.trust else None))
+    echo(_signed_line(signed))
     if manifest.encryption:
         with_reports = "" if parts else "; no key in the settings opens it, so without how codecs were chosen"
         echo(f"encrypted: {manifest.encryption.algorithm}, secret {manifest.encryption.secret}{with_reports}")

@@ -46,14 +46,25 @@ def rollback(
     pointer_only: Annotated[
         bool, typer.Option("--pointer-only", help="Move only what servers follow: for when MLflow or Prefect is down.")
     ] = False,
+    signed_by: Annotated[
+        str | None,
+        typer.Option(help="With --pointer-only: leave an entry that this key signed, though it be revoked."),
+    ] = None,
     store: StoreOption = None,
 ) -> None:
     """Point an alias back at an earlier pack."""
+    if signed_by is not None and not pointer_only:
+        from modelpress.errors import ConfigError
+
+        raise ConfigError("rolling back", found="--signed-by alone", expected="--pointer-only --signed-by KEY")
     if pointer_only:
         from modelpress import load, pointer
+        from modelpress.trust.again import pardoned
 
         opened = opened_store(store)
-        pack = pointer.rollback(opened, name, alias, load.resolve(opened, name, to) if to else None).pack
+        accepted = pardoned(opened, signed_by) if signed_by else None
+        target = load.resolve(opened, name, to) if to else None
+        pack = pointer.rollback(opened, name, alias, target, accepted=accepted).pack
     else:
         export_store(store)
         from flows.console import terminal

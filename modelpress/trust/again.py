@@ -68,7 +68,7 @@ def sign_all(store: Store, signed_by: str | None = None) -> Iterator[Done]:
         StoreError: the store does not answer.
     """
     own_signer(store, "signing everything")
-    accepted = _pardoned(store, signed_by) if signed_by is not None else store
+    accepted = pardoned(store, signed_by) if signed_by is not None else store
     aliases: dict[tuple[str, str], None] = {}
     for info in store.list(keys.PACKS):
         place = keys.place(info.key)
@@ -86,9 +86,13 @@ def sign_all(store: Store, signed_by: str | None = None) -> Iterator[Done]:
             yield Done(f"{name}@{alias}", "refused", str(error))
 
 
-def _pardoned(store: Store, signed_by: str) -> Store:
-    """The store, with one key counted whatever the trust file says of it."""
-    doing = f"signing what key {signed_by[:12]} signed"
+def pardoned(store: Store, signed_by: str) -> Store:
+    """The store, with one key counted whatever the trust file says of it.
+
+    Raises:
+        ConfigError: there is no trust file, or the key is not in it.
+    """
+    doing = f"counting what key {signed_by[:12]} signed"
     if store.trust is None:
         raise ConfigError(doing, found="no trust file", fix="set MODELPRESS_TRUST: it has the key's public half")
     policy = store.trust.policy()

@@ -8,6 +8,7 @@ the payload before it has read it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from modelpress import keys
@@ -72,10 +73,12 @@ def sign_pack(store: Store, signer: Signer, name: str, digest: str) -> bool:
         ConflictError: other bytes stand under its key.
         StoreError: it can't be written.
     """
-    key, data = keys.signature(name, digest, signer.key_id), signer.envelope(PAYLOAD_TYPE, statement(name, digest))
-    if store.put(key, data.to_bytes(), if_absent=True):
+    key = keys.signature(name, digest, signer.key_id)
+    data = signer.envelope(PAYLOAD_TYPE, statement(name, digest)).to_bytes()
+    if store.put(key, data, if_absent=True):
         return True
-    if store.get(key) != data.to_bytes():
+    there = store.info(key)
+    if there is None or there.size_bytes != len(data) or store.get(key) != data:
         raise ConflictError(
             f"signing pack {name}@{digest[:12]}",
             found=f"other bytes under {store.uri}/{key}",
@@ -131,17 +134,13 @@ def check_pack(store: Store, policy: Policy, name: str, digest: str) -> tuple[Si
 
 
 def signatures_of(store: Store, policy: Policy | None, name: str, digest: str, most: int = 1000) -> list[Signed]:
-    """All signatures beside a manifest, those that do not count as well; up to `most`."""
+    """The signatures beside a manifest, those that do not count as well; of the first `most` objects there."""
     found = []
-    for info in store.list(keys.signatures(name, digest)):
+    for info in islice(store.list(keys.signatures(name, digest)), most):
         place = keys.place(info.key)
-        if place is None:  # not ours
-            continue
-        signed = read_signature(store, policy, name, digest, place.key_id)
+        signed = read_signature(store, policy, name, digest, place.key_id) if place else None
         if signed is not None:
             found.append(signed)
-        if len(found) == most:
-            break
     return found
 
 

@@ -137,7 +137,7 @@ def test_inspect_says_what_won_and_what_lost(explained: str, store: Store, run: 
     stored = sum(tensor.stored_bytes for tensor in manifest.tensors)
     assert f"{stored:,}" in lines["total"]
     assert "1 rle-huffman" in lines["codecs:"]
-    assert len(out.splitlines()) == 1 + 1 + 4 + 1 + 1 + 1 + len(manifest.shards) + 1 + 1
+    assert len(out.splitlines()) == 2 + 1 + 4 + 1 + 1 + 1 + len(manifest.shards) + 1 + 1
 
 
 def test_inspect_shows_one_tensor_in_full(explained: str, store: Store, run: Run) -> None:

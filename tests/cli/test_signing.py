@@ -208,3 +208,22 @@ def test_a_whole_store_is_verified(desk: Desk, packs: list[str], store: Store) -
     code, out, err = desk.run("verify", "--json")
     assert (code, json.loads(out)["errors"]) == (7, 1)
     assert "foreign packs/scale/notes" in err
+
+
+def test_a_stolen_keys_entry_is_left_by_a_rollback(desk: Desk, packs: list[str], store: Store) -> None:
+    stolen = desk.new_key("stolen")
+    desk.new_key("new")
+    desk.write()
+    desk.sit("stolen", trusting=False)
+    desk.run("sign", "--all")  # as the thief: the alias stays at the second pack
+    desk.entries["stolen"]["revoked"] = "2026-01-01T00:00:00Z"
+    desk.write()
+    desk.sit("new")
+    assert desk.run("sign", f"scale@{packs[0]}")[0] == 0
+    back = ["rollback", "scale", "--to", packs[0], "--pointer-only"]
+    assert desk.run(*back)[0] == 11
+    assert desk.run("rollback", "scale", "--signed-by", stolen)[0] == 2
+    code, _, err = desk.run(*back, "--signed-by", stolen)
+    assert code == 0, err
+    assert packs[0] in desk.run("verify", "scale")[1]
+    assert desk.run("rollback", "scale", "--to", packs[1], "--pointer-only")[0] == 11  # no good key signed that pack

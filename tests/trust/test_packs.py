@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.serialization import load_der_public_key
@@ -17,6 +18,7 @@ from modelpress.errors import (
     KeyRefusedError,
     NotFoundError,
     SignatureError,
+    StoreUnavailableError,
     TrustError,
     TrustFileError,
     UnsignedError,
@@ -192,7 +194,7 @@ def test_a_signature_that_is_none(team: Team, forge: Callable[[Team, str], bytes
 
 
 @given(place=st.integers(0, 10**6), byte=st.integers(1, 255), cut=st.integers(0, 8), junk=st.binary(max_size=64))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_no_changed_envelope_counts(
     tmp_path_factory: pytest.TempPathFactory, place: int, byte: int, cut: int, junk: bytes
 ) -> None:
@@ -237,3 +239,25 @@ def test_the_trust_file_is_asked_for_each_time(team: Team) -> None:
 def test_a_prefix_of_a_digest_is_not_confused_by_signatures(team: Team) -> None:
     digest = put(team.store("farm"))
     assert load.resolve(team.store(), NAME, digest[:12]) == digest
+
+
+class Dies(LocalStore):
+    """Goes away when the manifest is written."""
+
+    def put(self, key: str, data: bytes | Path, *, if_absent: bool = False, sha256: str | None = None) -> bool:
+        if key == keys.manifest(NAME, manifest().digest):
+            raise StoreUnavailableError(f"storing {key}", found="no answer")
+        return super().put(key, data, if_absent=if_absent, sha256=sha256)
+
+
+def test_a_publisher_that_dies_before_the_manifest_leaves_no_pack_and_goes_on(team: Team) -> None:
+    store = Dies(team.folder / "store")
+    store.signer, store.trust = team.signers["farm"], team.trust()
+    with pytest.raises(StoreUnavailableError):
+        put(store)
+    digest = manifest().digest
+    assert team.store().info(signature_key(team, digest)) is not None  # nobody can meet a manifest without it
+    with pytest.raises(NotFoundError):
+        load.load_manifest(team.store(), NAME, digest)
+    assert put(team.store("farm")) == digest
+    assert load.load_manifest(team.store(), NAME, digest).digest == digest

@@ -141,6 +141,18 @@ def test_a_trust_file_that_everyone_may_change(team: Team) -> None:
         read_policy(team.folder / "none.yaml")
 
 
+def test_dates_are_written_as_in_the_documents(team: Team) -> None:
+    until = "  role: publisher\n  valid_until: 2027-12-31T00:00:00Z\n"
+    text = team.path.read_text().replace("  role: publisher\n", until)
+    team.path.write_text(text)
+    key = read_policy(team.path).keys[0]
+    assert key.valid_until is not None
+    assert key.valid_until.isoformat() == "2027-12-31T00:00:00+00:00"
+    team.path.write_text(text.replace("2027-12-31T00:00:00Z", "2027-12-31"))
+    with pytest.raises(TrustFileError, match="valid_until"):
+        read_policy(team.path)
+
+
 def test_a_key_stands_once(team: Team) -> None:
     team.set(keys=team.document["keys"] * 2)
     with pytest.raises(TrustFileError, match="stands 2 times"):
