@@ -9,6 +9,8 @@ a store. `files equal` is the share of the folder's files that are the same byte
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import math
 import os
@@ -34,6 +36,7 @@ from modelpress.store.local import LocalStore
 
 SHARD_BYTES = 16 * 2**20
 WIDTH, INNER = 1024, 2816
+ZIPNN = "zipnn, file by file"
 CODECS: dict[str, Any] = {"every codec": {}, "split planes alone": {"codecs": ["planes-huffman"]}}
 
 
@@ -45,7 +48,10 @@ def measure(quick: bool) -> Iterator[Row]:
         yield Row("folder", "random Llama, bfloat16", "files", "", len(list((home / "model").iterdir())))
         yield Row("folder", "random Llama, bfloat16", "bytes", "MB", made / 1e6)
         for route in ROUTES:
-            yield from _route(route, home, made)
+            if route == ZIPNN and importlib.util.find_spec("zipnn") is None:
+                yield Row("there", route, "compression ratio", "", None)
+            else:
+                yield from _route(route, home, made)
 
 
 def _route(route: str, home: Path, made: int) -> Iterator[Row]:
@@ -145,6 +151,18 @@ def _each_file(source: Path, target: Path, copy: Callable[..., object]) -> None:
             copy(read, written)
 
 
+def _zipnn(method: str) -> Callable[[Path, Path], None]:
+    """zipnn on each file, whole in memory, as its own scripts do; it changes its input in place."""
+
+    def each(source: Path, target: Path) -> None:
+        coder = importlib.import_module("zipnn").ZipNN(input_format="byte", bytearray_dtype="bfloat16", threads=1)
+        target.mkdir()
+        for path in source.iterdir():
+            (target / path.name).write_bytes(getattr(coder, method)(bytearray(path.read_bytes())))
+
+    return each
+
+
 def _save_all(source: Path, target: Path) -> None:
     """What a script of five lines does: everything in memory, and one file."""
     tensors: dict[str, torch.Tensor] = {}
@@ -157,6 +175,10 @@ def _save_all(source: Path, target: Path) -> None:
 ROUTES: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
     **{f"modelpress, {codecs}": (_publish(codecs), _pull) for codecs in CODECS},
     "zstd, level 3, file by file": (_zstd_there, _zstd_back),
+    ZIPNN: (
+        lambda home: _zipnn("compress")(home / "model", home / "stored"),
+        lambda home: _zipnn("decompress")(home / "stored", home / "back"),
+    ),
     "safetensors, all in memory": (
         lambda home: _save_all(home / "model", home / "stored"),
         lambda home: _save_all(home / "stored", home / "back"),

@@ -136,9 +136,11 @@ def _walk(folder: Path, prefix: str, ignore: Sequence[str], used: set[str]) -> I
 
 def _refusal(folder: Path, name: str, follow_links: bool) -> str | None:
     """Why a file is not published; None if it is."""
-    path = folder / name
+    path, home = folder / name, Path(os.path.realpath(folder))
     real = Path(os.path.realpath(path))
-    called = {path.name, real.name}  # a link is also what it leads to
+    inside = real.is_relative_to(home)
+    # A link is also what it leads to, and within the folder what that lies in.
+    called = {path.name, *(real.relative_to(home).parts if inside else [real.name])}
     reason = None
     if any(one.startswith(".") for one in called):
         reason = "hidden"
@@ -148,7 +150,7 @@ def _refusal(folder: Path, name: str, follow_links: bool) -> str | None:
         reason = "a pickle, or named like one, which runs code where it is read"
     elif not name.isprintable() or any(c in "\\:" for c in name):
         reason = "a name that a pack cannot hold"
-    elif path.is_symlink() and not real.is_relative_to(folder.resolve()) and not follow_links:
+    elif path.is_symlink() and not inside and not follow_links:
         reason = "a link that leads outside"
     elif not path.exists() or not stat.S_ISREG(path.stat().st_mode):
         reason = "no plain file"

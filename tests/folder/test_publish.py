@@ -259,6 +259,15 @@ def test_links_to_what_is_no_model_are_refused(store: Store, decoder: Path, tmp_
         publish(store, folder, tmp_path / "work", follow_links=True)
 
 
+def test_a_link_into_a_hidden_folder_is_refused(store: Store, decoder: Path, tmp_path: Path) -> None:
+    folder = copied(decoder, tmp_path)
+    (folder / ".git").mkdir()
+    (folder / ".git/config").write_text("a secret")
+    (folder / "notes.txt").symlink_to(".git/config")
+    with pytest.raises(ConfigError, match=r"'notes\.txt' \(hidden\)"):
+        publish(store, folder, tmp_path / "work", ignore=[".git"])
+
+
 def test_a_pattern_that_fits_nothing_is_an_error(store: Store, decoder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'\*\.onnx'"):
         publish(store, decoder, tmp_path / "work", ignore=["*.onnx"])

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 import resource
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -268,6 +268,8 @@ def test_each_layout_says_what_it_is_in_the_help() -> None:
     from modelpress.cli.packs import pull as command
 
     assert command.__doc__ is not None
+    assert list(LAYOUTS) == list(get_args(load.Layout))
+    assert ", ".join(map(repr, LAYOUTS)) in command.__annotations__["layout"]
     for name, writer in LAYOUTS.items():
         (line,) = [one.split(maxsplit=1) for one in command.__doc__.splitlines() if one.split()[:1] == [name]]
         assert line[1] == writer.about
