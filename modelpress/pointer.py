@@ -151,7 +151,7 @@ def append(
         check_pack(store, store.trust.policy(), name, pack)
     keys.pointer(name, alias, 1), keys.manifest(name, pack)  # legal names, or nothing is written
     with announced(store, name, pack):  # so that retention keeps it
-        return _append(store, name, alias, pack, reason, decision, after, token)
+        return _append(store, name, alias, pack, reason, decision, after, token, accepted or store)
 
 
 def _append(
@@ -163,6 +163,7 @@ def _append(
     decision: dict[str, Any] | None,
     after: int | None,
     token: str | None,
+    accepted: Store,
 ) -> Pointer:
     if store.info(keys.manifest(name, pack)) is None:
         raise NotFoundError(
@@ -171,11 +172,11 @@ def _append(
             fix="publish the pack first; `modelpress inspect` shows what is published",
         )
     if token is not None:
-        for entry in history(accepted or store, name, alias):
+        for entry in history(accepted, name, alias):
             if entry.token == token:
                 return entry
     for attempt in range(MAX_RACES):
-        last = current(accepted or store, name, alias)
+        last = current(accepted, name, alias)
         number = last.number if last else 0
         if after is not None and number != after:
             raise ConflictError(

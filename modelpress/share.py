@@ -57,9 +57,8 @@ def share(store: Store, name: str, ref: str, seconds: int) -> Links:
         info = store.info(key)
         if info is None:
             raise NotFoundError(f"sharing {name}@{ref}", found=f"no object {store.uri}/{key}", fix="publish it again")
-        objects[key] = Link.model_validate(
-            {"url": store.link(key, seconds), "size_bytes": info.size_bytes, "modified": info.modified}
-        )
+        url = SecretStr(store.link(key, seconds))
+        objects[key] = Link(url=url, size_bytes=info.size_bytes, modified=info.modified)
     return Links(name=name, pack=digest, expires=expires, objects=objects)
 
 

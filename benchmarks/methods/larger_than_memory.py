@@ -36,6 +36,7 @@ from modelpress.blockwise import prune_folder, quantize_folder
 from modelpress.blockwise.paged import without_memory
 from modelpress.config import PruneConfig, QuantizeConfig, WorkloadConfig
 from modelpress.prune import prune_
+from modelpress.prune.zeros import BATCH_SIZE
 from modelpress.quantize.linear import choose_linears, round_linears_
 from modelpress.workloads.causal_lm import CausalLM
 from modelpress.workloads.text_corpus import Text, train_tokenizer
@@ -58,12 +59,16 @@ SYSTEMS = {
     "memory": "modelpress, all in memory",
 }
 """By route."""
-WITH_SCRATCH = ("sparsegpt, 2:4, of two blocks",)
+WITH_SCRATCH = ("wanda, 2:4", "sparsegpt, 2:4, of two blocks", "gptq, int4, of two blocks")
 SAMPLE_SECONDS = 0.005
+MOMENT_BYTES = {"wanda": 4, "sparsegpt": 8, "gptq": 8}
+"""Of an element of a second moment, by method or algorithm; the others have none."""
 NOTE = (
-    "Memory is beyond what the process had when the stage began, with interpreter, libraries and data loaded. What "
-    "the methods that look at data hold beside the block are its layers' second moments in float64 and their "
-    "factors: they follow the widths and not the depth. `differing tensors` compares the two folders bit by bit.\n"
+    "Memory is beyond what the process had when the stage began, with interpreter, libraries and data loaded. `second "
+    "moment` is that of the widest input, in whose matrix its factor is made too (a file, with scratch on disk); "
+    "`activations` is what one block in memory takes to run on the calibration data, its outputs kept: measured. Both "
+    "follow the widths and the data, and not the depth. `the rest` is the peak without them: the block itself, and "
+    "what the method makes of one layer. `differing tensors` compares the two folders bit by bit.\n"
 )
 
 
@@ -74,9 +79,11 @@ def measure(quick: bool) -> Iterator[Row]:
         config = _sizes(quick)
         _make_folder(home / "model", config)
         facts = {"block": _block_bytes(config), "model": _bytes_of(home / "model")}
+        facts |= {"widest": config.intermediate_size, "activations": _activations(home)}
         yield Row("model", "random Llama", "blocks", "", config.num_hidden_layers)
         yield Row("model", "random Llama", "block", "MB", facts["block"] / 1e6)
         yield Row("model", "random Llama", "model", "MB", facts["model"] / 1e6)
+        yield Row("model", "random Llama", "activations", "MB", facts["activations"] / 1e6)
         for stage in QUICK if quick else STAGES:
             yield from _stage(stage, home, facts)
 
@@ -91,6 +98,9 @@ def _stage(stage: str, home: Path, facts: dict[str, int]) -> Iterator[Row]:
         found = held if held["finished"] else _child(stage, route, home, None)
         yield Row(stage, system, "peak", "MB", found["peak"] / 1e6)
         yield Row(stage, system, "peak, in blocks", "", found["peak"] / facts["block"])
+        if route != "memory":
+            for part, size in _parts(stage, route, found["peak"], facts).items():
+                yield Row(stage, system, f"{part}, in blocks", "", size / facts["block"])
         yield Row(stage, system, "peak, of the model", "%", 100 * found["peak"] / facts["model"])
         yield Row(stage, system, "time", "s", found["seconds"])
         yield Row(stage, system, "written", "MB", _bytes_of(home / route) / 1e6)
@@ -99,6 +109,18 @@ def _stage(stage: str, home: Path, facts: dict[str, int]) -> Iterator[Row]:
         yield Row(stage, SYSTEMS["blockwise"], "differing tensors", "", differing)
     for route in SYSTEMS:
         shutil.rmtree(home / route, ignore_errors=True)
+
+
+def _parts(stage: str, route: str, peak: int, facts: dict[str, int]) -> dict[str, int]:
+    """Bytes of a peak that the data and the widths ask for, and the rest."""
+    config = STAGES[stage]
+    method = config.method if isinstance(config, PruneConfig) else config.algorithm
+    each = MOMENT_BYTES.get(method, 0)
+    parts = {
+        "second moment": 0 if route == "scratch" else each * facts["widest"] ** 2,
+        "activations": facts["activations"] if each else 0,
+    }
+    return parts | {"the rest": peak - sum(parts.values())}
 
 
 def _sizes(quick: bool) -> LlamaConfig:
@@ -178,15 +200,23 @@ def _differing(folder: Path, other: Path) -> int:
 
 def _child(stage: str, route: str, home: Path, limit: int | None) -> dict[str, Any]:
     """Run `child` in a process of its own; what it printed, and whether it finished."""
-    call = f"child({stage!r}, {route!r}, {str(home)!r}, {limit})"
-    code = f"from benchmarks.methods.larger_than_memory import child; {call}"
+    return _call(f"child({stage!r}, {route!r}, {str(home)!r}, {limit})", limit is not None)
+
+
+def _activations(home: Path) -> int:
+    """Run `forward` in a process of its own."""
+    return int(_call(f"forward({str(home)!r})", False)["peak"])
+
+
+def _call(call: str, limited: bool) -> dict[str, Any]:
+    code = f"from benchmarks.methods import larger_than_memory as module; module.{call}"
     # glibc would keep freed blocks of up to 32 MiB; so it gives them back, as it always does larger ones.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return {**json.loads(done.stdout.splitlines()[-1]), "finished": True}
     refused = ("allocate memory", "MemoryError", "bad_alloc", "ENOMEM")
-    if limit is None or not any(word in done.stderr for word in refused):
+    if not limited or not any(word in done.stderr for word in refused):
         raise RuntimeError(done.stderr[-3000:])
     return {"finished": False}
 
@@ -200,16 +230,7 @@ def child(stage: str, route: str, home: str, limit: int | None) -> None:
         home: where `model` and `texts` are.
         limit: bytes that the process may have beyond what it has when the stage begins.
     """
-    place, config = Path(home), STAGES[stage]
-    workload = CausalLM(
-        WorkloadConfig(
-            kind="causal-lm",
-            model=str(place / "model"),
-            data=str(place / "texts"),
-            length=64,
-            calibration_samples=16,
-        )
-    )
+    place, config, workload = Path(home), STAGES[stage], _workload(Path(home))
     _warm_up(workload)
     if limit is not None:
         most = _status("VmData") + limit
@@ -231,6 +252,33 @@ def child(stage: str, route: str, home: str, limit: int | None) -> None:
             module.get_submodule("model").save_pretrained(place / route)  # type: ignore[operator]
         seconds = time.perf_counter() - started
     print(json.dumps({"peak": peak.bytes, "seconds": seconds}))
+
+
+def forward(home: str) -> None:
+    """One block, in memory before the clock starts, on the calibration data; prints the peak as JSON."""
+    workload = _workload(Path(home))
+    _warm_up(workload)
+    module = workload.skeleton({"num_hidden_layers": 1}).eval()
+    kept: list[torch.Tensor] = []
+    (block,) = (child for name, child in module.named_modules() if name.endswith("layers.0"))
+    block.register_forward_hook(lambda _block, _args, output: kept.append(output))
+    with _Peak() as peak, torch.no_grad():
+        for batch in workload.batches("calibration", BATCH_SIZE):
+            module(**batch.inputs)
+            time.sleep(10 * SAMPLE_SECONDS)  # a look at what stays, however short the pass was
+    print(json.dumps({"peak": peak.bytes}))
+
+
+def _workload(home: Path) -> CausalLM:
+    return CausalLM(
+        WorkloadConfig(
+            kind="causal-lm",
+            model=str(home / "model"),
+            data=str(home / "texts"),
+            length=64,
+            calibration_samples=16,
+        )
+    )
 
 
 def _warm_up(workload: CausalLM) -> None:

@@ -80,7 +80,7 @@ def measure(quick: bool) -> Iterable[Row]:
     models = {"unpruned": dense}
     for pattern, case in PATTERNS.items():
         target = outputs(dense, encoder)
-        yield from _quality(case, "unpruned", "before", dense, encoder, target)
+        yield from quality(case, "unpruned", " before recovery", dense, encoder, target)
         for method in METHODS:
             module = copy.deepcopy(dense)
             recovery = TrainConfig(epochs=1 if quick else 6, batch_size=16, learning_rate=5e-4)
@@ -103,24 +103,23 @@ def _encoder(
     started = time.perf_counter()
     outcome = PRUNERS[config.method](module, workload, config, silent, {}, IN_MEMORY)
     yield Row(case, system, "pruning", "s", time.perf_counter() - started)
-    yield from _quality(case, system, "before", module, workload, target)
+    yield from quality(case, system, " before recovery", module, workload, target)
     if config.recovery is not None:
         started = time.perf_counter()
         recover_(module, dense, workload, config.recovery, config.recovery_hidden_weight, outcome.hold, silent)
         yield Row(case, system, "recovery", "s", time.perf_counter() - started)
-        yield from _quality(case, system, "after", module, workload, target)
+        yield from quality(case, system, " after recovery", module, workload, target)
     weights = [torch.as_tensor(module.get_submodule(name).weight) for name in outcome.masks]
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     yield Row(case, system, "share of zeros", "", zeros / outcome.eligible_parameters)
 
 
-def _quality(
-    case: str, system: str, when: str, module: nn.Module, workload: SentenceEmbedding, target: Tensor
-) -> Iterator[Row]:
+def quality(case: str, system: str, when: str, module: nn.Module, workload: Workload, target: Tensor) -> Iterator[Row]:
+    """Mean cosine of an encoder's embeddings to `target`, and its mrr; `when` follows both metrics' names."""
     found = outputs(module, workload)
     cosine = nn.functional.cosine_similarity(found, target).mean()
-    yield Row(case, system, f"cosine {when} recovery", "", float(cosine))
-    yield Row(case, system, f"mrr {when} recovery", "", float(workload.score(found.numpy()).mean()))
+    yield Row(case, system, f"cosine{when}", "", float(cosine))
+    yield Row(case, system, f"mrr{when}", "", float(workload.score(found.numpy()).mean()))
 
 
 def _modelopt(case: str, method: str, dense: nn.Module, workload: SentenceEmbedding, target: Tensor) -> Iterator[Row]:
@@ -140,7 +139,7 @@ def _modelopt(case: str, method: str, dense: nn.Module, workload: SentenceEmbedd
     mode = {"magnitude": "sparse_magnitude", "sparsegpt": "sparsegpt"}[method]
     module = sparsity.sparsify(copy.deepcopy(dense), mode, config={"forward_loop": forward_loop})
     yield Row(case, system, "pruning", "s", time.perf_counter() - started)
-    yield from _quality(case, system, "before", module.eval(), workload, target)
+    yield from quality(case, system, " before recovery", module.eval(), workload, target)
 
 
 def _cnn(quick: bool) -> Iterator[Row]:

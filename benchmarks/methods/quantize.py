@@ -26,7 +26,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 from torch import Tensor
 
 from benchmarks._report import Row, main
-from modelpress import graph
+from modelpress import compressed_tensors, graph, hf_writer
 from modelpress.agreement import mean_cosine
 from modelpress.checkpoint import Checkpoint
 from modelpress.compress import compress
@@ -43,7 +43,8 @@ An encoder of 22.7M parameters on docstrings. No layer stays in float and no bud
 compared. Embedding tables stay in float everywhere. `cosine` is the mean over held-out texts between the embeddings and
 the float graph's, `mrr` their retrieval; `speed` is throughput at the batch beside it ÷ that of the float graph in ONNX
 Runtime, the median of rounds in which the two take turns; `coded bytes` is what modelpress.compress stores;
-`time` is quantizing alone. `smooth` is SmoothQuant's α.
+`time` is quantizing alone. `smooth` is SmoothQuant's α. Folders of compressed-tensors compute in torch with the values
+that their codes stand for; their `bytes` are those of the safetensors files, as they are.
 """
 
 BATCH = 32
@@ -72,6 +73,14 @@ OURS: dict[str, dict[str, Any]] = {
     "W4 g32 asymmetric, gptq act-order": {"symmetric": False, "act_order": True, "group_size": 32},
 }
 QUICK = ("dynamic int8", "static int8", "W4 g128, rtn")
+FOLDERS: dict[str, dict[str, Any]] = {
+    "W4A16 g128, rtn": {"num_bits": 4, "algorithm": "rtn"},
+    "W4A16 g128, gptq": {"num_bits": 4, "algorithm": "gptq"},
+    "W8A16 g128, rtn": {"num_bits": 8, "algorithm": "rtn"},
+    "fp8, a scale per channel": {"num_bits": 8, "algorithm": "fp8"},
+}
+"""Written as folders for vLLM; their agreement is that of what they compute in torch."""
+QUICK_FOLDERS = ("W4A16 g128, rtn",)
 
 
 @dataclass
@@ -84,6 +93,8 @@ class System:
     seconds: float | None = None
     """Time to quantize."""
     coded_bytes: int | None = None
+    folder_bytes: int | None = None
+    """Of a folder's safetensors files, as they are."""
 
 
 def measure(quick: bool) -> Iterable[Row]:
@@ -102,11 +113,14 @@ def measure(quick: bool) -> Iterable[Row]:
     systems = [_system("onnxruntime fp32", "source", source, None)]
     systems += [_ours(name, source, workload) for name in OURS if not quick or name in QUICK]
     systems += list(_peers(source, workload, quick))
+    folders = [_folder(name, workload) for name in FOLDERS if not quick or name in QUICK_FOLDERS]
     expected = _outputs(systems[0].run, workload)
-    for system in systems:
+    for system in [*systems, *folders]:
         found = _outputs(system.run, workload)
         yield Row(system.case, system.name, "cosine", "", mean_cosine(found, expected))
         yield Row(system.case, system.name, "mrr", "", float(workload.score(found).mean()))
+        if system.folder_bytes is not None:
+            yield Row(system.case, system.name, "bytes", "B", system.folder_bytes)
         yield Row(system.case, system.name, "coded bytes", "B", system.coded_bytes)
         yield Row(system.case, system.name, "time", "s", system.seconds)
     for batch_size in (BATCH, 1):
@@ -133,6 +147,27 @@ def _ours(name: str, source: Checkpoint, workload: SentenceEmbedding) -> System:
     seconds = time.perf_counter() - started
     case = "weights in 4 and 8 bits" if config.method == "weight-only" else "int8"
     return _system(f"modelpress: {name}", case, graph.split(made), seconds)
+
+
+def _folder(name: str, workload: SentenceEmbedding) -> System:
+    """A compressed-tensors folder, written whole, and what lossless coding makes of its tensors."""
+    config = QuantizeConfig(method="weight-only", max_quality_drop=0.2, **FOLDERS[name])
+    started = time.perf_counter()
+    rounded, _, _ = compressed_tensors.quantize(workload.source(), workload, config)
+    seconds = time.perf_counter() - started
+    with tempfile.TemporaryDirectory(prefix="modelpress-") as place:
+        folder = Path(place, "folder")
+        named = compressed_tensors.tensors(rounded, hf_writer.left_out(rounded.model, workload))
+        hf_writer.write(named, {}, folder, hf_writer.SHARD_BYTES)
+        size = sum(path.stat().st_size for path in folder.iterdir())
+    coded = compress(Checkpoint("torch", named, {}, {}), CompressConfig())[1].stored_bytes
+
+    def run(inputs: Inputs) -> np.ndarray:
+        with torch.inference_mode():
+            found: np.ndarray = rounded.module(**inputs).numpy()
+        return found
+
+    return System(f"modelpress: {name}", "compressed-tensors folders", run, seconds, coded, size)
 
 
 def _weight_only(options: Mapping[str, Any]) -> QuantizeConfig:

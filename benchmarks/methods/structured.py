@@ -12,11 +12,10 @@ import copy
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks._report import Row, main
-from benchmarks.methods.prune import Texts, outputs, throughput
+from benchmarks.methods.prune import Texts, outputs, quality, throughput
 from modelpress.config import PruneConfig, TrainConfig, WorkloadConfig
 from modelpress.distill import count_parameters
 from modelpress.prune import prune_
@@ -101,7 +100,7 @@ def _encoder(quick: bool) -> Iterator[Row]:
     models = {"unpruned": dense}
     for cut in CUTS:
         case = f"encoder, {cut.name}"
-        yield from _quality(case, "unpruned", "", dense, workload, target)
+        yield from quality(case, "unpruned", "", dense, workload, target)
         for importance in cut.importances:
             system = f"modelpress {importance}"
             config = PruneConfig(structures=[cut.structure], sparsity=cut.sparsity, importance=importance)
@@ -109,7 +108,7 @@ def _encoder(quick: bool) -> Iterator[Row]:
                 module = copy.deepcopy(dense)
                 report = prune_(module, workload, config.model_copy(update={"repair": repair}))
                 when = f" {'after' if repair else 'before'} repair"
-                yield from _quality(case, system, when, module, workload, target)
+                yield from quality(case, system, when, module, workload, target)
             yield Row(case, system, "parameters left", "", report.parameters_after / report.parameters_before)
             if importance == "activation":
                 models[f"without {cut.name}"] = module
@@ -118,19 +117,12 @@ def _encoder(quick: bool) -> Iterator[Row]:
             module = copy.deepcopy(dense)
             recovering = PruneConfig(structures=[cut.structure], sparsity=cut.sparsity, recovery=training)
             prune_(module, workload, recovering)
-            yield from _quality(case, "modelpress activation", " after repair and recovery", module, workload, target)
+            yield from quality(case, "modelpress activation", " after repair and recovery", module, workload, target)
     yield from throughput("encoder, throughput", models, workload, quick)
 
 
 def _score(module: nn.Module, workload: Workload) -> float:
     return float(workload.score(outputs(module, workload).numpy()).mean())
-
-
-def _quality(case: str, system: str, when: str, module: nn.Module, workload: Workload, target: Tensor) -> Iterator[Row]:
-    found = outputs(module, workload)
-    cosine = torch.nn.functional.cosine_similarity(found, target).mean()
-    yield Row(case, system, f"cosine{when}", "", float(cosine))
-    yield Row(case, system, f"mrr{when}", "", float(workload.score(found.numpy()).mean()))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from modelpress.config import TrainConfig, WorkloadConfig
 from modelpress.errors import WorkloadError
 from modelpress.progress import Progress, silent
-from modelpress.train import train_
 from modelpress.workload import SPLITS, Batch, Split, Workload
 from modelpress.workloads.hf_folder import (
     build_model,
@@ -29,6 +28,7 @@ from modelpress.workloads.hf_folder import (
     read_tokenizer,
     resolve_folder,
 )
+from modelpress.workloads.sources import trained
 from modelpress.workloads.text_corpus import SHARES, Blocks, load_texts, split_texts, train_tokenizer
 
 TINY = "tiny-decoder"
@@ -130,9 +130,6 @@ class CausalLM(Workload):
             from transformers import AutoModelForCausalLM
 
             return Decoder(read_model(AutoModelForCausalLM, self.folder)).eval()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
-            module = self.skeleton({})
         training = TrainConfig(
             epochs=self.config.train_epochs,
             batch_size=TRAIN_BATCH,
@@ -141,8 +138,7 @@ class CausalLM(Workload):
             warmup_fraction=0.05,
             seed=self.config.seed,
         )
-        train_(module, lambda model, batch: self.loss(model(**batch.inputs), batch), self, training, progress)
-        return module.eval()
+        return trained(self, lambda: self.skeleton({}), training, progress)
 
     def skeleton(self, architecture: Mapping[str, Any]) -> nn.Module:
         """An untrained decoder; `architecture` may change the sizes but not the vocabulary."""

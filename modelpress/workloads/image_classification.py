@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from modelpress.config import TrainConfig, WorkloadConfig
 from modelpress.errors import WorkloadError
 from modelpress.progress import Progress, silent
-from modelpress.train import train_
 from modelpress.workload import Batch, Split, Workload
 from modelpress.workloads.classes import check_numbers, check_trained
 from modelpress.workloads.digits_cnn import DigitsCNN
 from modelpress.workloads.image_files import Images, read_images
 from modelpress.workloads.image_models import build_named, is_named, load_weights
 from modelpress.workloads.lenet import LeNet5, LeNet300
+from modelpress.workloads.sources import seeded, trained
 
 MODELS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     "digits-cnn": (DigitsCNN, ("channels", "hidden")),
@@ -87,10 +87,8 @@ class ImageClassification(Workload):
     def source(self, progress: Progress = silent) -> nn.Module:
         """The teacher, trained with AdamW from `WorkloadConfig.seed`, the same bits on the same machine and threads; or
         the weights that the config names."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
-            module = self.skeleton({})
         if not self.trains_source:
+            module = seeded(lambda: self.skeleton({}), self.config.seed)
             load_weights(module, Path(self.config.weights), self.config.model)
             return module.eval()
         training = TrainConfig(
@@ -101,8 +99,7 @@ class ImageClassification(Workload):
             warmup_fraction=0.1,
             seed=self.config.seed,
         )
-        train_(module, lambda model, batch: self.loss(model(**batch.inputs), batch), self, training, progress)
-        return module.eval()
+        return trained(self, lambda: self.skeleton({}), training, progress)
 
     def skeleton(self, architecture: Mapping[str, Any]) -> nn.Module:
         """The model that the config names; `architecture` may hold its widths, see `MODELS`, or, of a library's model,

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from modelpress.config import TrainConfig, WorkloadConfig
 from modelpress.errors import WorkloadError
 from modelpress.progress import Progress, silent
-from modelpress.train import train_
 from modelpress.workload import SPLITS, Batch, Split, Workload
 from modelpress.workloads.classes import check_numbers, check_trained
 from modelpress.workloads.encoder_folder import (
@@ -36,6 +35,7 @@ from modelpress.workloads.hf_folder import (
     resolve_folder,
 )
 from modelpress.workloads.labelled_texts import SHARES, Labelled, distinct_inputs, load_labelled, split_labelled
+from modelpress.workloads.sources import trained
 
 CLASSIFIER = "ForSequenceClassification"
 TRAIN_BATCH = 32
@@ -161,9 +161,6 @@ class TextClassification(Workload):
 
         if not self.trains_source:
             return Classifier(self._padded(read_model(AutoModelForSequenceClassification, self.folder))).eval()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
-            module = self._headed(read_model(AutoModel, self.folder))
         training = TrainConfig(
             epochs=self.config.train_epochs,
             batch_size=TRAIN_BATCH,
@@ -172,8 +169,7 @@ class TextClassification(Workload):
             warmup_fraction=0.1,
             seed=self.config.seed,
         )
-        train_(module, lambda model, batch: self.loss(model(**batch.inputs), batch), self, training, progress)
-        return module.eval()
+        return trained(self, lambda: self._headed(read_model(AutoModel, self.folder)), training, progress)
 
     def skeleton(self, architecture: Mapping[str, Any]) -> nn.Module:
         """The same model without its weights; `architecture` may change number keys of its config.json."""
