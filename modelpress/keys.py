@@ -4,7 +4,7 @@
 
     blobs/sha256/<digest>                       a shard or a file, named by its content
     packs/<name>/<digest>.json                  a manifest, named by its content
-    packs/<name>/sigs/<digest>/<keyid>.json     the signature of a manifest by one key
+    packs/<name>/<digest>.sigs/<keyid>.json     the signature of a manifest by one key
     packs/<name>/refs/<alias>/<number>.json     one entry of a pointer's log
     packs/<name>/secrets/<number>.json          one entry of the log of the model's wrapped secrets
     uploads/<name>/<id>.json                    an intent: what an upload under way needs
@@ -31,7 +31,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PLACE = re.compile(
     rf"{PACKS}(?P<name>{_NAME.pattern})/(?:(?P<digest>{_DIGEST.pattern})\.json"
     rf"|secrets/(?P<secret>[0-9]{{{NUMBER_DIGITS}}})\.json"
-    rf"|sigs/(?P<signed>{_DIGEST.pattern})/(?P<key>{_DIGEST.pattern})\.json"
+    rf"|(?P<signed>{_DIGEST.pattern})\.sigs/(?P<key>{_DIGEST.pattern})\.json"
     rf"|refs/(?P<alias>{_ALIAS.pattern})/(?P<number>[0-9]{{{NUMBER_DIGITS}}})\.json)"
 )
 
@@ -53,7 +53,7 @@ def manifests(name: str) -> str:
 
 def signatures(name: str, digest: str) -> str:
     """Prefix of all signatures of a manifest."""
-    return f"{manifests(name)}sigs/{_checked(_DIGEST, digest, 'a pack digest', '64 hex digits')}/"
+    return f"{manifest(name, digest).removesuffix('.json')}.sigs/"
 
 
 def signature(name: str, digest: str, key_id: str) -> str:

@@ -55,8 +55,8 @@ def test_one_tensor_is_held_while_a_pack_is_written(tmp_path: Path, monkeypatch:
     store, pack, alive = LocalStore(tmp_path / "store"), make_pack(tmp_path / "shards"), Alive()
     pack.publish(store)
 
-    def watched(*arguments: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in read_tensors(*arguments):
+    def watched(parts: load.Parts) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in read_tensors(parts.manifest, parts.fetch):
             if tensor.numel() < 2:
                 yield name, tensor
                 continue
@@ -64,6 +64,6 @@ def test_one_tensor_is_held_while_a_pack_is_written(tmp_path: Path, monkeypatch:
             yield name, alive.give(words).view(tensor.dtype).reshape(tensor.shape)
             del words
 
-    monkeypatch.setattr("modelpress.load.layouts.writing.read_tensors", watched)
+    monkeypatch.setattr("modelpress.load.Parts.tensors", watched)
     load.pull(store, "demo", pack.digest, tmp_path / "pulled", "checkpoint")
     assert alive.most_bytes == max(tensor.nbytes for tensor in torch_checkpoint().tensors.values())

@@ -20,7 +20,7 @@ def encode(payload_type, payload):
 def check_signature(store: Path, name: str, digest: str, public_key: bytes):
     """Raises unless the key signed the pack."""
     key_id = hashlib.sha256(public_key).hexdigest()
-    data = (store / "packs" / name / "sigs" / digest / f"{key_id}.json").read_bytes()
+    data = (store / "packs" / name / f"{digest}.sigs" / f"{key_id}.json").read_bytes()
     need(len(data) <= 16384, "length")
     envelope = strict_json(data)
     need(set(envelope) == {"payload", "payloadType", "signatures"}, "fields of the envelope")

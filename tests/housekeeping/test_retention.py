@@ -122,7 +122,7 @@ def test_signatures_go_with_their_manifest(store: MemoryStore) -> None:
     for pack in packs:
         store.put(keys.signature("demo", pack.digest, "d" * 64), b"{}")
     kept(store, SHORT, delete=True)
-    assert [key for key in store.objects if "/sigs/" in key] == [keys.signature("demo", packs[1].digest, "d" * 64)]
+    assert [key for key in store.objects if ".sigs/" in key] == [keys.signature("demo", packs[1].digest, "d" * 64)]
 
 
 def test_a_damaged_log_stops_retention(store: MemoryStore) -> None:
