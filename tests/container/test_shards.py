@@ -282,7 +282,7 @@ def test_nothing_to_store_is_a_pack_without_shards(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_told_and_leaves_no_file() -> None:
     from modelpress.errors import StoreFullError
-    from modelpress.shard import _write
+    from modelpress.shard import write_shard
 
     full = Path("/dev/full")
     if not full.exists():
@@ -296,5 +296,5 @@ def test_a_full_disk_is_told_and_leaves_no_file() -> None:
 
     removed: list[Path] = []
     with pytest.raises(StoreFullError, match="writing shard"):
-        _write(Full(folder / "full"), [coded.tensors[0].piece])
+        write_shard(Full(folder / "full"), [coded.tensors[0].piece])
     assert removed
