@@ -78,7 +78,7 @@ class Survey:
 
     def _read(self, store: Store, pack: PackId, info: ObjectInfo) -> None:
         try:
-            manifest = load_manifest(store, *pack)
+            manifest = load_manifest(store.held_to(None), *pack)
         except NotFoundError:  # removed since it was listed
             return
         self.packs[pack] = PackEntry(pack, manifest.blobs(), manifest.base, info.size_bytes, info.modified)

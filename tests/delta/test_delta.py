@@ -72,7 +72,7 @@ def test_a_version_comes_back_bit_by_bit(store: Store, base: Pack, version: Pack
     assert needs(base.manifest) == ()
     assert_same(found, second())
     assert steps == sorted(steps)
-    _, original = load.open_pack(store, manifest)
+    original = load.open_parts(store, manifest).base
     assert original is not None
     total = sum(manifest.blobs().values()) + sum(original.blobs.values())
     assert manifest.reports is not None
@@ -170,7 +170,7 @@ def test_verify_pull_and_inspect_read_both(tmp_path: Path, store: Store, base: P
 
     found = safetensors.torch.load_file(tmp_path / "pulled" / "model.safetensors")
     assert_same(Checkpoint("torch", found, second().files, second().metadata), second())
-    fetch, original = load.open_pack(store, version.manifest)
+    parts = load.open_parts(store, version.manifest)
     choices = explain.read_choices(version.manifest, fetch)
     for name, expected in (("layer.0.codes", "difference to layer.0.codes of"), ("layer.0.scale", "bit by bit")):
         entry = explain.find_tensor(version.manifest, name)
