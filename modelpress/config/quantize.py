@@ -64,8 +64,7 @@ class QuantizeConfig(Config):
     scales_from: str | None = None
     """Alias or digest of a published pack of the same name, quantized with the same options: weights are rounded on its
     scales, so that a light fine-tune changes few codes and `compress.base` sends little. A weight that has moved out of
-    its range gets fresh ones. Not for `codebook`, `fp8` or with `recovery`; of little use with `gptq`, whose codes move
-    together: take `rtn`."""
+    its range gets fresh ones; `gptq` also holds codes that are near. Not for `codebook`, `fp8` or with `recovery`."""
     max_scales_loss: float = Field(default=0.002, ge=0)
     """With `scales_from`: what those scales may cost in agreement on calibration data against fresh ones; beyond it all
     scales are fresh. The report shows both."""

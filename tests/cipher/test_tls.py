@@ -74,7 +74,8 @@ def test_links_over_tls_are_followed_only_to_a_server_that_is_vouched_for(
         writer.put(keys.blob("0" * 64), b"content")
         url = writer.link(keys.blob("0" * 64), 60)
         assert url.startswith("https://")
-        objects = {keys.blob("0" * 64): Link.model_validate({"url": url, "size_bytes": 7, "modified": datetime.now(UTC)})}
+        link = Link.model_validate({"url": url, "size_bytes": 7, "modified": datetime.now(UTC)})
+        objects = {keys.blob("0" * 64): link}
         expires = datetime.now(UTC) + timedelta(seconds=60)
         Links(name="demo", pack="0" * 64, expires=expires, objects=objects).write(tmp_path / "links.json")
         settings = Settings.model_validate({"s3_attempts": 1})

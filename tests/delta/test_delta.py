@@ -171,10 +171,11 @@ def test_verify_pull_and_inspect_read_both(tmp_path: Path, store: Store, base: P
     found = safetensors.torch.load_file(tmp_path / "pulled" / "model.safetensors")
     assert_same(Checkpoint("torch", found, second().files, second().metadata), second())
     parts = load.open_parts(store, version.manifest)
-    choices = explain.read_choices(version.manifest, fetch)
+    choices = explain.read_choices(version.manifest, parts.fetch)
     for name, expected in (("layer.0.codes", "difference to layer.0.codes of"), ("layer.0.scale", "bit by bit")):
         entry = explain.find_tensor(version.manifest, name)
-        text = "\n".join(explain.lines(explain.describe(version.manifest, entry, choices[name], fetch, original)))
+        found_text = explain.describe(version.manifest, entry, choices[name], parts.fetch, parts.base)
+        text = "\n".join(explain.lines(found_text))
         assert expected in text
     assert any(row["codec"] == "equal" for row in explain.table(version.manifest, choices))
 

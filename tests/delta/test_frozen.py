@@ -113,7 +113,11 @@ def test_few_codes_move_on_earlier_scales(module: str, options: dict[str, Any]) 
     assert base.tensors.keys() == made.tensors.keys()
     workload, checkpoint = second(module)
     fresh, _ = quantize(checkpoint, workload, QuantizeConfig(**LOOSE | options))
-    assert 0 < moved(base, made) < 0.25
+    assert moved(base, made) < 0.25
+    if options.get("algorithm") == "gptq":
+        assert moved(base, made) < 0.1 * moved(base, fresh), "codes are held where the weight is near them"
+    else:
+        assert moved(base, made) > 0
     if options["method"] != "weight-only":
         assert moved(base, made) < moved(base, fresh)
 
