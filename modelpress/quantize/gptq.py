@@ -82,7 +82,7 @@ def gptq(
 
 
 def _check_hessian(hessian: Tensor, inputs: int) -> None:
-    strips = hessian.split(STRIP)
+    strips = torch.split(hessian, STRIP)
     if hessian.shape != (inputs, inputs) or not all(bool(torch.isfinite(strip).all()) for strip in strips):
         raise StageError(
             "reading the Hessian for GPTQ",

@@ -82,13 +82,16 @@ def round_to_nearest(weight: Tensor, grid: Grid) -> GroupedWeight:
     """
     _check(weight)
     parts = []
-    for rows in weight.split(_rows_at_a_time(weight)):
+    for rows in torch.split(weight, _rows_at_a_time(weight)):
         groups = in_groups(rows, grid.group_size)
         scale, zero_point = parameters(groups, grid)
         codes = encode(groups, scale.unsqueeze(-1), zero_point.unsqueeze(-1), grid)
         parts.append(grouped(codes.flatten(1)[:, : weight.shape[1]], scale, zero_point, grid))
     return GroupedWeight(
-        *(torch.cat([getattr(part, key) for part in parts]) for key in ("codes", "scale", "zero_point")), grid
+        codes=torch.cat([part.codes for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
+        zero_point=torch.cat([part.zero_point for part in parts]),
+        grid=grid,
     )
 
 
@@ -99,8 +102,8 @@ def parameters_of(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         StageError: see `in_groups`.
     """
     _check(weight)
-    rows = weight.split(_rows_at_a_time(weight))
-    found = [parameters(in_groups(part, grid.group_size), grid) for part in rows]
+    rows = _rows_at_a_time(weight)
+    found = [parameters(in_groups(part, grid.group_size), grid) for part in torch.split(weight, rows)]
     return torch.cat([scale for scale, _ in found]), torch.cat([zero_point for _, zero_point in found])
 
 

@@ -211,7 +211,7 @@ def _rounded(
 def _row(name: str, before: Tensor, after: Tensor, num_bits: int, inputs: LayerInputs | None) -> RoundedLayer:
     """What rounding did to a layer: ‖W − Ŵ‖² ÷ ‖W‖², and tr(ΔHΔᵀ) ÷ tr(WHWᵀ)."""
     changed = whole = 0.0
-    for old, new in zip(before.split(_ERROR_ROWS), after.split(_ERROR_ROWS), strict=True):
+    for old, new in zip(torch.split(before, _ERROR_ROWS), torch.split(after, _ERROR_ROWS), strict=True):
         whole += float(old.double().square().sum())
         changed += float((old - new).double().square().sum())
     return RoundedLayer(
