@@ -116,9 +116,8 @@ def parameters_of(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         StageError: see `in_groups`.
     """
     _check(weight)
-    step = _rows_at_a_time(weight)
-    rows = (weight[start : start + step] for start in range(0, weight.shape[0], step))
-    found = [parameters(in_groups(part, grid.group_size), grid) for part in rows]
+    rows = _rows_at_a_time(weight)
+    found = [parameters(in_groups(part, grid.group_size), grid) for part in torch.split(weight, rows)]
     return torch.cat([scale for scale, _ in found]), torch.cat([zero_point for _, zero_point in found])
 
 
