@@ -17,7 +17,7 @@ from typing import NamedTuple
 from pydantic import Field
 
 from modelpress import keys
-from modelpress.errors import NotFoundError, StoreError
+from modelpress.errors import NotFoundError, StoreError, StoreUnavailableError
 from modelpress.housekeeping.turns import Stated, awake, parse, pass_by, who
 from modelpress.manifest import Sha256
 from modelpress.progress import Progress, silent
@@ -156,7 +156,8 @@ def announced(
         yield announcement
     except BaseException as error:
         announcement.stop()
-        if not resumable and isinstance(error, Exception):
+        # A store that does not answer is not asked again: that would be another deadline. The intent ends by itself.
+        if not resumable and isinstance(error, Exception) and not isinstance(error, StoreUnavailableError):
             announcement.withdraw()
         raise
     announcement.withdraw()

@@ -124,6 +124,22 @@ def test_a_publisher_keeps_its_intent_alive(monkeypatch: pytest.MonkeyPatch) -> 
     assert intents.read_intents(store) == []
 
 
+@pytest.mark.parametrize(
+    ("error", "resumable", "left"),
+    [
+        (NotFoundError("x"), False, 0),
+        (NotFoundError("x"), True, 1),
+        (StoreUnavailableError("x"), False, 1),
+        (KeyboardInterrupt(), False, 1),
+    ],
+)
+def test_what_an_error_leaves_of_an_intent(error: BaseException, resumable: bool, left: int) -> None:
+    store = MemoryStore()
+    with pytest.raises(type(error)), intents.announced(store, "demo", ONE.digest, resumable=resumable):
+        raise error
+    assert len(intents.read_intents(store)) == left
+
+
 def test_parts_that_nobody_comes_back_for_are_freed(store: MemoryStore) -> None:
     lost, mine = keys.blob(digest_of(b"lost")), keys.blob(digest_of(b"mine"))
     old = store.time - timedelta(days=20)
