@@ -13,6 +13,7 @@ import os
 import time
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
@@ -35,13 +36,11 @@ def measure(quick: bool) -> Iterator[Row]:
         encryption = Encryption(secret="0" * 32, segment_bytes=segment)
         case, system = "one blob, one core", f"modelpress, segments of {segment >> 10} KiB"
         sealed = b"".join(_sealed(data, plain, encryption))
-        yield Row(
-            case, system, "seal", "GB/s", _rate(rounds, size, lambda e=encryption: _count(_sealed(data, plain, e)))
-        )
-        opened = _rate(rounds, size, lambda e=encryption, s=sealed: _count(_opened(s, plain, e)))
-        yield Row(case, system, "open", "GB/s", opened)
-        yield Row(case, system, "memory to seal", "MiB", _peak(lambda e=encryption: _sealed(data, plain, e)))
-        yield Row(case, system, "memory to open", "MiB", _peak(lambda e=encryption, s=sealed: _opened(s, plain, e)))
+        seals, opens = partial(_sealed, data, plain, encryption), partial(_opened, sealed, plain, encryption)
+        yield Row(case, system, "seal", "GB/s", _rate(rounds, size, partial(_drain, seals)))
+        yield Row(case, system, "open", "GB/s", _rate(rounds, size, partial(_drain, opens)))
+        yield Row(case, system, "memory to seal", "MiB", _peak(seals))
+        yield Row(case, system, "memory to open", "MiB", _peak(opens))
         yield Row(case, system, "more bytes", "%", 100 * (len(sealed) - size) / size)
     yield from _peers(data, rounds)
 
@@ -79,6 +78,10 @@ def _opened(sealed: bytes, plain: Plain, encryption: Encryption) -> Iterator[byt
 
 def _count(parts: Iterable[bytes]) -> int:
     return sum(len(part) for part in parts)
+
+
+def _drain(work: Callable[[], Iterator[bytes]]) -> int:
+    return _count(work())
 
 
 def _rate(rounds: int, size: int, work: Callable[[], object]) -> float:

@@ -105,7 +105,7 @@ class LinkStore(Store):
     repeats are those of S3.
 
     Raises:
-        ConfigError: the file is none of links.
+        ConfigError: the file is none of links, or AWS_CA_BUNDLE none of certificates.
         NotFoundError: there is no file.
     """
 
@@ -115,11 +115,16 @@ class LinkStore(Store):
         self.links = _read(path)
         self._attempts, self._backoff = settings.s3_attempts, settings.s3_backoff_seconds
         bundle = botocore.session.Session().get_config_variable("ca_bundle")
+        try:
+            context = tls_context(bundle)
+        except OSError as error:
+            fix = "set AWS_CA_BUNDLE to a file or folder of certificates, or unset it"
+            raise ConfigError(f"opening {uri}", found=f"certificates {bundle}: {error}", fix=fix) from error
         self._wire = Wire(
             connect=min(settings.s3_connect_seconds, settings.s3_timeout_seconds),
             silence=settings.s3_timeout_seconds,
             deadline=settings.s3_deadline_seconds,
-            context=tls_context(bundle),
+            context=context,
         )
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import logging
@@ -16,10 +17,12 @@ from urllib.parse import urlsplit
 import pytest
 
 from modelpress import keys, load, pointer
+from modelpress.cipher import LocalKey, seal_pack, secrets
 from modelpress.errors import (
     AccessDeniedError,
     ConfigError,
     CorruptionError,
+    EncryptionKeyError,
     ModelpressError,
     NotFoundError,
     StoreUnavailableError,
@@ -84,6 +87,29 @@ def test_links_load_a_pack_without_credentials_until_they_end(
         assert not any(urlsplit(url).query in shown for url in signatures)
         assert "X-Amz-Signature" not in shown
     store.close()
+
+
+@pytest.mark.s3
+def test_links_to_an_encrypted_pack_open_it_with_its_key_alone(
+    open_s3: OpenS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, key = open_s3("writer"), b"K" * 32
+    plain = make_pack(tmp_path / "shards")
+    secret = secrets.current(writer, "demo", [LocalKey(key)])
+    sealed = seal_pack(plain.manifest, plain.shards, plain.blobs, secret, tmp_path / "sealed")
+    pack = Pack(*sealed, plain.checkpoint)
+    pack.publish(writer)
+    share(writer, "demo", pack.digest, 600).write(tmp_path / "links.json")
+    without_credentials(monkeypatch)
+    store = open_store(f"links+file://{tmp_path}/links.json")
+    monkeypatch.delenv("MODELPRESS_KEY", raising=False)
+    with pytest.raises(EncryptionKeyError):
+        load.load_checkpoint(store, "demo", pack.digest)
+    monkeypatch.setenv("MODELPRESS_KEY", base64.b64encode(key).decode())
+    assert_same(load.load_checkpoint(store, "demo", pack.digest)[1], pack.checkpoint)
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="AWS_CA_BUNDLE"):
+        open_store(f"links+file://{tmp_path}/links.json")
 
 
 @pytest.mark.s3

@@ -17,7 +17,7 @@ from cryptography.x509.oid import NameOID
 from modelpress import keys
 from modelpress.cipher import LocalKey, secrets
 from modelpress.cipher.wrapping import make_key_file
-from modelpress.doctor import Finding, _keys, _transport
+from modelpress.doctor import Finding, _keys, _mlflow, _transport
 from modelpress.errors import StoreUnavailableError
 from modelpress.settings import Settings
 from modelpress.store import open_store
@@ -131,3 +131,9 @@ def test_the_doctor_names_keys_and_whoever_else_can_read_them(tmp_path: Path) ->
     finding = _keys(settings)
     assert (finding.status, finding.fix) == ("warn", f"chmod 600 {tmp_path / 'key'}")
     assert _keys(Settings.model_validate({"key_file": "", "key": "", "kms_key_id": ""})).found.startswith("none")
+
+
+def test_the_doctor_shows_no_login_of_an_address() -> None:
+    finding = _mlflow(Settings.model_validate({"tracking_uri": "http://name:password@127.0.0.1:9"}))
+    assert finding.status == "fail"
+    assert "password" not in finding.found

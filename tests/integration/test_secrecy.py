@@ -91,11 +91,11 @@ def test_secrets_stay_out_of_all_that_is_written(
         monkeypatch.setenv(name, value)
     printed: dict[str, bytes] = {}
 
-    def command(*arguments: str, code: int | None = 0, **more: str) -> bytes:
+    def command(*arguments: str, code: int = 0, **more: str) -> bytes:
         line = [sys.executable, "-m", "modelpress.cli", *arguments]
         done = subprocess.run(line, env=os.environ | more, capture_output=True, timeout=240, check=False, cwd=tmp_path)
         printed[f"printed by {' '.join(arguments[:2])} {len(printed)}"] = done.stdout + done.stderr
-        assert code in (None, done.returncode), done.stderr.decode()
+        assert done.returncode == code, done.stderr.decode()
         return done.stdout
 
     recipe = tmp_path / "recipe.yaml"
@@ -106,8 +106,6 @@ def test_secrets_stay_out_of_all_that_is_written(
     assert manifest.encryption is not None
     secret = secrets.find(store, NAME, manifest.encryption.secret, [LocalKey(KEY)])
 
-    command("verify", NAME)
-    command("keys", "show", NAME)
     links = tmp_path / "links.json"
     command("share", f"{NAME}@champion", "--for", "5m", "--to", str(links))
     signature = parse_qs(urlsplit(next(iter(json.loads(links.read_text())["objects"].values()))["url"]).query)
@@ -128,8 +126,6 @@ def test_secrets_stay_out_of_all_that_is_written(
     errors = EncryptionKeyError.exit_code, AccessDeniedError.exit_code
     command("verify", NAME, code=errors[0], MODELPRESS_KEY=base64.b64encode(b"w" * 32).decode())
     command("verify", NAME, code=errors[1], AWS_SECRET_ACCESS_KEY=SESSION)
-    command("verify", NAME, code=2, MODELPRESS_KEY=base64.b64encode(KEY).decode() + "x")
-    command("doctor", code=None)
     command("run", str(recipe), code=3, MODELPRESS_TRACKING_URI=f"http://someone:{PASSWORD}@127.0.0.1:9")
 
     base = tmp_path_factory.getbasetemp()
