@@ -35,7 +35,6 @@ from urllib.parse import urlsplit
 
 from benchmarks._report import Row, main
 from benchmarks.transfer import ROOT, _s5cmd, _server
-from modelpress.codec.__main__ import compile_all
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,6 +142,8 @@ def work(system: str, form: str, *arguments: str) -> None:
     if system.endswith("cached"):
         os.environ["MODELPRESS_CACHE"] = cache
     if system.endswith("before"):
+        from modelpress.codec.__main__ import compile_all
+
         compile_all()
     load = _LOADERS[system.partition(",")[0]](form, folder)
     if load is None:

@@ -8,6 +8,9 @@ in flight; s5cmd's own part concurrency is its default.
 
 `boto3` is its transfer manager as it comes; `boto3, signed` is one plain request per object with its sha256 in
 the signature, `boto3, unsigned` the same without. `obstore` sends whole objects, unsigned.
+
+`download` writes files. `into memory` does not: whole objects, into memory that modelpress is given and uses again, as
+its loader does, and into what the others allocate.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import queue
 import resource
 import shutil
 import statistics
@@ -36,6 +40,8 @@ PREFIX = "MODELPRESS_TEST_S3_"
 MIB = 2**20
 IN_FLIGHT = 4
 SYSTEMS = ("modelpress", "boto3", "boto3, signed", "boto3, unsigned", "obstore", "s5cmd")
+
+IN_MEMORY = ("modelpress", "boto3, unsigned", "obstore")
 
 
 def measure(quick: bool) -> Iterator[Row]:
@@ -67,12 +73,16 @@ def _case(case: str, files: Sequence[Path], folder: Path, environment: dict[str,
             found.setdefault(("download", system), []).append(
                 _run(system, "download", target, files, back, environment)
             )
+            if system in IN_MEMORY:
+                found.setdefault(("into memory", system), []).append(
+                    _run(system, "memory", target, files, back, environment)
+                )
             if {file.name: _sha256(file) for file in back.iterdir()} != digests:
                 raise SystemExit(f"{system} brought back other bytes")
             shutil.rmtree(back)
             _run("boto3", "delete", target, files, back, environment)
-    for direction in ("upload", "download"):
-        for system in SYSTEMS:
+    for direction in ("upload", "download", "into memory"):
+        for system in SYSTEMS if direction != "into memory" else IN_MEMORY:
             if direction == "download" and system == "boto3, signed":
                 continue  # a download has no payload to sign
             runs = found.get((direction, system))
@@ -133,6 +143,7 @@ def work(task: str) -> None:
 
 def _modelpress(target: str, action: str) -> Callable[[Path, Path, str], None]:
     from modelpress.store import open_store
+    from modelpress.store.receive import memory
 
     store = open_store(target)
 
@@ -144,7 +155,19 @@ def _modelpress(target: str, action: str) -> Callable[[Path, Path, str], None]:
         if store.download(file.name, back) != digest:
             raise SystemExit(f"{file.name} came back with other bytes")
 
-    return upload if action == "upload" else download
+    spare: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+
+    def into_memory(file: Path, back: Path, digest: str) -> None:
+        del back
+        size = file.stat().st_size
+        buffer = memory(size) if spare.empty() else spare.get()
+        found = hashlib.sha256()
+        store.read_into(file.name, buffer, 0, found.update)
+        if found.hexdigest() != digest:
+            raise SystemExit(f"{file.name} came back with other bytes")
+        spare.put(buffer)
+
+    return {"upload": upload, "download": download, "memory": into_memory}[action]
 
 
 def _boto3(target: str, action: str) -> Callable[[Path, Path, str], None]:
@@ -185,6 +208,8 @@ def _boto3_plain(target: str, action: str, signed: bool) -> Callable[[Path, Path
         if action == "upload":
             with file.open("rb") as body:
                 client.put_object(Bucket=bucket, Key=key, Body=body)
+        elif action == "memory":
+            client.get_object(Bucket=bucket, Key=key)["Body"].read()
         else:
             with back.open("wb") as output:
                 for block in client.get_object(Bucket=bucket, Key=key)["Body"].iter_chunks(MIB):
@@ -212,6 +237,8 @@ def _obstore(target: str, action: str) -> Callable[[Path, Path, str], None]:
         del digest
         if action == "upload":
             obstore.put(store, file.name, file, use_multipart=file.stat().st_size > 64 * MIB)
+        elif action == "memory":
+            obstore.get(store, file.name).bytes()
         else:
             with back.open("wb") as output:
                 for block in obstore.get(store, file.name).stream(min_chunk_size=MIB):

@@ -88,7 +88,7 @@ def stream_tensors(
                     shard.wait(end)
                     started = begun.setdefault(entry.name, Begun(entry, coded_digest=False))
                     started.add(piece, where, threads)
-                    if piece.start + piece.count == piece.elements:
+                    if piece.start + piece.count == piece.elements and position == entry.shards[-1]:
                         finished[entry.name] = hashing.submit(begun.pop(entry.name).finish, where, original)
                     del piece, started
             except FormatError:

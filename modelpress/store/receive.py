@@ -71,14 +71,11 @@ class Target:
             self._line = None
 
     def fill(self, data: bytes) -> None:
-        """Take bytes that came another way.
+        """Take the bytes from the begin of the range, which came another way.
 
         Raises:
-            HTTPException: they are more than were asked for.
             StoppedError: it was stopped.
         """
-        if len(data) > len(self.view):
-            raise http.client.HTTPException(f"an answer of {len(data)} bytes to a request for {len(self.view)}")
         with self._lock:
             if self._stopped:
                 raise StoppedError

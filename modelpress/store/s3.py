@@ -287,9 +287,9 @@ class S3Store(Store):
             data = b"" if direct else answer["Body"].read()
         if "ContentRange" not in answer:
             raise StoreUnfitError(doing, found="an answer without Content-Range", expected="ranged reads")
-        if into is not None and not direct:
+        if into is not None and not direct and len(data) <= length:
             into.fill(data)
-        count = into.received if into is not None else len(data)
+        count = into.received if into is not None and direct else len(data)
         total = int(answer["ContentRange"].rpartition("/")[2])
         if count != min(length, total - start):
             raise StoreUnavailableError(

@@ -202,6 +202,18 @@ def test_a_range_goes_into_given_memory_and_what_was_seen_stays(wire: Wire) -> N
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(seen))
 
 
+def test_bytes_that_came_another_way_change_nothing_that_was_seen() -> None:
+    memory, seen = bytearray(10), []
+    target = Target(memoryview(memory), lambda: seen.append(target.received))
+    target.fill(b"01234")
+    target.fill(b"xxxxx56789")
+    assert (bytes(memory), seen) == (b"0123456789", [5, 10])
+    target.stop()
+    with pytest.raises(StoppedError):
+        target.fill(b"y" * 10)
+    assert memory == b"0123456789"
+
+
 @pytest.mark.parametrize("length", [b"Content-Length: 11", b"Transfer-Encoding: chunked"])
 def test_a_range_that_memory_does_not_hold_is_refused(wire: Wire, length: bytes) -> None:
     with server(says(b"HTTP/1.1 206 Partial\r\n" + length + b"\r\n\r\n" + b"b\r\n01234567890")) as url:
