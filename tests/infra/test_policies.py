@@ -16,6 +16,7 @@ from botocore.config import Config
 
 from modelpress import keys, load, pointer
 from modelpress.errors import AccessDeniedError
+from modelpress.housekeeping import collect
 from modelpress.store.s3 import S3Store
 from tests.conftest import ROOT, S3Server
 from tests.packs import Pack, assert_same, make_pack
@@ -108,7 +109,7 @@ def test_a_policy_that_stood_there_stays_and_ours_is_replaced(place: Place) -> N
     before = place.policy()
     assert [statement["Sid"] for statement in before].count("Theirs") == 1
     assert place.apply().returncode == 0
-    assert len(place.policy()) == len(before) == 1 + 3 + 2 + 3
+    assert len(place.policy()) == len(before) == 1 + 4 + 2 + 4
 
 
 def test_a_publisher_publishes_large_objects_too_and_deletes_nothing(place: Place, pack: Pack, tmp_path: Path) -> None:
@@ -175,8 +176,10 @@ def test_a_collector_deletes_blobs_and_reads_none(place: Place, pack: Pack) -> N
     ):
         with pytest.raises(AccessDeniedError):
             attempt()
-    collector.delete(garbage)
+    gone = collect(collector, delete=True, grace_seconds=0)
+    assert garbage in [item.key for item in gone.items]
     assert place.open("owner").info(garbage) is None
+    assert load.verify(place.open("server"), "demo", "champion").pack == pack.digest
     assert place.open("owner").get("work/secret") == b"a stage's output"
 
 
