@@ -24,6 +24,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 from modelpress import keys
@@ -95,10 +96,8 @@ class BlobCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             incoming.parent.mkdir(exist_ok=True)
-            with incoming.open("xb", buffering=0) as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
+            with self._begin(incoming, len(view)) as file:
                 try:
-                    self._make_room(incoming, len(view))
                     rest = view
                     while rest:
                         rest = rest[file.write(rest[:BLOCK_BYTES]) :]
@@ -166,12 +165,20 @@ class BlobCache:
                     path.unlink(missing_ok=True)
             return before - self._taken()
 
-    def _make_room(self, incoming: Path, size: int) -> None:
-        """Take `size` bytes of the bound for a file that is about to be written."""
+    def _begin(self, incoming: Path, size: int) -> FileIO:
+        """A new file, locked, that takes `size` bytes of the bound."""
         with (self.folder / "lock").open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self._evict(self.max_bytes - size)
-            os.truncate(incoming, size)  # a hole: from now on others count it
+            file = incoming.open("xb", buffering=0)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)  # before another makes room, and takes it for a dead writer's
+                file.truncate(size)  # a hole: from now on others count it
+            except BaseException:
+                file.close()
+                incoming.unlink()
+                raise
+            return file
 
     def _evict(self, most: int) -> None:
         for path in _files(self.folder / "incoming"):
