@@ -16,7 +16,7 @@ from modelpress.quantize.groups import Earlier, Grid, GroupedWeight, encode, gro
 DAMPING = 0.01
 """Share of H's mean diagonal that is added to its diagonal."""
 
-HELD = 0.75
+HELD = 0.6
 """Steps from which on a weight leaves its earlier code; rounding to the nearest leaves it from 0.5 on. Without a margin
 one code that moves moves others after it, and a third of all differ (decision 0025)."""
 
