@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+WORKERS ?= 2
 # Gigabytes come: show them to whoever watches, and keep logs short.
 QUIET := $(shell [ -t 2 ] || echo --quiet --quiet)
 
@@ -33,8 +34,8 @@ $(STAMP): pyproject.toml
 demo: venv ## run the whole line on two real models, and answer a prediction from the published packs
 	$(BIN)/python -m flows.demo
 
-test: lint ## lint, then the whole suite against real Prefect, MLflow and S3 servers
-	$(BIN)/python -m pytest -m "not e2e" $(PYTEST_ARGS)
+test: lint ## lint, then the whole suite against real Prefect, MLflow and S3 servers, in WORKERS (2) processes
+	$(BIN)/python -m pytest -m "not e2e" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-faults: venv ## only the tests that kill processes, fill disks and break bytes
 	$(BIN)/python -m pytest -m faults $(PYTEST_ARGS)

@@ -12,11 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import boto3
+import hypothesis
 import pytest
 from botocore.config import Config
 
 from modelpress.settings import Settings
 from modelpress.store.s3 import S3Store
+
+hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is no reason to fail
+hypothesis.settings.load_profile("suite")
 
 ROOT = Path(__file__).parents[1]
 PREFIX = "MODELPRESS_TEST_S3_"

@@ -193,6 +193,8 @@ class Store(abc.ABC):
 
     def held_to(self, trust: Trust | None) -> Self:
         """The same store, read with another trust. It shares everything else, and is not closed by itself."""
+        if trust is self.trust:
+            return self
         other = copy.copy(self)
         other.trust = trust
         return other

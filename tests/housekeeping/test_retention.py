@@ -108,7 +108,7 @@ def test_bases_and_what_is_under_way_stay(store: MemoryStore) -> None:
     deltas = [SmallPack([b"delta"], base=packs[0].digest)]
     deltas.append(SmallPack([b"delta 2"], base=deltas[0].digest))
     for pack in deltas:
-        pack.publish(store)
+        pack.write(store)
         store.later(days=1)
     with intents.announced(store, "demo", packs[1].digest):
         found = kept(store, SHORT, delete=True)
