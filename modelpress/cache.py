@@ -20,6 +20,7 @@ import hashlib
 import logging
 import os
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -63,7 +64,7 @@ class BlobCache:
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder, self.max_bytes = Path(os.path.abspath(folder)), max_bytes
-        self._writes = True
+        self._writes, self._telling = True, threading.Lock()
 
     def read_into(self, digest: str, view: memoryview) -> bool:
         """Fill `view` with a blob, if it is here and its digest holds; else False, and `view` holds anything."""
@@ -105,25 +106,22 @@ class BlobCache:
                 finally:
                     incoming.unlink(missing_ok=True)
         except OSError as error:
-            self._writes = False
-            log.warning("cannot write to the cache %s, going on without: %s", self.folder, error)
+            self._read_only("cannot write to the cache %s, going on without: %s", error)
 
     @contextlib.contextmanager
-    def fetching(self, digest: str, look: Callable[[], None] = lambda: None) -> Iterator[bool]:
-        """Be the one process, and thread, that fetches a blob; True: another one was at it, and was waited for.
+    def fetching(self, digest: str, look: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Be the one process, and thread, that fetches a blob; look for it again inside: another may have kept it.
 
         `look` is called while waiting; what it raises ends that. Where no lock can be had, everybody fetches.
         """
-        waited, until = False, time.monotonic() + MAX_WAIT_SECONDS
+        until = time.monotonic() + MAX_WAIT_SECONDS
         path = self.folder / "locks" / digest
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("wb")
         except OSError as error:
-            if self._writes:
-                self._writes = False
-                log.warning("the cache %s is read and not written: %s", self.folder, error)
-            yield False
+            self._read_only("the cache %s is read and not written: %s", error)
+            yield
             return
         with file:
             while time.monotonic() < until:
@@ -133,10 +131,9 @@ class BlobCache:
                 except OSError as error:
                     if error.errno not in (errno.EAGAIN, errno.EACCES):
                         break  # a file system without locks
-                waited = True
                 look()
                 time.sleep(LOOK_SECONDS)
-            yield waited
+            yield
 
     def blobs(self) -> list[CachedBlob]:
         """What is kept, the longest unused first."""
@@ -164,6 +161,13 @@ class BlobCache:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     path.unlink(missing_ok=True)
             return before - self._taken()
+
+    def _read_only(self, text: str, error: OSError) -> None:
+        """Write no more, and say so once."""
+        with self._telling:
+            told, self._writes = not self._writes, False
+        if not told:
+            log.warning(text, self.folder, error)
 
     def _begin(self, incoming: Path, size: int) -> FileIO:
         """A new file, locked, that takes `size` bytes of the bound."""

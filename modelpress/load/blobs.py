@@ -74,18 +74,18 @@ class Blobs:
         """
         if self._cache is None:
             self._from_store(digest, view, arrived)
-        elif not self._cache.read_into(digest, view):
-            with self._cache.fetching(digest, lambda: arrived(view[:0])) as others:
-                # Whoever was waited for has brought it, or died.
-                if not (others and self._cache.read_into(digest, view)):
-                    self._from_store(digest, view, arrived)
-                    self._cache.keep(digest, view)
-                    self._count(digest)
-                    return
-            arrived(view)
-        else:
+        elif self._cache.read_into(digest, view) or not self._fetched(self._cache, digest, view, arrived):
             arrived(view)
         self._count(digest)
+
+    def _fetched(self, cache: BlobCache, digest: str, view: memoryview, arrived: Callable[[memoryview], None]) -> bool:
+        """Fetch a blob from the store and keep it, unless another has kept it since the first look: then False."""
+        with cache.fetching(digest, lambda: arrived(view[:0])):
+            if cache.read_into(digest, view):
+                return False
+            self._from_store(digest, view, arrived)
+            cache.keep(digest, view)
+            return True
 
     def _from_store(self, digest: str, view: memoryview, arrived: Callable[[memoryview], None]) -> None:
         hashed = hashlib.sha256()
