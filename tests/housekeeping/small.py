@@ -8,6 +8,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from modelpress import keys
 from modelpress.config import UploadConfig
 from modelpress.manifest import Manifest
@@ -82,6 +84,18 @@ class MemoryStore(Store):
         self.objects: dict[str, tuple[bytes, datetime]] = {}
         self.time = START
         self.parts: list[Unfinished] = []
+
+    def rules(self, monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
+        """Make this store's clock what `datetime.now` tells in some modules."""
+        store = self
+
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz: object = None) -> datetime:  # type: ignore[override]  # noqa: ARG003
+                return store.time
+
+        for module in modules:
+            monkeypatch.setattr(f"{module}.datetime", Clock)
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         from modelpress.errors import NotFoundError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -39,12 +39,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
     """Two versions that were published long ago, and garbage: what a third had alone."""
     opened = MemoryStore()
 
-    class Clock(datetime):
-        @classmethod
-        def now(cls, tz: object = None) -> datetime:  # type: ignore[override]  # noqa: ARG003
-            return opened.time
-
-    monkeypatch.setattr(collecting, "datetime", Clock)
+    opened.rules(monkeypatch, "modelpress.housekeeping.collect")
     for pack in (ONE, TWO, gone := SmallPack([b"shared", b"three"])):
         pack.publish(opened)
     opened.delete(keys.manifest("demo", gone.digest))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -27,13 +26,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
     """Whose clock is everybody's."""
     opened = MemoryStore()
 
-    class Clock(datetime):
-        @classmethod
-        def now(cls, tz: object = None) -> datetime:  # type: ignore[override]  # noqa: ARG003
-            return opened.time
-
-    for module in ("modelpress.pointer", "modelpress.housekeeping.retention"):
-        monkeypatch.setattr(f"{module}.datetime", Clock)
+    opened.rules(monkeypatch, "modelpress.pointer", "modelpress.housekeeping.retention")
     return opened
 
 
