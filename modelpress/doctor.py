@@ -12,6 +12,7 @@ import shutil
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,7 @@ GIB = 2**30
 LEAST_DISK_BYTES, GOOD_DISK_BYTES = 1 * GIB, 10 * GIB
 LEAST_MEMORY_BYTES, GOOD_MEMORY_BYTES = 1 * GIB, 4 * GIB
 HTTP_SECONDS = 5.0
+SOON_DAYS = 30
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -56,6 +58,7 @@ def examine(settings: Settings, providers: Sequence[str] = ()) -> Iterator[Findi
     yield from _stores(settings)
     yield _transport(settings)
     yield _guarded("keys", lambda: _keys(settings))
+    yield _guarded("signatures", lambda: _signatures(settings))
     yield _mlflow(settings)
     yield _prefect(os.environ.get("PREFECT_API_URL", ""))
     yield _disk(settings.home)
@@ -175,6 +178,36 @@ def _keys(settings: Settings) -> Finding:
     if shared := [path for path in paths if Path(path).stat().st_mode & 0o077]:
         return Finding("keys", "warn", f"{names}; others can read {', '.join(shared)}", f"chmod 600 {shared[0]}")
     return Finding("keys", "ok", names or "none: packs are not encrypted, and encrypted ones do not open")
+
+
+def _signatures(settings: Settings) -> Finding:
+    """The trust file can be read, each role that it asks for has a key that counts, and our own is one of them."""
+    from modelpress.trust import Signer, read_policy
+    from modelpress.trust.policy import now
+
+    own = None
+    if settings.signing_key_file is not None:
+        own = Signer.load(settings.signing_key_file, settings.signing_key_passphrase.get_secret_value())
+    signs = f"signs with {own.key_id[:12]}" if own else "signs nothing"
+    if settings.trust is None:
+        return Finding("signatures", "ok", f"none are asked for (no MODELPRESS_TRUST); {signs}")
+    policy, then = read_policy(settings.trust), now()
+    late = then + timedelta(days=SOON_DAYS)
+    for role in sorted({*policy.required, *policy.pointers}):
+        keys = [key for key in policy.keys if key.role == role]
+        if not any(key.state(then) is None for key in keys):
+            found = f"{settings.trust}: no key of role {role!r} counts: {keys[0].state(then)}"
+            return Finding("signatures", "fail", found, "add a key: modelpress trust new-key; then sign again with it")
+        if not any(key.state(late) is None for key in keys):
+            found = f"{settings.trust}: in {SOON_DAYS} days no key of role {role!r} counts any more"
+            return Finding("signatures", "warn", found, "add a key now, and sign with both until then")
+    if own is not None:
+        entry = policy.find(own.key_id)
+        if (why := "it is not in the file" if entry is None else entry.state(then)) is not None:
+            found = f"{signs}, which {settings.trust} does not let count: {why}"
+            return Finding("signatures", "warn", found, "add the key to that file, or sign with another")
+    count = sum(key.state(then) is None for key in policy.keys)
+    return Finding("signatures", "ok", f"{settings.trust}: {count} of {len(policy.keys)} keys count; {signs}")
 
 
 def _stores(settings: Settings) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from modelpress import cli
 from modelpress.doctor import GIB, Finding, _amount, check_provider, examine
 from modelpress.errors import SetupError
 from modelpress.settings import Settings
+from modelpress.trust import Signer, TrustedKey, new_key
+from modelpress.trust.policy import entry_of
 from tests.integration.conftest import mlflow_server, prefect_server
 
 __all__ = ["mlflow_server", "prefect_server"]
@@ -149,3 +152,53 @@ def test_amounts(have: int, status: str) -> None:
     found = _amount("disk", have, GIB, 10 * GIB, "free", "free space")
     assert found.status == status
     assert bool(found.fix) == (status != "ok")
+
+
+@pytest.fixture
+def signer(home: Path, monkeypatch: pytest.MonkeyPatch) -> Signer:
+    """Whose key the settings name."""
+    made = new_key(home / "key.pem")
+    monkeypatch.setenv("MODELPRESS_SIGNING_KEY_FILE", str(home / "key.pem"))
+    return made
+
+
+def trust_file(path: Path, monkeypatch: pytest.MonkeyPatch, *keys: TrustedKey) -> None:
+    document = {"format_version": 1, "required": ["publisher"], "pointers": ["publisher"]}
+    path.write_text(json.dumps(document | {"keys": [key.model_dump(mode="json") for key in keys]}))
+    monkeypatch.setenv("MODELPRESS_TRUST", str(path))
+
+
+def test_signatures_that_nobody_asks_for(home: Path) -> None:
+    assert finding("signatures").status == "ok"
+    assert "none are asked for" in finding("signatures").found
+
+
+def test_a_key_that_counts(home: Path, signer: Signer, monkeypatch: pytest.MonkeyPatch) -> None:
+    trust_file(home / "trust.json", monkeypatch, entry_of(signer, "farm", "publisher", ["*"]))
+    found = finding("signatures")
+    assert found.status == "ok"
+    assert "1 of 1 keys count" in found.found
+    assert signer.key_id[:12] in found.found
+
+
+def test_a_key_of_our_own_that_the_file_lacks(home: Path, signer: Signer, monkeypatch: pytest.MonkeyPatch) -> None:
+    trust_file(home / "trust.json", monkeypatch, entry_of(new_key(home / "two.pem"), "farm", "publisher", ["*"]))
+    found = finding("signatures")
+    assert (found.status, "not in the file" in found.found) == ("warn", True)
+
+
+def test_keys_that_end(home: Path, signer: Signer, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = entry_of(signer, "farm", "publisher", ["*"])
+    today = datetime.now(UTC)
+    for days, status in ((90, "ok"), (3, "warn"), (-1, "fail")):
+        ending = entry.model_copy(update={"valid_until": today + timedelta(days=days)})
+        trust_file(home / "trust.json", monkeypatch, ending)
+        assert finding("signatures").status == status
+    trust_file(home / "trust.json", monkeypatch, entry.model_copy(update={"revoked": today}))
+    assert "revoked" in finding("signatures").found
+
+
+def test_a_trust_file_that_is_none(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELPRESS_TRUST", str(home / "nowhere"))
+    assert finding("signatures").status == "fail"
+    assert finding("signatures").fix
