@@ -46,7 +46,7 @@ difference to the first sends, `share` the one ÷ the other; all files of a pack
 quantized weights' bytes that differ. `cosine` is the mean between the embeddings and those of the fine-tuned float
 graph on held-out texts, `mrr` their retrieval. Every layer and the embedding tables are quantized. The peers are what
 stores do without scales held still: sending only tensors that changed (`dedup of fp32 tensors`), and zstandard with
-the first version's file as its dictionary, at level 19 and over the whole file (`zstd --patch-from`).
+the first version's file as its dictionary, at level 19, over the whole file on earlier scales (`zstd --patch-from`).
 """
 
 BATCH = 32
