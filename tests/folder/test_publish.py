@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import resource
@@ -25,10 +26,18 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from modelpress import compressed_tensors, load
+from modelpress import compressed_tensors, keys, load
 from modelpress.blockwise import REPORT_FILE, quantize_folder
-from modelpress.config import CompressConfig, QuantizeConfig, ShardConfig, WorkloadConfig
-from modelpress.errors import ConfigError, CorruptionError, ModelpressError, StageError, StoreFullError, WorkloadError
+from modelpress.config import CompressConfig, QuantizeConfig, ShardConfig, UploadConfig, WorkloadConfig
+from modelpress.errors import (
+    ConfigError,
+    CorruptionError,
+    EncryptionKeyError,
+    ModelpressError,
+    StageError,
+    StoreFullError,
+    WorkloadError,
+)
 from modelpress.folder import publish_folder
 from modelpress.folder.staging import Staged
 from modelpress.store import Store
@@ -96,6 +105,30 @@ def test_every_byte_of_a_folder_comes_back(store: Store, decoder: Path, tmp_path
     assert manifest.published_bytes < sum(map(len, before.values()))
     assert not list((tmp_path / "work").iterdir())
     load.verify(store, "demo", digest)
+
+
+def test_an_encrypted_folder_comes_back_with_the_key_alone(
+    store: Store, decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODELPRESS_KEY", base64.b64encode(b"K" * 32).decode())
+    options = {**SMALL, "upload": UploadConfig(encrypt=True)}
+    digest = publish(store, decoder, tmp_path / "work", **options)
+    manifest = load.load_manifest(store, "demo", digest)
+    assert manifest.encryption is not None
+    plain = {shard.content.sha256 for shard in manifest.shards} | {one.content.sha256 for one in manifest.blob_files()}
+    assert not any(store.info(keys.blob(blob)) for blob in plain)
+    load.pull(store, "demo", digest, tmp_path / "pulled", "huggingface")
+    pulled = contents(tmp_path / "pulled")
+    assert pulled.pop("modelpress.json") == manifest.to_bytes()
+    assert pulled == contents(decoder)
+    assert publish(store, decoder, tmp_path / "work", **options) == digest, "run again, nothing is sent anew"
+    assert not list((tmp_path / "work").iterdir())
+    monkeypatch.delenv("MODELPRESS_KEY")
+    with pytest.raises(EncryptionKeyError):
+        load.pull(store, "demo", digest, tmp_path / "nothing", "huggingface")
+    with pytest.raises(EncryptionKeyError, match="MODELPRESS_KEY_FILE"):
+        publish(store, decoder, tmp_path / "other", **options)
+    assert not (tmp_path / "other").exists(), "the key is asked for before anything is read"
 
 
 def test_what_was_pulled_is_published_as_the_same_pack(store: Store, decoder: Path, tmp_path: Path) -> None:
