@@ -226,6 +226,24 @@ def _raise_unless_missing(error: OSError) -> None:
         raise error
 
 
+def check_new_folder(folder: Path, doing: str) -> None:
+    """Refuse a folder that another one, made beside it, cannot be renamed to, before hours are spent on that one.
+
+    Raises:
+        ConfigError: it is there and is no empty folder, is a symbolic link (also to nothing), or a mount point.
+    """
+    if not os.path.lexists(folder):
+        return
+    found, fix = "something there already", "name another folder"
+    if folder.is_symlink():
+        found, fix = f"{found}: a symbolic link", f"name the folder itself, {os.path.realpath(folder)}, or another"
+    elif folder.is_dir() and os.path.ismount(folder):
+        found, fix = f"{found}: a mount point", f"name a folder in it, such as {folder / 'model'}"
+    elif folder.is_dir() and not any(folder.iterdir()):
+        return
+    raise ConfigError(doing, found=found, expected="a new or empty folder", fix=fix)
+
+
 @contextlib.contextmanager
 def local_errors(doing: str, *, writing: bool = False) -> Iterator[None]:
     """Turn the operating system's errors into the store's; `writing` says that a name is being taken."""
