@@ -21,7 +21,7 @@ from modelpress.cipher.stream import KEY_BYTES, derive
 from modelpress.errors import ConfigError, CorruptionError, EncryptionKeyError
 from modelpress.manifest import canonical_json
 from modelpress.settings import Settings
-from modelpress.store.local import local_errors
+from modelpress.store.local import local_errors, write_secret
 
 NONCE_BYTES = 12
 ID_LABEL = b"modelpress wrapping key id v1"
@@ -124,18 +124,11 @@ def make_key_file(path: Path) -> str:
 
     Raises:
         ConfigError: the file exists.
+        StoreError: it cannot be written; nothing of it stays.
     """
     doing, key = f"making a key in {path}", secrets.token_bytes(KEY_BYTES)
-    with local_errors(doing, writing=True):
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            fix = "give another path: a key that is lost takes with it all that it wrapped"
-            raise ConfigError(doing, found="a file", expected="none", fix=fix) from None
-        with open(descriptor, "wb") as file:
-            file.write(base64.b64encode(key) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+    fix = "give another path: a key that is lost takes with it all that it wrapped"
+    write_secret(path, base64.b64encode(key) + b"\n", doing, fix)
     return LocalKey(key).id
 
 

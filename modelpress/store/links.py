@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -36,7 +35,7 @@ from modelpress.errors import (
 from modelpress.manifest import Sha256, Size
 from modelpress.settings import Settings
 from modelpress.store.base import ObjectInfo, Store, check_key, check_range
-from modelpress.store.local import local_errors
+from modelpress.store.local import local_errors, write_secret
 from modelpress.store.s3_client import TRANSIENT_STATUS, back_off
 from modelpress.store.s3_multipart import PART_BYTES
 from modelpress.store.wire import Wire, tls_context
@@ -87,15 +86,10 @@ class Links(BaseModel):
 
         Raises:
             ConfigError: the file exists.
+            StoreError: it cannot be written; nothing of it stays.
         """
-        doing = f"writing links to {path}"
-        with local_errors(doing, writing=True):
-            try:
-                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            except FileExistsError:
-                raise ConfigError(doing, found="a file", expected="none", fix="remove it, or name another") from None
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(self.model_dump_json(indent=1) + "\n")
+        data = (self.model_dump_json(indent=1) + "\n").encode()
+        write_secret(path, data, f"writing links to {path}", "remove it, or name another")
 
 
 class LinkStore(Store):

@@ -226,6 +226,28 @@ def _raise_unless_missing(error: OSError) -> None:
         raise error
 
 
+def write_secret(path: Path, data: bytes, doing: str, fix: str) -> None:
+    """Write a new file that only its owner reads, whole or not at all.
+
+    Raises:
+        ConfigError: there is one; `fix` is what to do then.
+        StoreError: it cannot be written.
+    """
+    with local_errors(doing, writing=True):
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            raise ConfigError(doing, found="a file of this name", expected="none", fix=fix) from None
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+
 def check_new_folder(folder: Path, doing: str) -> None:
     """Refuse a folder that another one, made beside it, cannot be renamed to, before hours are spent on that one.
 

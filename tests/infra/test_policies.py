@@ -67,7 +67,7 @@ def place(s3_server: S3Server) -> Iterator[Place]:
     config = Config(request_checksum_calculation="when_required")
     client = session.client("s3", endpoint_url=s3_server.endpoint, config=config)
     client.create_bucket(Bucket=bucket)
-    client.put_bucket_policy(Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [FOREIGN]}))
+    client.put_bucket_policy(Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": FOREIGN}))
 
     def apply() -> subprocess.CompletedProcess[str]:
         users = [part for role in roles for part in (f"--{role}", f"arn:aws:iam:::user/{role}-{tag}")]
