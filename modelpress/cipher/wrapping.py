@@ -97,10 +97,10 @@ def wrapping_keys(settings: Settings) -> list[WrappingKey]:
         ConfigError: one is no key; where it came from is told, and nothing of it.
     """
     found: list[WrappingKey] = []
-    if settings.kms_key_id:
+    if names := [name for one in settings.kms_key_id.split(",") if (name := one.strip())]:
         from modelpress.store.kms import KmsKey
 
-        found += [KmsKey(name.strip(), settings) for name in settings.kms_key_id.split(",")]
+        found += [KmsKey(name, settings) for name in names]
     for path in filter(None, settings.key_file.split(os.pathsep)):
         with local_errors(f"reading the key in {path}"), Path(path).open("rb") as file:
             found.append(LocalKey(_parse(file.read(MAX_KEY_FILE_BYTES), f"the file {path} of MODELPRESS_KEY_FILE")))

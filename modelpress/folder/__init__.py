@@ -109,9 +109,9 @@ def publish_folder(
         and see `publish`.
     """
     keys.manifests(name)
-    secret = _secret(store, name) if upload is not None and upload.encrypt else None
     inventory = take_inventory(folder, ignore, follow_links=follow_links)
     source = _open(inventory)
+    secret = _secret(store, name) if upload is not None and upload.encrypt else None
     configs = {
         "compress": (compress or CompressConfig()).model_dump(mode="json"),
         "shard": (shard or ShardConfig()).model_dump(mode="json"),

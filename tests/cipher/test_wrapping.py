@@ -113,6 +113,14 @@ def test_kms_wraps_and_opens_and_never_sees_a_blob(
     assert sent == [made[1]]
 
 
+def test_blank_places_in_the_list_of_kms_keys_are_no_keys(store: Store, configured: Configured) -> None:
+    assert [str(key) for key in configured(" alias/one, ,")] == ["aws-kms key alias/one"]
+    assert configured(" , ") == []
+    secrets.current(store, "demo", configured("alias/two,"))
+    with pytest.raises(EncryptionKeyError, match="alias/one"):  # and not that KMS is not to be reached
+        secrets.current(store, "demo", configured("alias/one,"))
+
+
 def test_what_kms_wraps_and_opens_reaches_no_log(
     store: Store, configured: Configured, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -128,7 +128,7 @@ def test_an_encrypted_folder_comes_back_with_the_key_alone(
         load.pull(store, "demo", digest, tmp_path / "nothing", "huggingface")
     with pytest.raises(EncryptionKeyError, match="MODELPRESS_KEY_FILE"):
         publish(store, decoder, tmp_path / "other", **options)
-    assert not (tmp_path / "other").exists(), "the key is asked for before anything is read"
+    assert not (tmp_path / "other").exists(), "the key is asked for before anything is coded"
 
 
 def test_what_was_pulled_is_published_as_the_same_pack(store: Store, decoder: Path, tmp_path: Path) -> None:
