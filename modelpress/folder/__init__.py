@@ -245,13 +245,13 @@ def _report(rows: Sequence[CodedTensor]) -> CompressReport:
 
 @contextmanager
 def _workplace(folder: Path) -> Iterator[Path]:
-    """The folder of this very publication, for one process at a time.
+    """The folder of this very publication, for one process at a time, and for no other user to read.
 
     Raises:
         ConfigError: another process is at it.
     """
     with local_errors(f"making {folder}", writing=True):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(0o700, parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     try:
         try:

@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections import Counter
@@ -362,6 +363,8 @@ def test_a_folder_that_changes_meanwhile_is_not_published(store: Store, decoder:
     with pytest.raises(StageError, match=r"'config\.json' was changed"):
         publish(store, folder, tmp_path / "work", progress=progress)
     assert not (tmp_path / "store").exists()
+    (place,) = (tmp_path / "work").iterdir()
+    assert stat.S_IMODE(place.stat().st_mode) == 0o700, "what waits there is the model, encrypted or not"
 
 
 def test_a_full_disk_says_so(store: Store, decoder: Path, tmp_path: Path) -> None:
