@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 
 from modelpress import keys
-from modelpress.errors import StoreUnavailableError
+from modelpress.errors import ConfigError, StoreUnavailableError
 from modelpress.housekeeping.survey import PackId, Survey, refuse_work_store
 from modelpress.housekeeping.turns import Lease, awake
 from modelpress.progress import Progress, silent
@@ -20,6 +20,7 @@ from modelpress.store.base import ObjectInfo, Store, Unfinished
 from modelpress.store.threads import DaemonPool
 
 GRACE_SECONDS = 24 * 3600.0
+MAX_GRACE_SECONDS = 100 * 365 * GRACE_SECONDS
 DELETES_IN_FLIGHT = 8
 BATCH = 256
 """Deletes between two looks at whether the round still runs."""
@@ -109,12 +110,15 @@ def collect(
         progress: called with bytes that went, and bytes to go.
 
     Raises:
-        ConfigError: stages keep their outputs in this store.
+        ConfigError: stages keep their outputs in this store, or a grace that is no time.
         CorruptionError: a manifest or an intent is damaged, and may need anything. Nothing was removed.
         UnsupportedFormatError: one was written by a newer modelpress, and may need anything. Nothing was removed.
         ConflictError: another collection is at work.
         StoreError: see `modelpress.store.Store`; what was removed until then is garbage all the same.
     """
+    if not 0 <= grace_seconds <= MAX_GRACE_SECONDS:
+        expected = f"0 to {MAX_GRACE_SECONDS:.0f} seconds"
+        raise ConfigError("collecting", found=f"a grace of {grace_seconds} seconds", expected=expected)
     refuse_work_store(store, "collecting")
     abandoned = timedelta(days=abandoned_days)
     survey = Survey()

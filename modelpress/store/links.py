@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -36,7 +35,7 @@ from modelpress.errors import (
 from modelpress.manifest import Sha256, Size
 from modelpress.settings import Settings
 from modelpress.store.base import ObjectInfo, Store, check_key, check_range
-from modelpress.store.local import local_errors
+from modelpress.store.local import local_errors, write_secret
 from modelpress.store.s3_client import TRANSIENT_STATUS, back_off
 from modelpress.store.s3_multipart import PART_BYTES
 from modelpress.store.wire import Wire, tls_context
@@ -87,15 +86,10 @@ class Links(BaseModel):
 
         Raises:
             ConfigError: the file exists.
+            StoreError: it cannot be written; nothing of it stays.
         """
-        doing = f"writing links to {path}"
-        with local_errors(doing, writing=True):
-            try:
-                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            except FileExistsError:
-                raise ConfigError(doing, found="a file", expected="none", fix="remove it, or name another") from None
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(self.model_dump_json(indent=1) + "\n")
+        data = (self.model_dump_json(indent=1) + "\n").encode()
+        write_secret(path, data, f"writing links to {path}", "remove it, or name another")
 
 
 class LinkStore(Store):
@@ -243,6 +237,16 @@ def _host(link: Link) -> str:
     return urlsplit(link.url.get_secret_value()).netloc.rpartition("@")[2]
 
 
+def _is_address(url: str) -> bool:
+    """Whether a request can go there, so that none fails with words that show a part of it."""
+    try:
+        parts = urlsplit(url)
+        legal = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return legal and all("!" <= character <= "~" for character in url)
+
+
 def _read(path: Path) -> Links:
     doing = f"reading links from {path}"
     with local_errors(doing), path.open("rb") as file:
@@ -259,8 +263,7 @@ def _read(path: Path) -> Links:
         where = ".".join(str(part) for part in problem["loc"]) or "file"
         raise ConfigError(doing, found=f"{where}: {problem['msg']}", expected=expected) from None
     for key, link in links.objects.items():
-        address = urlsplit(link.url.get_secret_value())
-        if address.scheme not in ("http", "https") or not address.hostname:
+        if not _is_address(link.url.get_secret_value()):
             found = f"no address of http or https for {key!r}"
             raise ConfigError(doing, found=found, expected=expected)
     return links

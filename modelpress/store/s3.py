@@ -29,6 +29,7 @@ from modelpress.store.s3_client import back_off, connect
 from modelpress.store.s3_errors import status_of, translated
 from modelpress.store.s3_multipart import PART_BYTES, PARTS_IN_FLIGHT, Multipart
 from modelpress.store.threads import ClosedError, DaemonPool, ahead
+from modelpress.store.unlogged import unlogged
 from modelpress.store.wire import Body
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ class S3Store(Store):
 
     def link(self, key: str, seconds: int) -> str:
         check_key(key)
-        with self._translated(f"making a link to {self.uri}/{key}"):
+        with self._translated(f"making a link to {self.uri}/{key}"), unlogged():
             place = {"Bucket": self.bucket, "Key": self._prefix + key}
             return self._client.generate_presigned_url("get_object", Params=place, ExpiresIn=seconds)
 

@@ -142,6 +142,10 @@ def test_several_sources_at_once(store: Store, tmp_path: Path) -> None:
     assert not (tmp_path / "models/c").exists()
     with pytest.raises(ConfigError, match="pairs"):
         init(source(tmp_path))
+    both = (tmp_path / "models/e", tmp_path / "models/x/../e")
+    with pytest.raises(ConfigError, match="a folder of its own"):  # the second would take the place of the first
+        init(source(tmp_path), both[0], source(tmp_path, "graph@blue?as=onnx"), both[1])
+    assert not (tmp_path / "models/e").exists()
 
 
 def test_an_alias_that_moves_meanwhile_gives_one_pack(

@@ -20,7 +20,7 @@ from modelpress.load.read import Parts, open_parts
 from modelpress.manifest import Manifest
 from modelpress.progress import Progress, silent
 from modelpress.store.base import Store
-from modelpress.store.local import local_errors
+from modelpress.store.local import check_new_folder, local_errors
 
 __all__ = ["LAYOUTS", "MANIFEST_NAME", "Layout", "Writer", "pull", "pull_into"]
 
@@ -67,7 +67,8 @@ def pull(
         progress: called with bytes read, and the pack's bytes.
 
     Raises:
-        ConfigError: `folder` exists and is not empty, the layout does not fit the pack, or two files take one name.
+        ConfigError: `folder` cannot be replaced (see `check_new_folder`), the layout does not fit the pack, or two
+            files take one name.
         StoreFullError: no space left for it.
         and see `resolve` and `load_checkpoint`.
     """
@@ -77,8 +78,7 @@ def pull(
     folder = Path(os.path.abspath(folder))
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
     with local_errors(doing):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(doing, found="something there already", expected="a new or empty folder")
+        check_new_folder(folder, doing)
         try:
             _fill(store, manifest, partial, layout, progress)
             partial.rename(folder)
