@@ -143,6 +143,11 @@ class Store(abc.ABC):
     def delete(self, key: str) -> None:
         """Remove an object; none there is no error."""
 
+    def unanswered_deletes(self) -> int:
+        """How many requests to `delete` or `abort` were left without an answer since the store was opened, though it
+        was asked again and answered then: it may still act on them, late."""
+        return 0
+
     def unfinished(self, prefix: str = "") -> Iterator[Unfinished]:
         """Uploads in parts, of keys that begin with `prefix`, that were begun and not ended; a store without parts
         has none."""
