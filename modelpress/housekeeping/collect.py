@@ -13,10 +13,11 @@ from datetime import UTC, datetime, timedelta
 from modelpress import keys
 from modelpress.errors import StoreUnavailableError
 from modelpress.housekeeping.survey import PackId, Survey, refuse_work_store
-from modelpress.housekeeping.turns import Lease, awake
+from modelpress.housekeeping.turns import Lease
 from modelpress.progress import Progress, silent
 from modelpress.reports import CollectReport, Counted, Garbage, GarbageItem
 from modelpress.store.base import ObjectInfo, Store, Unfinished
+from modelpress.store.clock import awake
 from modelpress.store.threads import DaemonPool
 
 GRACE_SECONDS = 24 * 3600.0

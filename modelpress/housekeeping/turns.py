@@ -28,6 +28,7 @@ from modelpress.errors import ConflictError, CorruptionError, NotFoundError, Sto
 from modelpress.manifest import canonical_json
 from modelpress.progress import Progress, silent
 from modelpress.store.base import Store, get_capped
+from modelpress.store.clock import awake
 
 FORMAT_VERSION = 1
 ROUND_SECONDS = 60.0
@@ -179,11 +180,6 @@ def store_time(store: Store) -> datetime:
     if info is None:
         raise CorruptionError(f"reading the clock of {store.uri}", found="no object where one was written")
     return info.modified
-
-
-def awake() -> float:
-    """Seconds on a clock that goes on while the machine sleeps, where there is one."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def who() -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import random
 import threading
-import time
 import urllib.parse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -32,6 +31,7 @@ from botocore.utils import get_environ_proxies
 
 from modelpress.errors import ConfigError
 from modelpress.settings import Settings, without_logins
+from modelpress.store.clock import awake
 from modelpress.store.s3_errors import Where
 from modelpress.store.wire import END, Body, Wire, tls_context
 
@@ -181,7 +181,7 @@ class _Patience:
             return None
         if operation is not None and operation.name in NOT_REPEATED:
             return None
-        now = time.monotonic()
+        now = awake()
         seconds = back_off(attempts, self._backoff)
         if now + seconds >= request_dict["context"].setdefault(END, now + self._deadline):
             return None

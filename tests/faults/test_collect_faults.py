@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,6 +14,7 @@ from modelpress.errors import StoreUnavailableError
 from modelpress.housekeeping import turns
 from modelpress.housekeeping.collect import collect
 from modelpress.publish import publish
+from modelpress.store.s3 import S3Store
 from tests.conftest import OpenS3
 from tests.faults.conftest import QUICK
 from tests.faults.proxy import FaultProxy
@@ -53,3 +55,22 @@ def test_a_delete_that_was_sent_again_is_waited_for(
         published.result(60)
     assert store.info(keys.manifest("demo", pack.digest)) is not None
     assert store.info(wanted) is not None, "a blob of a published pack is gone"
+
+
+def test_a_delete_is_not_sent_again_after_the_machine_slept(
+    through: S3Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two attempts: its round is long over, and somebody may have published what it names."""
+    slept, clock = [0.0], time.clock_gettime
+
+    def with_sleep(which: int) -> float:
+        return clock(which) + (slept[0] if which == time.CLOCK_BOOTTIME else 0.0)
+
+    monkeypatch.setattr("modelpress.store.clock.time.clock_gettime", with_sleep)
+    monkeypatch.setattr("botocore.endpoint.time.sleep", lambda _: slept.__setitem__(0, 3600.0))
+    through.put("blobs/wanted", b"x")
+    proxy.inject("slow_down", "DELETE", "wanted")
+    with pytest.raises(StoreUnavailableError):
+        through.delete("blobs/wanted")
+    assert slept == [3600.0]
+    assert through.info("blobs/wanted") is not None
