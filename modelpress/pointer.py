@@ -34,7 +34,7 @@ from modelpress.errors import (
     UnsupportedFormatError,
 )
 from modelpress.housekeeping.intents import Announcement, announced
-from modelpress.store.base import Store, get_capped
+from modelpress.store.base import Store, get_capped, stands
 from modelpress.trust import check_pack
 from modelpress.trust import entries as trusted
 from modelpress.trust.entries import EntrySignature
@@ -393,7 +393,7 @@ def _create(store: Store, entry: Pointer) -> bool:
         raise ConfigError(
             f"writing {key}", found=f"{len(data)} bytes", expected=f"at most {MAX_ENTRY_BYTES}: a shorter decision"
         )
-    return store.put(key, data, if_absent=True) or store.get(key) == data
+    return store.put(key, data, if_absent=True) or stands(store, key, data)
 
 
 def _numbers(store: Store, name: str, alias: str) -> list[int]:

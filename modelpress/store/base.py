@@ -275,6 +275,12 @@ def get_capped(store: Store, key: str, most: int, doing: str) -> bytes:
     return store.get(key, 0, info.size_bytes)
 
 
+def stands(store: Store, key: str, data: bytes) -> bool:
+    """Whether these very bytes stand under a key; an object of another length is not read."""
+    info = store.info(key)
+    return info is not None and info.size_bytes == len(data) and store.get(key, 0, len(data)) == data
+
+
 def check_digest(doing: str, found: str, expected: str | None) -> None:
     """Compare the sha256 (hex) of what travelled with what should have.
 
