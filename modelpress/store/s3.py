@@ -294,7 +294,10 @@ class S3Store(Store):
         if into is not None and not direct and len(data) <= length:
             into.fill(data)
         count = into.received if into is not None and direct else len(data)
-        total = int(answer["ContentRange"].rpartition("/")[2])
+        size = answer["ContentRange"].rpartition("/")[2]
+        if not size.isdecimal():
+            raise StoreUnfitError(doing, found=f"Content-Range {answer['ContentRange'][:100]!r}", expected="its size")
+        total = int(size)
         if count != min(length, total - start):
             raise StoreUnavailableError(
                 doing, found=f"{count} bytes of {asked}, of {total}", fix="run it again; find out who cuts answers"

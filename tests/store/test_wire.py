@@ -357,6 +357,17 @@ def test_no_memory_for_a_buffer_loses_no_place(monkeypatch: pytest.MonkeyPatch) 
     assert len(buffers.take(20)) == 20
 
 
+@pytest.mark.parametrize("total", ["*", "many", "-1"])
+def test_a_range_of_an_object_of_no_known_size_is_refused(monkeypatch: pytest.MonkeyPatch, total: str) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    head = f"HTTP/1.1 206 OK\r\nContent-Length: 2\r\nETag: x\r\nContent-Range: bytes 0-1/{total}\r\n\r\nok"
+    with server(says(head.encode())) as url:
+        settings = Settings(s3_endpoint_url=url.removesuffix("/k?x=1"), s3_attempts=1)
+        with closing(S3Store("s3://bucket", settings)) as store, pytest.raises(StoreUnfitError, match=re.escape(total)):
+            store.get("k", 0, 2)
+
+
 class EnoughError(Exception):
     """Whoever waits has waited enough."""
 
