@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -336,19 +335,6 @@ def test_a_version_split_over_shards_comes_back(tmp_path: Path, store: Store) ->
     assert entry.base == "a"
     assert len(entry.shards) > 1
     assert_same(load.load_checkpoint(store, "demo", pack.digest)[1], pack.checkpoint)
-
-
-def test_several_threads_may_read_from_one_mapping(store: Store, base: Pack, version: Pack) -> None:
-    """Each asks for tensors of another shard of the base than the others."""
-    tensors = load.open_pack(store, "demo", version.digest)
-    names = [entry.name for entry in version.manifest.tensors if entry.base is not None]
-
-    def read(number: int) -> None:
-        name = names[number % len(names)]
-        assert torch.equal(tensors[name], version.checkpoint.tensors[name]), name
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(read, range(80)))
 
 
 @pytest.mark.faults
