@@ -207,6 +207,7 @@ class BlobCache:
             if taken <= most:
                 return
             self._path(blob.digest).unlink(missing_ok=True)
+            (self.folder / "locks" / blob.digest).unlink(missing_ok=True)  # who holds it now fetches beside another
             taken -= blob.size_bytes
 
     def _taken(self) -> int:

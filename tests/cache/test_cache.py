@@ -211,6 +211,15 @@ def test_the_bound_holds_where_others_write_more_than_fits(tmp_path: Path) -> No
     assert {item.digest for item in cache.blobs()} == {small[0], large[0]}
 
 
+def test_a_blob_that_goes_takes_its_lock_with_it(tmp_path: Path) -> None:
+    cache = BlobCache(tmp_path, MIB)
+    for seed in range(3):
+        digest, data = blob(MIB, seed)
+        with cache.fetching(digest):
+            cache.keep(digest, data)
+    assert [path.name for path in (tmp_path / "locks").iterdir()] == [digest]
+
+
 def test_a_blob_that_takes_its_name_while_others_count_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
