@@ -18,7 +18,6 @@ import select
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +35,7 @@ from botocore.exceptions import (
 
 from modelpress.errors import CorruptionError, StoreUnfitError
 from modelpress.store.base import check_digest
+from modelpress.store.clock import awake
 from modelpress.store.dial import dial
 from modelpress.store.local import local_errors
 from modelpress.store.receive import Target
@@ -51,7 +51,7 @@ MAX_ANSWER_BYTES = 64 * 2**20
 MAX_IDLE = 64
 """Connections that are kept for later requests."""
 END = "modelpress_end"
-"""Key of a request's context: the time (monotonic) at which it and its repeats are given up."""
+"""Key of a request's context: the time (of `clock.awake`) at which it and its repeats are given up."""
 
 
 class Body(io.RawIOBase):
@@ -183,7 +183,7 @@ class Wire:
         if into is not None:
             into.check()
         context: dict[str, Any] = request.context  # type: ignore[attr-defined]  # the stubs lack it
-        end: float = context.setdefault(END, time.monotonic() + self._deadline)
+        end: float = context.setdefault(END, awake() + self._deadline)
         url = urlsplit(request.url)
         where = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"  # a login is no part of any message
         connection = self._connection(url.scheme, url.hostname or "", url.port, end, where)
@@ -231,7 +231,7 @@ class Wire:
             if connection.fresh():
                 return connection
             connection.close()
-        left = min(self._connect, end - time.monotonic())
+        left = min(self._connect, end - awake())
         try:
             if left <= 0:
                 raise TimeoutError("the deadline has passed")
@@ -354,7 +354,7 @@ class _Line:
 
     def wait(self) -> socket.socket:
         """The socket, set to wait no longer than it may."""
-        left = self.end - time.monotonic()
+        left = self.end - awake()
         if left <= 0:
             raise TimeoutError("the deadline has passed")
         self.sock.settimeout(min(self._silence, left))

@@ -110,7 +110,8 @@ def pull_into(
         if there and not mark.is_file():
             raise ConfigError(doing, found=f"{there[0].name!r} there already", expected="an empty folder")
         mark.write_text("Written by modelpress, which replaces everything here when it runs again.\n")
-        for path in there:
+        # The manifest goes first and comes last: a folder that has one is whole.
+        for path in sorted(there, key=lambda path: path.name != MANIFEST_NAME):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         try:
             _fill(store, manifest, partial, layout, progress)
