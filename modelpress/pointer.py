@@ -12,11 +12,9 @@ log: what it reads next must go on from there.
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
 import random
-import socket
 import time
 import uuid
 from datetime import UTC, datetime
@@ -34,6 +32,7 @@ from modelpress.errors import (
     UnsupportedFormatError,
 )
 from modelpress.housekeeping.intents import Announcement, announced
+from modelpress.housekeeping.turns import who
 from modelpress.store.base import Store, get_capped, stands
 from modelpress.trust import check_pack
 from modelpress.trust import entries as trusted
@@ -380,7 +379,7 @@ def _next(
         reason=reason,
         decision=decision,
         created=datetime.now(UTC),
-        who=_who(),
+        who=who(),
         token=token or uuid.uuid4().hex,
     )
 
@@ -422,11 +421,3 @@ def _read(store: Store, name: str, alias: str, number: int) -> Pointer:
             doing, found=f"entry {entry.number} of {entry.name}@{entry.alias}", expected="the entry that the key names"
         )
     return entry
-
-
-def _who() -> str:
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError):  # a container's user id without a name
-        user = "unknown"
-    return f"{user}@{socket.gethostname()}"

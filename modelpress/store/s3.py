@@ -23,6 +23,7 @@ from botocore.exceptions import ClientError
 from modelpress.errors import ConfigError, CorruptionError, NotFoundError, StoreUnavailableError, StoreUnfitError
 from modelpress.settings import Settings
 from modelpress.store.base import ObjectInfo, Store, Unfinished, check_digest, check_key, check_range
+from modelpress.store.body import Body
 from modelpress.store.local import file_sha256, local_errors
 from modelpress.store.receive import Target, memory, receive
 from modelpress.store.s3_client import Unanswered, back_off, connect
@@ -30,7 +31,6 @@ from modelpress.store.s3_errors import status_of, translated
 from modelpress.store.s3_multipart import PART_BYTES, PARTS_IN_FLIGHT, Multipart
 from modelpress.store.threads import ClosedError, DaemonPool, ahead
 from modelpress.store.unlogged import unlogged
-from modelpress.store.wire import Body
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -49,7 +49,7 @@ class S3Store(Store):
 
     Credentials follow the AWS SDK's chain. A request is given up after `Settings.s3_timeout_seconds` without a byte and
     sent again, with exponential backoff and full jitter, up to `Settings.s3_attempts` times and for
-    `Settings.s3_deadline_seconds` in all. A `put` holds `wire.BLOCK_BYTES` in memory beside what is given; puts of more
+    `Settings.s3_deadline_seconds` in all. A `put` holds `body.BLOCK_BYTES` in memory beside what is given; puts of more
     than `MULTIPART_BYTES` hold `PART_BUFFERS` parts between them; a `get` holds `PARTS_IN_FLIGHT` parts, and a
     `download` as many ranges of `RANGE_BYTES`.
 

@@ -31,9 +31,10 @@ from botocore.utils import get_environ_proxies
 
 from modelpress.errors import ConfigError
 from modelpress.settings import Settings, without_logins
+from modelpress.store.body import Body
 from modelpress.store.clock import awake
 from modelpress.store.s3_errors import Where
-from modelpress.store.wire import END, Body, Wire, tls_context
+from modelpress.store.wire import END, Wire, tls_context
 
 if TYPE_CHECKING:
     from botocore.awsrequest import AWSRequest

@@ -22,6 +22,7 @@ from pydantic import SecretStr
 
 from modelpress.errors import CorruptionError, ModelpressError, NotFoundError, StoreUnfitError
 from modelpress.settings import Settings
+from modelpress.store.body import BLOCK_BYTES, Body
 from modelpress.store.clock import awake
 from modelpress.store.links import Link, Links, LinkStore
 from modelpress.store.receive import StoppedError, Target
@@ -29,7 +30,7 @@ from modelpress.store.s3 import S3Store
 from modelpress.store.s3_client import _Patience, back_off
 from modelpress.store.s3_multipart import Buffers
 from modelpress.store.threads import ClosedError
-from modelpress.store.wire import BLOCK_BYTES, END, Body, Wire
+from modelpress.store.wire import END, Wire
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
