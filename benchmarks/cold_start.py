@@ -10,7 +10,8 @@ them (imports included: torch alone takes some 300 MB). `floor` is the coded byt
 modelpress spends after the last tensor: making the session, or filling the module, and the first answer.
 
 `loaded before` is a process that has decoded something, as a server has at a swap; the first decoding of a process also
-loads numba and the decoder's loops. `cached` has the blobs in a local cache.
+loads the decoder's loops. numba, which runs them, counts as an import (some 0.4 s of CPU), as torch and boto3 do.
+`cached` has the blobs in a local cache.
 
 modelpress checks every digest; nobody else checks any. The files that the peers fetch hold the same tensors raw.
 Run:ai's streamer is measured where RUNAI_FOLDER names a folder that it was installed into (`pip install --target`).
@@ -250,6 +251,7 @@ Loader = Callable[[str, Path], Load | None]
 
 
 def _modelpress(form: str, folder: Path) -> Load:
+    import numba  # type: ignore[import-untyped]  # noqa: F401
     import onnxruntime  # noqa: F401
     import torch  # noqa: F401
 

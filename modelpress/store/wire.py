@@ -44,8 +44,11 @@ if TYPE_CHECKING:
 
 MAX_ANSWER_BYTES = 64 * 2**20
 """A longer answer was not asked for: ranges, listings and errors are all shorter."""
+READ_BYTES = 2**16
+"""What is read ahead of an answer, with its head; more is read straight into its place."""
 MAX_IDLE = 64
 """Connections that are kept for later requests."""
+_QUICKACK: int | None = getattr(socket, "TCP_QUICKACK", None)
 END = "modelpress_end"
 """Key of a request's context: the time (of `clock.awake`) at which it and its repeats are given up."""
 
@@ -273,7 +276,7 @@ class _Line:
     def makefile(self, mode: str) -> io.BufferedReader:
         del mode
         self._users += 1
-        return io.BufferedReader(_Reader(self), 2**16)
+        return io.BufferedReader(_Reader(self), READ_BYTES)
 
     def close(self) -> None:
         """Close the socket once neither the connection nor an answer needs it."""
@@ -293,7 +296,12 @@ class _Reader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Buffer) -> int:
-        return self._line.wait().recv_into(memoryview(buffer))
+        view, sock = memoryview(buffer), self._line.wait()
+        if _QUICKACK is not None and len(view) <= READ_BYTES:
+            # A server that sends an answer in pieces may hold each back until the one before is acknowledged (Nagle's
+            # algorithm), and 40 ms late is what acknowledgements are where nothing else is sent.
+            sock.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
+        return sock.recv_into(view)
 
     def close(self) -> None:
         if not self.closed:

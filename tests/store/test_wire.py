@@ -101,6 +101,27 @@ def test_a_connection_that_was_closed_meanwhile_is_not(wire: Wire) -> None:
         assert ask(wire, url) == (200, b"ok")
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="an option of Linux")
+def test_answers_are_acknowledged_at_once(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before each wait for a piece of a small answer: a server may send the next one only then."""
+    done: list[str] = []
+
+    class Seen(socket.socket):
+        def setsockopt(self, level: int, option: int, value: Any, *rest: Any) -> None:
+            done.extend(["at once"] if (level, option, value) == (socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1) else [])
+            super().setsockopt(level, option, value, *rest)
+
+        def recv_into(self, *arguments: Any) -> int:
+            done.append("wait")
+            return super().recv_into(*arguments)
+
+    monkeypatch.setattr("modelpress.store.dial.socket.socket", Seen)
+    with server(says(OK)) as url:
+        ask(wire, url)
+    assert "wait" in done
+    assert all(before == "at once" for before, now in itertools.pairwise(["", *done]) if now == "wait")
+
+
 def test_a_refusal_in_the_middle_of_a_body_is_heard(wire: Wire) -> None:
     def refuse(client: socket.socket) -> None:
         client.recv(2**12)
