@@ -251,7 +251,7 @@ Loader = Callable[[str, Path], Load | None]
 
 
 def _modelpress(form: str, folder: Path) -> Load:
-    import numba  # type: ignore[import-untyped]  # noqa: F401
+    import numba  # noqa: F401
     import onnxruntime  # noqa: F401
     import torch  # noqa: F401
 
