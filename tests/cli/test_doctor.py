@@ -164,7 +164,7 @@ def signer(home: Path, monkeypatch: pytest.MonkeyPatch) -> Signer:
 
 def trust_file(path: Path, monkeypatch: pytest.MonkeyPatch, *keys: TrustedKey) -> None:
     document = {"format_version": 1, "required": ["publisher"], "pointers": ["publisher"]}
-    path.write_text(json.dumps(document | {"keys": [key.model_dump(mode="json") for key in keys]}))
+    path.write_text(json.dumps(document | {"keys": [key.model_dump(mode="json", exclude_none=True) for key in keys]}))
     monkeypatch.setenv("MODELPRESS_TRUST", str(path))
 
 
