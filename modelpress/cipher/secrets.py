@@ -105,7 +105,7 @@ def current(store: Store, name: str, wrapping: Sequence[WrappingKey]) -> tuple[s
         and see `find`.
     """
     first(wrapping, f"opening the secret of model {name}")
-    entry = newest(store, name) or renew(store, name, wrapping)
+    entry = newest(store, name) or _add(store, name, wrapping, follow=True)
     secret = entry.secrets[-1]
     return secret, _opened(store, entry, wrapping)[secret]
 
@@ -130,10 +130,15 @@ def renew(store: Store, name: str, wrapping: Sequence[WrappingKey]) -> SecretsEn
         ConflictError: the race was lost too often.
         and see `find`.
     """
-    wrapper, began_empty = first(wrapping, f"making a secret for model {name}"), newest(store, name) is None
+    return _add(store, name, wrapping, follow=newest(store, name) is None)
+
+
+def _add(store: Store, name: str, wrapping: Sequence[WrappingKey], *, follow: bool) -> SecretsEntry:
+    """One more secret; with `follow`, the entry that somebody has written instead, if there is any."""
+    wrapper = first(wrapping, f"making a secret for model {name}")
     for attempt in range(MAX_RACES):
         last = newest(store, name)
-        if last is not None and began_empty:
+        if last is not None and follow:
             return last
         opened = _opened(store, last, wrapping) if last else {}
         if len(opened) >= MAX_SECRETS:

@@ -63,6 +63,24 @@ def test_of_many_first_publications_all_take_the_same_secret(store: Store) -> No
     assert len(secrets.history(store, "demo")) == 1
 
 
+def test_a_first_publication_takes_the_secret_that_came_after_its_look(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest = secrets.newest
+    others: list[str] = []
+
+    def looked(store: Store, name: str) -> secrets.SecretsEntry | None:
+        found = newest(store, name)
+        if not others:
+            others.append("at work")
+            others[0:] = [secrets.renew(store, name, [A]).secrets[-1]]
+        return found
+
+    monkeypatch.setattr(secrets, "newest", looked)
+    assert secrets.current(store, "demo", [A])[0] == others[0]
+    assert len(secrets.history(store, "demo")) == 1
+
+
 def test_rotation_wraps_the_same_secrets_and_the_old_key_opens_until_it_is_forgotten(store: Store) -> None:
     old_id, old = secrets.current(store, "demo", [A])
     new_id = secrets.renew(store, "demo", [A]).secrets[-1]
