@@ -2,10 +2,8 @@
 
 The server is the one that MODELPRESS_TEST_S3_ENDPOINT names, else a Ceph RGW on loopback of this run's own (see
 `infra/s3/`), which shares the cores with the client. Each measurement is a process of its own; seconds of CPU are
-the client's, the start of Python and its imports left out. modelpress checks a sha256 of every object in both
-directions inside the measured time, the others do not; `sha256 alone` is what that takes once, reading the file
-included. Where objects travel in both directions, every system has four in flight; s5cmd's own part concurrency is its
-default.
+the client's, the start of Python and its imports left out. Where objects travel in both directions, every system has
+four in flight; s5cmd's own part concurrency is its default.
 
 `boto3` is its transfer manager as it comes; `boto3, signed` is one plain request per object with its sha256 in
 the signature, `boto3, unsigned` the same without. `obstore` sends whole objects, unsigned.
