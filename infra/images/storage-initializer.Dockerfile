@@ -4,7 +4,7 @@
 #
 # It installs what `modelpress kserve-init` imports and no more: no orchestration, no training, torch for the CPU.
 # tests/kserve holds that the command runs without the rest. The image itself was never built.
-FROM python:3.11-slim AS build
+FROM python:3.11.14-slim-bookworm AS build
 WORKDIR /build
 COPY pyproject.toml README.md LICENSE ./
 COPY modelpress modelpress
@@ -26,7 +26,7 @@ RUN pip install --no-cache-dir \
     zstandard
 RUN pip install --no-cache-dir --no-deps .
 
-FROM python:3.11-slim
+FROM python:3.11.14-slim-bookworm
 COPY --from=build /opt/modelpress /opt/modelpress
 # The decoders are compiled once, here: a container that starts has them. numba uses no cache that it may not write.
 ENV PATH=/opt/modelpress/bin:$PATH \
