@@ -44,6 +44,7 @@ ENV PATH=/opt/modelpress/bin:$PATH \
     DO_NOT_TRACK=1 \
     MLFLOW_DISABLE_TELEMETRY=true \
     PREFECT_SERVER_ANALYTICS_ENABLED=false \
+    PREFECT_WORKER_WEBSERVER_HOST=0.0.0.0 \
     PREFECT_WORKER_WEBSERVER_PORT=8080
 USER 10001:10001
 # The worker's own health server: it fails when the worker has not polled for a while.
