@@ -17,7 +17,7 @@ WORKDIR /home/prefect
 # The UI's files are copied at the start, to a place that may be written.
 ENV PATH=/opt/prefect/bin:$PATH \
     PREFECT_HOME=/tmp/prefect \
-    PREFECT_UI_STATIC_DIRECTORY=/tmp/prefect-ui \
+    PREFECT_SERVER_UI_STATIC_DIRECTORY=/tmp/prefect-ui \
     PREFECT_SERVER_ANALYTICS_ENABLED=false \
     PREFECT_SERVER_API_HOST=0.0.0.0 \
     PREFECT_SERVER_API_PORT=4200 \

@@ -212,7 +212,7 @@ def _start(folder: Path, options: Options) -> dict[str, str]:
 
 
 def _make_users(folder: Path, options: Options) -> dict[str, str]:
-    """A user that writes, and a key of the same user that may only read."""
+    """A user that writes, and a key of the same user that may only read; the keys that were made for them."""
     given = {"writer": options.writer, "reader": options.reader}
     keys = {role: pair or (secrets.token_hex(10).upper(), secrets.token_hex(20)) for role, pair in given.items()}
     access, secret = keys["writer"]
@@ -221,12 +221,11 @@ def _make_users(folder: Path, options: Options) -> dict[str, str]:
     access, secret = keys["reader"]
     sub = ["--uid", "modelpress", "--subuser", "modelpress:reader", "--access", "read", "--key-type", "s3"]
     _ceph(folder, "radosgw-admin", "subuser", "create", *sub, "--access-key", access, "--secret-key", secret)
-    return {
-        "MODELPRESS_TEST_S3_KEY": keys["writer"][0],
-        "MODELPRESS_TEST_S3_SECRET": keys["writer"][1],
-        "MODELPRESS_TEST_S3_READER_KEY": keys["reader"][0],
-        "MODELPRESS_TEST_S3_READER_SECRET": keys["reader"][1],
-    }
+    made: dict[str, str] = {}
+    for role, prefix in (("writer", "MODELPRESS_TEST_S3"), ("reader", "MODELPRESS_TEST_S3_READER")):
+        if given[role] is None:  # a key that came from a file is known to who gave it, and in no log
+            made |= {f"{prefix}_KEY": keys[role][0], f"{prefix}_SECRET": keys[role][1]}
+    return made
 
 
 def add_user(folder: Path, name: str) -> dict[str, str]:
