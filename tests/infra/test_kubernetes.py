@@ -284,7 +284,7 @@ def test_workers_may_make_jobs_and_read_no_secret(overlay: str) -> None:
     assert not [verbs for verbs in rights.values() if "*" in verbs]
     assert not {"ClusterRole", "ClusterRoleBinding"} & {one["kind"] for one in STACKS[overlay]}
     (binding,) = of_kind(STACKS[overlay], "RoleBinding").values()
-    assert [subject["name"] for subject in binding["subjects"]] == ["modelpress-worker"]
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "modelpress-worker", "namespace": "modelpress"}]
     assert all(
         account["automountServiceAccountToken"] is False
         for account in of_kind(STACKS[overlay], "ServiceAccount").values()

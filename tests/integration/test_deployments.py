@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
+from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.states import Pending
 
@@ -98,6 +101,24 @@ def test_scheduled_ones_take_one_slot_and_drop_what_piled_up(deployed: dict[str,
         assert found.global_concurrency_limit.limit == 1
         assert found.concurrency_options is not None
         assert found.concurrency_options.collision_strategy == "CANCEL_NEW"
+
+
+def scheduled(client: SyncPrefectClient, deployment: DeploymentResponse) -> list[FlowRun]:
+    of_it = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[deployment.id]))
+    return [run for run in client.read_flow_runs(flow_run_filter=of_it) if run.auto_scheduled]
+
+
+def test_the_scheduler_makes_the_runs(deployed: dict[str, DeploymentResponse], client: SyncPrefectClient) -> None:
+    """The server's own loop, which looks at new deployments every five seconds; SQLAlchemy 2.1 stops it in silence."""
+    end = time.monotonic() + 90
+    while time.monotonic() < end and not all(scheduled(client, deployed[name]) for name in ("collect", "scrub")):
+        time.sleep(0.5)
+    nights = scheduled(client, deployed["collect"])
+    assert len(nights) > 2
+    assert {run.expected_start_time.hour for run in nights if run.expected_start_time} == {3}
+    weeks = scheduled(client, deployed["scrub"])
+    assert {run.expected_start_time.weekday() for run in weeks if run.expected_start_time} == {6}
+    assert not scheduled(client, deployed["evaluate-published"]), "its schedule is off"
 
 
 def test_of_two_late_runs_one_starts_and_the_other_is_cancelled(
