@@ -4,6 +4,7 @@
 #
 # Never built here.
 FROM python:3.11.14-slim-bookworm AS build
+WORKDIR /build
 RUN python -m venv /opt/prefect
 ENV PATH=/opt/prefect/bin:$PATH
 COPY infra/images/constraints.txt ./

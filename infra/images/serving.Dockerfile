@@ -8,7 +8,8 @@ WORKDIR /build
 RUN python -m venv /opt/modelpress
 ENV PATH=/opt/modelpress/bin:$PATH
 COPY pyproject.toml README.md LICENSE infra/images/constraints.txt ./
-RUN pip install --no-cache-dir --constraint constraints.txt --index-url https://download.pytorch.org/whl/cpu torch
+RUN pip install --no-cache-dir --constraint constraints.txt \
+    --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
 RUN pip install --no-cache-dir --constraint constraints.txt \
     boto3 \
     cryptography \

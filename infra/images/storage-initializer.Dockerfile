@@ -6,18 +6,19 @@
 # tests/kserve holds that the command runs without the rest. The image itself was never built.
 FROM python:3.11.14-slim-bookworm AS build
 WORKDIR /build
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE infra/images/constraints.txt ./
 COPY modelpress modelpress
 RUN python -m venv /opt/modelpress
 ENV PATH=/opt/modelpress/bin:$PATH
-RUN pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu "torch>=2.11,<2.14"
-RUN pip install --no-cache-dir \
+RUN pip install --no-cache-dir --constraint constraints.txt \
+    --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
+RUN pip install --no-cache-dir --constraint constraints.txt \
     boto3 \
     numba \
     numpy \
     onnx \
     onnxruntime \
-    "pydantic>=2.11,<3" \
+    pydantic \
     pydantic-settings \
     pyyaml \
     rich \

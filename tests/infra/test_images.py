@@ -146,6 +146,34 @@ def test_versions_agree_from_the_image_to_the_manifest() -> None:
         text = (IMAGES / f"{name}-server.Dockerfile").read_text()
         assert re.search(rf"\b{name}(\[\w+\])?==([\d.]+)", text)[2] == found[name]  # type: ignore[index]
 
+    for name in ("serving", "storage-initializer"):
+        text = (IMAGES / f"{name}.Dockerfile").read_text()
+        assert re.findall(r"\btorch==([\w.+]+)", text) == [f"{found['torch']}+cpu"]
+
+
+NOT_SERVING = {
+    *("prefect", "mlflow", "transformers", "captum", "scipy", "sklearn", "matplotlib", "onnxscript", "fastapi"),
+    *("pandas", "huggingface_hub", "sqlalchemy", "triton", "tasks", "flows", "registry"),
+}
+SERVE = """
+import sys
+for name in {blocked!r}:
+    sys.modules[name] = None
+import modelpress.cache, modelpress.cipher, modelpress.load, modelpress.trust, serving.engine
+from modelpress.cli import main
+sys.argv = ["modelpress", "serve", "--help"]
+main()
+"""
+
+
+def test_the_serving_image_needs_no_more_than_it_installs() -> None:
+    text = (IMAGES / "serving.Dockerfile").read_text()
+    assert not [name for name in NOT_SERVING if re.search(rf"^ +{name}\b|\b{name}==", text, re.MULTILINE)]
+    command = [sys.executable, "-c", SERVE.format(blocked=NOT_SERVING)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--provider" in done.stdout
+
 
 def with_secrets(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": os.environ["PATH"]}

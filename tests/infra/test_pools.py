@@ -42,7 +42,8 @@ def template(name: str) -> dict[str, Any]:
 def configured(name: str, **values: Any) -> Any:
     """The worker's own configuration of a job, as it is before the run's particulars are put in."""
     given = {"command": "prefect flow-run execute", "name": "optimize-digits", **values}
-    made = asyncio.run(KINDS[name].from_template_and_values(template(name), given))
+    nobody: Any = object()  # asked for blocks and variables, of which no template has one
+    made = asyncio.run(KINDS[name].from_template_and_values(template(name), given, client=nobody))
     made.env = {"PREFECT_API_URL": "http://prefect:4200/api", **made.env}
     return made
 
@@ -51,6 +52,7 @@ def job(name: str, **values: Any) -> dict[str, Any]:
     """The manifest that the Kubernetes worker would submit."""
     made = configured(name, **values)
     made._populate_env_in_manifest()
+    made._populate_command_if_not_present()
     made._populate_generate_name_if_not_present()
     manifest: dict[str, Any] = made.job_manifest
     return manifest
