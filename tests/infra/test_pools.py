@@ -7,7 +7,6 @@ import json
 from typing import Any
 
 import jsonschema
-import kubernetes_validate
 import pytest
 import yaml
 from docker.models.containers import _create_container_args
@@ -19,6 +18,7 @@ from prefect_docker.worker import DockerWorkerJobConfiguration
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
 from tests.conftest import ROOT
+from tests.infra.kubernetes_schemas import NEWEST, OLDEST, check
 
 POOLS = ROOT / "infra" / "pools"
 KINDS: dict[str, type[BaseJobConfiguration]] = {
@@ -30,7 +30,6 @@ KINDS: dict[str, type[BaseJobConfiguration]] = {
 }
 KUBERNETES = [name for name in KINDS if name.startswith("kubernetes")]
 DOCKER = [name for name in KINDS if name.startswith("docker")]
-OLDEST, NEWEST = "1.30", kubernetes_validate.latest_version()
 DEPLOYMENTS = yaml.safe_load((ROOT / "infra" / "prefect.yaml").read_text())["deployments"]
 
 
@@ -100,7 +99,7 @@ def test_the_job_is_one_that_kubernetes_takes(name: str, version: str) -> None:
     spec = manifest["spec"]["template"]["spec"]
     # The worker refuses a template without these two, which belong one level up; Kubernetes drops them.
     assert (spec.pop("parallelism"), spec.pop("completions")) == (1, 1)
-    kubernetes_validate.validate(manifest, version, strict=True)
+    check(manifest, version)
 
 
 @pytest.mark.parametrize("name", KUBERNETES)

@@ -22,7 +22,7 @@ from prefect.states import Pending
 
 from flows.evaluate import evaluate_published
 from flows.optimize import OptimizeResult, optimize
-from modelpress import keys, load, pointer
+from modelpress import __version__, keys, load, pointer
 from modelpress.config import OptimizeConfig
 from modelpress.errors import CorruptionError, GateError
 from modelpress.store.base import open_store
@@ -77,7 +77,7 @@ def deployed(home: Path) -> dict[str, DeploymentResponse]:
 def test_the_server_holds_every_deployment_whole(deployed: dict[str, DeploymentResponse]) -> None:
     assert set(deployed) == {"optimize", "optimize-gpu", "promote", "rollback"} | SCHEDULED
     for name, found in deployed.items():
-        assert found.version == "0.2.0"
+        assert found.version == __version__
         assert found.description
         assert "modelpress" in found.tags
         assert found.work_pool_name == ("gpu" if name == "optimize-gpu" else "cpu")
