@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
+from mlflow import MlflowClient
 from mlflow.entities import Run
 from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
@@ -12,6 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from modelpress.config import GateConfig, OptimizeConfig, WorkloadConfig, parse_config
+from modelpress.errors import ModelpressError
 from modelpress.manifest import Manifest
 from modelpress.progress import Progress
 from modelpress.reports import EvaluationReport, Report
@@ -19,6 +21,7 @@ from modelpress.settings import read_settings
 from modelpress.store.base import Store, open_store
 from registry import gates, runs, versions
 from registry.gates import Decision, Scored
+from registry.versions import Version
 from tasks.evaluation import samples_digest
 from tasks.progress import StageProgress
 from tasks.runner import open_workload
@@ -72,24 +75,18 @@ def recheck(name: str, alias: str, pack: str, gate: GateConfig | None, tags: Map
         gate = gate or config.gate
         asked = {"gate": gate.model_dump(mode="json"), "evaluate": config.evaluate.model_dump(mode="json")}
         with runs.parent_run(settings, name, asked, about) as run:
-            report, found, published = _measure(
-                store, manifest, config, _as_then(config.workload, origin), run.id, progress
-            )
+            data = _as_then(config.workload, origin)
+            try:
+                report, found, published = _measure(store, manifest, config, data, run.id, progress)
+            except ModelpressError:
+                _tell(client, version, run, "error", {})  # nobody may take an earlier verdict for today's
+                raise
             decision = gates.recheck(found, published, gate)
             run.metrics(report.metrics())
-            run.tag("gate.verdict", decision.verdict)
             run.json("report.json", report.model_dump(mode="json"))
             run.json("decision.json", decision.model_dump(mode="json"))
-            versions.annotate(
-                client,
-                version,
-                {
-                    "evaluated.verdict": decision.verdict,
-                    "evaluated.at": datetime.now(UTC).isoformat(timespec="seconds"),
-                    "evaluated.run_id": run.id,
-                    f"evaluated.{report.quality.metric}": f"{report.quality.value:.6f}",
-                },
-            )
+            numbers = {f"evaluated.{report.quality.metric}": f"{report.quality.value:.6f}"}
+            _tell(client, version, run, decision.verdict, numbers)
     get_run_logger().info("recheck: %s: %s", decision.verdict, "; ".join(decision.reasons), extra={"stage": "recheck"})
     return Rechecked(
         name=name,
@@ -146,6 +143,17 @@ def _measure(
         checkpoint, workload, config.evaluate, "upload", before, manifest.published_bytes, progress
     )
     return report, Scored(vector, samples, workload.metric), published
+
+
+def _tell(client: MlflowClient, version: Version, run: runs.Run, verdict: str, numbers: Mapping[str, str]) -> None:
+    """Write on the run how it ended, and on the model version that, when, where it stands in full, and the numbers."""
+    run.tag("gate.verdict", verdict)
+    about = {
+        "evaluated.verdict": verdict,
+        "evaluated.at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "evaluated.run_id": run.id,
+    }
+    versions.annotate(client, version, {**about, **numbers})
 
 
 def _as_then(config: WorkloadConfig, origin: Run) -> WorkloadConfig:

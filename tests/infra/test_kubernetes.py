@@ -1,6 +1,6 @@
 """The manifests, put together as kustomize does it, by Kubernetes' schemas and by what must hold of every pod.
 
-No kustomize is on PyPI: `build` knows the fields that our files use, and refuses any other.
+No wheel carries kustomize: `build` knows the fields that our files use, and refuses any other.
 """
 
 from __future__ import annotations

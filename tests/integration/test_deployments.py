@@ -223,7 +223,7 @@ def test_quality_that_left_the_gates_bound_fails_by_name_and_moves_nothing(
 
 
 def test_damaged_bytes_are_found_whatever_a_cache_holds(
-    champion: OptimizeResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    champion: OptimizeResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow_server: str
 ) -> None:
     monkeypatch.setenv("MODELPRESS_CACHE", str(tmp_path / "cache"))
     store = open_store(champion.uri.partition("/packs/")[0])
@@ -237,3 +237,7 @@ def test_damaged_bytes_are_found_whatever_a_cache_holds(
             evaluate_published(NAME)
     finally:
         store.put(key, good)
+    mlflow = MlflowClient(mlflow_server, mlflow_server)
+    tags = mlflow.get_model_version(NAME, champion.version).tags
+    assert tags["evaluated.verdict"] == "error", "an earlier verdict does not stand for today's"
+    assert mlflow.get_run(tags["evaluated.run_id"]).info.status == "FAILED"
