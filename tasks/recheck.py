@@ -134,7 +134,7 @@ def _measure(
     from registry import scores
 
     published = scores.of_pack(store, manifest)
-    _, checkpoint = load.load_checkpoint(store, manifest.name, manifest.digest(), progress)
+    _, checkpoint = load.load_checkpoint(store, manifest.name, manifest.digest, progress)
     workload = open_workload(data, run)
     samples = samples_digest(workload)
     source = published.get("source")
