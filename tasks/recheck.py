@@ -77,7 +77,7 @@ def recheck(name: str, alias: str, pack: str, gate: GateConfig | None, tags: Map
         with runs.parent_run(settings, name, asked, about) as run:
             data = _as_then(config.workload, origin)
             try:
-                report, found, published = _measure(store, manifest, config, data, run.id, progress)
+                report, found, published = _measure(store, manifest, pack, config, data, run.id, progress)
             except ModelpressError:
                 _tell(client, version, run, "error", {})  # nobody may take an earlier verdict for today's
                 raise
@@ -123,6 +123,7 @@ def show(found: Rechecked) -> None:
 def _measure(
     store: Store,
     manifest: Manifest,
+    pack: str,
     config: OptimizeConfig,
     data: WorkloadConfig,
     run: str,
@@ -134,7 +135,7 @@ def _measure(
     from registry import scores
 
     published = scores.of_pack(store, manifest)
-    _, checkpoint = load.load_checkpoint(store, manifest.name, manifest.digest, progress)
+    _, checkpoint = load.load_checkpoint(store, manifest.name, pack, progress)
     workload = open_workload(data, run)
     samples = samples_digest(workload)
     source = published.get("source")
