@@ -136,7 +136,7 @@ def test_a_wrong_parameter_is_refused_by_the_server(
 ) -> None:
     from prefect.exceptions import PrefectHTTPStatusError
 
-    with pytest.raises(PrefectHTTPStatusError, match="422"):
+    with pytest.raises(PrefectHTTPStatusError, match="409"):
         client.create_flow_run_from_deployment(deployed["collect"].id, parameters={"grace_hours": -1})
 
 
