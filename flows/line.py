@@ -224,16 +224,10 @@ class Line:
 @contextmanager
 def tracked(config: OptimizeConfig) -> Iterator[Line]:
     """The MLflow run of this flow run, linked both ways; it ends as the flow ends."""
-    settings = read_settings()
-    url = url_for("flow-run", obj_id=flow_run.id, default_base_url=DEFAULT_UI) or ""
-    tags = {
-        "prefect.flow_run_id": str(flow_run.id),
-        "prefect.flow_run_name": str(flow_run.name),
-        "prefect.flow_run_url": url,
-    }
+    settings, tags = read_settings(), flow_run_tags()
     with ExitStack() as stack:
         run = stack.enter_context(runs.parent_run(settings, config.name, config.model_dump(mode="json"), tags))
-        line = Line(config, settings, run, url)
+        line = Line(config, settings, run, tags["prefect.flow_run_url"])
         create_link_artifact(
             link=line.mlflow_url,
             link_text=f"MLflow run {run.id}",
@@ -242,6 +236,15 @@ def tracked(config: OptimizeConfig) -> Iterator[Line]:
         )
         stack.callback(line.show)
         yield line
+
+
+def flow_run_tags() -> dict[str, str]:
+    """What an MLflow run says of the flow run that it belongs to."""
+    return {
+        "prefect.flow_run_id": str(flow_run.id),
+        "prefect.flow_run_name": str(flow_run.name),
+        "prefect.flow_run_url": url_for("flow-run", obj_id=flow_run.id, default_base_url=DEFAULT_UI) or "",
+    }
 
 
 def _reasons(served: EvaluationReport) -> dict[str, str]:

@@ -8,6 +8,7 @@ between. Only a pass promotes.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -105,6 +106,22 @@ def decide(evidence: Evidence, config: GateConfig) -> Decision:
     return _conclude(checks)
 
 
+def recheck(found: Scored, published: Mapping[str, Scored], config: GateConfig) -> Decision:
+    """Judge a pack that is published already, by scores that were measured now.
+
+    Args:
+        found: today's scores of the published bytes.
+        published: what the pack was published with, `source` and `candidate`.
+        config: of the gate; its bounds on size, speed and reasons say nothing that could have changed.
+
+    Returns:
+        The decision; `promote` says whether it may stay.
+    """
+    references = (("quality against the source", "source"), ("quality against its publication", "candidate"))
+    missing = Scored(None, samples=found.samples, metric=found.metric)
+    return _conclude([_compare_again(name, found, published.get(who, missing), config) for name, who in references])
+
+
 def _conclude(checks: list[Check]) -> Decision:
     verdicts = {check.verdict for check in checks}
     verdict: Verdict = "fail" if "fail" in verdicts else "inconclusive" if "inconclusive" in verdicts else "pass"
@@ -125,20 +142,47 @@ def _compare(name: str, candidate: Scored, reference: Scored, config: GateConfig
         return Check(name=name, verdict=problem[0], reason=problem[1])
     assert candidate.scores is not None
     assert reference.scores is not None
-    two_sided = 2 * config.confidence - 1  # its lower end is the one-sided bound at `confidence`
-    found = intervals.paired_difference(candidate.scores, reference.scores, two_sided)
+    found = intervals.paired_difference(candidate.scores, reference.scores, _two_sided(config))
+    verdict, numbers = _judged(candidate, reference, found, f"{candidate.scores.size} samples", config)
+    if verdict != "inconclusive":
+        return Check(name=name, verdict=verdict, reason=numbers)
+    needed = _needed(candidate.scores - reference.scores, config, _two_sided(config))
+    advice = f"; about {needed} samples would decide" if needed else ""
+    return Check(name=name, verdict="inconclusive", reason=numbers + advice, required_samples=needed)
+
+
+def _compare_again(name: str, found: Scored, before: Scored, config: GateConfig) -> Check:
+    """Non-inferiority to what was measured at publication: paired where the samples are the same ones, else not."""
+    problem = _unpaired(found, before)
+    if problem is None or problem[0] == "fail":
+        return _compare(name, found, before, config)
+    assert found.scores is not None
+    assert before.scores is not None
+    difference = intervals.difference(found.scores, before.scores, _two_sided(config))
+    samples = f"{found.scores.size} samples against {before.scores.size} others"
+    verdict, numbers = _judged(found, before, difference, samples, config)
+    return Check(name=name, verdict=verdict, reason=numbers)
+
+
+def _judged(
+    candidate: Scored, reference: Scored, found: intervals.Interval, samples: str, config: GateConfig
+) -> tuple[Verdict, str]:
+    """The verdict on a difference of means, and the numbers that decided it."""
+    assert candidate.scores is not None
+    assert reference.scores is not None
     numbers = (
         f"{candidate.metric} {candidate.scores.mean():.4f} against {reference.scores.mean():.4f}, difference "
-        f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}] on {candidate.scores.size} samples, margin "
+        f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}] on {samples}, margin "
         f"{config.margin:g} at {config.confidence:.0%} one-sided"
     )
     if found.low > -config.margin:
-        return Check(name=name, verdict="pass", reason=numbers)
-    if found.high < -config.margin:
-        return Check(name=name, verdict="fail", reason=numbers)
-    needed = _needed(candidate.scores - reference.scores, config, two_sided)
-    advice = f"; about {needed} samples would decide" if needed else ""
-    return Check(name=name, verdict="inconclusive", reason=numbers + advice, required_samples=needed)
+        return "pass", numbers
+    return ("fail" if found.high < -config.margin else "inconclusive"), numbers
+
+
+def _two_sided(config: GateConfig) -> float:
+    """Confidence of the interval whose lower end is the one-sided bound at `config.confidence`."""
+    return 2 * config.confidence - 1
 
 
 def _unpaired(candidate: Scored, reference: Scored) -> tuple[Verdict, str] | None:

@@ -21,7 +21,7 @@ from modelpress import intervals, load, pointer
 from modelpress.config import GateConfig, parse_config
 from modelpress.errors import ModelpressError, NotFoundError, SetupError, StoreError, TrustError
 from modelpress.manifest import Manifest
-from modelpress.pack_files import read_reports, unpack_file
+from modelpress.pack_files import read_reports
 from modelpress.progress import Progress, silent
 from modelpress.store.base import Store
 from registry import runs, scores, versions
@@ -69,7 +69,7 @@ def promote(
         SetupError: MLflow does not answer.
     """
     runs.check_server(client.tracking_uri)
-    version = _registered(client, name, pack)
+    version = versions.carrying(client, name, pack)
     load.verify(store, name, pack, progress)  # the published bytes themselves, every one of them
     manifest = load.load_manifest(store, name, pack)
     gate = gate or parse_config(manifest.config, origin=f"the config of pack {pack}").gate
@@ -129,7 +129,7 @@ def follow_pointer(store: Store, client: MlflowClient, name: str, alias: str) ->
     if entry is None:
         client.delete_registered_model_alias(name, alias)
     else:
-        versions.set_alias(client, _registered(client, name, entry.pack), alias)
+        versions.set_alias(client, versions.carrying(client, name, entry.pack), alias)
 
 
 def _move(
@@ -189,21 +189,10 @@ def _record(client: MlflowClient, version: Version, gate: GateConfig, champion: 
     client.log_dict(version.run_id, document, f"gate/version-{version.number}.json")
 
 
-def _registered(client: MlflowClient, name: str, pack: str) -> Version:
-    version = versions.find(client, name, pack)
-    if version is None:
-        raise NotFoundError(
-            f"looking up the model version of pack {pack}",
-            found=f"no version of {name!r} carries it",
-            fix="run the optimize flow again with this config: it reuses what is published and registers it",
-        )
-    return version
-
-
 def _gather(store: Store, manifest: Manifest, version: Version, champion: str | None) -> Evidence:
     """What is known of the candidate: from its pack, and the speed, which is no part of its identity, from MLflow."""
     reports = read_reports(manifest, load.fetcher(store, manifest))
-    candidate = _scores(store, manifest)
+    candidate = scores.of_pack(store, manifest)
     return Evidence(
         candidate=candidate.get("candidate", UNMEASURED),
         source=candidate.get("source", UNMEASURED),
@@ -222,13 +211,7 @@ def _attribution(version: Version) -> intervals.Interval | None:
 
 
 def _champion(store: Store, name: str, pack: str) -> Scored:
-    return _scores(store, load.load_manifest(store, name, pack)).get("candidate", UNMEASURED)
-
-
-def _scores(store: Store, manifest: Manifest) -> dict[str, Scored]:
-    """The scores in a pack; empty where it was published without."""
-    entry = next((entry for entry in manifest.files if entry.name == scores.SCORES_FILE), None)
-    return scores.load(unpack_file(entry, load.fetcher(store, manifest)(entry.stored_sha256))) if entry else {}
+    return scores.of_pack(store, load.load_manifest(store, name, pack)).get("candidate", UNMEASURED)
 
 
 def _compression_ratio(manifest: Manifest, reports: Mapping[str, Any]) -> float | None:

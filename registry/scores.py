@@ -10,6 +10,9 @@ import safetensors
 import safetensors.numpy
 
 from modelpress.errors import CorruptionError
+from modelpress.manifest import Manifest
+from modelpress.pack_files import unpack_file
+from modelpress.store.base import Store
 from registry.gates import Scored, Scores
 
 SCORES_FILE = "scores.safetensors"
@@ -61,3 +64,15 @@ def _metadata(header: bytes) -> dict[str, str]:
     if not all(isinstance(found[key], str) for key in ("metric", "samples")):
         raise ValueError("metric and samples are no text")
     return found
+
+
+def of_pack(store: Store, manifest: Manifest) -> dict[str, Scored]:
+    """The scores in a pack, `candidate` and `source`; empty where it was published without.
+
+    Raises:
+        CorruptionError: they are not what the manifest says, or no scores.
+    """
+    from modelpress import load as packs  # pulls in torch
+
+    entry = next((entry for entry in manifest.files if entry.name == SCORES_FILE), None)
+    return load(unpack_file(entry, packs.fetcher(store, manifest)(entry.stored_sha256))) if entry else {}

@@ -79,6 +79,22 @@ def find(client: MlflowClient, name: str, pack: str) -> Version | None:
     return _version(min(found, key=lambda version: int(version.version))) if found else None
 
 
+def carrying(client: MlflowClient, name: str, pack: str) -> Version:
+    """The version that carries a pack.
+
+    Raises:
+        NotFoundError: none does.
+    """
+    version = find(client, name, pack)
+    if version is None:
+        raise NotFoundError(
+            f"looking up the model version of pack {pack}",
+            found=f"no version of {name!r} carries it",
+            fix="run the optimize flow again with this config: it reuses what is published and registers it",
+        )
+    return version
+
+
 def by_alias(client: MlflowClient, name: str, alias: str) -> Version | None:
     """The version that an alias names."""
     try:

@@ -4,20 +4,21 @@
 #
 # It installs what `modelpress kserve-init` imports and no more: no orchestration, no training, torch for the CPU.
 # tests/kserve holds that the command runs without the rest. The image itself was never built.
-FROM python:3.11-slim AS build
+FROM python:3.11.14-slim-bookworm AS build
 WORKDIR /build
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE infra/images/constraints.txt ./
 COPY modelpress modelpress
 RUN python -m venv /opt/modelpress
 ENV PATH=/opt/modelpress/bin:$PATH
-RUN pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu "torch>=2.11,<2.14"
-RUN pip install --no-cache-dir \
+RUN pip install --no-cache-dir --constraint constraints.txt \
+    --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
+RUN pip install --no-cache-dir --constraint constraints.txt \
     boto3 \
     numba \
     numpy \
     onnx \
     onnxruntime \
-    "pydantic>=2.11,<3" \
+    pydantic \
     pydantic-settings \
     pyyaml \
     rich \
@@ -26,7 +27,7 @@ RUN pip install --no-cache-dir \
     zstandard
 RUN pip install --no-cache-dir --no-deps .
 
-FROM python:3.11-slim
+FROM python:3.11.14-slim-bookworm
 COPY --from=build /opt/modelpress /opt/modelpress
 # The decoders are compiled once, here: a container that starts has them. numba uses no cache that it may not write.
 ENV PATH=/opt/modelpress/bin:$PATH \

@@ -7,8 +7,10 @@
     python infra/s3/server.py stop      # stops it and removes its folder
     python infra/s3/server.py run       # start, print, stop when standard input closes (what the tests use)
 
-Data lies in memory (memstore) and is gone after `stop`. It listens on 127.0.0.1 alone, on ports that were free. Two
-keys: one that writes, one that may only read what the first wrote. It is a server for development and tests.
+Data lies in memory (memstore) and is gone after `stop`. It listens on 127.0.0.1 alone, on ports that were free, unless
+`--listen` names others. Two keys: one that writes, one that may only read what the first wrote; made here, or taken
+from files as AWS's tools have them (`--writer FILE --reader FILE`, profile `default`). It is a server for development
+and tests.
 
 Its folder is new or empty at the start; a marker file says that it is the server's, and without it nothing is removed.
 """
@@ -17,10 +19,12 @@ from __future__ import annotations
 
 import argparse
 import base64
+import configparser
 import contextlib
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -34,6 +38,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 PROGRAMS = ("ceph", "ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph-authtool", "monmaptool")
@@ -78,7 +83,7 @@ osd_pool_default_min_size = 1
 osd_pool_default_pg_num = 4
 osd_pool_default_pg_autoscale_mode = off
 osd_crush_chooseleaf_type = 0
-rgw_frontends = beast endpoint=127.0.0.1:{port}
+rgw_frontends = beast endpoint={host}:{port}
 rgw_gc_obj_min_wait = 3
 rgw_gc_processor_period = 3
 rgw_lc_debug_interval = -1
@@ -87,6 +92,40 @@ rgw_lc_debug_interval = -1
 
 class StartError(Exception):
     """The server cannot be had here; the text says why."""
+
+
+Pair = tuple[str, str]
+"""Access key and secret key."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a server can be told; the tests leave all of it out."""
+
+    capacity: int = 8 * 2**30
+    """Bytes of memory for objects."""
+    listen: str = ""
+    """`HOST:PORT` of the S3 endpoint; empty: loopback, a free port."""
+    writer: Pair | None = None
+    """The key that writes; None makes one."""
+    reader: Pair | None = None
+    """The key that reads; None makes one."""
+
+
+def read_pair(path: Path) -> Pair:
+    """The key of the profile `default` in a credentials file.
+
+    Raises:
+        StartError: it can't be read, or has no such key.
+    """
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read_string(path.read_text())
+        return parser["default"]["aws_access_key_id"], parser["default"]["aws_secret_access_key"]
+    except (OSError, UnicodeDecodeError, configparser.Error, KeyError) as error:
+        # Not the error's own text: a parser's shows the line, which may be the key.
+        expected = "[default] with aws_access_key_id and aws_secret_access_key"
+        raise StartError(f"{path} is no credentials file ({type(error).__name__}): it needs {expected}") from None
 
 
 def install() -> None:
@@ -112,7 +151,7 @@ def _install() -> None:
             raise StartError(f"apt-get {' '.join(command)} failed:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
 
 
-def start(folder: Path, capacity: int) -> dict[str, str]:
+def start(folder: Path, options: Options) -> dict[str, str]:
     """Start the server below `folder` and return its environment; one that runs there already is taken as it is.
 
     Raises:
@@ -128,7 +167,7 @@ def start(folder: Path, capacity: int) -> dict[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).touch()
     try:
-        environment = _start(folder, capacity)
+        environment = _start(folder, options)
         state.touch(mode=0o600)
         state.write_text(json.dumps(environment))
     except (StartError, OSError) as error:
@@ -141,13 +180,20 @@ def start(folder: Path, capacity: int) -> dict[str, str]:
     return environment
 
 
-def _start(folder: Path, capacity: int) -> dict[str, str]:
+def _start(folder: Path, options: Options) -> dict[str, str]:
     # Sockets have short names (108 bytes), whatever the folder's length.
     run = Path(tempfile.mkdtemp(prefix=RUN_PREFIX))
     (folder / "run").symlink_to(run)
     mon_port, port = _free_ports(2)
+    host, endpoint = "127.0.0.1", f"http://127.0.0.1:{port}"
+    if options.listen:
+        host, _, given = options.listen.rpartition(":")
+        port = int(given)
+        endpoint = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
     fsid = str(uuid.uuid4())
-    config = CONFIG.format(fsid=fsid, folder=folder, run=run, mon_port=mon_port, port=port, capacity=capacity)
+    config = CONFIG.format(
+        fsid=fsid, folder=folder, run=run, mon_port=mon_port, host=host, port=port, capacity=options.capacity
+    )
     (folder / "ceph.conf").write_text(config)
     _write_keyring(folder)
     for name in ("mon", "osd"):
@@ -161,26 +207,25 @@ def _start(folder: Path, capacity: int) -> dict[str, str]:
     _ceph(folder, "ceph", "auth", "import", "-i", str(folder / "keyring"))
     _ceph(folder, "ceph-osd", "-i", "0")
     _ceph(folder, "radosgw", "-n", "client.rgw")
-    endpoint = f"http://127.0.0.1:{port}"
     _wait(lambda: _answers(endpoint), f"{endpoint} does not answer")
-    return {"MODELPRESS_TEST_S3_ENDPOINT": endpoint} | _make_users(folder)
+    return {"MODELPRESS_TEST_S3_ENDPOINT": endpoint} | _make_users(folder, options)
 
 
-def _make_users(folder: Path) -> dict[str, str]:
-    """A user that writes, and a key of the same user that may only read."""
-    keys = {role: (secrets.token_hex(10).upper(), secrets.token_hex(20)) for role in ("writer", "reader")}
+def _make_users(folder: Path, options: Options) -> dict[str, str]:
+    """A user that writes, and a key of the same user that may only read; the keys that were made for them."""
+    given = {"writer": options.writer, "reader": options.reader}
+    keys = {role: pair or (secrets.token_hex(10).upper(), secrets.token_hex(20)) for role, pair in given.items()}
     access, secret = keys["writer"]
     user = ["--uid", "modelpress", "--display-name", "modelpress", "--access-key", access, "--secret-key", secret]
     _ceph(folder, "radosgw-admin", "user", "create", *user)
     access, secret = keys["reader"]
     sub = ["--uid", "modelpress", "--subuser", "modelpress:reader", "--access", "read", "--key-type", "s3"]
     _ceph(folder, "radosgw-admin", "subuser", "create", *sub, "--access-key", access, "--secret-key", secret)
-    return {
-        "MODELPRESS_TEST_S3_KEY": keys["writer"][0],
-        "MODELPRESS_TEST_S3_SECRET": keys["writer"][1],
-        "MODELPRESS_TEST_S3_READER_KEY": keys["reader"][0],
-        "MODELPRESS_TEST_S3_READER_SECRET": keys["reader"][1],
-    }
+    made: dict[str, str] = {}
+    for role, prefix in (("writer", "MODELPRESS_TEST_S3"), ("reader", "MODELPRESS_TEST_S3_READER")):
+        if given[role] is None:  # a key that came from a file is known to who gave it, and in no log
+            made |= {f"{prefix}_KEY": keys[role][0], f"{prefix}_SECRET": keys[role][1]}
+    return made
 
 
 def add_user(folder: Path, name: str) -> dict[str, str]:
@@ -306,7 +351,10 @@ def main() -> int:
     parser.add_argument("command", choices=["start", "stop", "run", "user"])
     parser.add_argument("name", nargs="?", help="of the new user")
     parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="where it keeps its files")
-    parser.add_argument("--capacity-bytes", type=int, default=8 * 2**30, help="memory for objects")
+    parser.add_argument("--capacity-bytes", type=int, default=Options.capacity, help="memory for objects")
+    parser.add_argument("--listen", default="", metavar="HOST:PORT", help="of the endpoint; else loopback, a free port")
+    parser.add_argument("--writer", type=Path, help="credentials file with the key that writes; else one is made")
+    parser.add_argument("--reader", type=Path, help="credentials file with the key that reads; else one is made")
     arguments = parser.parse_args()
     # As on Ctrl-C: a start that is ended from outside must take its daemons with it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -319,7 +367,14 @@ def main() -> int:
                 parser.error("user: give a name")
             environment = add_user(arguments.folder, arguments.name)
         else:
-            environment = start(arguments.folder, arguments.capacity_bytes)
+            if arguments.listen and not re.fullmatch(r"[A-Za-z0-9.-]+:\d{1,5}", arguments.listen):
+                parser.error(f"--listen: {arguments.listen!r} is not HOST:PORT")
+            options = Options(
+                arguments.capacity_bytes,
+                arguments.listen,
+                *[read_pair(path) if path else None for path in (arguments.writer, arguments.reader)],
+            )
+            environment = start(arguments.folder, options)
     except StartError as error:
         print(f"no S3 server: {error}", file=sys.stderr)
         return 3

@@ -13,6 +13,7 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import import_object
 
 from flows.collect import collect
+from flows.evaluate import evaluate_published
 from flows.optimize import optimize
 from flows.promote import promote, rollback
 from flows.scrub import scrub
@@ -52,9 +53,10 @@ def test_every_field_of_the_form_has_help() -> None:
 
 
 def test_the_other_forms_are_typed() -> None:
-    fields = {flow.name: schema(flow)["properties"] for flow in (promote, rollback, scrub)}
+    fields = {flow.name: schema(flow)["properties"] for flow in (promote, rollback, scrub, evaluate_published)}
     assert set(fields["promote"]) == {"name", "candidate", "gate"}
     assert set(fields["rollback"]) == {"name", "alias", "to"}
+    assert set(fields["evaluate-published"]) == {"name", "alias", "gate"}
     assert set(fields["scrub"]) == {"bytes_per_second", "afresh"}
     for form in fields.values():
         for name, spec in form.items():
@@ -68,7 +70,7 @@ def test_the_form_of_collect_deletes_nothing_unless_asked() -> None:
     assert fields["delete"]["default"] is False
     assert all(spec.get("description") for spec in fields.values())
     (deployment,) = [found for found in DEPLOYMENTS if found["name"] == "collect"]
-    assert deployment["parameters"] == {"delete": False}
+    assert deployment["parameters"]["delete"] is False
     assert deployment["schedules"][0]["cron"]
 
 
@@ -77,7 +79,10 @@ def test_a_deployment_leads_to_its_flow(deployment: dict[str, Any], monkeypatch:
     monkeypatch.chdir(ROOT)
     flow = import_object(deployment["entrypoint"])
     assert isinstance(flow, Flow)
-    assert flow.name == deployment["name"]
+    assert flow.name == deployment["name"].removesuffix("-gpu")
+    defaults = {name: spec.get("default") for name, spec in schema(flow)["properties"].items()}
+    for name, value in deployment.get("parameters", {}).items():
+        assert value == defaults[name], f"{name}: the deployment says something else than the flow"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

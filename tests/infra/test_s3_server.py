@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -80,3 +81,64 @@ def test_a_start_that_is_interrupted_leaves_no_daemon(tmp_path: Path, number: in
         assert process.wait(60) == 130
     assert daemons(folder) == []
     assert not folder.exists()
+
+
+def credentials(path: Path, key: str, secret: str) -> Path:
+    path.write_text(f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n")
+    return path
+
+
+@pytest.mark.s3
+def test_keys_and_address_can_be_given_and_are_not_printed(tmp_path: Path) -> None:
+    """As `infra/compose.yaml` starts it: on a port of one's choice, with keys from files."""
+    import boto3
+    from botocore.exceptions import ClientError
+
+    pairs = {"writer": ("WRITERWRITER", "w" * 40), "reader": ("READERREADER", "r" * 40)}
+    given = [part for role, pair in pairs.items() for part in (f"--{role}", str(credentials(tmp_path / role, *pair)))]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, str(SCRIPT), "run", "--folder", str(tmp_path / "ceph"), "--listen", f"0.0.0.0:{port}"]
+    with subprocess.Popen([*command, *given], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        assert said == f"export MODELPRESS_TEST_S3_ENDPOINT=http://127.0.0.1:{port}\n"
+        writer, reader = (
+            boto3.client(
+                "s3",
+                "us-east-1",
+                endpoint_url=f"http://127.0.0.1:{port}",
+                aws_access_key_id=key,
+                aws_secret_access_key=secret,
+            )
+            for key, secret in pairs.values()
+        )
+        writer.create_bucket(Bucket="models")
+        writer.put_object(Bucket="models", Key="x", Body=b"x")
+        assert reader.get_object(Bucket="models", Key="x")["Body"].read() == b"x"
+        with pytest.raises(ClientError, match="AccessDenied"):
+            reader.put_object(Bucket="models", Key="y", Body=b"y")
+        process.stdin.close()
+        assert process.stdout.read() == "", "the given keys are in no log"
+        assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize("text", ["", "[other]\n", "[default]\naws_access_key_id = A\n", "secret without a section"])
+def test_a_file_that_holds_no_key_is_refused_without_showing_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "writer").write_text(text)
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "start",
+        "--folder",
+        str(tmp_path / "ceph"),
+        "--writer",
+        str(tmp_path / "writer"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 3
+    assert f"{tmp_path}/writer is no credentials file" in done.stderr
+    assert "secret without" not in done.stderr
+    assert not (tmp_path / "ceph").exists()

@@ -63,3 +63,23 @@ class Small(Workload):
 
     def identity(self) -> str:
         return f"small {self.overlap} {self.branching} {self.tuned}"
+
+
+class Labelled(Small):
+    """`Small` with an evaluation split from a file, which may hold other samples tomorrow: .npz, `inputs`, `labels`."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        with np.load(path) as data:
+            self.rows["evaluation"], self.labels = torch.from_numpy(data["inputs"]), torch.from_numpy(data["labels"])
+
+    def batches(self, split: Split, batch_size: int, seed: int | None = None) -> Iterator[Batch]:
+        labels = self.labels if split == "evaluation" else torch.zeros(len(self.rows[split]), dtype=torch.long)
+        for part, right in zip(self.rows[split].split(batch_size), labels.split(batch_size), strict=True):
+            yield Batch({"input": part}, right)
+
+    def score(self, outputs: np.ndarray) -> np.ndarray:
+        return (outputs.argmax(1) == self.labels.numpy()).astype(np.float64)
+
+    def identity(self) -> str:
+        return "labelled"

@@ -89,6 +89,24 @@ def test_a_paired_difference_contains_its_value_and_mirrors(pairs: list[tuple[fl
     assert mirrored.value == pytest.approx(-found.value)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "low", "high"),
+    [  # Newcombe 1998, Statistics in Medicine 17:873-890, Table II, method 10
+        ((56, 70), (48, 80), 0.0524, 0.3339),
+        ((9, 10), (3, 10), 0.1705, 0.8090),
+        ((5, 56), (0, 29), -0.0381, 0.1926),
+    ],
+)
+def test_the_difference_of_two_sets_has_the_published_interval(
+    first: tuple[int, int], second: tuple[int, int], low: float, high: float
+) -> None:
+    one, two = (np.repeat([1.0, 0.0], [right, samples - right]) for right, samples in (first, second))
+    found = intervals.difference(one, two, 0.95)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-4)
+    mirrored = intervals.difference(two, one, 0.95)
+    assert (mirrored.low, mirrored.high) == pytest.approx((-high, -low), abs=1e-4)
+
+
 def test_scores_that_never_differ_are_not_taken_for_certainty() -> None:
     scores = np.linspace(0, 1, 50)
     found = intervals.paired_difference(scores, scores, 0.95)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from modelpress.config import GateConfig
 from modelpress.intervals import Interval
-from registry.gates import Decision, Evidence, Scored, decide
+from registry.gates import Decision, Evidence, Scored, decide, recheck
 
 SAMPLES = 2_000
 SOURCE, CHAMPION = "quality against the source", "quality against the champion"
@@ -195,3 +195,47 @@ def test_continuous_scores_follow_the_bootstrap(seed: int) -> None:
     gate = GateConfig(margin=0.02)
     assert decide(evidence(candidate=lost, source=source, champion=None), gate).verdict == "fail"
     assert decide(evidence(candidate=kept, source=source, champion=None), gate).verdict == "pass"
+
+
+AGAINST_ITSELF = "quality against its publication"
+
+
+def published(source: Scored, candidate: Scored) -> dict[str, Scored]:
+    return {"source": source, "candidate": candidate}
+
+
+def test_a_recheck_on_the_same_samples_is_paired() -> None:
+    before = published(answers(40), answers(41))
+    same = recheck(answers(41), before, GATE)
+    assert [one.name for one in same.checks] == [SOURCE, AGAINST_ITSELF]
+    assert same.promote
+    assert f"on {SAMPLES} samples," in same.reasons[0]
+    assert recheck(answers(140), before, GATE).verdict == "fail"
+
+
+def test_a_recheck_on_other_samples_takes_them_as_independent_and_is_less_sure() -> None:
+    """Ten fewer right answers of 2000 pass where they are paired; between two sets of samples they tell nothing."""
+    before = published(answers(40), answers(40))
+    moved = replace(answers(50), samples="other samples")
+    assert recheck(answers(50), before, GATE).verdict == "pass"
+    unsure = recheck(moved, before, GATE)
+    assert unsure.verdict == "inconclusive"
+    assert not unsure.promote
+    assert f"on {SAMPLES} samples against {SAMPLES} others," in unsure.reasons[0]
+    assert recheck(replace(answers(400), samples="other samples"), before, GATE).verdict == "fail"
+    fewer = replace(answers(0, samples=1500), samples="other samples")
+    assert recheck(fewer, before, GATE).verdict == "pass", "the numbers of samples may differ"
+
+
+@pytest.mark.parametrize(
+    ("found", "before", "said"),
+    [
+        (answers(40), {}, "of the reference was not measured"),
+        (replace(answers(40), metric="mrr"), published(answers(40), answers(40)), "scored by mrr"),
+        (replace(answers(40), scores=np.full(SAMPLES, math.nan)), published(answers(40), answers(40)), "not finite"),
+    ],
+)
+def test_a_recheck_without_something_to_compare_fails(found: Scored, before: dict[str, Scored], said: str) -> None:
+    decision = recheck(found, before, GATE)
+    assert decision.verdict == "fail"
+    assert all(said in reason for reason in decision.reasons)
