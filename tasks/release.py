@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
+from mlflow.entities import LoggedModel, Metric
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
@@ -13,8 +15,9 @@ from modelpress.config import GateConfig
 from modelpress.reports import Report, UploadReport
 from modelpress.settings import read_settings
 from modelpress.store.base import open_store
-from registry import runs, versions
+from registry import datasets, runs, versions
 from registry.gates import Decision
+from registry.lineage import Lineage
 from tasks.progress import StageProgress
 from tasks.runner import RunContext
 
@@ -29,27 +32,51 @@ class Registered(Report):
 
 
 @task(name="register", task_run_name="register", cache_policy=NO_CACHE)
-def register(
-    context: RunContext, published: UploadReport, origin: Mapping[str, str], measured: Mapping[str, str]
-) -> Registered:
-    """Register the pack as a model version; one that carries it already keeps its origin and takes the numbers."""
+def register(context: RunContext, published: UploadReport, lineage: Lineage, measured: Mapping[str, str]) -> Registered:
+    """Register the pack as a model version that MLflow can load; one that carries it already keeps its origin and takes
+    the numbers."""
+    from registry.loadable import log_pack
+    from registry.pack_model import PackConfig
+
     settings = read_settings()
     with runs.child_run(settings, context.mlflow_run, "register", {}) as child:
+
+        def log() -> LoggedModel:
+            store = open_store(settings.store_uri, settings)
+            config = PackConfig(name=context.name, pack=published.pack, uri=published.uri)
+            model = log_pack(child.client, child.experiment_id, context.mlflow_run, store, config, lineage.tags())
+            _log_measured(child, context.mlflow_run, model.model_id, measured)
+            return model
+
         version, created = versions.register(
             child.client,
             context.name,
             pack=published.pack,
             uri=published.uri,
             run_id=context.mlflow_run,
-            tags={**origin, "compression_ratio": f"{published.compression_ratio:.4f}"},
+            tags={**lineage.tags(), "compression_ratio": f"{published.compression_ratio:.4f}"},
             measured=measured,
-            description=f"Pack {published.pack}, {published.published_bytes:,} bytes.",
+            description=lineage.describe(context.name, published),
+            log=log,
         )
-        child.tag("model_version", version.number)
-        child.tag("reused", str(not created).lower())
+        child.tags({"model_version": version.number, "reused": str(not created).lower(), "pack": published.pack})
     what = "registered" if created else "reused"
     get_run_logger().info("register: %s version %s", what, version.number, extra={"stage": "register"})
     return Registered(number=version.number, created=created)
+
+
+def _log_measured(child: runs.Run, run_id: str, model_id: str, measured: Mapping[str, str]) -> None:
+    """Tell the page of the logged model what was measured of it, on which data."""
+    now = int(time.time() * 1000)
+    judged = datasets.of_run(child.client, run_id, ["evaluation"])
+    name, digest = (judged[0].dataset.name, judged[0].dataset.digest) if judged else (None, None)
+    child.client.log_batch(
+        child.id,
+        metrics=[
+            Metric(key, float(value), now, 0, model_id, dataset_name=name, dataset_digest=digest, run_id=child.id)
+            for key, value in measured.items()
+        ],
+    )
 
 
 @task(name="promote", task_run_name="promote-{name}", cache_policy=NO_CACHE)
