@@ -43,7 +43,7 @@ class Lineage(Report):
         }
         return tags | ({"source_model": self.source_model} if self.source_model else {})
 
-    def describe(self, name: str, published: UploadReport) -> str:
+    def describe(self, published: UploadReport) -> str:
         """Markdown for the page of the model version."""
         roles = ROLES if "distill" in self.outputs else {}
         rows = [
@@ -65,8 +65,7 @@ class Lineage(Report):
                 "",
                 " · ".join(links),
                 "",
-                f"With `MODELPRESS_STORE` set, `mlflow.pyfunc.load_model('models:/{name}@champion')` fetches it"
-                " from there and verifies each byte; MLflow has no copy.",
+                "MLflow has no copy: `mlflow.pyfunc.load_model` fetches it from `MODELPRESS_STORE` and verifies it.",
             ]
         )
 

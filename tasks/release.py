@@ -56,7 +56,7 @@ def register(context: RunContext, published: UploadReport, lineage: Lineage, mea
             run_id=context.mlflow_run,
             tags={**lineage.tags(), "compression_ratio": f"{published.compression_ratio:.4f}"},
             measured=measured,
-            description=lineage.describe(context.name, published),
+            description=lineage.describe(published),
             log=log,
         )
         child.tags({"model_version": version.number, "reused": str(not created).lower(), "pack": published.pack})
