@@ -26,8 +26,8 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
 
-from modelpress.errors import SetupError
-from modelpress.settings import Settings, without_logins
+from modelpress.errors import ConfigError, SetupError
+from modelpress.settings import Settings, is_shared_database, without_logins
 from registry import datasets
 
 DEFAULT_UI = "http://127.0.0.1:5000"
@@ -82,7 +82,19 @@ class Run:
 
 
 def open_client(settings: Settings) -> MlflowClient:
-    """A client of the tracking and registry server that the settings name."""
+    """A client of the tracking and registry server that the settings name.
+
+    Raises:
+        ConfigError: they name the database behind one.
+    """
+    if is_shared_database(settings.mlflow_uri):
+        raise ConfigError(
+            "reading MODELPRESS_TRACKING_URI",
+            found=f"{without_logins(settings.mlflow_uri)}, a database",
+            expected="an MLflow server (https://…), or a local database (sqlite:///…)",
+            fix="start `mlflow server` with it as --backend-store-uri, and name the server's address: without one "
+            "there are no logins, and artifacts would stay on this machine's disk",
+        )
     if settings.mlflow_uri.startswith("sqlite:///"):
         Path(settings.mlflow_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=settings.mlflow_uri, registry_uri=settings.mlflow_uri)
