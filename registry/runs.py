@@ -24,7 +24,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
+from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
 
 from modelpress.errors import ConfigError, SetupError
 from modelpress.settings import Settings, is_shared_database, without_logins
@@ -61,8 +61,7 @@ class Run:
         """Log numbers by step, counted from 1."""
         now = int(time.time() * 1000)
         flat = [Metric(key, value, now, step) for key, found in values.items() for step, value in enumerate(found, 1)]
-        for start in range(0, len(flat), MAX_METRICS_PER_BATCH):
-            self.client.log_batch(self.id, metrics=flat[start : start + MAX_METRICS_PER_BATCH])
+        self.client.log_batch(self.id, metrics=flat)  # in as many calls as MLflow takes
 
     def tag(self, key: str, value: str) -> None:
         """Set one tag."""
@@ -136,7 +135,7 @@ def named_errors(uri: str, name: str = "NAME") -> Iterator[None]:
 def _status(error: MlflowException | requests.RequestException) -> int | None:
     """The HTTP status that a refusal came with, or would have come with."""
     if isinstance(error, MlflowException):
-        return int(error.get_http_status_code())
+        return int(error.get_http_status_code())  # type: ignore[no-untyped-call]
     return error.response.status_code if error.response is not None else None
 
 

@@ -85,7 +85,7 @@ def distill(context: RunContext, model: ArtifactRef, config: DistillConfig) -> F
         student, report = run(to_module(fetch_checkpoint(model), workload), workload, config, progress)
         return {"output": from_module(student, report.architecture).to_bytes()}, report
 
-    splits = _training(config.train)
+    splits = _read(config.train)
     return run_stage(context, "distill", DistillReport, work, inputs=[model], config=config, splits=splits)
 
 
@@ -103,7 +103,7 @@ def prune(context: RunContext, model: ArtifactRef, config: PruneConfig) -> Finis
         report = prune_(module, workload, config, progress)
         return {"output": from_module(module, checkpoint.metadata["architecture"]).to_bytes()}, report
 
-    splits = _training(config.recovery)
+    splits = _read(config.recovery)
     if config.method != "magnitude":  # the one method that looks at no data
         splits.add("calibration")
     return run_stage(context, "prune", PruneReport, work, inputs=[model], config=config, splits=splits)
@@ -160,7 +160,7 @@ def quantize(
 
     inputs = [graph, model] if config.needs_module else [graph]
     extra = {"export": export_config.fingerprint()} if config.needs_module else None
-    splits = _training(config.recovery) | {"calibration"}
+    splits = _read(config.recovery, "calibration")
     return run_stage(
         context, "quantize", QuantizeReport, work, inputs=inputs, config=config, extra=extra, splits=splits
     )
@@ -200,12 +200,13 @@ def plan(
     if config.needs_module:
         extra["export"] = export_config.fingerprint()
     inputs = [graph, model] if config.needs_module else [graph]
-    splits = _training(config.recovery) | {"calibration", "evaluation"}
+    splits = _read(config.recovery, "calibration", "evaluation")
     return run_stage(context, "plan", PlanReport, work, inputs=inputs, config=config, extra=extra, splits=splits)
 
 
-def _training(config: TrainConfig | None) -> set[Split]:
-    """What a training reads."""
-    if config is None:
-        return set()
-    return {"train", "calibration"} if config.early_stop_epochs else {"train"}
+def _read(training: TrainConfig | None, *further: Split) -> set[Split]:
+    """The splits that a stage reads: its training's, and further ones."""
+    splits = set(further)
+    if training is not None:
+        splits |= {"train", "calibration"} if training.early_stop_epochs else {"train"}
+    return splits
