@@ -90,14 +90,18 @@ class BlobCache:
         return True
 
     def keep(self, digest: str, view: memoryview) -> None:
-        """Keep a blob that was verified; what was read longest ago makes room. A disk that refuses is no error."""
+        """Keep a blob that was verified; what was read longest ago makes room. A disk that refuses is no error, nor is
+        a bound that others fill with what they are writing: then it is not kept."""
         if not self._writes or len(view) > self.max_bytes:
             return
         path, incoming = self._path(digest), self.folder / "incoming" / uuid.uuid4().hex
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             incoming.parent.mkdir(exist_ok=True)
-            with self._begin(incoming, len(view)) as file:
+            file = self._begin(incoming, len(view))
+            if file is None:
+                return
+            with file:
                 try:
                     rest = view
                     while rest:
@@ -139,6 +143,8 @@ class BlobCache:
         """What is kept, the longest unused first."""
         found = []
         for path in _files(self.folder / "sha256"):
+            if not keys.is_digest(path.name):  # what a file system leaves there: nothing of ours
+                continue
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
                 found.append(CachedBlob(path.name, status.st_size, status.st_mtime))
@@ -155,6 +161,7 @@ class BlobCache:
         with (self.folder / "lock").open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             before = self._taken()
+            self._sweep()
             self._evict(to_bytes)
             for path in _files(self.folder / "locks"):
                 with path.open("rb") as file, contextlib.suppress(BlockingIOError):
@@ -169,10 +176,13 @@ class BlobCache:
         if not told:
             log.warning(text, self.folder, error)
 
-    def _begin(self, incoming: Path, size: int) -> FileIO:
-        """A new file, locked, that takes `size` bytes of the bound."""
+    def _begin(self, incoming: Path, size: int) -> FileIO | None:
+        """A new file, locked, that takes `size` bytes of the bound; None where others are writing too much for it."""
         with (self.folder / "lock").open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            self._sweep()
+            if self._taken() - sum(blob.size_bytes for blob in self.blobs()) > self.max_bytes - size:
+                return None
             self._evict(self.max_bytes - size)
             file = incoming.open("xb", buffering=0)
             try:
@@ -184,21 +194,25 @@ class BlobCache:
                 raise
             return file
 
-    def _evict(self, most: int) -> None:
+    def _sweep(self) -> None:
+        """Drop what dead writers left."""
         for path in _files(self.folder / "incoming"):
             with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its writer is dead
                 path.unlink()
+
+    def _evict(self, most: int) -> None:
         taken = self._taken()
         for blob in self.blobs():
             if taken <= most:
                 return
             self._path(blob.digest).unlink(missing_ok=True)
+            (self.folder / "locks" / blob.digest).unlink(missing_ok=True)  # who holds it now fetches beside another
             taken -= blob.size_bytes
 
     def _taken(self) -> int:
         total = 0
-        for name in ("sha256", "incoming"):
+        for name in ("incoming", "sha256"):  # in this order, what moves from one to the other is not missed
             for path in _files(self.folder / name):
                 with contextlib.suppress(FileNotFoundError):
                     total += path.stat().st_size

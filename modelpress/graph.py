@@ -16,7 +16,7 @@ import onnx
 import onnxruntime
 import torch
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from onnx import GraphProto, ModelProto, TensorProto
+from onnx import GraphProto, ModelProto, SparseTensorProto, TensorProto
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 from torch import Tensor
 
@@ -200,7 +200,8 @@ def parse(checkpoint: Checkpoint) -> ModelProto:
     """The graph of an ONNX checkpoint, its large initializers without bytes.
 
     Raises:
-        CorruptionError: the checkpoint is no ONNX one.
+        CorruptionError: the checkpoint is no ONNX one, or a tensor inside of its graph lies in a file: whoever reads
+            such a graph would take what this machine has under that name, which no digest covers.
     """
     data = checkpoint.files.get(GRAPH_FILE)
     if checkpoint.kind != "onnx" or data is None:
@@ -210,9 +211,18 @@ def parse(checkpoint: Checkpoint) -> ModelProto:
             expected=f"kind 'onnx' with the file {GRAPH_FILE!r}",
         )
     try:
-        return onnx.load_model_from_string(data)
+        model = onnx.load_model_from_string(data)
     except DecodeError as error:
         raise CorruptionError(f"parsing {GRAPH_FILE}", found=str(error), expected="an ONNX graph") from error
+    for tensor in _inner_tensors(model):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            place = {entry.key: entry.value for entry in tensor.external_data}.get("location", "")
+            raise CorruptionError(
+                f"parsing {GRAPH_FILE}",
+                found=f"tensor {tensor.name!r} inside of it, in file {place[:200]!r}",
+                expected="every tensor in the pack: in the graph, or as an initializer of the main graph",
+            )
+    return model
 
 
 def strip(model: ModelProto) -> None:
@@ -268,6 +278,29 @@ def _multiplies_bytes_exactly() -> bool:
 
 def _external(model: ModelProto) -> list[TensorProto]:
     return [one for one in model.graph.initializer if one.data_location == TensorProto.EXTERNAL]
+
+
+def _inner_tensors(model: ModelProto) -> Iterator[TensorProto]:
+    """Every tensor of a model but the initializers of its main graph: in attributes, nested graphs and functions."""
+
+    def sparse(one: SparseTensorProto) -> tuple[TensorProto, TensorProto]:
+        return one.values, one.indices
+
+    nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    pending = [attribute for node in nodes for attribute in node.attribute]
+    pending += [attribute for function in model.functions for attribute in function.attribute_proto]
+    for one in model.graph.sparse_initializer:
+        yield from sparse(one)
+    while pending:
+        attribute = pending.pop()
+        yield from (attribute.t, *attribute.tensors)
+        for one in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from sparse(one)
+        for graph in (attribute.g, *attribute.graphs):
+            yield from graph.initializer
+            for one in graph.sparse_initializer:
+                yield from sparse(one)
+            pending += [inner for node in graph.node for inner in node.attribute]
 
 
 def _matching(initializer: TensorProto, checkpoint: Checkpoint) -> Tensor:

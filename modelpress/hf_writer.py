@@ -24,8 +24,8 @@ from modelpress.codec import Buffer
 from modelpress.container.safetensors_file import Entry
 from modelpress.container.safetensors_file import write as serialized
 from modelpress.container.tensors import NAMES, to_bytes
-from modelpress.errors import ConfigError, WorkloadError
-from modelpress.store.local import local_errors
+from modelpress.errors import WorkloadError
+from modelpress.store.local import check_new_folder, local_errors
 from modelpress.workload import Workload
 from modelpress.workloads.hf_folder import read_object
 
@@ -45,17 +45,10 @@ def check_folder(folder: Path) -> None:
     """Refuse to write over something, before hours are spent.
 
     Raises:
-        ConfigError: it is there, and is no empty folder.
+        ConfigError: see `check_new_folder`.
     """
     with local_errors(f"looking at {folder}"):
-        # A link to nothing counts as something: a folder cannot be renamed to it, and it is not ours to remove.
-        if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(
-                f"writing a Hugging Face folder to {folder}",
-                found="something there already",
-                expected="a new or empty folder",
-                fix="name another folder",
-            )
+        check_new_folder(folder, f"writing a Hugging Face folder to {folder}")
 
 
 class FolderWriter:
@@ -243,9 +236,11 @@ def other_files(model: PreTrainedModel, workload: Workload) -> dict[str, bytes]:
 
 
 def small_files(folder: Path) -> dict[str, bytes]:
-    """What goes with a folder's model into another: tokenizer, pooling, card, licence."""
+    """What goes with a folder's model into another: tokenizer, pooling, card, licence; nothing that is hidden."""
     with local_errors(f"reading {folder}"):
-        paths = [path for path in sorted(folder.glob("*")) + sorted(folder.glob("*/*.json")) if path.is_file()]
+        paths = [
+            path for path in sorted(folder.glob("[!.]*")) + sorted(folder.glob("[!.]*/[!.]*.json")) if path.is_file()
+        ]
         return {
             path.relative_to(folder).as_posix(): path.read_bytes()
             for path in paths

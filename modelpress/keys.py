@@ -84,8 +84,8 @@ def secret(name: str, number: int) -> str:
 
 def pointer_number(key: str) -> int | None:
     """The number in the key of an entry, of a pointer or of secrets; None for a key that is none."""
-    match = re.search(rf"/([0-9]{{{NUMBER_DIGITS}}})\.json$", key)
-    return int(match[1]) if match else None
+    found = place(key)
+    return found.number if found is not None and found.kind in ("pointer", "secret") else None
 
 
 @dataclass(frozen=True)

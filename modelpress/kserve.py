@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import urllib.parse
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,7 @@ def initialise(pairs: Sequence[str], settings: Settings, progress: Progress = si
         A line for each: which pack is where.
 
     Raises:
-        ConfigError: no pairs, a source that is none, or a folder that holds what is not ours.
+        ConfigError: no pairs, a source that is none, one folder for two, or a folder that holds what is not ours.
         and see `load.layouts.pull_into`.
     """
     if not pairs or len(pairs) % 2:
@@ -100,6 +101,9 @@ def initialise(pairs: Sequence[str], settings: Settings, progress: Progress = si
             "reading the arguments", found=f"{len(pairs)} of them", expected="pairs: a source, and a folder to fill"
         )
     work = [(parse_source(uri), Path(folder)) for uri, folder in zip(pairs[::2], pairs[1::2], strict=True)]
+    twice = [folder for folder, times in Counter(os.path.realpath(folder) for _, folder in work).items() if times > 1]
+    if twice:
+        raise ConfigError("reading the arguments", found=f"{twice[0]} twice", expected="a folder of its own for each")
     lines = []
     for source, folder in work:
         store = open_store(source.store, settings)

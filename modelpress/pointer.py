@@ -12,11 +12,9 @@ log: what it reads next must go on from there.
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
 import random
-import socket
 import time
 import uuid
 from datetime import UTC, datetime
@@ -33,8 +31,9 @@ from modelpress.errors import (
     NotFoundError,
     UnsupportedFormatError,
 )
-from modelpress.housekeeping.intents import announced
-from modelpress.store.base import Store, get_capped
+from modelpress.housekeeping.intents import Announcement, announced
+from modelpress.housekeeping.turns import who
+from modelpress.store.base import Store, get_capped, stands
 from modelpress.trust import check_pack
 from modelpress.trust import entries as trusted
 from modelpress.trust.entries import EntrySignature
@@ -150,8 +149,8 @@ def append(
     if store.trust is not None:
         check_pack(store, store.trust.policy(), name, pack)
     keys.pointer(name, alias, 1), keys.manifest(name, pack)  # legal names, or nothing is written
-    with announced(store, name, pack):  # so that retention keeps it
-        return _append(store, name, alias, pack, reason, decision, after, token, accepted or store)
+    with announced(store, name, pack) as announcement:  # so that retention keeps it
+        return _append(store, name, alias, pack, reason, decision, after, token, accepted or store, announcement)
 
 
 def _append(
@@ -164,13 +163,9 @@ def _append(
     after: int | None,
     token: str | None,
     accepted: Store,
+    announcement: Announcement,
 ) -> Pointer:
-    if store.info(keys.manifest(name, pack)) is None:
-        raise NotFoundError(
-            f"pointing {name}@{alias} at pack {pack}",
-            found=f"no manifest {store.uri}/{keys.manifest(name, pack)}",
-            fix="publish the pack first; `modelpress inspect` shows what is published",
-        )
+    _check_published(store, name, alias, pack)
     if token is not None:
         for entry in history(accepted, name, alias):
             if entry.token == token:
@@ -186,6 +181,9 @@ def _append(
                 fix="judge again against the champion that stands now",
             )
         entry = _next(last, name, alias, pack, reason, decision, token).signed(store.signer)
+        while not announcement.holds():  # it lay asleep for days: the pack may have been removed
+            announcement.announce()
+            _check_published(store, name, alias, pack)
         if _create(store, entry):
             return entry
         time.sleep(random.uniform(0, min(1.0, 0.02 * 2**attempt)))
@@ -194,6 +192,15 @@ def _append(
         found=f"{MAX_RACES} lost races for the next entry",
         fix="find out who moves this alias all the time, then run it again",
     )
+
+
+def _check_published(store: Store, name: str, alias: str, pack: str) -> None:
+    if store.info(keys.manifest(name, pack)) is None:
+        raise NotFoundError(
+            f"pointing {name}@{alias} at pack {pack}",
+            found=f"no manifest {store.uri}/{keys.manifest(name, pack)}",
+            fix="publish the pack first; `modelpress inspect` shows what is published",
+        )
 
 
 def renew(store: Store, accepted: Store, name: str, alias: str) -> Pointer | None:
@@ -372,7 +379,7 @@ def _next(
         reason=reason,
         decision=decision,
         created=datetime.now(UTC),
-        who=_who(),
+        who=who(),
         token=token or uuid.uuid4().hex,
     )
 
@@ -385,7 +392,7 @@ def _create(store: Store, entry: Pointer) -> bool:
         raise ConfigError(
             f"writing {key}", found=f"{len(data)} bytes", expected=f"at most {MAX_ENTRY_BYTES}: a shorter decision"
         )
-    return store.put(key, data, if_absent=True) or store.get(key) == data
+    return store.put(key, data, if_absent=True) or stands(store, key, data)
 
 
 def _numbers(store: Store, name: str, alias: str) -> list[int]:
@@ -414,11 +421,3 @@ def _read(store: Store, name: str, alias: str, number: int) -> Pointer:
             doing, found=f"entry {entry.number} of {entry.name}@{entry.alias}", expected="the entry that the key names"
         )
     return entry
-
-
-def _who() -> str:
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError):  # a container's user id without a name
-        user = "unknown"
-    return f"{user}@{socket.gethostname()}"

@@ -25,7 +25,7 @@ from modelpress.housekeeping.intents import announced
 from modelpress.manifest import Manifest
 from modelpress.progress import Progress, silent
 from modelpress.reports import UploadReport
-from modelpress.store.base import Store
+from modelpress.store.base import Store, stands
 from modelpress.store.threads import DaemonPool
 from modelpress.trust import sign_pack
 from modelpress.trust.packs import check_signer
@@ -178,7 +178,7 @@ def _commit(store: Store, manifest: Manifest) -> None:
     """Write the manifest. One that is there already is our own, from a lost answer or an earlier run, if it holds
     the same bytes."""
     key, data = keys.manifest(manifest.name, manifest.digest), manifest.to_bytes()
-    if not store.put(key, data, if_absent=True) and store.get(key) != data:
+    if not store.put(key, data, if_absent=True) and not stands(store, key, data):
         raise ConflictError(
             f"publishing {manifest.name}",
             found=f"other bytes under {store.uri}/{key}",

@@ -61,7 +61,7 @@ class Loaded:
     engine: Engine
     pointer: Pointer
     trust: str | None = None
-    """The trust file, by its sha256, that the pack's signatures were checked against; None where none is asked for."""
+    """`Trust.fingerprint` when the pack's signatures were checked; None where none are asked for."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ class Repository:
 
     def _engine(self, model: ServedModel, entry: Pointer, trust: str | None) -> Engine:
         if model.loaded and model.loaded.engine.pack == entry.pack:  # and it is not broken: see `_update`
-            if model.loaded.trust != trust:  # a key may have been revoked: then this fails, and the index tells
+            if model.loaded.trust != trust:  # a key was revoked, or expired: then this fails, and the index tells
                 load.check_trust(self._store, model.name, entry.pack)
             return model.loaded.engine
         engine = load_engine(self._store, model.name, entry.pack, self._provider, self._threads)

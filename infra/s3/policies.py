@@ -49,14 +49,14 @@ def policy(users: dict[str, list[str]], bucket: str, prefix: str, kept: list[dic
 
 
 def present(client: Any, bucket: str) -> list[dict[str, Any]]:
-    """Statements of the policy that the bucket has."""
+    """Statements of the policy that the bucket has; a single one may stand there without a list."""
     try:
-        found: list[dict[str, Any]] = json.loads(client.get_bucket_policy(Bucket=bucket)["Policy"])["Statement"]
+        found: Any = json.loads(client.get_bucket_policy(Bucket=bucket)["Policy"])["Statement"]
     except ClientError as error:
         if error.response["Error"]["Code"] == "NoSuchBucketPolicy":
             return []
         raise
-    return found
+    return [found] if isinstance(found, dict) else list(found)
 
 
 def main() -> int:

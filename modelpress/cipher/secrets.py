@@ -16,7 +16,7 @@ import hashlib
 import random
 import secrets as random_source
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Final, Literal
 
@@ -26,7 +26,7 @@ from modelpress import keys, strictjson
 from modelpress.cipher.stream import KEY_BYTES, derive
 from modelpress.cipher.wrapping import MISSING, WrappingKey, first
 from modelpress.config import PackName
-from modelpress.errors import ConfigError, ConflictError, CorruptionError, EncryptionKeyError
+from modelpress.errors import ConfigError, ConflictError, CorruptionError, EncryptionKeyError, NotFoundError
 from modelpress.manifest import SecretId, canonical_json, check_version
 from modelpress.store.base import Store, get_capped
 
@@ -72,8 +72,7 @@ def history(store: Store, name: str) -> list[SecretsEntry]:
         CorruptionError: an entry is not what its key says.
         UnsupportedFormatError: it was written by a newer modelpress.
     """
-    found = (keys.pointer_number(info.key) for info in store.list(keys.secrets(name)))
-    return [_read(store, name, number) for number in sorted(number for number in found if number is not None)]
+    return _read_listed(store, name, lambda numbers: numbers)
 
 
 def find(store: Store, name: str, secret: str, wrapping: Sequence[WrappingKey]) -> bytes:
@@ -117,8 +116,8 @@ def newest(store: Store, name: str) -> SecretsEntry | None:
     Raises:
         see `history`.
     """
-    numbers = [keys.pointer_number(info.key) or 0 for info in store.list(keys.secrets(name))]
-    return _read(store, name, max(numbers)) if any(numbers) else None
+    found = _read_listed(store, name, lambda numbers: numbers[-1:])
+    return found[0] if found else None
 
 
 def renew(store: Store, name: str, wrapping: Sequence[WrappingKey]) -> SecretsEntry:
@@ -270,6 +269,20 @@ def _context_of(name: str, number: int, ids: Sequence[str]) -> dict[str, str]:
     """What a wrapping is bound to: with KMS its encryption context, which policies and audit logs see."""
     place = canonical_json({"format_version": FORMAT_VERSION, "name": name, "number": number, "secrets": list(ids)})
     return {"modelpress:name": name, "modelpress:entry": hashlib.sha256(place).hexdigest()}
+
+
+def _read_listed(store: Store, name: str, choose: Callable[[list[int]], list[int]]) -> list[SecretsEntry]:
+    """Those entries that are chosen of the numbers of all, in order."""
+    before: list[int] = []
+    while True:
+        found = (keys.pointer_number(info.key) for info in store.list(keys.secrets(name)))
+        numbers = sorted(number for number in found if number is not None)
+        try:
+            return [_read(store, name, number) for number in choose(numbers)]
+        except NotFoundError:  # forgotten since it was listed: whoever did that had written a newer one
+            if numbers == before:
+                raise
+            before = numbers
 
 
 def _read(store: Store, name: str, number: int) -> SecretsEntry:

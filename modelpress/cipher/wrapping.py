@@ -21,7 +21,7 @@ from modelpress.cipher.stream import KEY_BYTES, derive
 from modelpress.errors import ConfigError, CorruptionError, EncryptionKeyError
 from modelpress.manifest import canonical_json
 from modelpress.settings import Settings
-from modelpress.store.local import local_errors
+from modelpress.store.local import local_errors, write_secret
 
 NONCE_BYTES = 12
 ID_LABEL = b"modelpress wrapping key id v1"
@@ -97,10 +97,10 @@ def wrapping_keys(settings: Settings) -> list[WrappingKey]:
         ConfigError: one is no key; where it came from is told, and nothing of it.
     """
     found: list[WrappingKey] = []
-    if settings.kms_key_id:
+    if names := [name for one in settings.kms_key_id.split(",") if (name := one.strip())]:
         from modelpress.store.kms import KmsKey
 
-        found += [KmsKey(name.strip(), settings) for name in settings.kms_key_id.split(",")]
+        found += [KmsKey(name, settings) for name in names]
     for path in filter(None, settings.key_file.split(os.pathsep)):
         with local_errors(f"reading the key in {path}"), Path(path).open("rb") as file:
             found.append(LocalKey(_parse(file.read(MAX_KEY_FILE_BYTES), f"the file {path} of MODELPRESS_KEY_FILE")))
@@ -124,18 +124,11 @@ def make_key_file(path: Path) -> str:
 
     Raises:
         ConfigError: the file exists.
+        StoreError: it cannot be written; nothing of it stays.
     """
     doing, key = f"making a key in {path}", secrets.token_bytes(KEY_BYTES)
-    with local_errors(doing, writing=True):
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            fix = "give another path: a key that is lost takes with it all that it wrapped"
-            raise ConfigError(doing, found="a file", expected="none", fix=fix) from None
-        with open(descriptor, "wb") as file:
-            file.write(base64.b64encode(key) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+    fix = "give another path: a key that is lost takes with it all that it wrapped"
+    write_secret(path, base64.b64encode(key) + b"\n", doing, fix)
     return LocalKey(key).id
 
 

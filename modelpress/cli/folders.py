@@ -25,6 +25,9 @@ def publish(
     ] = False,
     max_shard_size: Annotated[int | None, typer.Option(min=1, help="Bytes; no shard of the pack is larger.")] = None,
     concurrency: Annotated[int | None, typer.Option(min=1, max=64, help="Objects in flight.")] = None,
+    encrypt: Annotated[
+        bool, typer.Option("--encrypt", help="Encrypt all but the manifest, with a key of the settings.")
+    ] = False,
     licence: Annotated[str | None, typer.Option(help="Its identifier. Default: the model card's.")] = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -38,7 +41,7 @@ def publish(
         keys.pointers(name, alias)  # before hours are spent
     settings = store_settings(store)
     shard = ShardConfig(max_shard_size=max_shard_size) if max_shard_size else ShardConfig()
-    upload = UploadConfig(concurrency=concurrency) if concurrency else UploadConfig()
+    upload = UploadConfig(encrypt=encrypt, **({"concurrency": concurrency} if concurrency else {}))
     opened = open_store(settings.store_uri, settings)
     with Bar("publish") as progress:
         from modelpress.folder import publish_folder

@@ -61,6 +61,7 @@ class Base:
 
     def __init__(self, pack: Manifest, manifest: Manifest, fetch: Callable[[str], bytes]) -> None:
         check_base(pack, manifest)
+        self.manifest = manifest
         self._doing = f"reading {manifest.name}@{manifest.digest}, the base of {pack.name}@{pack.digest}"
         self._tensors = PackTensors(manifest, fetch)
         used = [self._tensors.entries[tensor.base] for tensor in pack.tensors if tensor.base is not None]
@@ -71,7 +72,7 @@ class Base:
     @property
     def read_bytes(self) -> int:
         """Bytes of those shards and of the base's manifest."""
-        return sum(self.blobs.values()) + len(self._tensors.manifest.to_bytes())
+        return sum(self.blobs.values()) + len(self.manifest.to_bytes())
 
     def __call__(self, entry: TensorEntry) -> Bytes:
         """The base's tensor behind an entry of the pack: (raw bytes,) uint8, verified, in memory of its own.
@@ -83,7 +84,7 @@ class Base:
         try:
             return self._tensors.read(entry.base or "")
         except (NotFoundError, FormatError) as error:
-            base = self._tensors.manifest
+            base = self.manifest
             raise type(error)(
                 f"{self._doing}, for tensor {entry.name!r}: {error.doing}",
                 found=error.found,

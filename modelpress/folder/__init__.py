@@ -21,6 +21,7 @@ from torch import Tensor
 
 from modelpress import keys
 from modelpress.blockwise.tensors import Stored, open_file, open_folder
+from modelpress.cipher import seal_pack, secrets, wrapping_keys
 from modelpress.compress import natural_key
 from modelpress.config import CompressConfig, ShardConfig, UploadConfig
 from modelpress.container.stored import check_names
@@ -34,6 +35,7 @@ from modelpress.pack_files import pack_file, pack_reports
 from modelpress.progress import Progress, silent
 from modelpress.publish import publish
 from modelpress.reports import CodedTensor, CompressReport, UploadReport
+from modelpress.settings import read_settings
 from modelpress.shard import timeless
 from modelpress.store import Store
 from modelpress.store.local import local_errors
@@ -90,7 +92,8 @@ def publish_folder(
         work: a folder on a local disk for what is compressed and not yet sent.
         compress: how tensors are coded; the default tries every codec.
         shard: how large the pack's shards are; the folder's own play no part in it.
-        upload: how many objects travel at once.
+        upload: how many objects travel at once, and whether they are encrypted. Encrypted shards stand on the disk
+            beside the others until they are published.
         ignore: globs of what is left out; see `take_inventory`.
         follow_links: see `take_inventory`.
         licence: its identifier; None takes the model card's, or `unknown`.
@@ -102,11 +105,13 @@ def publish_folder(
         CorruptionError: a safetensors file that is none, or is cut short.
         StageError: the folder was changed meanwhile.
         StoreFullError: no space for the shards.
+        EncryptionKeyError: encryption without a key in the settings; see `cipher.secrets.current`.
         and see `publish`.
     """
     keys.manifests(name)
     inventory = take_inventory(folder, ignore, follow_links=follow_links)
     source = _open(inventory)
+    secret = _secret(store, name) if upload is not None and upload.encrypt else None
     configs = {
         "compress": (compress or CompressConfig()).model_dump(mode="json"),
         "shard": (shard or ShardConfig()).model_dump(mode="json"),
@@ -124,10 +129,13 @@ def publish_folder(
             "licence": licence or (read_licence(folder).strip("\"'") if CARD in inventory.files else "unknown"),
         }
         manifest, blobs = _draft(name, inventory, source, staged, facts)
+        shards = staged.shards
+        if secret is not None:
+            manifest, shards, blobs = seal_pack(manifest, shards, blobs, secret, place / "sealed", progress=progress)
         report = publish(
             store,
             manifest,
-            staged.shards,
+            shards,
             blobs,
             config=upload,
             source_bytes=inventory.size_bytes,
@@ -135,6 +143,11 @@ def publish_folder(
         )
         shutil.rmtree(place, ignore_errors=True)
     return report
+
+
+def _secret(store: Store, name: str) -> tuple[str, bytes]:
+    """Id and bytes of the model's secret, by the keys of the settings; a model without one gets its first."""
+    return secrets.current(store, name, wrapping_keys(read_settings()))
 
 
 def _open(inventory: Inventory) -> _Source:
@@ -232,13 +245,13 @@ def _report(rows: Sequence[CodedTensor]) -> CompressReport:
 
 @contextmanager
 def _workplace(folder: Path) -> Iterator[Path]:
-    """The folder of this very publication, for one process at a time.
+    """The folder of this very publication, for one process at a time, and for no other user to read.
 
     Raises:
         ConfigError: another process is at it.
     """
     with local_errors(f"making {folder}", writing=True):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(0o700, parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     try:
         try:

@@ -11,20 +11,22 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 
 from modelpress import keys
-from modelpress.errors import StoreUnavailableError
+from modelpress.errors import ConfigError, StoreUnavailableError
 from modelpress.housekeeping.survey import PackId, Survey, refuse_work_store
-from modelpress.housekeeping.turns import Lease, awake
+from modelpress.housekeeping.turns import Lease
 from modelpress.progress import Progress, silent
 from modelpress.reports import CollectReport, Counted, Garbage, GarbageItem
 from modelpress.store.base import ObjectInfo, Store, Unfinished
+from modelpress.store.clock import awake
 from modelpress.store.threads import DaemonPool
 
 GRACE_SECONDS = 24 * 3600.0
+MAX_GRACE_SECONDS = 100 * 365 * GRACE_SECONDS
 DELETES_IN_FLIGHT = 8
 BATCH = 256
 """Deletes between two looks at whether the round still runs."""
 CERTAIN_SECONDS = 5.0
-"""A delete that was answered sooner was not sent twice by a client that waited for its first answer."""
+"""A delete that took longer may have been sent twice, by whatever carries it."""
 MAX_FRUITLESS = 3
 PROBES = "doctor/"
 PROBE_LIFE = timedelta(hours=1)
@@ -109,12 +111,15 @@ def collect(
         progress: called with bytes that went, and bytes to go.
 
     Raises:
-        ConfigError: stages keep their outputs in this store.
+        ConfigError: stages keep their outputs in this store, or a grace that is no time.
         CorruptionError: a manifest or an intent is damaged, and may need anything. Nothing was removed.
         UnsupportedFormatError: one was written by a newer modelpress, and may need anything. Nothing was removed.
         ConflictError: another collection is at work.
         StoreError: see `modelpress.store.Store`; what was removed until then is garbage all the same.
     """
+    if not 0 <= grace_seconds <= MAX_GRACE_SECONDS:
+        expected = f"0 to {MAX_GRACE_SECONDS:.0f} seconds"
+        raise ConfigError("collecting", found=f"a grace of {grace_seconds} seconds", expected=expected)
     refuse_work_store(store, "collecting")
     abandoned = timedelta(days=abandoned_days)
     survey = Survey()
@@ -166,8 +171,8 @@ def delete_all(lease: Lease, deletes: Sequence[Callable[[], None]]) -> list[bool
     """Run deletes, several at a time, as long as the round allows; True for each that was run.
 
     Raises:
-        StoreUnavailableError: one was answered so late that it may have been sent twice, and the first may still be
-            on its way. The lease is not given back: it expires when that is over.
+        StoreUnavailableError: one was sent again, or answered so late that it may have been, and the first may still
+            be on its way. The lease is not given back: it expires when that is over.
         StoreError: see `modelpress.store.Store`; the same.
     """
 
@@ -178,16 +183,20 @@ def delete_all(lease: Lease, deletes: Sequence[Callable[[], None]]) -> list[bool
         delete()
         return awake() - began
 
-    lease.uncertain = True
+    lease.uncertain, unanswered = True, lease.store.unanswered_deletes()
     pool = DaemonPool(DELETES_IN_FLIGHT, "collect")
     try:
         seconds = list(pool.map(run, deletes))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    if any(one is not None and one > CERTAIN_SECONDS for one in seconds):
+    longest = max((one for one in seconds if one is not None), default=0.0)
+    unanswered = lease.store.unanswered_deletes() - unanswered
+    if unanswered or longest > CERTAIN_SECONDS:
         raise StoreUnavailableError(
             "collecting",
-            found=f"a delete that took {max(one for one in seconds if one is not None):.0f} s",
+            found=f"{unanswered} deletes sent again for want of an answer"
+            if unanswered
+            else f"a delete that took {longest:.0f} s",
             expected=f"answers within {CERTAIN_SECONDS:.0f} s",
             fix="run it again later: what was removed was garbage, and the rest is still there",
         )

@@ -18,11 +18,12 @@ from pydantic import Field
 
 from modelpress import keys
 from modelpress.errors import NotFoundError, StoreError, StoreUnavailableError
-from modelpress.housekeeping.turns import Stated, awake, parse, pass_by, who
+from modelpress.housekeeping.turns import Stated, parse, pass_by, who
 from modelpress.manifest import Sha256
 from modelpress.progress import Progress, silent
 from modelpress.settings import read_settings
 from modelpress.store.base import Store, get_capped
+from modelpress.store.clock import awake
 
 MAX_INTENT_BYTES = 256 * 2**20
 MAX_LIFE_SECONDS = 366 * 24 * 3600.0

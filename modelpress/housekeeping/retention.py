@@ -57,7 +57,7 @@ def retain(
         first = judged = _judge(store, rules, names, lease.now())
         total, removed, fruitless = sum(not one.keep for one in first), 0, 0
         while going := [one for one in judged if not one.keep][:IN_A_ROUND]:
-            done = delete_all(lease, [functools.partial(_remove, store, one) for one in going])
+            done = delete_all(lease, [functools.partial(_remove, store, lease, one) for one in going])
             removed += sum(done)
             fruitless = 0 if any(done) else fruitless + 1
             if fruitless == MAX_FRUITLESS:
@@ -68,10 +68,12 @@ def retain(
         return _report(store, first, dry_run=False, removed=removed)
 
 
-def _remove(store: Store, one: RetainedPack) -> None:
+def _remove(store: Store, lease: Lease, one: RetainedPack) -> None:
+    """Delete a manifest, and then its signatures while the round runs; a collection takes those that are left."""
     store.delete(keys.manifest(one.name, one.pack))
     for info in list(store.list(keys.signatures(one.name, one.pack))):
-        store.delete(info.key)
+        if lease.holds():
+            store.delete(info.key)
 
 
 def _judge(

@@ -28,6 +28,7 @@ from modelpress.errors import ConflictError, CorruptionError, NotFoundError, Sto
 from modelpress.manifest import canonical_json
 from modelpress.progress import Progress, silent
 from modelpress.store.base import Store, get_capped
+from modelpress.store.clock import awake
 
 FORMAT_VERSION = 1
 ROUND_SECONDS = 60.0
@@ -75,7 +76,7 @@ class Lease:
     begun whose answer is not known; then it expires."""
 
     def __init__(self, store: Store, what: str) -> None:
-        self._store, self._what = store, what
+        self.store, self._what = store, what
         self._number, self._began = 0, 0.0
         self.uncertain = False
         """Set this before a delete is begun, and take it back when all have been answered."""
@@ -86,8 +87,8 @@ class Lease:
         Raises:
             ConflictError: another collector is at work.
         """
-        number, ended = _highest(self._store)
-        if number and not ended and (other := _live(self._store, number)) is not None:
+        number, ended = _highest(self.store)
+        if number and not ended and (other := _live(self.store, number)) is not None:
             raise self._lost(other)
         self._begin(number + 1)
         return self
@@ -98,7 +99,7 @@ class Lease:
         if self.uncertain:
             return
         with contextlib.suppress(StoreError):  # then it expires
-            self._store.put(keys.turn(self._number, ended=True), b"", if_absent=True)
+            self.store.put(keys.turn(self._number, ended=True), b"", if_absent=True)
 
     def next_round(self) -> None:
         """Begin the next round: from here on, what writers say has to be read anew.
@@ -119,25 +120,25 @@ class Lease:
 
     def _begin(self, number: int) -> None:
         began = awake()
-        lease = ROUND_SECONDS + self._store.patience_seconds + MARGIN_SECONDS
+        lease = ROUND_SECONDS + self.store.patience_seconds + MARGIN_SECONDS
         turn = Turn(who=who(), created=datetime.now(UTC), number=number, token=uuid.uuid4().hex, lease_seconds=lease)
         key, data = keys.turn(number), turn.to_bytes()
-        mine = self._store.put(key, data, if_absent=True) or self._store.get(key) == data
-        highest, _ = _highest(self._store)
-        info = self._store.info(key)
+        mine = self.store.put(key, data, if_absent=True) or self.store.get(key) == data
+        highest, _ = _highest(self.store)
+        info = self.store.info(key)
         if not mine or highest != number or info is None:
             # A number that was cleaned up was free again, and is not the highest: no harm, but no lease.
             raise self._lost(None)
         self._number, self._began, self._modified = number, began, info.modified
-        for older in self._store.list(keys.COLLECTIONS):
+        for older in self.store.list(keys.COLLECTIONS):
             if (found := keys.turn_number(older.key)) is not None and found[0] < number:
-                self._store.delete(older.key)
+                self.store.delete(older.key)
 
     def _lost(self, other: Turn | None) -> ConflictError:
         found = "another one" if other is None else f"one by {other.who} since {other.created:%Y-%m-%d %H:%M} UTC"
         wait = f"; if it died, its lease ends by itself after {other.lease_seconds:.0f} s" if other else ""
         return ConflictError(
-            f"{self._what} {self._store.uri}",
+            f"{self._what} {self.store.uri}",
             found=f"{found} at work",
             expected="one collection at a time",
             fix=f"wait until it has ended{wait}",
@@ -179,11 +180,6 @@ def store_time(store: Store) -> datetime:
     if info is None:
         raise CorruptionError(f"reading the clock of {store.uri}", found="no object where one was written")
     return info.modified
-
-
-def awake() -> float:
-    """Seconds on a clock that goes on while the machine sleeps, where there is one."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def who() -> str:

@@ -10,13 +10,17 @@ from collections.abc import Callable, Iterator
 from modelpress import keys
 from modelpress.cache import BlobCache
 from modelpress.cipher import Opener, opener
-from modelpress.errors import CorruptionError, NotFoundError
+from modelpress.errors import CorruptionError, NotFoundError, SetupError
 from modelpress.load.names import MIN_PREFIX
 from modelpress.manifest import Manifest
 from modelpress.progress import Progress, silent
 from modelpress.store.base import Store
 
 FIX = "publish the pack again: it sends what is missing; a damaged blob must be deleted first"
+
+
+class GivenUpError(Exception):
+    """Whoever reads has ended: nobody wants the rest."""
 
 
 class Blobs:
@@ -44,24 +48,37 @@ class Blobs:
         """What turns the stored bytes of a blob into plain ones; None where they are plain."""
         return self._openers(digest, f"reading {self._parts[digest]} of pack {self._pack}")
 
-    def fetch(self, digest: str) -> bytes:
+    def fetch(self, digest: str, stopped: threading.Event | None = None) -> bytes:
         """A whole blob, opened where the pack is encrypted.
 
         A plain one comes from the store as it is, for the caller to verify; any other is verified, and from the cache.
+        `stopped`, when it is set, ends the call, however silent the store is.
 
         Raises:
             NotFoundError: there is none.
             CorruptionError: it holds less than the manifest says, or what its key does not open.
+            SetupError: it is larger than this machine's memory.
+            GivenUpError: `stopped` was set.
         """
         opening = self.opener(digest)
+        if self._cache is None and opening is None and stopped is None:
+            with self._named(digest):
+                data = self._store.get(keys.blob(digest), 0, self._sizes[digest])
+            self._count(digest)
+            return data
+
+        def arrived(_: memoryview) -> None:
+            if stopped is not None and stopped.is_set():
+                raise GivenUpError
+
+        buffer = self._buffer(digest)
         if self._cache is not None or opening is not None:
-            buffer = bytearray(self._sizes[digest])
-            self.read_into(digest, memoryview(buffer), lambda _: None)
-            return opening.open(buffer) if opening is not None else bytes(buffer)
-        with self._named(digest):
-            data = self._store.get(keys.blob(digest), 0, self._sizes[digest])
-        self._count(digest)
-        return data
+            self.read_into(digest, memoryview(buffer), arrived)
+        else:
+            with self._named(digest):
+                self._store.read_into(keys.blob(digest), buffer, 0, arrived)
+            self._count(digest)
+        return opening.open(buffer) if opening is not None else bytes(buffer)
 
     def read_into(self, digest: str, view: memoryview, arrived: Callable[[memoryview], None]) -> None:
         """Fill `view` with a blob; returns when its digest holds.
@@ -98,6 +115,16 @@ class Blobs:
             self._store.read_into(keys.blob(digest), view, 0, seen)
             if hashed.hexdigest() != digest:
                 raise CorruptionError(f"reading {digest}", found=f"{len(view)} bytes, sha256 {hashed.hexdigest()}")
+
+    def _buffer(self, digest: str) -> bytearray:
+        try:
+            return bytearray(self._sizes[digest])
+        except (MemoryError, OverflowError) as error:
+            raise SetupError(
+                f"reading {self._parts[digest]} of pack {self._pack}",
+                found=f"{self._sizes[digest]} bytes, and no memory for them",
+                expected="a pack that this machine can hold",
+            ) from error
 
     @contextlib.contextmanager
     def _named(self, digest: str) -> Iterator[None]:

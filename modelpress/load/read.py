@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -77,6 +79,8 @@ class Parts:
     blobs: Blobs
     base: Base | None
     """Gives the tensors of the pack that this one is the difference to; None where it stands alone."""
+    base_blobs: Blobs | None = None
+    """The base's."""
 
     def fetch(self, digest: str) -> bytes:
         """A whole blob; see `Blobs.fetch`."""
@@ -88,7 +92,11 @@ class Parts:
 
     def stream(self) -> Generator[tuple[str, Tensor], None, None]:
         """Every tensor, while its bytes come; see `stream_tensors`."""
-        return stream_tensors(self.manifest, self.blobs, original=self.base)
+        if self.base is None or self.base_blobs is None:
+            return stream_tensors(self.manifest, self.blobs, original=self.base)
+        stopped = threading.Event()
+        base = Base(self.manifest, self.base.manifest, functools.partial(self.base_blobs.fetch, stopped=stopped))
+        return stream_tensors(self.manifest, self.blobs, original=base, stopped=stopped)
 
 
 def open_parts(store: Store, manifest: Manifest, progress: Progress = silent, cache: BlobCache | None = None) -> Parts:
@@ -104,9 +112,10 @@ def open_parts(store: Store, manifest: Manifest, progress: Progress = silent, ca
     if manifest.base is None:
         return Parts(manifest, Blobs(store, manifest, progress, cache), None)
     found, joint = load_base(store, manifest, manifest.base), Joint(progress)
-    base = Base(manifest, found, Blobs(store, found, joint.part(), cache).fetch)
+    base_blobs = Blobs(store, found, joint.part(), cache)
+    base = Base(manifest, found, base_blobs.fetch)
     joint.total_bytes = sum(manifest.blobs().values()) + sum(base.blobs.values())
-    return Parts(manifest, Blobs(store, manifest, joint.part(), cache), base)
+    return Parts(manifest, Blobs(store, manifest, joint.part(), cache), base, base_blobs)
 
 
 def fetcher(store: Store, manifest: Manifest, progress: Progress = silent) -> Callable[[str], bytes]:

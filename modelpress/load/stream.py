@@ -26,7 +26,7 @@ from modelpress.container.safetensors_file import MAX_HEADER_BYTES, read
 from modelpress.container.stored import RAW, Piece, read_pieces
 from modelpress.cores import usable_cores
 from modelpress.errors import CorruptionError, FormatError, SetupError
-from modelpress.load.blobs import Blobs
+from modelpress.load.blobs import Blobs, GivenUpError
 from modelpress.manifest import Manifest, TensorEntry
 from modelpress.store.receive import memory
 from modelpress.store.threads import DaemonPool
@@ -37,16 +37,13 @@ RUN_BYTES = 8 * 2**20
 """A tensor of more stored bytes is decoded in runs of chunks of about so many, as they come."""
 
 
-class _GivenUpError(Exception):
-    """The reader has ended: nobody wants the rest."""
-
-
 def stream_tensors(
     manifest: Manifest,
     blobs: Blobs,
     *,
     threads: int | None = None,
     original: Original | None = None,
+    stopped: threading.Event | None = None,
 ) -> Generator[tuple[str, torch.Tensor], None, None]:
     """Every tensor of a pack, verified, in the manifest's order: what `container.read_tensors` gives.
 
@@ -57,6 +54,7 @@ def stream_tensors(
         blobs: where its shards come from.
         threads: that decode at the same time, and that hash; by default as many as this process may use cores.
         original: gives the base's tensors, where the pack is stored as differences; it is called by one thread.
+        stopped: is set when the reader has ended, so that what `original` waits for ends as well.
 
     Raises:
         NotFoundError: a shard is not there.
@@ -65,7 +63,7 @@ def stream_tensors(
     """
     check_original(manifest, original)
     threads = threads or usable_cores()
-    stream = _Stream(manifest, blobs)
+    stream = _Stream(manifest, blobs, stopped or threading.Event())
     hashing = ThreadPoolExecutor(1 if original else threads, thread_name_prefix="tensor-sha256")
     begun: dict[str, Begun] = {}
 
@@ -158,28 +156,23 @@ class _Slot:
 class _Stream:
     """The shards of a pack, in order, the next ones brought while one is read."""
 
-    def __init__(self, manifest: Manifest, blobs: Blobs) -> None:
-        self._manifest, self._blobs = manifest, blobs
-        self._stopped = threading.Event()
+    def __init__(self, manifest: Manifest, blobs: Blobs, stopped: threading.Event) -> None:
+        self._manifest, self._blobs, self._stopped = manifest, blobs, stopped
         count = min(IN_FLIGHT, len(manifest.shards))
         largest = max((shard.size_bytes for shard in manifest.shards), default=0)
-        try:
-            self._slots = [_Slot(memory(largest)) for _ in range(count)]
-        except (OSError, OverflowError, ValueError, MemoryError) as error:
-            raise SetupError(
-                f"reading pack {manifest.name}",
-                found=f"{count} shards of up to {largest} bytes, and no memory for them ({error})",
-                expected="shards that this machine can hold",
-                fix="publish it again with a smaller max_shard_size",
-            ) from error
+        self._slots = [_Slot(self._memory(largest)) for _ in range(count)]
         self._pool = DaemonPool(max(count, 1), "shard")
         self._arriving: dict[int, _Arriving] = {}
         self._entries: dict[int, list[TensorEntry]] = {}
         for entry in manifest.tensors:
             for position in entry.shards:
                 self._entries.setdefault(position, []).append(entry)
-        for position in range(count):
-            self._start(position)
+        try:
+            for position in range(count):
+                self._start(position)
+        except BaseException:
+            self.close()
+            raise
 
     def entries(self, position: int) -> list[TensorEntry]:
         """The tensors that have a piece in a shard."""
@@ -211,9 +204,20 @@ class _Stream:
         slot, shard = self._slots[position % len(self._slots)], self._manifest.shards[position]
         opening = self._blobs.opener(shard.sha256)
         stored = slot.buffer[: shard.size_bytes]
-        arriving = _Arriving(stored if opening is None else memory(shard.content.size_bytes))
+        arriving = _Arriving(stored if opening is None else self._memory(shard.content.size_bytes))
         self._arriving[position] = arriving
         slot.bringing = self._pool.submit(self._bring, shard.sha256, stored, arriving, opening)
+
+    def _memory(self, size: int) -> memoryview:
+        try:
+            return memory(size)
+        except (OSError, OverflowError, ValueError, MemoryError) as error:
+            raise SetupError(
+                f"reading pack {self._manifest.name}",
+                found=f"shards of up to {size} bytes, {IN_FLIGHT} at a time, and no memory for them ({error})",
+                expected="shards that this machine can hold",
+                fix="publish it again with a smaller max_shard_size",
+            ) from error
 
     def _bring(self, digest: str, stored: memoryview, arriving: _Arriving, opening: Opener | None) -> None:
         written = 0
@@ -226,7 +230,7 @@ class _Stream:
 
         def arrived(data: memoryview) -> None:
             if self._stopped.is_set():
-                raise _GivenUpError
+                raise GivenUpError
             if opening is None:
                 arriving.came(len(data))
             else:

@@ -105,8 +105,11 @@ class Frozen:
             errors.append(relative_error(values, codes, found if axis is None else found.reshape(shape)))
         return scale if self._keep(weight, _growth(*errors)) else None
 
-    def groups(self, weight: str, values: Tensor, grid: Grid) -> Earlier | None:
-        """The earlier scales, zero points and codes of a weight (out, in); None as above."""
+    def groups(self, weight: str, values: Tensor, grid: Grid, *, real: bool = False) -> Earlier | None:
+        """The earlier scales, zero points and codes of a weight (out, in); None as above.
+
+        Real zero points count as none unless `real`: a method whose zero points are integers has no place for them.
+        """
         groups = in_groups(values, grid.group_size)
         shape = groups.shape[:2]
         codes, scale = self._array(weight + _CODES, np.uint8), self.scale(weight)
@@ -116,7 +119,7 @@ class Frozen:
         if codes.shape != (*shape, grid.group_size * grid.num_bits // 8):
             self._keep(weight, None)
             return None
-        zero_point = self._zero_points(weight, shape, grid)
+        zero_point = self._zero_points(weight, shape, grid, real)
         if zero_point is None:
             self._keep(weight, None)
             return None
@@ -183,12 +186,12 @@ class Frozen:
         bits = {one.name: helper.get_attribute_value(one) for one in node.attribute}.get("bits")
         return bool(node.op_type == "MatMulNBits" and bits == config.num_bits)
 
-    def _zero_points(self, weight: str, shape: torch.Size, grid: Grid) -> Tensor | None:
+    def _zero_points(self, weight: str, shape: torch.Size, grid: Grid, real: bool) -> Tensor | None:
         stored = self._arrays.get(weight + _ZERO_POINT)
         if grid.symmetric or stored is None:
             return torch.full(shape, float(grid.middle)) if grid.symmetric and stored is None else None
         if stored.dtype == np.float32:
-            return torch.from_numpy(stored.reshape(shape).copy())
+            return torch.from_numpy(stored.reshape(shape).copy()) if real else None
         if grid.num_bits == 4:
             stored = _nibbles(stored.reshape(shape[0], -1))[:, : shape[1]]
         return torch.from_numpy(stored.reshape(shape).astype(np.float32))

@@ -55,7 +55,8 @@ def quantize_layers(
     made: dict[str, GroupedWeight] = {}
     if config.algorithm != "gptq":
         for one in shared:
-            earlier = frozen.groups(one.name, one.values, grid) if frozen else None
+            real = config.algorithm == "hqq"
+            earlier = frozen.groups(one.name, one.values, grid, real=real) if frozen else None
             made |= dict.fromkeys(one.nodes, quantize_weight(one.nodes, one.values, grid, config, earlier=earlier))
         return made
     steps: dict[str, list[_Weight]] = {}

@@ -70,6 +70,8 @@ def _manifest(store: Store, place: Place, found: Survey) -> None:
     try:
         if store.trust is not None:
             vouched = ", ".join(one.line() for one in load.check_trust(store, place.name, place.digest))
+    except NotFoundError:  # deleted since it was read
+        return
     except TrustError as error:
         vouched = "nobody"
         found.findings.append(Finding(kind="untrusted", key=key, pack=of(place), problem=_told(error)))

@@ -143,6 +143,11 @@ class Store(abc.ABC):
     def delete(self, key: str) -> None:
         """Remove an object; none there is no error."""
 
+    def unanswered_deletes(self) -> int:
+        """How many requests to `delete` or `abort` were left without an answer since the store was opened, though it
+        was asked again and answered then: it may still act on them, late."""
+        return 0
+
     def unfinished(self, prefix: str = "") -> Iterator[Unfinished]:
         """Uploads in parts, of keys that begin with `prefix`, that were begun and not ended; a store without parts
         has none."""
@@ -268,6 +273,12 @@ def get_capped(store: Store, key: str, most: int, doing: str) -> bytes:
     if info.size_bytes > most:
         raise CorruptionError(doing, found=f"{info.size_bytes} bytes", expected=f"at most {most} bytes")
     return store.get(key, 0, info.size_bytes)
+
+
+def stands(store: Store, key: str, data: bytes) -> bool:
+    """Whether these very bytes stand under a key; an object of another length is not read."""
+    info = store.info(key)
+    return info is not None and info.size_bytes == len(data) and store.get(key, 0, len(data)) == data
 
 
 def check_digest(doing: str, found: str, expected: str | None) -> None:

@@ -23,6 +23,7 @@ from botocore.exceptions import (
 from modelpress.errors import AccessDeniedError, ConfigError, CorruptionError, StoreError, StoreUnavailableError
 from modelpress.settings import Settings, without_logins
 from modelpress.store.s3_errors import DENIED, WRONG_KEY, code_of, status_of
+from modelpress.store.unlogged import unlogged
 
 REFUSED = {
     *("AccessDeniedException", "UnrecognizedClientException", "InvalidSignatureException", "ExpiredTokenException"),
@@ -92,8 +93,10 @@ class KmsKey:
 
     @contextlib.contextmanager
     def _translated(self, doing: str) -> Iterator[None]:
+        """Errors of ours; and no log of what is wrapped or opened."""
         try:
-            yield
+            with unlogged():
+                yield
         except ClientError as error:
             raise _refusal(doing, error, self._where) from error
         except (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError) as error:

@@ -7,12 +7,13 @@ file alone, and in no error, log or URI. What comes from it is verified like any
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -36,9 +37,11 @@ from modelpress.errors import (
 from modelpress.manifest import Sha256, Size
 from modelpress.settings import Settings
 from modelpress.store.base import ObjectInfo, Store, check_key, check_range
-from modelpress.store.local import local_errors
+from modelpress.store.local import local_errors, write_secret
+from modelpress.store.receive import Target, receive
 from modelpress.store.s3_client import TRANSIENT_STATUS, back_off
-from modelpress.store.s3_multipart import PART_BYTES
+from modelpress.store.s3_multipart import PART_BYTES, PARTS_IN_FLIGHT
+from modelpress.store.threads import ClosedError, DaemonPool
 from modelpress.store.wire import Wire, tls_context
 from modelpress.strictjson import loads
 
@@ -87,15 +90,10 @@ class Links(BaseModel):
 
         Raises:
             ConfigError: the file exists.
+            StoreError: it cannot be written; nothing of it stays.
         """
-        doing = f"writing links to {path}"
-        with local_errors(doing, writing=True):
-            try:
-                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            except FileExistsError:
-                raise ConfigError(doing, found="a file", expected="none", fix="remove it, or name another") from None
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(self.model_dump_json(indent=1) + "\n")
+        data = (self.model_dump_json(indent=1) + "\n").encode()
+        write_secret(path, data, f"writing links to {path}", "remove it, or name another")
 
 
 class LinkStore(Store):
@@ -120,6 +118,7 @@ class LinkStore(Store):
         except OSError as error:
             fix = "set AWS_CA_BUNDLE to a file or folder of certificates, or unset it"
             raise ConfigError(f"opening {uri}", found=f"certificates {bundle}: {error}", fix=fix) from error
+        self._pool = DaemonPool(PARTS_IN_FLIGHT, "link")
         self._wire = Wire(
             connect=min(settings.s3_connect_seconds, settings.s3_timeout_seconds),
             silence=settings.s3_timeout_seconds,
@@ -134,11 +133,18 @@ class LinkStore(Store):
     def read_into(
         self, key: str, buffer: Buffer, start: int = 0, arrived: Callable[[memoryview], None] = lambda _: None
     ) -> None:
-        view, position = memoryview(buffer).cast("B"), 0
-        for piece in self._pieces(key, start, len(view)):
-            view[position : position + len(piece)] = piece
-            position += len(piece)
-            arrived(view[position - len(piece) : position])
+        check_range(key, start, None)
+        view = memoryview(buffer).cast("B")
+        doing, link, _ = self._found(key, start, len(view))
+        places = ((start + at, view[at : at + PART_BYTES]) for at in range(0, len(view), PART_BYTES))
+
+        def fetch(offset: int, target: Target) -> None:
+            self._range(doing, link, offset, len(target.view), target)
+
+        try:
+            receive(self._pool, fetch, places, PARTS_IN_FLIGHT, arrived)
+        except (CancelledError, ClosedError) as error:
+            raise StoreUnavailableError(doing, found="that the store was closed meanwhile") from error
 
     def download(self, key: str, path: Path) -> str:
         digest = hashlib.sha256()
@@ -172,12 +178,19 @@ class LinkStore(Store):
         self._refuse(f"deleting {self.uri}/{check_key(key)}")
 
     def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self._wire.close()
 
     def _refuse(self, doing: str) -> NoReturn:
         raise AccessDeniedError(doing, found="a file of links", expected="a store that can be written")
 
     def _pieces(self, key: str, start: int, length: int | None) -> Iterator[bytes]:
+        doing, link, end = self._found(key, start, length)
+        for offset in range(start, end, PART_BYTES):
+            yield self._range(doing, link, offset, min(PART_BYTES, end - offset))
+
+    def _found(self, key: str, start: int, length: int | None) -> tuple[str, Link, int]:
+        """What is being done, the link, and where the range ends."""
         doing, link = f"reading {self.uri}/{check_key(key)}", self.links.objects.get(key)
         if link is None:
             fix = f"it has those of pack {self.links.name}@{self.links.pack[:12]} alone; ask for links to what you need"
@@ -186,11 +199,10 @@ class LinkStore(Store):
         if max(start, end) > link.size_bytes:
             found, expected = f"{link.size_bytes} bytes", f"at least {max(start, end)} bytes"
             raise CorruptionError(doing, found=found, expected=expected)
-        for offset in range(start, end, PART_BYTES):
-            yield self._range(doing, link, offset, min(PART_BYTES, end - offset))
+        return doing, link, end
 
-    def _range(self, doing: str, link: Link, start: int, length: int) -> bytes:
-        """One ranged GET, repeated while what is wrong may pass."""
+    def _range(self, doing: str, link: Link, start: int, length: int, into: Target | None = None) -> bytes:
+        """One ranged GET, repeated while what is wrong may pass: its bytes; none where they went `into` a target."""
         context: dict[str, Any] = {}  # with the deadline of the request and its repeats
         for attempt in itertools.count(1):
             request = AWSRequest("GET", link.url.get_secret_value(), {"Range": f"bytes={start}-{start + length - 1}"})
@@ -198,7 +210,8 @@ class LinkStore(Store):
             prepared.context = context  # type: ignore[attr-defined]  # the stubs lack it
             error: BotoCoreError | None = None
             try:
-                answer = self._wire.send(prepared)
+                with self._wire.receiving(into) if into is not None else contextlib.nullcontext():
+                    answer = self._wire.send(prepared)
             except BotoCoreError as met:  # it names the address without its query
                 error = met
             if error is None and answer.status_code not in TRANSIENT_STATUS:
@@ -213,8 +226,11 @@ class LinkStore(Store):
         if answer.status_code != 206 and (start, length) != (0, link.size_bytes):
             raise StoreUnfitError(doing, found="a whole object for a range of it", expected="ranged reads")
         total = str(answer.headers.get("Content-Range", f"/{link.size_bytes}")).rpartition("/")[2]
-        if len(data) != length or total != str(link.size_bytes):
-            found = f"{len(data)} bytes of an object of {total}"
+        if into is not None and answer.status_code != 206 and len(data) == length:
+            into.fill(data)
+        count = into.received if into is not None else len(data)
+        if count != length or total != str(link.size_bytes):
+            found = f"{count} bytes of an object of {total}"
             raise CorruptionError(doing, found=found, expected=f"{length} bytes of an object of {link.size_bytes}")
         return data
 
@@ -243,6 +259,16 @@ def _host(link: Link) -> str:
     return urlsplit(link.url.get_secret_value()).netloc.rpartition("@")[2]
 
 
+def _is_address(url: str) -> bool:
+    """Whether a request can go there, so that none fails with words that show a part of it."""
+    try:
+        parts = urlsplit(url)
+        legal = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return legal and all("!" <= character <= "~" for character in url)
+
+
 def _read(path: Path) -> Links:
     doing = f"reading links from {path}"
     with local_errors(doing), path.open("rb") as file:
@@ -259,8 +285,7 @@ def _read(path: Path) -> Links:
         where = ".".join(str(part) for part in problem["loc"]) or "file"
         raise ConfigError(doing, found=f"{where}: {problem['msg']}", expected=expected) from None
     for key, link in links.objects.items():
-        address = urlsplit(link.url.get_secret_value())
-        if address.scheme not in ("http", "https") or not address.hostname:
+        if not _is_address(link.url.get_secret_value()):
             found = f"no address of http or https for {key!r}"
             raise ConfigError(doing, found=found, expected=expected)
     return links

@@ -226,6 +226,46 @@ def _raise_unless_missing(error: OSError) -> None:
         raise error
 
 
+def write_secret(path: Path, data: bytes, doing: str, fix: str) -> None:
+    """Write a new file that only its owner reads, whole or not at all.
+
+    Raises:
+        ConfigError: there is one; `fix` is what to do then.
+        StoreError: it cannot be written.
+    """
+    with local_errors(doing, writing=True):
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            raise ConfigError(doing, found="a file of this name", expected="none", fix=fix) from None
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+
+def check_new_folder(folder: Path, doing: str) -> None:
+    """Refuse a folder that another one, made beside it, cannot be renamed to, before hours are spent on that one.
+
+    Raises:
+        ConfigError: it is there and is no empty folder, is a symbolic link (also to nothing), or a mount point.
+    """
+    if not os.path.lexists(folder):
+        return
+    found, fix = "something there already", "name another folder"
+    if folder.is_symlink():
+        found, fix = f"{found}: a symbolic link", f"name the folder itself, {os.path.realpath(folder)}, or another"
+    elif folder.is_dir() and os.path.ismount(folder):
+        found, fix = f"{found}: a mount point", f"name a folder in it, such as {folder / 'model'}"
+    elif folder.is_dir() and not any(folder.iterdir()):
+        return
+    raise ConfigError(doing, found=found, expected="a new or empty folder", fix=fix)
+
+
 @contextlib.contextmanager
 def local_errors(doing: str, *, writing: bool = False) -> Iterator[None]:
     """Turn the operating system's errors into the store's; `writing` says that a name is being taken."""

@@ -141,11 +141,11 @@ def receive(
             first, target = waiting[0]
             with changed:
                 changed.wait_for(lambda: first.done() or target.received > handed or _failed(waiting), LOOK_SECONDS)  # noqa: B023
+            # In this order: all of a range has come when its future is done, unless it failed.
+            done, count = first.done(), target.received
             for future, _ in waiting:
                 if future.done():
                     future.result()
-            # In this order: all of a range has come when its future is done.
-            done, count = first.done(), target.received
             arrived(target.view[handed:count])
             handed = count
             if done:

@@ -23,13 +23,14 @@ from botocore.exceptions import ClientError
 from modelpress.errors import ConfigError, CorruptionError, NotFoundError, StoreUnavailableError, StoreUnfitError
 from modelpress.settings import Settings
 from modelpress.store.base import ObjectInfo, Store, Unfinished, check_digest, check_key, check_range
+from modelpress.store.body import Body
 from modelpress.store.local import file_sha256, local_errors
 from modelpress.store.receive import Target, memory, receive
-from modelpress.store.s3_client import back_off, connect
+from modelpress.store.s3_client import Unanswered, back_off, connect
 from modelpress.store.s3_errors import status_of, translated
 from modelpress.store.s3_multipart import PART_BYTES, PARTS_IN_FLIGHT, Multipart
 from modelpress.store.threads import ClosedError, DaemonPool, ahead
-from modelpress.store.wire import Body
+from modelpress.store.unlogged import unlogged
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -48,7 +49,7 @@ class S3Store(Store):
 
     Credentials follow the AWS SDK's chain. A request is given up after `Settings.s3_timeout_seconds` without a byte and
     sent again, with exponential backoff and full jitter, up to `Settings.s3_attempts` times and for
-    `Settings.s3_deadline_seconds` in all. A `put` holds `wire.BLOCK_BYTES` in memory beside what is given; puts of more
+    `Settings.s3_deadline_seconds` in all. A `put` holds `body.BLOCK_BYTES` in memory beside what is given; puts of more
     than `MULTIPART_BYTES` hold `PART_BUFFERS` parts between them; a `get` holds `PARTS_IN_FLIGHT` parts, and a
     `download` as many ranges of `RANGE_BYTES`.
 
@@ -65,6 +66,7 @@ class S3Store(Store):
         self.patience_seconds = settings.s3_deadline_seconds
         self._attempts, self._backoff = settings.s3_attempts, settings.s3_backoff_seconds
         self._client, self._where, self._wire = connect(bucket, settings)
+        self._unanswered = Unanswered(self._client, ("DeleteObject", "AbortMultipartUpload"))
         self._pool = DaemonPool(PARTS_IN_FLIGHT, "s3-part")
         self._multipart = Multipart(self._client, self._where, self._pool, settings)
         self._bucket_seen = False
@@ -163,6 +165,9 @@ class S3Store(Store):
         with self._translated(f"deleting {self.uri}/{key}"):
             self._client.delete_object(Bucket=self.bucket, Key=self._prefix + key)
 
+    def unanswered_deletes(self) -> int:
+        return self._unanswered.count
+
     def unfinished(self, prefix: str = "") -> Iterator[Unfinished]:
         check_key(prefix, prefix=True)
         for upload in self._multipart.unfinished(self._prefix + prefix, f"listing uploads to {self.uri}/{prefix}"):
@@ -173,7 +178,7 @@ class S3Store(Store):
 
     def link(self, key: str, seconds: int) -> str:
         check_key(key)
-        with self._translated(f"making a link to {self.uri}/{key}"):
+        with self._translated(f"making a link to {self.uri}/{key}"), unlogged():
             place = {"Bucket": self.bucket, "Key": self._prefix + key}
             return self._client.generate_presigned_url("get_object", Params=place, ExpiresIn=seconds)
 
@@ -290,7 +295,10 @@ class S3Store(Store):
         if into is not None and not direct and len(data) <= length:
             into.fill(data)
         count = into.received if into is not None and direct else len(data)
-        total = int(answer["ContentRange"].rpartition("/")[2])
+        size = answer["ContentRange"].rpartition("/")[2]
+        if not size.isdecimal():
+            raise StoreUnfitError(doing, found=f"Content-Range {answer['ContentRange'][:100]!r}", expected="its size")
+        total = int(size)
         if count != min(length, total - start):
             raise StoreUnavailableError(
                 doing, found=f"{count} bytes of {asked}, of {total}", fix="run it again; find out who cuts answers"

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-import time
+import threading
 import urllib.parse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import boto3.session
@@ -21,6 +22,8 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ConnectionError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
     HTTPClientError,
     NoCredentialsError,
 )
@@ -28,8 +31,10 @@ from botocore.utils import get_environ_proxies
 
 from modelpress.errors import ConfigError
 from modelpress.settings import Settings, without_logins
+from modelpress.store.body import Body
+from modelpress.store.clock import awake
 from modelpress.store.s3_errors import Where
-from modelpress.store.wire import END, Body, Wire, tls_context
+from modelpress.store.wire import END, Wire, tls_context
 
 if TYPE_CHECKING:
     from botocore.awsrequest import AWSRequest
@@ -44,6 +49,8 @@ TRANSIENT_CODES = {
 }
 NOT_REPEATED = {"CreateMultipartUpload"}
 """What would leave one more thing behind each time; see `s3_multipart`."""
+NOT_SENT = (ConnectTimeoutError, EndpointConnectionError)
+"""There was no connection that a request could have gone over."""
 MAX_WAIT_SECONDS = 20.0
 SIGNED_HERE = "modelpress_signed"
 
@@ -175,11 +182,31 @@ class _Patience:
             return None
         if operation is not None and operation.name in NOT_REPEATED:
             return None
-        now = time.monotonic()
+        now = awake()
         seconds = back_off(attempts, self._backoff)
         if now + seconds >= request_dict["context"].setdefault(END, now + self._deadline):
             return None
         return seconds
+
+
+class Unanswered:
+    """Counts the requests of some operations to which the server gave no answer, or one that does not tell whether it
+    was the server's: each may have been sent again since, and the server may still act on it."""
+
+    def __init__(self, client: S3Client, operations: Sequence[str]) -> None:
+        self._lock, self.count = threading.Lock(), 0
+        events: Any = client.meta.events
+        for operation in operations:
+            events.register(f"needs-retry.s3.{operation}", self._look)
+
+    def _look(
+        self, response: tuple[Any, dict[str, Any]] | None, caught_exception: Exception | None = None, **_: object
+    ) -> None:
+        status = response[1].get("ResponseMetadata", {}).get("HTTPStatusCode", 0) if response else 0
+        broken = caught_exception is not None and not isinstance(caught_exception, NOT_SENT)
+        if broken or (status >= 500 and status != 503):  # 503 refuses; 500, 502 and 504 may come from a gateway
+            with self._lock:
+                self.count += 1
 
 
 def back_off(attempt: int, base: float) -> float:

@@ -24,11 +24,11 @@ from botocore.exceptions import BotoCoreError, ClientError
 from modelpress.errors import CorruptionError, StoreFullError, StoreUnavailableError
 from modelpress.settings import Settings
 from modelpress.store.base import Unfinished, check_digest
+from modelpress.store.body import Body
 from modelpress.store.local import local_errors
 from modelpress.store.s3_client import back_off, body_digest
 from modelpress.store.s3_errors import Where, code_of, translate, translated
 from modelpress.store.threads import ClosedError, DaemonPool, ahead
-from modelpress.store.wire import Body
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client

@@ -10,7 +10,6 @@ See docs/decisions/0019-wire.md for the measurement.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.client
 import io
 import math
@@ -18,7 +17,6 @@ import select
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,115 +32,22 @@ from botocore.exceptions import (
     SSLError,
 )
 
-from modelpress.errors import CorruptionError, StoreUnfitError
-from modelpress.store.base import check_digest
+from modelpress.errors import StoreUnfitError
+from modelpress.store.body import Body
+from modelpress.store.clock import awake
 from modelpress.store.dial import dial
-from modelpress.store.local import local_errors
 from modelpress.store.receive import Target
 
 if TYPE_CHECKING:
     from botocore.awsrequest import AWSPreparedRequest
     from typing_extensions import Buffer
 
-BLOCK_BYTES = 2**20
-"""What a body of a file holds in memory at a time."""
 MAX_ANSWER_BYTES = 64 * 2**20
 """A longer answer was not asked for: ranges, listings and errors are all shorter."""
 MAX_IDLE = 64
 """Connections that are kept for later requests."""
 END = "modelpress_end"
-"""Key of a request's context: the time (monotonic) at which it and its repeats are given up."""
-
-
-class Body(io.RawIOBase):
-    """The bytes of one request: a view of memory, or a file that is read and hashed block by block while it is sent.
-
-    A file whose bytes do not have the digest is found out before its last block is sent, so the server never has it
-    whole; and the server compares what it receives with the same digest, which the signature carries.
-
-    Args:
-        source: the bytes, or the file.
-        sha256: their digest (hex), which is signed; None signs no digest (``UNSIGNED-PAYLOAD``), for bytes that TLS
-            protects and that are checked otherwise.
-        size: bytes of the file.
-
-    Raises (while it is read):
-        CorruptionError: the file holds other bytes, or fewer.
-        StoreError: the file cannot be read.
-    """
-
-    def __init__(self, source: Buffer | Path, sha256: str | None, *, size: int | None = None) -> None:
-        super().__init__()
-        self.sha256, self._source = sha256, source
-        self._view = None if isinstance(source, Path) else memoryview(source).cast("B")
-        self._size = (size or 0) if self._view is None else len(self._view)
-        self._file: io.FileIO | None = None
-        self._position, self._hash = 0, hashlib.sha256()
-
-    def __len__(self) -> int:
-        return self._size
-
-    def readable(self) -> bool:  # noqa: D102
-        return True
-
-    def seekable(self) -> bool:  # noqa: D102
-        return True
-
-    def tell(self) -> int:  # noqa: D102
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go back to the start, for another attempt; nowhere else."""
-        if offset or whence != io.SEEK_SET:
-            raise io.UnsupportedOperation("a body starts anew or goes on")
-        self._position, self._hash = 0, hashlib.sha256()
-        if self._file is not None:
-            self._file.seek(0)
-        return 0
-
-    def readinto(self, buffer: Buffer) -> int:
-        """The next bytes."""
-        target = memoryview(buffer).cast("B")[: self._size - self._position]
-        if self._view is not None:
-            target[:] = self._view[self._position : self._position + len(target)]
-            self._position += len(target)
-            return len(target)
-        return self._read_file(target)
-
-    def blocks(self) -> Iterator[memoryview]:
-        """All bytes, from the start; a block is good until the next one is asked for."""
-        self.seek(0)
-        if self._view is not None:
-            for start in range(0, self._size, BLOCK_BYTES):
-                yield self._view[start : start + BLOCK_BYTES]
-            return
-        block = memoryview(bytearray(min(BLOCK_BYTES, self._size)))
-        while self._position < self._size:
-            yield block[: self.readinto(block)]
-
-    def close(self) -> None:
-        """Let go of the file."""
-        if self._file is not None:
-            self._file.close()
-        super().close()
-
-    def _read_file(self, target: memoryview) -> int:
-        assert isinstance(self._source, Path)
-        if not target:
-            return 0
-        with local_errors(f"reading {self._source}"):
-            if self._file is None:
-                self._file = self._source.open("rb", buffering=0)
-            count = self._file.readinto(target)
-        self._position += count
-        if not count:
-            raise CorruptionError(
-                f"sending {self._source}", found=f"{self._position} bytes", expected=f"{self._size} bytes"
-            )
-        self._hash.update(target[:count])
-        if self._position == self._size:
-            check_digest(f"sending {self._source}", self._hash.hexdigest(), self.sha256)
-        return count
+"""Key of a request's context: the time (of `clock.awake`) at which it and its repeats are given up."""
 
 
 class Wire:
@@ -183,7 +88,7 @@ class Wire:
         if into is not None:
             into.check()
         context: dict[str, Any] = request.context  # type: ignore[attr-defined]  # the stubs lack it
-        end: float = context.setdefault(END, time.monotonic() + self._deadline)
+        end: float = context.setdefault(END, awake() + self._deadline)
         url = urlsplit(request.url)
         where = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"  # a login is no part of any message
         connection = self._connection(url.scheme, url.hostname or "", url.port, end, where)
@@ -231,7 +136,7 @@ class Wire:
             if connection.fresh():
                 return connection
             connection.close()
-        left = min(self._connect, end - time.monotonic())
+        left = min(self._connect, end - awake())
         try:
             if left <= 0:
                 raise TimeoutError("the deadline has passed")
@@ -354,7 +259,7 @@ class _Line:
 
     def wait(self) -> socket.socket:
         """The socket, set to wait no longer than it may."""
-        left = self.end - time.monotonic()
+        left = self.end - awake()
         if left <= 0:
             raise TimeoutError("the deadline has passed")
         self.sock.settimeout(min(self._silence, left))

@@ -22,7 +22,7 @@ from modelpress.errors import (
     UnsignedError,
 )
 from modelpress.manifest import canonical_json
-from modelpress.store.base import get_capped
+from modelpress.store.base import get_capped, stands
 from modelpress.trust.dsse import MAX_ENVELOPE_BYTES, Envelope
 from modelpress.trust.policy import Policy, TrustedKey, now
 from modelpress.trust.signer import Signer, holds
@@ -77,8 +77,7 @@ def sign_pack(store: Store, signer: Signer, name: str, digest: str) -> bool:
     data = signer.envelope(PAYLOAD_TYPE, statement(name, digest)).to_bytes()
     if store.put(key, data, if_absent=True):
         return True
-    there = store.info(key)
-    if there is None or there.size_bytes != len(data) or store.get(key) != data:
+    if not stands(store, key, data):
         raise ConflictError(
             f"signing pack {name}@{digest[:12]}",
             found=f"other bytes under {store.uri}/{key}",

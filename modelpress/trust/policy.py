@@ -67,6 +67,15 @@ class TrustedKey(_Part):
     revoked: AwareDatetime | None = None
     """When it was revoked, for those who read the file: whatever the date, its signatures do not count."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_times(cls, data: Any) -> Any:
+        """A line that was begun and not ended (`revoked:`) must not count as one that is not there."""
+        for name in ("valid_from", "valid_until", "revoked"):
+            if isinstance(data, dict) and name in data and data[name] is None:
+                raise ValueError(f"{name}: nothing behind it; a moment is needed, or no such line")
+        return data
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         found = key_id(self.verifier())

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from modelpress.errors import ConfigError
-from modelpress.store.local import local_errors
+from modelpress.store.local import write_secret
 from modelpress.trust.dsse import Envelope, pae
 
 MAX_KEY_BYTES = 64 * 2**10
@@ -48,23 +48,13 @@ class Signer:
 
         Raises:
             ConfigError: the file exists.
-            StoreError: it can't be written.
+            StoreError: it can't be written; nothing of it stays.
         """
         protection: KeySerializationEncryption = NoEncryption()
         if passphrase:
             protection = BestAvailableEncryption(passphrase.encode())
         data = self._key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, protection)
-        doing = f"writing a new key to {path}"
-        with local_errors(doing, writing=True):
-            try:
-                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE_MODE)
-            except FileExistsError as error:
-                fix = "name a new file; keys are never written over"
-                raise ConfigError(doing, found="a file of this name", fix=fix) from error
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+        write_secret(path, data, f"writing a new key to {path}", "name a new file; keys are never written over")
 
     @classmethod
     def generate(cls) -> Signer:

@@ -6,7 +6,7 @@ import hashlib
 import threading
 from pathlib import Path
 
-from modelpress.trust.policy import Policy, parse_policy, read_bytes
+from modelpress.trust.policy import Policy, now, parse_policy, read_bytes
 from modelpress.trust.seen import Seen
 
 
@@ -34,21 +34,26 @@ class Trust:
         Raises:
             TrustFileError: see `read_policy`; nothing is trusted then.
         """
+        return self._current()[1]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the file, and of which of its keys count at this moment: keys begin and expire by themselves.
+
+        Raises:
+            TrustFileError: see `policy`.
+        """
+        (data, policy), moment = self._current(), now()
+        counting = [key.id for key in policy.keys if key.state(moment) is None]
+        return hashlib.sha256("\n".join([hashlib.sha256(data).hexdigest(), *counting]).encode()).hexdigest()
+
+    def _current(self) -> tuple[bytes, Policy]:
         data = read_bytes(self.path)
         with self._lock:
             if self._read is None or self._read[0] != data:
                 policy = parse_policy(data, self.path)
                 self._read = data, policy.pardoning(self._pardoned) if self._pardoned else policy
-            return self._read[1]
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 (hex) of the file, as it is now.
-
-        Raises:
-            TrustFileError: it can't be read.
-        """
-        return hashlib.sha256(read_bytes(self.path)).hexdigest()
+            return self._read
 
     def pardoning(self, key_id: str) -> Trust:
         """The same trust, with one revoked or expired key counted: to sign again what it signed."""

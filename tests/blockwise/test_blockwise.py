@@ -253,6 +253,9 @@ def test_files_are_let_go_and_only_those_of_the_model_are_copied(tmp_path: Path,
     folder = tmp_path / "in"
     shutil.copytree(decoder, folder)
     (folder / "pytorch_model.bin.index.json").write_text("{}")  # of shards that do not come along
+    (folder / ".login.json").write_text("{}")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "download.json").write_text("{}")
     gc.disable()
     try:
         prune_folder(workload(folder, texts), PruneConfig(method="wanda"), tmp_path / "out", scratch_on_disk=True)
@@ -262,6 +265,7 @@ def test_files_are_let_go_and_only_those_of_the_model_are_copied(tmp_path: Path,
     assert not mapped
     assert sorted(path.name for path in (tmp_path / "out").glob("*.index.json")) == ["model.safetensors.index.json"]
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert not list((tmp_path / "out").rglob(".*")), "what is hidden is no part of the model"
 
 
 def test_what_needs_the_whole_model_is_refused(tmp_path: Path, decoder: Path, texts: Path) -> None:

@@ -19,10 +19,13 @@ import numpy as np
 import pytest
 from typing_extensions import Buffer
 
+from modelpress import cache as cache_module
 from modelpress import keys, load
 from modelpress.cache import BlobCache, open_cache
 from modelpress.checkpoint import Checkpoint
-from modelpress.errors import CorruptionError, NotFoundError
+from modelpress.errors import CorruptionError, NotFoundError, SetupError
+from modelpress.load.blobs import Blobs
+from modelpress.manifest import Manifest
 from modelpress.settings import Settings
 from modelpress.store.local import LocalStore
 from tests.packs import Pack, assert_same, make_pack, onnx_checkpoint
@@ -192,6 +195,69 @@ def test_the_bound_holds_while_many_write(tmp_path: Path, caplog: pytest.LogCapt
     assert caplog.text == ""  # nobody took another's file for a dead one's
 
 
+def test_the_bound_holds_where_others_write_more_than_fits(tmp_path: Path) -> None:
+    """What is on its way cannot be dropped: the next one is not kept, and nothing goes in vain."""
+    cache = BlobCache(tmp_path, 10 * MIB)
+    small, large = blob(MIB, 1), blob(8 * MIB, 2)
+    cache.keep(*small)
+    (tmp_path / "incoming").mkdir(exist_ok=True)
+    on_its_way = cache._begin(tmp_path / "incoming" / "another", 8 * MIB)
+    assert on_its_way is not None
+    with on_its_way:
+        cache.keep(*large)
+        assert sum(path.stat().st_size for path in tmp_path.glob("*/*") if path.is_file()) <= 10 * MIB
+        assert {item.digest for item in cache.blobs()} == {small[0]}
+    cache.keep(*large)  # the other one died
+    assert {item.digest for item in cache.blobs()} == {small[0], large[0]}
+
+
+def test_a_blob_that_goes_takes_its_lock_with_it(tmp_path: Path) -> None:
+    cache = BlobCache(tmp_path, MIB)
+    for seed in range(3):
+        digest, data = blob(MIB, seed)
+        with cache.fetching(digest):
+            cache.keep(digest, data)
+    assert [path.name for path in (tmp_path / "locks").iterdir()] == [digest]
+
+
+def test_a_blob_that_takes_its_name_while_others_count_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = BlobCache(tmp_path, 3 * MIB)
+    digest, data = blob(2 * MIB, 1)
+    (tmp_path / "sha256").mkdir()
+    (tmp_path / "incoming").mkdir()
+    incoming, listed = tmp_path / "incoming" / "another", []
+    incoming.write_bytes(data)
+    files = cache_module._files
+
+    def moves(folder: Path) -> list[Path]:
+        found = files(folder)
+        listed.append(folder)
+        if incoming.exists():
+            incoming.replace(tmp_path / "sha256" / digest)
+        return found
+
+    monkeypatch.setattr(cache_module, "_files", moves)
+    assert cache._taken() >= 2 * MIB
+    assert len(listed) == 2
+
+
+def test_files_that_are_no_blobs_are_left_alone_and_harm_no_load(
+    tmp_path: Path, store: CountingStore, pack: Pack
+) -> None:
+    """Such as `.nfs0000…`, which a network file system makes of a file that is removed while it is read."""
+    largest = max(pack.manifest.blobs().values())
+    cache, stray = BlobCache(tmp_path / "cache", largest + 10), tmp_path / "cache" / "sha256" / ".nfs0001"
+    stray.parent.mkdir(parents=True)
+    stray.write_bytes(b"removed")
+    os.utime(stray, (0, 0))  # the longest unused
+    _, checkpoint = load.load_checkpoint(store, "demo", pack.digest, cache=cache)
+    assert_same(checkpoint, pack.checkpoint)
+    assert stray.exists()
+    assert all(item.digest in pack.manifest.blobs() for item in cache.blobs())
+
+
 @pytest.mark.faults
 def test_a_full_disk_ends_the_caching_and_not_the_load(
     cache: BlobCache, store: CountingStore, pack: Pack, caplog: pytest.LogCaptureFixture
@@ -306,3 +372,11 @@ def test_the_settings_name_it_or_there_is_none(tmp_path: Path) -> None:
     assert cache is not None
     assert (cache.folder, cache.max_bytes) == (tmp_path, 7)
     assert BlobCache(tmp_path / "none", 7).prune() == 0
+
+
+def test_a_file_beyond_all_memory_is_a_named_error(cache: BlobCache, store: CountingStore, pack: Pack) -> None:
+    files = [file.model_dump() for file in pack.manifest.files if file.codec == "raw"]
+    files[0] |= {"size_bytes": 2**62, "stored_bytes": 2**62}
+    manifest = Manifest.model_validate(pack.manifest.model_dump() | {"files": files})
+    with pytest.raises(SetupError, match="4611686018427387904 bytes"):
+        Blobs(store, manifest, cache=cache).fetch(files[0]["stored_sha256"])

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typing_extensions import Buffer
 
 from modelpress import cli, keys, load
 from modelpress.cipher import LocalKey, seal_pack, secrets
-from modelpress.errors import CorruptionError, EncryptionKeyError, StageError
+from modelpress.errors import CorruptionError, EncryptionKeyError, SetupError, StageError
 from modelpress.manifest import Manifest, canonical_json
 from modelpress.publish import publish
 from modelpress.store import Store, open_store
+from modelpress.store.local import LocalStore
+from modelpress.store.receive import memory
 from tests.packs import Pack, assert_same, make_pack, torch_checkpoint
 
 KEY = LocalKey(b"K" * 32)
@@ -264,3 +269,31 @@ def test_commands_show_ids_and_no_key(
     code, shown = run("keys", "make", str(tmp_path / "key"))
     assert (code, (tmp_path / "key").read_text().strip() in shown) == (0, False)
     assert run("share", f"demo@{pack.digest}", "--to", str(tmp_path / "links"))[0] == 8
+
+
+@pytest.mark.faults
+def test_no_memory_for_what_is_opened_is_a_named_error_and_leaves_no_thread(
+    store: Store, pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two buffers for what comes and one for what is opened were to be had; the first shard is on its way."""
+    given: list[int] = []
+
+    def scarce(size: int) -> memoryview:
+        given.append(size)
+        if len(given) == 4:
+            raise OSError(errno.ENOMEM, "no memory")
+        return memory(size)
+
+    class Endless(LocalStore):
+        def read_into(
+            self, key: str, buffer: Buffer, start: int = 0, arrived: Callable[[memoryview], None] = lambda _: None
+        ) -> None:
+            while True:
+                arrived(memoryview(b""))
+
+    monkeypatch.setattr("modelpress.load.stream.memory", scarce)
+    parts = load.open_parts(Endless(tmp_path / "store"), pack.manifest)
+    with pytest.raises(SetupError, match="max_shard_size"):
+        next(parts.stream())
+    assert len(given) == 4
+    assert [one.name for one in threading.enumerate() if one.name.startswith("shard")] == []

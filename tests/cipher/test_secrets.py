@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from modelpress.cipher import LocalKey, secrets
 from modelpress.errors import ConflictError, CorruptionError, EncryptionKeyError, UnsupportedFormatError
 from modelpress.manifest import canonical_json
 from modelpress.store import Store, open_store
+from modelpress.store.base import ObjectInfo
 
 A, B = LocalKey(b"A" * 32), LocalKey(b"B" * 32)
 
@@ -77,6 +78,26 @@ def test_rotation_wraps_the_same_secrets_and_the_old_key_opens_until_it_is_forgo
     assert secrets.find(store, "demo", old_id, [B]) == old
     with pytest.raises(EncryptionKeyError, match=B.id):
         secrets.find(store, "demo", old_id, [A])
+
+
+def test_a_reader_meets_a_rotation_that_forgets_the_old_entries(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are deleted after they were listed and before they are read."""
+    made = secrets.current(store, "demo", [A])
+    secrets.rewrap(store, "demo", [B, A])
+    listed, there = store.list, True
+
+    def then_forget(prefix: str = "") -> Iterator[ObjectInfo]:
+        nonlocal there
+        found = list(listed(prefix))
+        if there:
+            there = False
+            secrets.forget(store, "demo", [B])
+        return iter(found)
+
+    monkeypatch.setattr(store, "list", then_forget)
+    assert secrets.find(store, "demo", made[0], [B]) == made[1]
+    assert not there
+    assert [entry.number for entry in secrets.history(store, "demo")] == [2]
 
 
 def test_missing_and_wrong_keys_are_named_and_nothing_of_them_is_shown(store: Store) -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -28,6 +28,7 @@ from modelpress.errors import (
     StoreUnavailableError,
     StoreUnfitError,
 )
+from modelpress.settings import Settings
 from modelpress.share import parse_duration, share
 from modelpress.store import Store, open_store
 from modelpress.store.links import Links
@@ -181,6 +182,38 @@ def test_links_to_anything_but_http_are_refused(tmp_path: Path, url: str) -> Non
         open_store(f"links+file://{path}")
     with pytest.raises(ConfigError, match="remove it"):
         Links.model_validate({"name": "demo", "pack": digest, "expires": expires, "objects": objects}).write(path)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[::1/x?X-Amz-Signature=abc",
+        "http://host:port/x?X-Amz-Signature=abc",
+        "http://host:99999/x?X-Amz-Signature=abc",
+        "http://host/a b?X-Amz-Signature=abc",
+        "http://host/x?X-Amz-Signature=abc\r\nHost: other",
+        "http://host/\u00e9?X-Amz-Signature=abc",
+    ],
+)
+def test_addresses_that_are_none_are_refused_and_not_shown(tmp_path: Path, url: str) -> None:
+    path, digest = tmp_path / "links.json", hashlib.sha256().hexdigest()
+    objects = {keys.blob(digest): {"url": url, "size_bytes": 1, "modified": "2026-01-01T00:00:00Z"}}
+    expires = "2030-01-01T00:00:00Z"
+    Links.model_validate({"name": "demo", "pack": digest, "expires": expires, "objects": objects}).write(path)
+    with pytest.raises(ConfigError, match="no address") as raised:
+        open_store(f"links+file://{path}")
+    assert raised.value.__cause__ is None
+    assert "abc" not in str(raised.value)
+
+
+def test_a_signature_reaches_no_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAPUBLISHER")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    caplog.set_level(logging.DEBUG)
+    store = open_store("s3://bucket/models", Settings(s3_endpoint_url="http://127.0.0.1:1"))
+    link = store.link(keys.blob("0" * 64), 60)
+    (signature,) = parse_qs(urlsplit(link).query)["X-Amz-Signature"]
+    assert signature not in caplog.text
 
 
 def test_how_long_is_said_and_bounded(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -110,6 +111,29 @@ def test_kms_wraps_and_opens_and_never_sees_a_blob(
     assert {request["EncryptionContext"]["modelpress:name"] for _, request in kms.requests} == {"demo"}
     sent = [base64.b64decode(request["Plaintext"]) for name, request in kms.requests if name == "Encrypt"]
     assert sent == [made[1]]
+
+
+def test_blank_places_in_the_list_of_kms_keys_are_no_keys(store: Store, configured: Configured) -> None:
+    assert [str(key) for key in configured(" alias/one, ,")] == ["aws-kms key alias/one"]
+    assert configured(" , ") == []
+    secrets.current(store, "demo", configured("alias/two,"))
+    with pytest.raises(EncryptionKeyError, match="alias/one"):  # and not that KMS is not to be reached
+        secrets.current(store, "demo", configured("alias/one,"))
+
+
+def test_what_kms_wraps_and_opens_reaches_no_log(
+    store: Store, configured: Configured, caplog: pytest.LogCaptureFixture
+) -> None:
+    """botocore logs the bodies of requests and answers at level DEBUG."""
+    caplog.set_level(logging.DEBUG)
+    made = secrets.current(store, "demo", configured())
+    secrets.find(store, "demo", made[0], configured())
+    assert "TrentService.Decrypt" not in caplog.text
+    assert base64.b64encode(made[1]).decode() not in caplog.text
+    assert repr(made[1])[2:-1] not in caplog.text
+    caplog.clear()
+    logging.getLogger("botocore.endpoint").debug("of another request")
+    assert "of another request" in caplog.text
 
 
 def test_a_server_may_open_and_not_wrap(store: Store, configured: Configured, monkeypatch: pytest.MonkeyPatch) -> None:

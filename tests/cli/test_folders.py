@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from modelpress import cli, load, pointer
-from modelpress.errors import ConfigError, WorkloadError
+from modelpress.errors import ConfigError, EncryptionKeyError, WorkloadError
 from modelpress.store import Store, open_store
 
 
@@ -70,6 +70,8 @@ def test_publish_says_what_it_cannot_take(
     assert (code, "no folder" in err) == (WorkloadError.exit_code, True)
     for arguments in (["--name", "UPPER"], ["--name", "ours", "--alias", "1"], ["--name", "ours", "--ignore", "*.pt"]):
         assert run(capsys, "publish", str(folder), *arguments)[0] == ConfigError.exit_code
+    code, _, err = run(capsys, "publish", str(folder), "--name", "ours", "--encrypt")
+    assert (code, "MODELPRESS_KEY_FILE" in err) == (EncryptionKeyError.exit_code, True)
     (folder / "model.pt").write_bytes(b"")
     code, _, err = run(capsys, "publish", str(folder), "--name", "ours")
     assert (code, "'model.pt'" in err) == (ConfigError.exit_code, True)

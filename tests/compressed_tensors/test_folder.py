@@ -306,6 +306,12 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
     with pytest.raises(ConfigError, match="something there already"):
         hf_writer.write(tensors, files, tmp_path / "there", 256)
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["note"]
+    (tmp_path / "new").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "new")
+    with pytest.raises(ConfigError, match="a symbolic link"):  # a folder cannot be renamed to it
+        hf_writer.check_folder(tmp_path / "link")
+    (tmp_path / "link").unlink()
+    (tmp_path / "new").rmdir()
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError):
         hf_writer.write(tensors, files, tmp_path / "file" / "out", 256)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from typing_extensions import Buffer
 
 from modelpress import delta, explain, keys, load, pointer
 from modelpress.checkpoint import Checkpoint
@@ -21,7 +24,7 @@ from modelpress.errors import ConfigError, CorruptionError, NotFoundError
 from modelpress.manifest import Manifest, needs
 from modelpress.store import Store
 from modelpress.store.local import LocalStore
-from tests.delta.versions import first, make_delta, second
+from tests.delta.versions import codes, first, make_delta, moved, second
 from tests.packs import COMPRESS, Pack, assert_same, make_pack
 
 
@@ -332,3 +335,40 @@ def test_a_version_split_over_shards_comes_back(tmp_path: Path, store: Store) ->
     assert entry.base == "a"
     assert len(entry.shards) > 1
     assert_same(load.load_checkpoint(store, "demo", pack.digest)[1], pack.checkpoint)
+
+
+@pytest.mark.faults
+def test_who_stops_early_waits_for_no_shard_of_the_base(tmp_path: Path, store: LocalStore) -> None:
+    """The base's shard never comes: the server says nothing any more."""
+    base = make_pack(tmp_path / "base", Checkpoint("torch", {"b": codes(0, 100, 100)}))
+    base.publish(store)
+    newer = Checkpoint("torch", {"a": codes(1, 10, 10), "b": moved(codes(0, 100, 100), 0.02)})
+    version, _ = make_delta(tmp_path / "version", store, newer, base)
+    version.publish(store)
+    assert [(entry.name, entry.base) for entry in version.manifest.tensors] == [("a", None), ("b", "b")]
+    silent = keys.blob(base.manifest.shards[0].sha256)
+    asked, closed, held = threading.Event(), threading.Event(), list[bool]()
+
+    class Silent(LocalStore):
+        def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+            if key == silent:
+                asked.set()
+                held.append(not closed.wait(20))
+            return super().get(key, start, length)
+
+        def read_into(
+            self, key: str, buffer: Buffer, start: int = 0, arrived: Callable[[memoryview], None] = lambda _: None
+        ) -> None:
+            while key == silent:
+                asked.set()
+                arrived(memoryview(b""))
+            super().read_into(key, buffer, start, arrived)
+
+    stream = load.open_parts(Silent(store.folder), version.manifest).stream()
+    name, tensor = next(stream)
+    assert (name, torch.equal(tensor, newer.tensors["a"])) == ("a", True)
+    assert asked.wait(20)
+    stream.close()
+    closed.set()
+    assert True not in held, "closing waited for the server"
+    assert [one.name for one in threading.enumerate() if one.name.startswith(("tensor-sha256", "shard"))] == []

@@ -122,6 +122,21 @@ def test_few_codes_move_on_earlier_scales(module: str, options: dict[str, Any]) 
         assert moved(base, made) < moved(base, fresh)
 
 
+@pytest.mark.parametrize("algorithm", ["rtn", "gptq"])
+def test_real_zero_points_are_not_taken_for_integers(algorithm: str) -> None:
+    """Cut to integers they would move every weight by up to a step."""
+    options: dict[str, Any] = {"method": "weight-only", "num_bits": 4, "symmetric": False, "group_size": 32}
+    base, _ = quantize(first("tiny")[1], first("tiny")[0], QuantizeConfig(algorithm="hqq", **LOOSE, **options))
+    workload, checkpoint = second("tiny")
+    config = QuantizeConfig(algorithm=algorithm, max_scales_loss=0.5, scales_from=BASE, **LOOSE, **options)
+    made, report = quantize(checkpoint, workload, config, earlier=base)
+    assert report.frozen
+    assert not any(row.frozen for row in report.frozen.weights)
+    assert report.frozen.agreement == report.frozen.fresh_agreement
+    fresh, _ = quantize(checkpoint, workload, QuantizeConfig(algorithm=algorithm, **LOOSE, **options))
+    assert all(torch.equal(made.tensors[name], fresh.tensors[name]) for name in fresh.tensors)
+
+
 def test_the_same_weights_on_their_own_scales_are_the_same_pack() -> None:
     for module, options in (("normed", {"method": "dynamic", "smooth": 0}), ("cnn", {"method": "static", "smooth": 0})):
         base, made, _ = versions(first(module), first(module), **options)

@@ -37,6 +37,7 @@ KINDS = {
     "delay": "the answer comes `seconds` late",
     "lost": "the server does what was asked, and its answer never arrives",
     "twice": "the server gets the request twice; its second answer arrives",
+    "late": "the client gets a reset at once, and the server the request when `let_late_ones_go` is called",
     "cut_answer": "`after` bytes of the answer's body arrive, then the connection is closed",
     "reset_answer": "as `cut_answer`, with a reset",
     "stall_answer": "`after` bytes of the answer's body arrive, and no more",
@@ -87,6 +88,7 @@ class FaultProxy:
         self.log: list[Passed] = []
         self._faults: list[Fault] = []
         self._lock, self._ended = threading.Lock(), threading.Event()
+        self._late, self._due = list[threading.Thread](), threading.Event()
         self._open: set[socket.socket] = set()
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -110,6 +112,13 @@ class FaultProxy:
         """Forget all faults that did not happen yet."""
         with self._lock:
             self._faults.clear()
+
+    def let_late_ones_go(self) -> int:
+        """Pass on what was held back as `late`, and wait until the server has answered; how many it were."""
+        self._due.set()
+        for thread in self._late:
+            thread.join(60)
+        return len(self._late)
 
     def injected(self) -> int:
         """How many faults happened."""
@@ -171,7 +180,12 @@ class FaultProxy:
                 pass
             client.sendall(_answer_of(fault.kind))
             return fault.kind != "garbage"
-        whole = list(body) if fault.kind == "twice" else None
+        whole = list(body) if fault.kind in ("twice", "late") else None
+        if fault.kind == "late":
+            self._late.append(threading.Thread(target=self._ask_late, args=(method, address, headers, whole, passed)))
+            self._late[-1].start()
+            _reset(client)
+            raise _CutError
         passed.status, answer_headers, content = self._ask(method, address, headers, whole or body)
         if whole is not None:
             passed.status, answer_headers, content = self._ask(method, address, headers, whole)
@@ -184,6 +198,12 @@ class FaultProxy:
         client.sendall("\r\n".join([*head, "", ""]).encode("latin-1"))
         self._give(client, content if method != "HEAD" else b"", fault)
         return True
+
+    def _ask_late(
+        self, method: str, address: str, headers: http.client.HTTPMessage, body: object, passed: Passed
+    ) -> None:
+        if self._due.wait(60):
+            passed.status, _, _ = self._ask(method, address, headers, body)
 
     def _ask(
         self, method: str, address: str, headers: http.client.HTTPMessage, body: object

@@ -23,8 +23,8 @@ import pytest
 
 from modelpress import load, pointer
 from modelpress.errors import AccessDeniedError, CorruptionError, NotFoundError, StoreError, StoreUnavailableError
+from modelpress.store.body import BLOCK_BYTES, Body
 from modelpress.store.s3 import S3Store
-from modelpress.store.wire import BLOCK_BYTES, Body
 from tests.conftest import ROOT, OpenS3, S3Server
 from tests.faults.conftest import MIB, QUICK, SMALL_PART, file_of
 from tests.faults.killed_publisher import check, deliver

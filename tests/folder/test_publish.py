@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections import Counter
@@ -25,10 +27,18 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from modelpress import compressed_tensors, load
+from modelpress import compressed_tensors, keys, load
 from modelpress.blockwise import REPORT_FILE, quantize_folder
-from modelpress.config import CompressConfig, QuantizeConfig, ShardConfig, WorkloadConfig
-from modelpress.errors import ConfigError, CorruptionError, ModelpressError, StageError, StoreFullError, WorkloadError
+from modelpress.config import CompressConfig, QuantizeConfig, ShardConfig, UploadConfig, WorkloadConfig
+from modelpress.errors import (
+    ConfigError,
+    CorruptionError,
+    EncryptionKeyError,
+    ModelpressError,
+    StageError,
+    StoreFullError,
+    WorkloadError,
+)
 from modelpress.folder import publish_folder
 from modelpress.folder.staging import Staged
 from modelpress.store import Store
@@ -96,6 +106,30 @@ def test_every_byte_of_a_folder_comes_back(store: Store, decoder: Path, tmp_path
     assert manifest.published_bytes < sum(map(len, before.values()))
     assert not list((tmp_path / "work").iterdir())
     load.verify(store, "demo", digest)
+
+
+def test_an_encrypted_folder_comes_back_with_the_key_alone(
+    store: Store, decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODELPRESS_KEY", base64.b64encode(b"K" * 32).decode())
+    options = {**SMALL, "upload": UploadConfig(encrypt=True)}
+    digest = publish(store, decoder, tmp_path / "work", **options)
+    manifest = load.load_manifest(store, "demo", digest)
+    assert manifest.encryption is not None
+    plain = {shard.content.sha256 for shard in manifest.shards} | {one.content.sha256 for one in manifest.blob_files()}
+    assert not any(store.info(keys.blob(blob)) for blob in plain)
+    load.pull(store, "demo", digest, tmp_path / "pulled", "huggingface")
+    pulled = contents(tmp_path / "pulled")
+    assert pulled.pop("modelpress.json") == manifest.to_bytes()
+    assert pulled == contents(decoder)
+    assert publish(store, decoder, tmp_path / "work", **options) == digest, "run again, nothing is sent anew"
+    assert not list((tmp_path / "work").iterdir())
+    monkeypatch.delenv("MODELPRESS_KEY")
+    with pytest.raises(EncryptionKeyError):
+        load.pull(store, "demo", digest, tmp_path / "nothing", "huggingface")
+    with pytest.raises(EncryptionKeyError, match="MODELPRESS_KEY_FILE"):
+        publish(store, decoder, tmp_path / "other", **options)
+    assert not (tmp_path / "other").exists(), "the key is asked for before anything is coded"
 
 
 def test_what_was_pulled_is_published_as_the_same_pack(store: Store, decoder: Path, tmp_path: Path) -> None:
@@ -329,6 +363,8 @@ def test_a_folder_that_changes_meanwhile_is_not_published(store: Store, decoder:
     with pytest.raises(StageError, match=r"'config\.json' was changed"):
         publish(store, folder, tmp_path / "work", progress=progress)
     assert not (tmp_path / "store").exists()
+    (place,) = (tmp_path / "work").iterdir()
+    assert stat.S_IMODE(place.stat().st_mode) == 0o700, "what waits there is the model, encrypted or not"
 
 
 def test_a_full_disk_says_so(store: Store, decoder: Path, tmp_path: Path) -> None:

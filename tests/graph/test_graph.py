@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -158,3 +160,53 @@ def test_a_graph_that_onnx_runtime_refuses_is_an_error() -> None:
 def test_run_names_the_missing_input() -> None:
     with pytest.raises(WorkloadError, match="'x'"):
         graph.run(graph.session(graph.split(make_model())), {"z": torch.zeros(1)})
+
+
+def reading_a_file(place: str, where: str) -> bytes:
+    """y = k, whose bytes are in a file of the machine that loads it."""
+    tensor = TensorProto(name="k", data_type=TensorProto.FLOAT, dims=[8], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value=place)
+    signature = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [8])]
+    inner = [helper.make_tensor_value_info("o", TensorProto.FLOAT, [8])]
+    condition = [helper.make_tensor_value_info("c", TensorProto.BOOL, [])]
+    if where == "constant":
+        nodes = [helper.make_node("Constant", [], ["k"], value=tensor), helper.make_node("Identity", ["k"], ["y"])]
+        body = helper.make_graph(nodes, "g", [], signature)
+    elif where == "branch":
+        takes = helper.make_graph([helper.make_node("Identity", ["k"], ["o"])], "t", [], inner, [tensor])
+        other = helper.make_graph(
+            [helper.make_node("Identity", ["z"], ["o"])],
+            "e",
+            [],
+            inner,
+            [numpy_helper.from_array(np.zeros(8, np.float32), "z")],
+        )
+        chooses = helper.make_node("If", ["c"], ["y"], then_branch=takes, else_branch=other)
+        body = helper.make_graph([chooses], "g", condition, signature)
+    else:
+        body = helper.make_graph([helper.make_node("Own", [], ["y"], domain="own")], "g", [], signature)
+    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    if where == "function":
+        constant = helper.make_node("Constant", [], ["k"], value=tensor)
+        own = helper.make_function("own", "Own", [], ["k"], [constant], [helper.make_opsetid("", 18)])
+        model.functions.append(own)
+        model.opset_import.append(helper.make_opsetid("own", 1))
+    return bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("where", ["constant", "branch", "function"])
+def test_a_graph_that_reads_files_of_this_machine_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """No digest covers them: the same pack would be another model elsewhere, and give away what they hold."""
+    (tmp_path / "farm.pem").write_bytes(np.arange(8, dtype=np.float32).tobytes())
+    monkeypatch.chdir(tmp_path)
+    data = reading_a_file("farm.pem", where)
+    if where == "branch":  # releases of ONNX Runtime differ in where else they do
+        made = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+        inputs = {one.name: np.array(True) for one in made.get_inputs()}
+        assert made.run(None, inputs)[0].tolist() == list(range(8)), "ONNX Runtime itself would read it"
+    checkpoint = Checkpoint("onnx", {}, {graph.GRAPH_FILE: data})
+    for work in (graph.session, graph.external, graph.join):
+        with pytest.raises(CorruptionError, match=r"farm\.pem"):
+            work(checkpoint)

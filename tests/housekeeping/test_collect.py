@@ -343,3 +343,9 @@ def _collect_for_real(store: Store) -> None:
         keys.manifest("demo", ONE.digest),
         keys.manifest("demo", TWO.digest),
     }
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1.0, 1e15])
+def test_a_grace_that_is_no_time_is_refused(tmp_path: Path, seconds: float) -> None:
+    with pytest.raises(ConfigError, match="grace"):
+        collect(LocalStore(tmp_path / "store"), grace_seconds=seconds)

@@ -301,9 +301,10 @@ def test_nothing_is_taken_from_a_publisher(monkeypatch: pytest.MonkeyPatch, jump
     assert check_published(with_garbage, monkeypatch, jump, publisher=NEW.publish, collector=collecting) > 20
 
 
-def test_a_pointer_never_leads_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("jump", "switches"), [(timedelta(0), 3), (WEEKS, FEW)], ids=["no time", "weeks"])
+def test_a_pointer_never_leads_nowhere(monkeypatch: pytest.MonkeyPatch, jump: timedelta, switches: int) -> None:
     moved = refused = 0
-    for store, errors in all_orders(with_versions, {"p": promoting, "r": retaining}, monkeypatch, switches=3):
+    for store, errors in all_orders(with_versions, {"p": promoting, "r": retaining}, monkeypatch, jump, switches):
         assert not broken(store)
         entry = pointer.current(store, "demo", "champion")
         if entry is None:

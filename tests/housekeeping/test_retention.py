@@ -189,3 +189,22 @@ def test_the_commands(tmp_path: Path) -> None:
     assert len(list(store.list(keys.BLOBS))) == 3
     assert "each blob counted once" in run("du").stdout
     assert len(json.loads(run("du", "demo", "--json").stdout)["versions"]) == 2
+
+
+def test_a_signature_is_not_removed_when_the_round_is_over(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who publishes the pack again has waited for the round, and finds its signature there."""
+    packs = versions(store, 2)
+    signature = keys.signature("demo", packs[0].digest, "d" * 64)
+    store.put(signature, b"x")
+    clock, delete = [0.0], store.delete
+    monkeypatch.setattr(turns, "awake", lambda: clock[0])
+
+    def slow(key: str) -> None:
+        delete(key)
+        if keys.manifest_owner(key):
+            clock[0] += turns.ROUND_SECONDS
+
+    monkeypatch.setattr(store, "delete", slow)
+    assert retain(store, SHORT, delete=True).removed == 1
+    assert keys.manifest("demo", packs[0].digest) not in store.objects
+    assert signature in store.objects  # a collection takes it

@@ -15,8 +15,11 @@ import pytest
 from botocore.config import Config
 
 from modelpress import keys, load, pointer
+from modelpress.cipher import LocalKey, secrets
+from modelpress.config import RetentionConfig
 from modelpress.errors import AccessDeniedError
 from modelpress.housekeeping.collect import collect
+from modelpress.housekeeping.retention import retain
 from modelpress.store.s3 import S3Store
 from tests.conftest import ROOT, S3Server
 from tests.packs import Pack, assert_same, make_pack
@@ -64,7 +67,7 @@ def place(s3_server: S3Server) -> Iterator[Place]:
     config = Config(request_checksum_calculation="when_required")
     client = session.client("s3", endpoint_url=s3_server.endpoint, config=config)
     client.create_bucket(Bucket=bucket)
-    client.put_bucket_policy(Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [FOREIGN]}))
+    client.put_bucket_policy(Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": FOREIGN}))
 
     def apply() -> subprocess.CompletedProcess[str]:
         users = [part for role in roles for part in (f"--{role}", f"arn:aws:iam:::user/{role}-{tag}")]
@@ -102,6 +105,7 @@ def pack(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Pack:
     owner = place.open("owner")
     owner._client.put_object(Bucket=place.bucket, Key="models/private.txt", Body=b"theirs")
     owner.put("work/secret", b"a stage's output")
+    secrets.renew(owner, "demo", [LocalKey(b"K" * 32)])
     return made
 
 
@@ -109,7 +113,7 @@ def test_a_policy_that_stood_there_stays_and_ours_is_replaced(place: Place) -> N
     before = place.policy()
     assert [statement["Sid"] for statement in before].count("Theirs") == 1
     assert place.apply().returncode == 0
-    assert len(place.policy()) == len(before) == 1 + 4 + 2 + 4
+    assert len(place.policy()) == len(before) == 1 + 4 + 2 + 5
 
 
 def test_a_publisher_publishes_large_objects_too_and_deletes_nothing(place: Place, pack: Pack, tmp_path: Path) -> None:
@@ -173,6 +177,8 @@ def test_a_collector_deletes_blobs_and_reads_none(place: Place, pack: Pack) -> N
         lambda: collector.put(keys.blob("5" * 64), b"x"),
         lambda: collector.put(keys.pointer("demo", "champion", 2), b"{}", if_absent=True),
         lambda: collector.delete("work/secret"),
+        lambda: collector.delete(keys.pointer("demo", "champion", 1)),
+        lambda: collector.delete(keys.secret("demo", 1)),
     ):
         with pytest.raises(AccessDeniedError):
             attempt()
@@ -180,6 +186,8 @@ def test_a_collector_deletes_blobs_and_reads_none(place: Place, pack: Pack) -> N
     assert place.open("owner").info(garbage) is None
     assert load.verify(place.open("server"), "demo", "champion").pack == pack.digest
     assert place.open("owner").get("work/secret") == b"a stage's output"
+    assert len(secrets.history(place.open("server"), "demo")) == 1
+    assert retain(collector, RetentionConfig(keep_versions=1, keep_days=0), delete=True).removed == 0
 
 
 def test_the_shown_policy_is_whole_and_names_whom_it_is_for() -> None:

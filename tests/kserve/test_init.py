@@ -16,6 +16,7 @@ import yaml
 
 from modelpress import keys, kserve, load, pointer
 from modelpress.errors import ConfigError, CorruptionError, NotFoundError
+from modelpress.load.layouts import MANIFEST_NAME
 from modelpress.settings import Settings
 from modelpress.store import Store
 from modelpress.store.local import LocalStore
@@ -142,6 +143,10 @@ def test_several_sources_at_once(store: Store, tmp_path: Path) -> None:
     assert not (tmp_path / "models/c").exists()
     with pytest.raises(ConfigError, match="pairs"):
         init(source(tmp_path))
+    both = (tmp_path / "models/e", tmp_path / "models/x/../e")
+    with pytest.raises(ConfigError, match="a folder of its own"):  # the second would take the place of the first
+        init(source(tmp_path), both[0], source(tmp_path, "graph@blue?as=onnx"), both[1])
+    assert not (tmp_path / "models/e").exists()
 
 
 def test_an_alias_that_moves_meanwhile_gives_one_pack(
@@ -267,3 +272,23 @@ def test_the_example_asks_for_a_source_that_is_one() -> None:
     found = kserve.parse_source(model["storageUri"])
     assert (found.layout, model["modelFormat"]["name"]) == ("triton", "triton")
     assert json.dumps(made)  # plain values alone
+
+
+def test_a_container_killed_while_it_clears_the_folder_leaves_no_manifest(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder with one is a finished one: it goes before anything that it lists."""
+    publish(store, tmp_path)
+    mount = tmp_path / "models"
+    init(source(tmp_path), mount)
+    listed = ("graph", ".modelpress", MANIFEST_NAME)
+    monkeypatch.setattr(Path, "iterdir", lambda path: (path / name for name in listed))
+
+    def killed(path: Path, **_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("modelpress.load.layouts.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        init(source(tmp_path), mount)
+    assert (mount / "graph").exists()
+    assert not (mount / MANIFEST_NAME).exists()

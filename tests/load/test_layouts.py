@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import resource
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,9 +25,11 @@ from modelpress import graph, keys, load
 from modelpress.checkpoint import Checkpoint
 from modelpress.errors import ConfigError, CorruptionError, StoreFullError
 from modelpress.load.layouts import LAYOUTS, triton
+from modelpress.load.layouts.writing import write_file
 from modelpress.manifest import Manifest
 from modelpress.store import Store
 from modelpress.store.local import LocalStore
+from tests.conftest import ROOT
 from tests.packs import make_pack, onnx_checkpoint, torch_checkpoint
 
 
@@ -313,6 +319,40 @@ def test_files_in_each_others_way_are_refused_before_anything_is_fetched(
     with pytest.raises(ConfigError, match=r"takes for itself|a folder of this name"):
         load.pull(store, "graph", pack.digest, tmp_path / "pulled", layout)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shards", "store"]
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_anything_is_fetched(store: Store, tmp_path: Path) -> None:
+    digest = publish(store, tmp_path / "shards", two_weights())
+    for blob in list(store.list(keys.BLOBS)):
+        store.delete(blob.key)
+    (tmp_path / "empty").mkdir()
+    for target in ("empty", "nowhere"):
+        (tmp_path / "link").symlink_to(tmp_path / target)
+        with pytest.raises(ConfigError, match="a symbolic link"):
+            load.pull(store, "graph", digest, tmp_path / "link", "onnx")
+        (tmp_path / "link").unlink()
+    command = [sys.executable, "-m", "modelpress.cli", "pull", f"graph@{digest}", "--store", store.uri, "--to", "empty"]
+    shell = f"mount -t tmpfs none empty && exec {shlex.join(command)}"
+    found = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "sh", "-c", shell],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "mount" in found.stderr and "point" not in found.stderr:
+        pytest.skip(f"nothing can be mounted here: {found.stderr}")
+    assert "a mount point" in found.stderr, found.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "shards", "store"]
+
+
+def test_files_whose_names_are_one_on_this_file_system_are_not_written_over_each_other(tmp_path: Path) -> None:
+    """As `A.txt` and `a.txt` are on some."""
+    write_file(tmp_path / "folder" / "a.txt", b"first")
+    with pytest.raises(ConfigError, match="differ in case or spelling"):
+        write_file(tmp_path / "folder" / "a.txt", b"second")
+    assert (tmp_path / "folder" / "a.txt").read_bytes() == b"first"
 
 
 def test_tensors_that_the_graph_does_not_name_are_refused(store: Store, tmp_path: Path) -> None:

@@ -238,3 +238,13 @@ def test_an_entry_that_nobody_could_read_is_not_written(store: Store) -> None:
     with pytest.raises(ConfigError, match="shorter decision"):
         pointer.append(store, "demo", "champion", A, "promote", {"a": "x" * pointer.MAX_ENTRY_BYTES})
     assert pointer.current(store, "demo", "champion") is None
+
+
+def test_an_object_of_somebody_else_below_a_log_is_no_entry(store: Store) -> None:
+    pointer.append(store, "demo", "champion", A, "promote")
+    store.put(f"{keys.pointers('demo', 'champion')}copy/00000007.json", b"{}")
+    entry = pointer.current(store, "demo", "champion")
+    assert entry is not None
+    assert (entry.number, entry.pack) == (1, A)
+    assert packs(store) == [A]
+    assert pointer.append(store, "demo", "champion", B, "promote").number == 2

@@ -121,3 +121,18 @@ def test_a_reader_publishes_nothing(open_s3: OpenS3, pack: Pack) -> None:
     with pytest.raises(AccessDeniedError):
         pack.publish(open_s3("reader"))
     assert list(open_s3("writer").list()) == []
+
+
+def test_a_huge_object_in_the_place_of_the_manifest_is_not_read(tmp_path: Path, pack: Pack) -> None:
+    class Watched(LocalStore):
+        def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+            assert not key.startswith(keys.PACKS), "2^40 bytes are asked for"
+            return super().get(key, start, length)
+
+    store = Watched(tmp_path / "store")
+    path = store.folder / keys.manifest("demo", pack.digest)
+    path.parent.mkdir(parents=True)
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ConflictError, match="other bytes"):
+        pack.publish(store)

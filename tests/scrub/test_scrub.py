@@ -307,3 +307,28 @@ def test_a_bucket_is_read_whole_by_whoever_may_only_read(open_s3: OpenS3, presse
     writer.put(key, data[:-1] + bytes([data[-1] ^ 1]))
     (finding,) = scrub.scrub(reader).findings
     assert (finding.kind, finding.key) == ("damaged", key)
+
+
+def test_what_lies_below_a_log_and_is_none_of_it_is_foreign(place: Place) -> None:
+    key = f"{keys.pointers('demo', 'champion')}copy/00000007.json"
+    place.store.put(key, b"{}")
+    assert [(finding.kind, finding.key) for finding in place.scrub().findings] == [("foreign", key)]
+
+
+def test_a_pack_that_is_removed_between_its_manifest_and_its_signatures_is_no_loss(place: Place) -> None:
+    gone = keys.manifest("demo", place.packs[0].digest)
+
+    class Removed(LocalStore):
+        def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+            data = super().get(key, start, length)
+            if key == gone:
+                for info in list(self.list(keys.signatures("demo", place.packs[0].digest))):
+                    self.delete(info.key)
+                self.delete(gone)
+            return data
+
+    store = Removed(place.team.folder / "store")
+    store.trust = place.team.trust()
+    report = scrub.scrub(store)
+    assert report.errors == 0
+    assert [row.digest for row in report.packs] == [place.packs[1].digest]

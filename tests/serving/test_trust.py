@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
@@ -153,6 +154,27 @@ def test_a_revoked_key_is_told_and_what_answers_goes_on(team: Team, store: Store
     sign_pack(other, new, "scale", last.pack)
     served.poll()
     assert "reason" not in row(served)
+
+
+def test_a_key_that_expires_while_it_serves_is_told(
+    team: Team, store: Store, press: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file does not change, and the pointer is by another key that goes on counting."""
+    moment = datetime.now(UTC)
+    anna = team.add("anna", "approver")
+    team.change("farm", valid_until=(moment + timedelta(hours=1)).isoformat())
+    team.set(pointers=["approver"])
+    pack = press(scale_model(3.0), alias=None)
+    store.signer = anna
+    pointer.append(store, "scale", "champion", pack, "promote")
+    served = restarted(team)
+    served.poll()
+    assert "reason" not in row(served)
+    for module in ("packs", "entries", "trusted"):
+        monkeypatch.setattr(f"modelpress.trust.{module}.now", lambda: moment + timedelta(hours=2))
+    served.poll()
+    assert answer(served) == 3.0
+    assert row(served)["reason"] == "pointer 1 can't be loaded: it is signed by a key that does not count"
 
 
 def test_a_broken_trust_file_stops_nothing_that_answers(team: Team, served: Repository) -> None:

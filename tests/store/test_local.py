@@ -1,23 +1,34 @@
 from __future__ import annotations
 
 import os
+import resource
+import stat
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import SecretStr
 
-from modelpress.errors import ConfigError, ConflictError
+from modelpress.cipher.wrapping import make_key_file
+from modelpress.errors import ConfigError, ConflictError, StoreFullError
 from modelpress.store import Store, open_store
 from modelpress.store.base import RESERVED, check_key
+from modelpress.store.links import Link, Links
 from modelpress.store.local import STALE_SECONDS, LocalStore
+from modelpress.trust import Signer
 from tests.store.conformance import StoreConformance
 
 NOBODY = 65534
+NOON = datetime(2030, 1, 1, 12, tzinfo=UTC)
+LINK = Link(url=SecretStr("http://host/x"), size_bytes=0, modified=NOON)
+LINKS = Links(name="demo", pack="0" * 64, expires=NOON, objects={"packs/x": LINK})
 
 
 @pytest.fixture
@@ -27,6 +38,29 @@ def store(tmp_path: Path) -> Store:
 
 class TestLocalStore(StoreConformance):
     pass
+
+
+@pytest.mark.parametrize(
+    "write",
+    [make_key_file, lambda path: Signer.generate().save(path), lambda path: LINKS.write(path)],
+    ids=["wrapping key", "signing key", "links"],
+)
+def test_of_a_file_of_secrets_that_cannot_be_written_nothing_stays(
+    tmp_path: Path, write: Callable[[Path], object]
+) -> None:
+    """A part of it would be taken for a key, or keep the next attempt from writing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(StoreFullError, match="secret"):
+            write(tmp_path / "secret")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+    write(tmp_path / "secret")
+    assert stat.S_IMODE((tmp_path / "secret").stat().st_mode) == 0o600
+    with pytest.raises(ConfigError, match="file"):
+        write(tmp_path / "secret")
 
 
 @pytest.mark.parametrize("scheme", ["gs://bucket", "http://host/x", ""])

@@ -10,22 +10,27 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from botocore.awsrequest import AWSRequest
 from botocore.exceptions import BotoCoreError, ConnectionClosedError, ReadTimeoutError
+from pydantic import SecretStr
 
 from modelpress.errors import CorruptionError, ModelpressError, NotFoundError, StoreUnfitError
 from modelpress.settings import Settings
+from modelpress.store.body import BLOCK_BYTES, Body
+from modelpress.store.clock import awake
+from modelpress.store.links import Link, Links, LinkStore
 from modelpress.store.receive import StoppedError, Target
 from modelpress.store.s3 import S3Store
 from modelpress.store.s3_client import _Patience, back_off
 from modelpress.store.s3_multipart import Buffers
 from modelpress.store.threads import ClosedError
-from modelpress.store.wire import BLOCK_BYTES, END, Body, Wire
+from modelpress.store.wire import END, Wire
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
@@ -294,7 +299,7 @@ def test_patience_ends() -> None:
 
     assert 0 <= (wait(1) or 0) <= 1
     assert wait(3) is None
-    assert wait(1, context={END: time.monotonic()}) is None
+    assert wait(1, context={END: awake()}) is None
     assert wait(1, 400, "XAmzContentSHA256Mismatch") is not None
     for status, code in ((403, "AccessDenied"), (404, "NoSuchKey"), (412, "PreconditionFailed"), (200, "")):
         assert wait(1, status, code) is None
@@ -351,3 +356,41 @@ def test_no_memory_for_a_buffer_loses_no_place(monkeypatch: pytest.MonkeyPatch) 
         buffers.take(2**62)  # in the place of the small one, which went first
     assert buffers.held == 0
     assert len(buffers.take(20)) == 20
+
+
+@pytest.mark.parametrize("total", ["*", "many", "-1"])
+def test_a_range_of_an_object_of_no_known_size_is_refused(monkeypatch: pytest.MonkeyPatch, total: str) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    head = f"HTTP/1.1 206 OK\r\nContent-Length: 2\r\nETag: x\r\nContent-Range: bytes 0-1/{total}\r\n\r\nok"
+    with server(says(head.encode())) as url:
+        settings = Settings(s3_endpoint_url=url.removesuffix("/k?x=1"), s3_attempts=1)
+        with closing(S3Store("s3://bucket", settings)) as store, pytest.raises(StoreUnfitError, match=re.escape(total)):
+            store.get("k", 0, 2)
+
+
+class EnoughError(Exception):
+    """Whoever waits has waited enough."""
+
+
+def test_who_waits_for_the_bytes_of_a_link_may_give_up(tmp_path: Path) -> None:
+    """The server stops in the middle, and has seconds left before it counts as silent."""
+    key, path = "blobs/sha256/" + "0" * 64, tmp_path / "links.json"
+
+    def stall(client: socket.socket) -> None:
+        heard(client)
+        head = b"HTTP/1.1 206 OK\r\nContent-Length: 100\r\nContent-Range: bytes 0-99/100\r\n\r\n"
+        client.sendall(head + b"x" * 40)
+        client.recv(1)
+
+    def arrived(data: memoryview) -> None:
+        if not data:
+            raise EnoughError
+
+    now = datetime.now(UTC)
+    with server(stall) as url:
+        link = Link(url=SecretStr(url), size_bytes=100, modified=now)
+        Links(name="demo", pack="0" * 64, expires=now + timedelta(hours=1), objects={key: link}).write(path)
+        store = LinkStore(f"links+{path.as_uri()}", Settings(s3_timeout_seconds=8, s3_attempts=1))
+        with closing(store), pytest.raises(EnoughError):
+            store.read_into(key, bytearray(100), 0, arrived)

@@ -114,6 +114,8 @@ def test_a_trust_file_with_a_slip(team: Team, fields: dict[str, object], said: s
         ({"valid_until": "2027-01-01T00:00:00"}, "timezone"),
         ({"valid_from": "2027-01-01T00:00:00Z", "valid_until": "2026-01-01T00:00:00Z"}, "not after valid_from"),
         ({"revoked": "soon"}, "revoked"),
+        ({"revoked": None}, "revoked: nothing behind it"),
+        ({"valid_until": None}, "valid_until: nothing behind it"),
         ({"expires": "2027-01-01T00:00:00Z"}, "expires"),
     ],
 )

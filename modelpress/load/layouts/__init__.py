@@ -20,7 +20,7 @@ from modelpress.load.read import Parts, open_parts
 from modelpress.manifest import Manifest
 from modelpress.progress import Progress, silent
 from modelpress.store.base import Store
-from modelpress.store.local import local_errors
+from modelpress.store.local import check_new_folder, local_errors
 
 __all__ = ["LAYOUTS", "MANIFEST_NAME", "Layout", "Writer", "pull", "pull_into"]
 
@@ -67,7 +67,8 @@ def pull(
         progress: called with bytes read, and the pack's bytes.
 
     Raises:
-        ConfigError: `folder` exists and is not empty, the layout does not fit the pack, or two files take one name.
+        ConfigError: `folder` cannot be replaced (see `check_new_folder`), the layout does not fit the pack, or two
+            files take one name.
         StoreFullError: no space left for it.
         and see `resolve` and `load_checkpoint`.
     """
@@ -77,8 +78,7 @@ def pull(
     folder = Path(os.path.abspath(folder))
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
     with local_errors(doing):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(doing, found="something there already", expected="a new or empty folder")
+        check_new_folder(folder, doing)
         try:
             _fill(store, manifest, partial, layout, progress)
             partial.rename(folder)
@@ -110,7 +110,8 @@ def pull_into(
         if there and not mark.is_file():
             raise ConfigError(doing, found=f"{there[0].name!r} there already", expected="an empty folder")
         mark.write_text("Written by modelpress, which replaces everything here when it runs again.\n")
-        for path in there:
+        # The manifest goes first and comes last: a folder that has one is whole.
+        for path in sorted(there, key=lambda path: path.name != MANIFEST_NAME):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         try:
             _fill(store, manifest, partial, layout, progress)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from modelpress.container.tensors import to_bytes
 from modelpress.errors import ConfigError
@@ -59,11 +60,13 @@ def write_tensors(parts: Parts, folder: Path, heads: Mapping[str, bytes], places
 
     Raises:
         CorruptionError: see `container.read_tensors`.
+        ConfigError: see `_created`.
     """
     for name, head in heads.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(head)
+        with _created(path) as file:
+            file.write(head)
     for name, tensor in parts.tensors():
         place = places[name]
         with (folder / place.file).open("r+b") as file:
@@ -99,9 +102,30 @@ def read_file(manifest: Manifest, parts: Parts, name: str) -> bytes:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a small file to the disk, and make its folder."""
+    """Write a small file to the disk, and make its folder.
+
+    Raises:
+        ConfigError: see `_created`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with _created(path) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _created(path: Path) -> BinaryIO:
+    """A new file.
+
+    Raises:
+        ConfigError: there is one; in a folder that was empty, one whose name is the same to this file system.
+    """
+    try:
+        return path.open("xb")
+    except FileExistsError:
+        raise ConfigError(
+            f"writing file {path.name!r}",
+            found=f"another file of the pack, whose name is the same on the file system of {path.parent}",
+            expected="names that do not only differ in case or spelling",
+            fix="write to a file system that tells such names apart, as those of Linux do",
+        ) from None
