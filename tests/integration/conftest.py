@@ -18,6 +18,7 @@ import pytest
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW, temporary_settings
 
 from tests.conftest import S3Server
+from tests.integration import postgres
 
 QUIET = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
 START_SECONDS = 90
@@ -53,6 +54,8 @@ class MlflowLogins:
     uri: str
     artifacts: str
     """Where the server keeps artifacts."""
+    database: str
+    """Where it keeps runs and logins."""
     passwords: dict[str, str]
 
     def log_in(self, patch: pytest.MonkeyPatch, user: str) -> None:
@@ -70,7 +73,19 @@ class MlflowLogins:
 
 
 @pytest.fixture(scope="session")
-def mlflow_with_logins(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> Iterator[MlflowLogins]:
+def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an empty database: PostgreSQL's where this machine has it, else SQLite's."""
+    if postgres.lacking():
+        yield f"sqlite:///{tmp_path_factory.mktemp('database')}/mlflow.db"
+        return
+    with postgres.running(free_port()) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def mlflow_with_logins(
+    tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server, database: str
+) -> Iterator[MlflowLogins]:
     """MLflow's basic-auth server, which keeps artifacts on S3; everybody may read, and write what is their own."""
     pytest.importorskip("flask_wtf", reason="MLflow's basic-auth app needs Flask-WTF, which the dev extra brings")
     from mlflow.server import get_app_client
@@ -80,13 +95,15 @@ def mlflow_with_logins(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Se
     logins = MlflowLogins(
         f"http://127.0.0.1:{port}",
         f"s3://{s3_server.bucket}/mlflow-{uuid.uuid4().hex[:12]}",
+        database,
         {name: f"password of {name}" for name in names},
     )
     (home / "auth.ini").write_text(
-        f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{home}/auth.db\nadmin_username = admin\n"
+        f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {database}\nadmin_username = admin\n"
     )
     key, secret = s3_server.writer
     environment = {
+        "MLFLOW_BACKEND_STORE_URI": database,
         "MLFLOW_AUTH_CONFIG_PATH": str(home / "auth.ini"),
         "MLFLOW_AUTH_ADMIN_PASSWORD": logins.passwords["admin"],
         "MLFLOW_FLASK_SERVER_SECRET_KEY": uuid.uuid4().hex,
@@ -100,7 +117,7 @@ def mlflow_with_logins(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Se
     }
     command = [
         *("mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--app-name", "basic-auth"),
-        *("--backend-store-uri", f"sqlite:///{home}/mlflow.db", "--artifacts-destination", logins.artifacts),
+        *("--artifacts-destination", logins.artifacts),
     ]
     with serving(command, f"{logins.uri}/health", home, environment):
         with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""MLflow as in production: a login for everybody, artifacts on S3, and rights that end where another's begin."""
+"""MLflow as in production: on PostgreSQL and S3, a login for everybody, and rights that end where others' begin."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from modelpress.config import OptimizeConfig
 from modelpress.errors import SetupError
 from modelpress.store import open_store
 from tests.conftest import S3Server
+from tests.integration import postgres
 from tests.integration.conftest import MlflowLogins
 from tests.integration.small_workloads import CLASSES, WIDTH
 from tests.integration.test_bad_input import NAME, RECIPE
@@ -47,6 +48,13 @@ def done(logins: MlflowLogins) -> OptimizeResult:
     with pytest.MonkeyPatch.context() as patch:
         logins.log_in(patch, "farm")
         return optimize(CONFIG)
+
+
+def test_the_database_is_postgresql(logins: MlflowLogins) -> None:
+    """The other tests here also run without it, on SQLite."""
+    if reason := postgres.lacking():
+        pytest.skip(reason)
+    assert logins.database.startswith("postgresql://")
 
 
 def test_a_flow_records_with_its_login_alone(
