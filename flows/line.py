@@ -154,24 +154,10 @@ class Line:
         if registered.created:
             self.recomputed.append("register")
         speedup = float(self.headline()["speedup"])
-        version_url = runs.version_url(self.settings, self.config.name, registered.number)
-        self.run.tags(
-            {
-                "pack": published.pack,
-                "pack_uri": published.uri,
-                "model_version": f"{self.config.name}/{registered.number}",
-                "model_version_url": version_url,
-                "recomputed": ", ".join(self.recomputed) or "nothing",
-            }
-        )
-        self.links |= {f"model version {registered.number}": version_url}
+        page = runs.version_url(self.settings, self.config.name, registered.number)
+        self.links |= {f"model version {registered.number}": page}
         self.published = published
-        create_link_artifact(
-            link=version_url,
-            link_text=f"{self.config.name}, version {registered.number}",
-            key=f"{self.key}-version",
-            description=f"Pack {published.pack} in the model registry",
-        )
+        self.run.tag("recomputed", ", ".join(self.recomputed) or "nothing")
         self.run.metrics(
             {
                 "published_bytes": published.published_bytes,

@@ -116,10 +116,10 @@ def check_server(uri: str) -> None:
 
 
 @contextmanager
-def named_errors(uri: str, name: str = "NAME") -> Iterator[None]:
+def named_errors(uri: str, right: str = "the right to do this") -> Iterator[None]:
     """What MLflow or the way to it refuses in this block becomes a `SetupError` with the address.
 
-    `name` is that of the experiment and of the registered model that are written here.
+    `right` is what a user must have where the server has logins; see `right_to_edit`.
     """
     try:
         yield
@@ -128,8 +128,13 @@ def named_errors(uri: str, name: str = "NAME") -> Iterator[None]:
         if status == 401:
             raise _unknown_user(uri, found) from error
         if status == 403:
-            raise _forbidden(uri, found, name) from error
+            raise _forbidden(uri, found, right) from error
         raise _unreachable(uri, found) from error
+
+
+def right_to_edit(name: str) -> str:
+    """The right that a run of the line needs, and a promotion."""
+    return f"the right to EDIT the experiment {name!r} and the registered model {name!r}"
 
 
 def _status(error: MlflowException | requests.RequestException) -> int | None:
@@ -158,14 +163,14 @@ def _unknown_user(uri: str, found: str) -> SetupError:
     )
 
 
-def _forbidden(uri: str, found: str, name: str) -> SetupError:
+def _forbidden(uri: str, found: str, right: str) -> SetupError:
     user = os.environ.get("MLFLOW_TRACKING_USERNAME")
     return _error(
         uri,
         f"{f'user {user!r}' if user else 'the user'} may not do this: {found}",
-        expected=f"a user who may EDIT the experiment {name!r} and the registered model {name!r}",
-        fix='let an administrator, or who made them, grant it (docs/operations.md, "MLflow"), log in as another user '
-        "(MLFLOW_TRACKING_USERNAME), or give the recipe a name of its own",
+        expected=f"a user with {right}",
+        fix="let an administrator, or who made it, grant that (docs/operations.md, MLflow); log in as another user "
+        "(MLFLOW_TRACKING_USERNAME); or give the recipe a name of its own",
     )
 
 
@@ -187,14 +192,14 @@ def parent_run(
     """The run of one flow run: config as params, system metrics while it lasts, ended with the truth."""
     check_server(settings.mlflow_uri)
     client = open_client(settings)
-    with named_errors(settings.mlflow_uri, experiment):
+    with named_errors(settings.mlflow_uri, right_to_edit(experiment)):
         experiment_id = _experiment(client, settings, experiment)
         created = client.create_run(experiment_id, tags=dict(tags), run_name=tags.get("prefect.flow_run_name"))
     run = Run(client, created.info.run_id, experiment_id)
     monitor = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
         run.id, sampling_interval=SYSTEM_METRICS_INTERVAL_SECONDS, tracking_uri=settings.mlflow_uri
     )
-    with named_errors(settings.mlflow_uri, experiment), ExitStack() as stack:
+    with named_errors(settings.mlflow_uri, right_to_edit(experiment)), ExitStack() as stack:
         stack.callback(monitor.finish)
         stack.push(partial(_end, run))
         monitor.start()  # type: ignore[no-untyped-call]

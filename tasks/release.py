@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 
 from mlflow.entities import LoggedModel, Metric
 from prefect import task
+from prefect.artifacts import create_link_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
@@ -59,7 +61,16 @@ def register(context: RunContext, published: UploadReport, lineage: Lineage, mea
             description=lineage.describe(published),
             log=log,
         )
-        child.tags({"model_version": version.number, "reused": str(not created).lower(), "pack": published.pack})
+        page = runs.version_url(settings, context.name, version.number)
+        links = {"pack": published.pack, "model_version": f"{context.name}/{version.number}", "model_version_url": page}
+        child.tags({**links, "reused": str(not created).lower()})
+        runs.Run(child.client, context.mlflow_run, child.experiment_id).tags({**links, "pack_uri": published.uri})
+    create_link_artifact(
+        link=page,
+        link_text=f"{context.name}, version {version.number}",
+        key=f"{re.sub(r'[^a-z0-9]+', '-', context.name)}-version",
+        description=f"Pack {published.pack} in the model registry",
+    )
     what = "registered" if created else "reused"
     get_run_logger().info("register: %s version %s", what, version.number, extra={"stage": "register"})
     return Registered(number=version.number, created=created)
@@ -86,7 +97,7 @@ def promote(name: str, pack: str, config: GateConfig | None = None) -> Decision:
 
     settings = read_settings()
     store = open_store(settings.store_uri, settings)
-    with StageProgress("gate") as progress, runs.named_errors(settings.mlflow_uri):
+    with StageProgress("gate") as progress, runs.named_errors(settings.mlflow_uri, runs.right_to_edit(name)):
         decision = promotion.promote(store, runs.open_client(settings), name, pack, config, progress)
     get_run_logger().info("gate: %s", decision.line(), extra={"stage": "gate"})
     return decision

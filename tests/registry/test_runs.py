@@ -9,7 +9,7 @@ from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, PERMISSION_DENIED, UNAU
 
 from modelpress.errors import ConfigError, SetupError
 from modelpress.settings import Settings
-from registry.runs import named_errors, open_client, run_url, version_url
+from registry.runs import named_errors, open_client, right_to_edit, run_url, version_url
 
 
 def test_the_page_of_a_run_is_shown_without_the_servers_login() -> None:
@@ -39,7 +39,7 @@ def refusal(status: int) -> requests.HTTPError:
     ("error", "said"),
     [
         (MlflowException("Permission denied", PERMISSION_DENIED), "user 'anna' may not do this: Permission denied"),
-        (refusal(403), r"may EDIT the experiment 'digits' and the registered model 'digits'"),
+        (refusal(403), r"the right to EDIT the experiment 'digits' and the registered model 'digits'"),
         (MlflowException("not authenticated", UNAUTHENTICATED), "set MLFLOW_TRACKING_USERNAME"),
         (refusal(401), "a user and a password that this server knows"),
         (MlflowException("broken", INTERNAL_ERROR), "a tracking server that answers"),
@@ -53,7 +53,7 @@ def test_a_refusal_is_told_from_a_server_that_is_down(
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "anna")
     with (
         pytest.raises(SetupError, match=said) as named,
-        named_errors("http://someone:a-password@host", "digits"),
+        named_errors("http://someone:a-password@host", right_to_edit("digits")),
     ):
         raise error
     assert "a-password" not in str(named.value)
