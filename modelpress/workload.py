@@ -203,10 +203,14 @@ def check_disjoint(workload: Workload) -> dict[Split, SplitDigest]:
                     expected="none: quality measured on data that the model has seen says nothing",
                     fix=f"remove them from the {first} split",
                 )
-    return {
-        split: SplitDigest(len(found), hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest())
-        for split, found in seen.items()
-    }
+    return {split: _split_digest(found) for split, found in seen.items()}
+
+
+def _split_digest(digests: set[str]) -> SplitDigest:
+    joint = hashlib.sha256()
+    for digest in sorted(digests):
+        joint.update(digest.encode() + b"\n")
+    return SplitDigest(len(digests), joint.hexdigest())
 
 
 def load_workload(config: WorkloadConfig) -> Workload:

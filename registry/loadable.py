@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import mlflow.pyfunc
 import onnx
@@ -91,17 +92,20 @@ def save(folder: Path, config: PackConfig, found: onnx.ModelProto | None, model:
     script, saved, nothing = folder / "pack.py", folder / "model", folder / "nothing"
     script.write_text(SCRIPT, encoding="utf-8")
     nothing.mkdir()
-    inputs, outputs = tensors.of_graph(found) if found is not None else ([], [])
+    described: dict[str, Any] = {}
+    if found is not None:
+        inputs, outputs = tensors.of_graph(found)
+        described["signature"] = ModelSignature(_schema(inputs), _schema(outputs))
+        described["input_example"] = {one.name: one.example() for one in inputs}
     mlflow.pyfunc.save_model(
         saved,
         mlflow_model=model,
         python_model=script,
         model_config=config.model_dump(mode="json"),
-        signature=ModelSignature(_schema(inputs), _schema(outputs)) if found is not None else None,
-        input_example={one.name: one.example() for one in inputs} or None,
         metadata={"pack": config.pack, "pack_uri": config.uri},
         pip_requirements=[f"modelpress=={__version__}"],  # given, or MLflow would load the model to guess them
         uv_project_path=nothing,  # MLflow would add the lock file of the folder that this process was started in
+        **described,
     )
     return saved
 

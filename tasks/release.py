@@ -124,5 +124,5 @@ def find_pack(name: str, candidate: str) -> str:
     settings = read_settings()
     store = open_store(settings.store_uri, settings)
     runs.check_server(settings.mlflow_uri)
-    with runs.named_errors(settings.mlflow_uri):
+    with runs.named_errors(settings.mlflow_uri, f"the right to READ the registered model {name!r}"):
         return versions.resolve(runs.open_client(settings), store, name, candidate)
