@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import requests
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, PERMISSION_DENIED, UNAUTHENTICATED
 
 from modelpress.errors import ConfigError, SetupError
+from modelpress.reports import PruneReport, PruneStep, TrainReport
 from modelpress.settings import Settings
-from registry.runs import named_errors, open_client, right_to_edit, run_url, version_url
+from registry.runs import Run, named_errors, open_client, right_to_edit, run_url, version_url
 
 
 def test_the_page_of_a_run_is_shown_without_the_servers_login() -> None:
@@ -57,3 +60,23 @@ def test_a_refusal_is_told_from_a_server_that_is_down(
     ):
         raise error
     assert "a-password" not in str(named.value)
+
+
+def test_the_losses_of_gradual_pruning_are_one_curve(tmp_path: Path) -> None:
+    def trained(*losses: float) -> TrainReport:
+        return TrainReport(
+            epochs=len(losses), updates=1, first_loss=losses[0], final_loss=losses[-1], losses=list(losses)
+        )
+
+    steps = [
+        PruneStep(sparsity=0.2, zeros=2, recovery=trained(3, 2)),
+        PruneStep(sparsity=0.5, zeros=5, recovery=trained(1)),
+    ]
+    counts = dict.fromkeys(("eligible_parameters", "touched_parameters", "parameters_before", "parameters_after"), 10)
+    report = PruneReport(method="magnitude", zeros_after=5, tensors=[], recovery=trained(1), steps=steps, **counts)
+    client = open_client(Settings(home=tmp_path, tracking_uri=f"sqlite:///{tmp_path}/mlflow.db"))
+    experiment = client.create_experiment("curves")
+    run = Run(client, client.create_run(experiment).info.run_id, experiment)
+    run.series(report.series())
+    history = client.get_metric_history(run.id, "recovery.loss")
+    assert [(one.step, one.value) for one in history] == [(1, 3), (2, 2), (3, 1)]
