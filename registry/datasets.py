@@ -55,5 +55,6 @@ def log(client: MlflowClient, run_id: str, config: WorkloadConfig, splits: Mappi
 
 def of_run(client: MlflowClient, run_id: str, splits: Collection[str]) -> list[DatasetInput]:
     """The inputs of a run that are one of these splits."""
-    found = client.get_run(run_id).inputs.dataset_inputs
+    inputs = client.get_run(run_id).inputs
+    found = inputs.dataset_inputs if inputs else []
     return [one for one in found if any(tag.key == "split" and tag.value in splits for tag in one.tags)]

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from mlflow.exceptions import MlflowException
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 from pydantic import Field, StringConstraints, ValidationError
 
