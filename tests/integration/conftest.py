@@ -20,7 +20,12 @@ from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_WHEN_MISSIN
 from tests.conftest import S3Server
 from tests.integration import postgres
 
-QUIET = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+QUIET = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # else seven more processes, for evaluations that nobody asks for
+}
 START_SECONDS = 90
 
 
