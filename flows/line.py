@@ -31,6 +31,7 @@ from modelpress.settings import Settings, read_settings
 from modelpress.store.local import local_errors
 from registry import runs, sources
 from registry.gates import Decision
+from registry.lineage import Lineage
 from tasks.evaluation import evaluate
 from tasks.packs import INDEX, Provenance
 from tasks.records import Finished, ReportT
@@ -45,12 +46,15 @@ class Line:
     """The state of one run. Tasks never see it: they are told references and a `RunContext`."""
 
     def __init__(self, config: OptimizeConfig, settings: Settings, run: runs.Run, flow_run_url: str) -> None:
-        self.config, self.run, self.flow_run_url = config, run, flow_run_url
+        self.config, self.settings, self.run, self.flow_run_url = config, settings, run, flow_run_url
+        self.key = re.sub(r"[^a-z0-9]+", "-", config.name)
         workload = sources.pin(settings, config.workload)
         if workload != config.workload:  # an alias, which may name another version by the end of the run
             run.tag("source_model", workload.model)
         self.context = RunContext(name=config.name, mlflow_run=run.id, workload=workload)
         self.mlflow_url = runs.run_url(settings, run.id, run.experiment_id)
+        self.links = {"MLflow run": self.mlflow_url} | ({"Prefect flow run": flow_run_url} if flow_run_url else {})
+        self.published: UploadReport | None = None
         self.rows: list[StageRow] = []
         self.reports: dict[str, Report] = {}
         self.evaluations: dict[str, EvaluationReport] = {}
@@ -122,9 +126,17 @@ class Line:
             source_bytes=self.outputs["source"].size_bytes,
         )
 
-    def origin(self) -> dict[str, str]:
-        """The flow run that a new model version comes from: text by tag."""
-        return {"flow_run_id": str(flow_run.id), "flow_run_url": self.flow_run_url}
+    def lineage(self) -> Lineage:
+        """Where a new model version comes from."""
+        source = self.reports["source"]
+        return Lineage(
+            outputs={label: ref.sha256 for label, ref in self.outputs.items()},
+            source_model=source.origin if isinstance(source, SourceReport) else None,
+            mlflow_run=self.run.id,
+            mlflow_run_url=self.mlflow_url,
+            flow_run_id=str(flow_run.id),
+            flow_run_url=self.flow_run_url,
+        )
 
     def headline(self) -> dict[str, str]:
         """The measured numbers that the gate and people read from the model version: text by tag."""
@@ -142,8 +154,9 @@ class Line:
         if registered.created:
             self.recomputed.append("register")
         speedup = float(self.headline()["speedup"])
-        self.run.tag("pack", published.pack)
-        self.run.tag("pack_uri", published.uri)
+        page = runs.version_url(self.settings, self.config.name, registered.number)
+        self.links |= {f"model version {registered.number}": page}
+        self.published = published
         self.run.tag("recomputed", ", ".join(self.recomputed) or "nothing")
         self.run.metrics(
             {
@@ -186,9 +199,11 @@ class Line:
         """Table, report and plots of the stages that ran, also when a later one failed."""
         if not self.rows:
             return
-        key = re.sub(r"[^a-z0-9]+", "-", self.config.name)
+        key = self.key
         create_table_artifact(table(self.rows), key=f"{key}-stages", description=f"Stages of `{self.config.name}`")
-        text = f"# {self.config.name}\n\n{markdown(self.rows)}\n\n[MLflow run]({self.mlflow_url})\n"
+        pack = f"Pack `{self.published.pack}`, `{self.published.uri}`\n\n" if self.published else ""
+        links = " · ".join(f"[{name}]({url})" for name, url in self.links.items())
+        text = f"# {self.config.name}\n\n{markdown(self.rows)}\n\n{pack}{links}\n"
         create_markdown_artifact(text, key=f"{key}-report", description=f"Report of `{self.config.name}`")
         planned, compressed = self.reports.get("plan"), self.reports.get("compress")
         shown = compressed if isinstance(compressed, CompressReport) else None
@@ -231,7 +246,7 @@ def tracked(config: OptimizeConfig) -> Iterator[Line]:
         create_link_artifact(
             link=line.mlflow_url,
             link_text=f"MLflow run {run.id}",
-            key=f"{re.sub(r'[^a-z0-9]+', '-', config.name)}-mlflow",
+            key=f"{line.key}-mlflow",
             description="Parameters, metrics, plots and reports of this run",
         )
         stack.callback(line.show)

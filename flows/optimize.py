@@ -38,6 +38,6 @@ def optimize(config: OptimizeConfig) -> OptimizeResult:
         coded = line.passed("compress", compress(run, graph, config.compress))
         shards = line.passed("shard", shard(run, coded.output, config.shard))
         published = line.passed("upload", upload(run, coded.output, shards.outputs, config, line.provenance()))
-        version = register(run, published.report, line.origin(), line.headline())
+        version = register(run, published.report, line.lineage(), line.headline())
         decision = promote(config.name, published.report.pack, config.gate) if config.promote else None
         return line.delivered(published.report, version, decision)

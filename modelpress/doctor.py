@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from modelpress.errors import AccessDeniedError, ModelpressError
-from modelpress.settings import Settings, without_logins
+from modelpress.settings import Settings, is_shared_database, without_logins
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -242,7 +242,11 @@ def _mlflow(settings: Settings) -> Finding:
         if not os.access(folder, os.W_OK):
             return Finding("MLflow", "fail", f"{uri}: {folder} can't be written", "set MODELPRESS_HOME elsewhere")
         return Finding("MLflow", "ok", f"{uri} (a local database, for one user)")
-    return Finding("MLflow", "warn", f"{without_logins(uri)}: not looked into", "see that this machine reaches it")
+    found, fix = without_logins(uri), "see that this machine reaches it"
+    if is_shared_database(uri):
+        fix = "start mlflow server with it as --backend-store-uri, and name the server's address"
+        return Finding("MLflow", "fail", f"{found}: a database, and not a server", fix)
+    return Finding("MLflow", "warn", f"{found}: not looked into", fix)
 
 
 def _prefect(api: str) -> Finding:

@@ -106,6 +106,11 @@ def without_logins(text: str) -> str:
     return re.sub(r"://[^/\s]*@", "://", text)
 
 
+def is_shared_database(uri: str) -> bool:
+    """Whether the address of an MLflow server is that of a database behind one."""
+    return uri.partition(":")[0].partition("+")[0] in ("mssql", "mysql", "postgresql")
+
+
 def problems(error: ValidationError, prefix: str) -> str:
     """What is wrong with which variable, for a settings class with this prefix."""
     return "; ".join(

@@ -172,8 +172,18 @@ def row_digests(batch: Batch) -> list[str]:
     return digests
 
 
-def check_disjoint(workload: Workload) -> None:
-    """Refuse splits that share a sample, and empty ones.
+@dataclass(frozen=True)
+class SplitDigest:
+    """A split by its content."""
+
+    samples: int
+    """Different samples."""
+    sha256: str
+    """Of their digests in ascending order, hex: the same in whatever order they come."""
+
+
+def check_disjoint(workload: Workload) -> dict[Split, SplitDigest]:
+    """Refuse splits that share a sample, and empty ones; what was seen of each comes back.
 
     Raises:
         OverlapError: two splits share samples.
@@ -193,6 +203,14 @@ def check_disjoint(workload: Workload) -> None:
                     expected="none: quality measured on data that the model has seen says nothing",
                     fix=f"remove them from the {first} split",
                 )
+    return {split: _split_digest(found) for split, found in seen.items()}
+
+
+def _split_digest(digests: set[str]) -> SplitDigest:
+    joint = hashlib.sha256()
+    for digest in sorted(digests):
+        joint.update(digest.encode() + b"\n")
+    return SplitDigest(len(digests), joint.hexdigest())
 
 
 def load_workload(config: WorkloadConfig) -> Workload:

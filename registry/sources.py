@@ -76,7 +76,7 @@ def pin(settings: Settings, config: WorkloadConfig) -> WorkloadConfig:
         return config
     uri = config.model.removeprefix("mlflow://")
     runs.check_server(settings.mlflow_uri)
-    with runs.named_errors(settings.mlflow_uri):
+    with runs.named_errors(settings.mlflow_uri, f"the right to READ {uri}"):
         client = runs.open_client(settings)
         if found := ALIAS.fullmatch(uri):
             version = versions.by_alias(client, found[1], found[2])
@@ -104,7 +104,7 @@ def fetch(settings: Settings, uri: str) -> Source:
         SetupError: MLflow does not answer.
     """
     runs.check_server(settings.mlflow_uri)
-    with runs.named_errors(settings.mlflow_uri), _absent(uri):
+    with runs.named_errors(settings.mlflow_uri, f"the right to READ {uri}"), _absent(uri):
         listing, ended = _listing(settings, uri), _ended(settings, uri)
     chosen = _choose(uri, listing)
     facts = [(where, path, listing[path]) for where, path in sorted(chosen.items())]

@@ -1,15 +1,17 @@
 """Registered model versions: one per published pack, with the pack's identity in its tags.
 
-MLflow is the index for people; the bytes, and the pointer that servers follow, are in the store.
+MLflow is the index for people; the bytes, and the pointer that servers follow, are in the store. What a version has for
+its source is a logged model of a few kilobytes, by which MLflow loads the pack from there (`registry/loadable.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
@@ -20,6 +22,8 @@ from modelpress.store.base import Store
 
 TAG_PACK = "pack"
 TAG_URI = "pack_uri"
+TAG_LOGGED = "logged_model"
+TAG_VERSION = "model_version"
 SHORTEST_DIGEST = 12
 """Digits: a shorter number is a version's."""
 
@@ -48,10 +52,12 @@ def register(
     tags: Mapping[str, str],
     measured: Mapping[str, str],
     description: str,
+    log: Callable[[], LoggedModel],
 ) -> tuple[Version, bool]:
     """The version that carries a pack; made if there is none. True: it was made now.
 
-    Of a version that is there already, `tags` stay, and the `measured` ones become today's: the gate reads them.
+    Of a version that is there already, `tags` stay, and the `measured` ones become today's: the gate reads them. For a
+    new one `log` logs the model that MLflow loads by it.
     """
     found = find(client, name, pack)
     if found is not None:
@@ -62,14 +68,18 @@ def register(
     except MlflowException as error:
         if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
             raise
+    model = log()
     created = client.create_model_version(
         name,
-        source=_source(uri),
+        # Not models:/ID, which MLflow looks up in the database of the process, not in this client's.
+        source=model.artifact_location,
         run_id=run_id,
-        tags={TAG_PACK: pack, TAG_URI: uri, **tags, **measured},
+        tags={TAG_PACK: pack, TAG_URI: uri, TAG_LOGGED: model.model_id, **tags, **measured},
         description=description,
         await_creation_for=0,
+        model_id=model.model_id,
     )
+    client.set_logged_model_tags(model.model_id, {TAG_VERSION: f"{name}/{created.version}"})
     return _version(created), True
 
 
@@ -170,17 +180,6 @@ def measured_number(version: Version, key: str) -> float | None:
             expected="a number",
             fix="run the optimize flow again with this recipe: it measures, and writes the tag anew",
         ) from error
-
-
-def _source(uri: str) -> str:
-    """The pack's URI as an MLflow model source.
-
-    An MLflow server refuses sources in its own file system (it would read them), and a pack is not for MLflow to read:
-    a folder's URI is given a scheme that says so. `s3://` stays as it is.
-    """
-    if uri.startswith("file://"):
-        return f"pack-{uri}"
-    return uri if "://" in uri else f"pack-file://{uri}"
 
 
 def _version(found: ModelVersion) -> Version:

@@ -57,6 +57,7 @@ def evaluate(
         config=config,
         label=f"evaluate-{label}",
         extra={"stage": stage, "host": host_fingerprint()},
+        splits=["evaluation"],
     )
 
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from modelpress.config import CompressConfig, DistillConfig, ExportConfig, PlanConfig, PruneConfig, QuantizeConfig
+from modelpress.config import (
+    CompressConfig,
+    DistillConfig,
+    ExportConfig,
+    PlanConfig,
+    PruneConfig,
+    QuantizeConfig,
+    TrainConfig,
+)
 from modelpress.progress import Progress
 from modelpress.reports import (
     ArtifactRef,
@@ -23,6 +32,9 @@ from modelpress.store.base import open_store
 from tasks.evaluation import host_fingerprint
 from tasks.records import Finished
 from tasks.runner import RunContext, fetch_checkpoint, find_source, open_workload, run_stage
+
+if TYPE_CHECKING:
+    from modelpress.workload import Split
 
 # Prefect's own cache would pickle inputs to hash them, and would not see a changed library; tasks/records.py keys by
 # content. The library is imported inside the tasks, so that a form can be built where torch is not installed.
@@ -50,10 +62,15 @@ def source(context: RunContext) -> Finished[SourceReport]:
         return {"output": data}, report
 
     from modelpress.workload import check_disjoint
+    from registry import datasets, runs
 
+    settings, workload = read_settings(), open_workload(context.workload, context.mlflow_run)
     # On each run, also where the model is taken from an earlier one: data may change without `identity` saying so.
-    check_disjoint(open_workload(context.workload, context.mlflow_run))
-    return run_stage(context, "source", SourceReport, work, config=context.workload)
+    found = check_disjoint(workload)
+    splits: dict[str, tuple[int, str]] = {split: (one.samples, one.sha256) for split, one in found.items()}
+    datasets.log(runs.open_client(settings), context.mlflow_run, context.workload, splits)
+    used: list[Split] = ["train"] if workload.trains_source else []
+    return run_stage(context, "source", SourceReport, work, config=context.workload, splits=used)
 
 
 @task(name="distill", task_run_name="distill", cache_policy=NO_CACHE)
@@ -68,7 +85,8 @@ def distill(context: RunContext, model: ArtifactRef, config: DistillConfig) -> F
         student, report = run(to_module(fetch_checkpoint(model), workload), workload, config, progress)
         return {"output": from_module(student, report.architecture).to_bytes()}, report
 
-    return run_stage(context, "distill", DistillReport, work, inputs=[model], config=config)
+    splits = _read(config.train)
+    return run_stage(context, "distill", DistillReport, work, inputs=[model], config=config, splits=splits)
 
 
 @task(name="prune", task_run_name="prune", cache_policy=NO_CACHE)
@@ -85,7 +103,10 @@ def prune(context: RunContext, model: ArtifactRef, config: PruneConfig) -> Finis
         report = prune_(module, workload, config, progress)
         return {"output": from_module(module, checkpoint.metadata["architecture"]).to_bytes()}, report
 
-    return run_stage(context, "prune", PruneReport, work, inputs=[model], config=config)
+    splits = _read(config.recovery)
+    if config.method != "magnitude":  # the one method that looks at no data
+        splits.add("calibration")
+    return run_stage(context, "prune", PruneReport, work, inputs=[model], config=config, splits=splits)
 
 
 @task(name="export", task_run_name="{label}", cache_policy=NO_CACHE)
@@ -139,7 +160,10 @@ def quantize(
 
     inputs = [graph, model] if config.needs_module else [graph]
     extra = {"export": export_config.fingerprint()} if config.needs_module else None
-    return run_stage(context, "quantize", QuantizeReport, work, inputs=inputs, config=config, extra=extra)
+    splits = _read(config.recovery, "calibration")
+    return run_stage(
+        context, "quantize", QuantizeReport, work, inputs=inputs, config=config, extra=extra, splits=splits
+    )
 
 
 @task(name="plan", task_run_name="plan", cache_policy=NO_CACHE)
@@ -176,4 +200,13 @@ def plan(
     if config.needs_module:
         extra["export"] = export_config.fingerprint()
     inputs = [graph, model] if config.needs_module else [graph]
-    return run_stage(context, "plan", PlanReport, work, inputs=inputs, config=config, extra=extra)
+    splits = _read(config.recovery, "calibration", "evaluation")
+    return run_stage(context, "plan", PlanReport, work, inputs=inputs, config=config, extra=extra, splits=splits)
+
+
+def _read(training: TrainConfig | None, *further: Split) -> set[Split]:
+    """The splits that a stage reads: its training's, and further ones."""
+    splits = set(further)
+    if training is not None:
+        splits |= {"train", "calibration"} if training.early_stop_epochs else {"train"}
+    return splits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prefect.logging import get_run_logger
@@ -21,7 +21,7 @@ from tasks.records import Finished, Record, ReportT, find_record, read_report, s
 
 if TYPE_CHECKING:
     from modelpress.checkpoint import Checkpoint
-    from modelpress.workload import Workload
+    from modelpress.workload import Split, Workload
 
 
 class RunContext(Report):
@@ -50,6 +50,7 @@ def run_stage(
     label: str = "",
     extra: Mapping[str, Any] | None = None,
     valid: Callable[[ReportT], bool] = lambda _: True,
+    splits: Collection[Split] = (),
 ) -> Finished[ReportT]:
     """Run a stage, or take what an earlier run finished.
 
@@ -63,13 +64,15 @@ def run_stage(
         label: how it is shown; empty is the stage's name.
         extra: whatever else decides the output.
         valid: whether what an earlier report speaks of still stands.
+        splits: of the data that it reads, as its run's inputs in MLflow.
     """
     settings, label = read_settings(), label or stage
     store = open_store(settings.work_uri, settings)
     fingerprint = config.fingerprint() if config else ""
     identity = open_workload(context.workload, context.mlflow_run).identity()
     key = stage_key(stage, inputs=inputs, config=fingerprint, identity=identity, extra=extra)
-    with runs.child_run(settings, context.mlflow_run, label, config.model_dump(mode="json") if config else {}) as child:
+    values = config.model_dump(mode="json") if config else {}
+    with runs.child_run(settings, context.mlflow_run, label, values, splits) as child:
         record = find_record(store, stage, key) if settings.reuse else None
         report = read_report(store, record, report_type) if record is not None else None
         reused = report is not None and valid(report)
@@ -77,7 +80,7 @@ def run_stage(
             record = _work(store, stage, label, key, work, replace=record is not None or not settings.reuse)
             report = read_report(store, record, report_type)
         finished = Finished(stage, record.outputs, report, record.seconds, reused)
-        _log(child, label, finished)
+        _log(child, label, finished, {"stage_key": key, "inputs_sha256": ", ".join(ref.sha256 for ref in inputs)})
     return finished
 
 
@@ -121,9 +124,11 @@ def _work(store: Store, stage: str, label: str, key: str, work: Work[ReportT], *
     return save_record(store, record, replace=replace)
 
 
-def _log(child: runs.Run, label: str, finished: Finished[ReportT]) -> None:
+def _log(child: runs.Run, label: str, finished: Finished[ReportT], origin: Mapping[str, str]) -> None:
     child.metrics({**finished.report.metrics(), "stage_seconds": finished.seconds})
+    child.series(finished.report.series())
     child.json("report.json", finished.report.model_dump(mode="json"))
-    child.tag("reused", str(finished.reused).lower())
+    made = {"output_sha256": finished.output.sha256} if "output" in finished.outputs else {}
+    child.tags({"reused": str(finished.reused).lower(), **made, **origin})
     how = f"reused (took {finished.seconds:.1f} s when it ran)" if finished.reused else f"{finished.seconds:.1f} s"
     get_run_logger().info("%s: %s", label, how, extra={"stage": label})

@@ -29,6 +29,15 @@ class Report(BaseModel):
                 flat |= {f"{name}.{key}": number for key, number in value.metrics().items()}
         return flat
 
+    def series(self) -> dict[str, list[float]]:
+        """What was measured step by step, such as the loss of each epoch, by ``path.to.name``; of nested reports."""
+        return {
+            f"{name}.{key}": numbers
+            for name in type(self).model_fields
+            if isinstance(value := getattr(self, name), Report)
+            for key, numbers in value.series().items()
+        }
+
 
 class ArtifactRef(Report):
     """A finished output: what crosses the boundary between tasks."""

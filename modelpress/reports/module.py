@@ -44,6 +44,10 @@ class TrainReport(Report):
     losses: list[float] = Field(default_factory=list)
     """Mean loss per epoch."""
 
+    def series(self) -> dict[str, list[float]]:
+        """The loss of each epoch."""
+        return {"loss": self.losses}
+
 
 class SourceReport(Report):
     """The model as the user gave it."""
@@ -119,3 +123,8 @@ class PruneReport(Report):
     """Of depth pruning, what each block was worth by `prune.importance`."""
     refitted_layers: list[int] = Field(default_factory=list)
     """Of depth pruning, the kept blocks whose last linear layer was re-fitted to fill the gap behind them."""
+
+    def series(self) -> dict[str, list[float]]:
+        """The loss of each epoch of the recovery; of gradual pruning, of all steps one after the other."""
+        losses = [loss for step in self.steps if step.recovery for loss in step.recovery.losses]
+        return super().series() | ({"recovery.loss": losses} if losses else {})

@@ -116,9 +116,15 @@ def pickles(tree: ast.AST) -> list[str]:
     return found
 
 
+MODELS_FROM_CODE = {"registry/loadable.py", "registry/pack_model.py"}
+"""May use MLflow's pyfunc, which pickles where it is given an object: they give it a script and load one
+(`tests/registry/test_loadable.py` looks at what is written)."""
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_pickle(path: Path) -> None:
-    assert not pickles(ast.parse(path.read_text()))
+    allowed = "mlflow.pyfunc" if str(path.relative_to(ROOT)) in MODELS_FROM_CODE else "nothing"
+    assert not [name for name in pickles(ast.parse(path.read_text())) if not name.startswith(allowed)]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import httpx
+import numpy as np
 import pytest
 from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
@@ -24,6 +26,8 @@ from modelpress.config import GateConfig, OptimizeConfig, load_config
 from modelpress.errors import BudgetExceededError, CorruptionError, GateError, NotFoundError
 from modelpress.settings import Settings
 from modelpress.store.base import Store, open_store
+from modelpress.workload import check_disjoint, load_workload
+from tests.integration.conftest import free_port, serving
 
 QUICK = load_config(Path(__file__).parents[2] / "configs" / "digits-quick.yaml")
 STAGES = {
@@ -157,12 +161,85 @@ def test_the_model_version_carries_the_packs_identity(first: OptimizeResult, cli
     assert version.tags["flow_run_url"] == first.flow_run_url
     assert version.tags["gate.verdict"] == "pass"
     assert version.run_id == first.mlflow_run
-    assert first.uri in version.source
     for alias in ("challenger", "champion"):
         assert client.get_model_version_by_alias(QUICK.name, alias).version == version.version
     stored = client.download_artifacts(first.mlflow_run, f"gate/version-{first.version}.json")
     assert first.decision is not None
     assert json.loads(Path(stored).read_text())["decision"] == first.decision.model_dump(mode="json")
+
+
+def test_the_model_version_and_the_runs_tell_of_each_other(
+    first: OptimizeResult, store: Store, client: MlflowClient
+) -> None:
+    """From the version to each stage's run by the digest of its output, and from the run to the version."""
+    version, parent = client.get_model_version(QUICK.name, first.version), run_of(client, first)
+    stages, manifest = children(client, parent), load.load_manifest(store, QUICK.name, first.pack)
+    for stage in ("source", "distill", "prune", "export", "quantize", "compress"):
+        digest = version.tags[f"lineage.{stage}"]
+        assert stages[stage].data.tags["output_sha256"] == digest == manifest.lineage[stage]
+    assert version.tags["lineage.source-onnx"] == stages["export-source"].data.tags["output_sha256"]
+    assert version.tags["lineage.distill"] in stages["prune"].data.tags["inputs_sha256"]
+    assert parent.data.tags["model_version"] == f"{QUICK.name}/{first.version}"
+    assert parent.data.tags["pack"] == stages["register"].data.tags["pack"] == first.pack
+    assert version.tags["report_uri"] == f"runs:/{first.mlflow_run}/report.md"
+    report = Path(client.download_artifacts(first.mlflow_run, "report.md")).read_text()
+    for link in (first.mlflow_url, first.flow_run_url, parent.data.tags["model_version_url"], first.pack):
+        assert link in report
+    for text in ("source (teacher)", "distill (student)", first.pack, first.mlflow_url, first.flow_run_url):
+        assert text in version.description
+    logged = client.get_logged_model(version.tags["logged_model"])
+    assert logged.source_run_id == first.mlflow_run
+    assert {metric.key: metric.value for metric in logged.metrics}["accuracy"] == float(version.tags["accuracy"])
+
+
+def test_the_data_are_inputs_of_the_runs_by_their_digests(first: OptimizeResult, client: MlflowClient) -> None:
+    def splits(run_id: str) -> dict[str, tuple[str, str, str]]:
+        found = {}
+        for one in client.get_run(run_id).inputs.dataset_inputs:
+            tags = {tag.key: tag.value for tag in one.tags}
+            assert one.dataset.name == QUICK.workload.data
+            assert tags["sha256"].startswith(one.dataset.digest)
+            found[tags["split"]] = (tags["mlflow.data.context"], tags["samples"], tags["sha256"])
+        return found
+
+    stages = children(client, run_of(client, first))
+    seen = check_disjoint(load_workload(QUICK.workload))
+    contexts = {"train": "training", "calibration": "calibration", "evaluation": "evaluation"}
+    expected = {split: (contexts[split], str(one.samples), one.sha256) for split, one in seen.items()}
+    assert splits(first.mlflow_run) == expected
+    for stage, used in {"distill": "train", "quantize": "calibration", "evaluate-quantize": "evaluation"}.items():
+        assert splits(stages[stage].info.run_id).items() >= {used: expected[used]}.items()
+    assert splits(stages["compress"].info.run_id) == {}
+
+
+def test_a_training_is_a_curve(first: OptimizeResult, client: MlflowClient) -> None:
+    run = children(client, run_of(client, first))["distill"].info.run_id
+    report = json.loads(Path(client.download_artifacts(run, "report.json")).read_text())
+    history = client.get_metric_history(run, "train.loss")
+    assert [(one.step, one.value) for one in history] == list(enumerate(report["train"]["losses"], 1))
+    assert len(history) > 1
+
+
+def test_mlflow_serves_the_champion(
+    first: OptimizeResult, store: Store, client: MlflowClient, mlflow_server: str, tmp_path: Path
+) -> None:
+    session = load.open_session(store, QUICK.name, champion(store))
+    name, output = session.get_inputs()[0].name, session.get_outputs()[0].name
+    images = np.random.default_rng(0).random((3, *session.get_inputs()[0].shape[1:]), np.float32)
+    (expected,) = session.run([output], {name: images})
+    port = free_port()
+    options = ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
+    command = ["mlflow", "models", "serve", "-m", f"models:/{QUICK.name}@champion", *options]
+    url = f"http://127.0.0.1:{port}"
+    with serving(command, f"{url}/ping", tmp_path, {"MLFLOW_TRACKING_URI": mlflow_server}):
+        frame = {"columns": [name], "data": [[image.ravel().tolist()] for image in images]}
+        for body in ({"inputs": {name: images.tolist()}}, {"dataframe_split": frame}):
+            answer = httpx.post(f"{url}/invocations", json=body, timeout=30)
+            assert answer.status_code == 200, answer.text
+            assert np.allclose(answer.json()["predictions"][output], expected, atol=1e-6)
+        refused = httpx.post(f"{url}/invocations", json={"inputs": {"picture": [[0.0]]}}, timeout=30)
+        assert refused.status_code == 400
+        assert name in refused.text
 
 
 def test_prefect_and_mlflow_link_to_each_other(first: OptimizeResult, client: MlflowClient) -> None:
@@ -178,6 +255,7 @@ def test_prefect_and_mlflow_link_to_each_other(first: OptimizeResult, client: Ml
     assert found.state.is_completed()
     by_key = {artifact.key: artifact for artifact in artifacts}
     assert first.mlflow_run in str(by_key["digits-quick-mlflow"].data)
+    assert f"/#/models/digits-quick/versions/{first.version}" in str(by_key["digits-quick-version"].data)
     table = json.loads(str(by_key["digits-quick-stages"].data))
     assert [row["stage"] for row in table] == [row.stage for row in first.stages]
 

@@ -69,6 +69,7 @@ def register(client: MlflowClient, pack: str, **measured: str) -> tuple[versions
         tags={"flow_run_id": run},
         measured=measured,
         description="",
+        log=lambda: client.create_logged_model(identity, name=NAME, source_run_id=run),
     )
 
 
