@@ -19,9 +19,15 @@ Bytes = Annotated[int, Field(gt=0)]
 
 
 class Config(BaseModel):
-    """Base of all configs: frozen, unknown keys refused, docstrings as help text."""
+    """Base of all configs: frozen, unknown keys refused, docstrings as help text.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    A field's title is its name, so that forms, recipes and errors call it the same. Without one, Prefect's form calls a
+    field that holds a model after the class, or just "Field".
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, field_title_generator=lambda name, _: name
+    )
 
     def fingerprint(self) -> str:
         """sha256 (hex) of the canonical JSON of this config: part of a stage's cache key."""

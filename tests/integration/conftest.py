@@ -36,7 +36,8 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     url = f"http://127.0.0.1:{port}/api"
     here = {PREFECT_API_URL: url, PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW: "ignore"}
-    with serving(command, f"{url}/health", home, {"PREFECT_HOME": str(home)}), temporary_settings(here):
+    environment = {"PREFECT_HOME": str(home), "PREFECT_UI_API_URL": url}  # the pages ask at port 4200 otherwise
+    with serving(command, f"{url}/health", home, environment), temporary_settings(here):
         yield url
 
 
@@ -79,7 +80,7 @@ class MlflowLogins:
 
 @pytest.fixture(scope="session")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of an empty database: PostgreSQL's where this machine has it, else SQLite's."""
+    """The address of an empty database: PostgreSQL's where it is to be had, else SQLite's."""
     if postgres.lacking():
         yield f"sqlite:///{tmp_path_factory.mktemp('database')}/mlflow.db"
         return

@@ -14,14 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests import apt
+
 START_SECONDS = 60
 USER, PASSWORD = "mlflow", "password-of-mlflow"
 
 
 def lacking() -> str | None:
-    """Why there can be none here; None where there can."""
-    if _programs() is None:
-        return "PostgreSQL's programs are not installed (apt install postgresql)"
+    """Why there can be none here; None where there can. Its programs are installed where that asks nobody."""
+    if _programs() is None and (why := apt.install("postgresql")):
+        return f"PostgreSQL's programs are not installed, and can't be: {why}"
     if importlib.util.find_spec("psycopg2") is None:
         return "psycopg2 is not installed; the dev extra brings it"
     return None

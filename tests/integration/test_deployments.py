@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +24,7 @@ from modelpress.config import OptimizeConfig
 from modelpress.errors import CorruptionError, GateError
 from modelpress.store.base import open_store
 from tests.conftest import ROOT
+from tests.integration.deploying import deploy, make_pools, prefect
 from tests.integration.small_workloads import WIDTH, Net
 
 NAME = "deployed"
@@ -55,21 +53,11 @@ def client() -> Iterator[SyncPrefectClient]:
         yield client
 
 
-def prefect(*arguments: str, **environment: str) -> str:
-    command = [sys.executable, "-m", "prefect", *arguments]
-    env = {**os.environ, **environment}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
 @pytest.fixture(scope="module")
 def deployed(home: Path) -> dict[str, DeploymentResponse]:
     """What the server holds after the documented commands, by name; each worker has a clone of its own."""
-    for pool in ("cpu", "gpu"):
-        template = str(ROOT / "infra/pools/process.json")
-        prefect("work-pool", "create", pool, "--type", "process", "--base-job-template", template)
-    prefect("--no-prompt", "deploy", "--all", "--prefect-file", "infra/prefect.yaml")
+    make_pools("cpu", "gpu")
+    deploy("--all")
     with get_client(sync_client=True) as client:
         return {found.name: found for found in client.read_deployments()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -231,7 +232,10 @@ def test_mlflow_serves_the_champion(
     options = ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
     command = ["mlflow", "models", "serve", "-m", f"models:/{QUICK.name}@champion", *options]
     url = f"http://127.0.0.1:{port}"
-    with serving(command, f"{url}/ping", tmp_path, {"MLFLOW_TRACKING_URI": mlflow_server}):
+    path = (
+        f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # it starts uvicorn by name: in a shell, activate .venv
+    )
+    with serving(command, f"{url}/ping", tmp_path, {"MLFLOW_TRACKING_URI": mlflow_server, "PATH": path}):
         frame = {"columns": [name], "data": [[image.ravel().tolist()] for image in images]}
         for body in ({"inputs": {name: images.tolist()}}, {"dataframe_split": frame}):
             answer = httpx.post(f"{url}/invocations", json=body, timeout=30)

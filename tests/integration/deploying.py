@@ -1,0 +1,31 @@
+"""The documented commands that deploy `infra/prefect.yaml`, as a user types them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from tests.conftest import ROOT
+
+
+def prefect(*arguments: str, **environment: str) -> str:
+    """Run Prefect's command line in the clone's root; what it printed."""
+    command = [sys.executable, "-m", "prefect", *arguments]
+    env = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def make_pools(*names: str) -> None:
+    """Make work pools for processes; one that is there gets the template again."""
+    template = str(ROOT / "infra/pools/process.json")
+    for name in names:
+        prefect("work-pool", "create", name, "--type", "process", "--base-job-template", template, "--overwrite")
+
+
+def deploy(*which: str) -> None:
+    """Deploy some of the file's deployments by name, or `--all`."""
+    chosen = ["--all"] if which == ("--all",) else [part for name in which for part in ("--name", name)]
+    prefect("--no-prompt", "deploy", *chosen, "--prefect-file", "infra/prefect.yaml")
