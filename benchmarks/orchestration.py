@@ -10,28 +10,16 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
-
 from benchmarks._report import Row, main
+from benchmarks._servers import QUIET, prefect_server
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-START_SECONDS = 120
-QUIET = {
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "DO_NOT_TRACK": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(START_SECONDS),
-}
 CHILD = """
 import json, sys, time
 started = time.perf_counter()
@@ -69,7 +57,7 @@ def measure(quick: bool) -> Iterable[Row]:
             yield from _case(f"{recipe}, ephemeral server", recipe, Path(folder), {})
         if quick:
             return
-        with tempfile.TemporaryDirectory(prefix="modelpress-") as folder, _server(Path(folder)) as url:
+        with tempfile.TemporaryDirectory(prefix="modelpress-") as folder, prefect_server(Path(folder)) as url:
             yield from _case(f"{recipe}, own server", recipe, Path(folder), {"PREFECT_API_URL": url})
     with tempfile.TemporaryDirectory(prefix="modelpress-") as folder:
         yield from _case("minilm, ephemeral server", "minilm", Path(folder), {})
@@ -95,36 +83,6 @@ def _case(case: str, recipe: str, home: Path, more: dict[str, str]) -> Iterator[
         ("repeat", "s", again),
     ):
         yield Row(case, "modelpress", metric, unit, value)
-
-
-@contextmanager
-def _server(home: Path) -> Iterator[str]:
-    """A Prefect server on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}/api"
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    environment = {**os.environ, **QUIET, "PREFECT_HOME": str(home / "server")}
-    (home / "server").mkdir()
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        end = time.monotonic() + START_SECONDS
-        while not _healthy(f"{url}/health"):
-            if process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError("the Prefect server did not become healthy")
-            time.sleep(0.2)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def _healthy(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=2).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 if __name__ == "__main__":
