@@ -9,9 +9,9 @@ from flows.stages import check_part, parts
 from modelpress.config import OptimizeConfig
 from modelpress.errors import ConfigError
 
-RECIPE = {"name": "cut", "workload": {"kind": "image-classification"}}
+RECIPE = {"name": "cut", "workload": {"kind": "image-classification", "model": "digits-cnn", "data": "digits"}}
 PLAIN = OptimizeConfig.model_validate(RECIPE)
-FULL = OptimizeConfig.model_validate(RECIPE | {"distill": {}, "prune": {}, "quantize": {"method": "dynamic"}})
+FULL = OptimizeConfig.model_validate(RECIPE | {"distill": {"architecture": {}}, "prune": {}, "quantize": {"method": "dynamic"}})
 
 
 def test_the_parts_are_what_the_recipe_switches_on_in_order() -> None:
