@@ -6,8 +6,8 @@ from prefect import flow
 
 from flows.line import tracked
 from flows.result import OptimizeResult
+from flows.stages import run_stages
 from modelpress.config import OptimizeConfig
-from tasks.models import distill, export, plan, prune, quantize, source
 from tasks.packs import compress, pin_bases, shard, upload
 from tasks.release import promote, register
 
@@ -24,17 +24,7 @@ def optimize(config: OptimizeConfig) -> OptimizeResult:
     config = pin_bases(config)
     with tracked(config) as line:
         run = line.context
-        model = line.judged("source", source(run))
-        line.judged("source (onnx)", export(run, model, config.export, label="export-source"), of="source")
-        if config.distill:
-            model = line.judged("distill", distill(run, model, config.distill))
-        if config.prune:
-            model = line.judged("prune", prune(run, model, config.prune))
-        graph = line.judged("export", export(run, model, config.export))
-        if config.quantize:
-            graph = line.judged("quantize", quantize(run, graph, config.quantize, model, config.export))
-        if config.plan:
-            graph = line.judged("plan", plan(run, graph, config.plan, config.compress, model, config.export))
+        *_, (_, graph) = run_stages(line, config)
         coded = line.passed("compress", compress(run, graph, config.compress))
         shards = line.passed("shard", shard(run, coded.output, config.shard))
         published = line.passed("upload", upload(run, coded.output, shards.outputs, config, line.provenance()))

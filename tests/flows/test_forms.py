@@ -14,6 +14,7 @@ from prefect.utilities.importtools import import_object
 
 from flows.collect import collect
 from flows.evaluate import evaluate_published
+from flows.jobs import optimize_in_jobs, optimize_part
 from flows.optimize import optimize
 from flows.promote import promote, rollback
 from flows.scrub import scrub
@@ -22,6 +23,7 @@ from modelpress.config import OptimizeConfig, load_config
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "optimize_schema.json"
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+OTHERS = (promote, rollback, scrub, evaluate_published, optimize_part, optimize_in_jobs)
 DEPLOYMENTS = yaml.safe_load((ROOT / "infra" / "prefect.yaml").read_text())["deployments"]
 
 
@@ -53,11 +55,13 @@ def test_every_field_of_the_form_has_help() -> None:
 
 
 def test_the_other_forms_are_typed() -> None:
-    fields = {flow.name: schema(flow)["properties"] for flow in (promote, rollback, scrub, evaluate_published)}
+    fields = {flow.name: schema(flow)["properties"] for flow in OTHERS}
     assert set(fields["promote"]) == {"name", "candidate", "gate"}
     assert set(fields["rollback"]) == {"name", "alias", "to"}
     assert set(fields["evaluate-published"]) == {"name", "alias", "gate"}
     assert set(fields["scrub"]) == {"bytes_per_second", "afresh"}
+    assert set(fields["optimize-part"]) == {"config", "last"}
+    assert set(fields["optimize-in-jobs"]) == {"config", "jobs"}
     for form in fields.values():
         for name, spec in form.items():
             assert spec.get("type") or spec.get("anyOf") or spec.get("allOf") or spec.get("$ref"), name

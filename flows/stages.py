@@ -1,0 +1,66 @@
+"""The stages that make and change the model, in the order of the line: what a whole run and a part of one share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from flows.line import Line
+from modelpress.config import OptimizeConfig
+from modelpress.errors import ConfigError
+from modelpress.reports import ArtifactRef
+from tasks.models import distill, export, plan, prune, quantize, source
+
+Part = Literal["source", "distill", "prune", "export", "quantize", "plan"]
+
+
+def parts(config: OptimizeConfig) -> list[Part]:
+    """The stages of a recipe that make and change the model, in order."""
+    switched: dict[Part, object] = {
+        "source": True,
+        "distill": config.distill,
+        "prune": config.prune,
+        "export": True,
+        "quantize": config.quantize,
+        "plan": config.plan,
+    }
+    return [part for part, present in switched.items() if present]
+
+
+def check_part(config: OptimizeConfig, part: Part) -> None:
+    """Refuse a stage that a recipe leaves out.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if part not in parts(config):
+        raise ConfigError(
+            f"looking for stage {part!r} in recipe {config.name!r}",
+            found=f"stages {', '.join(parts(config))}",
+            fix="name one of them, or switch the stage on in the recipe",
+        )
+
+
+def run_stages(line: Line, config: OptimizeConfig) -> Iterator[tuple[Part, ArtifactRef]]:
+    """Run them one by one, each as it is asked for: its name and its output, which is measured and within the budget.
+
+    Raises:
+        BudgetExceededError: of a stage whose output is not.
+    """
+    run = line.context
+    model = line.judged("source", source(run))
+    line.judged("source (onnx)", export(run, model, config.export, label="export-source"), of="source")
+    yield "source", model
+    if config.distill:
+        model = line.judged("distill", distill(run, model, config.distill))
+        yield "distill", model
+    if config.prune:
+        model = line.judged("prune", prune(run, model, config.prune))
+        yield "prune", model
+    graph = line.judged("export", export(run, model, config.export))
+    yield "export", graph
+    if config.quantize:
+        yield "quantize", line.judged("quantize", quantize(run, graph, config.quantize, model, config.export))
+    if config.plan:
+        planned = plan(run, graph, config.plan, config.compress, model, config.export)
+        yield "plan", line.judged("plan", planned)
