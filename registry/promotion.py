@@ -1,4 +1,4 @@
-"""The one place where an alias moves.
+"""How an alias moves: a promotion, a rollback. What people do in MLflow by hand is `registry.reconcile`'s.
 
 The pointer in the store is what servers follow, and the truth; MLflow's alias is its image for people. A promotion
 records the decision, sets MLflow's alias, then appends to the pointer's log on the condition that nobody moved it since
@@ -30,6 +30,8 @@ from registry.versions import Version
 
 CHALLENGER = "challenger"
 """Alias of the version that was judged last."""
+PROMOTE = "promote"
+"""Reason of a pointer's entry that a passed gate wrote."""
 UNMEASURED = Scored(None, samples="", metric="quality")
 log = logging.getLogger(__name__)
 
@@ -68,23 +70,89 @@ def promote(
         TrustError: the pack lacks a signature, or there is no key that may move the alias; nothing is moved.
         SetupError: MLflow does not answer.
     """
+    judged = judge(store, client, name, pack, gate, progress)
+    if judged.decision.promote:
+        put_in_service(store, client, judged)
+    return judged.decision
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A judgement, and what it rests on."""
+
+    version: Version
+    """The candidate."""
+    gate: GateConfig
+    """The conditions, and the alias that is at stake."""
+    decision: Decision
+    standing: pointer.Pointer | None
+    """The entry that stood when it was made; None: an empty log."""
+
+    @property
+    def champion(self) -> str | None:
+        """Digest of the pack that stood."""
+        return self.standing.pack if self.standing else None
+
+    @property
+    def after(self) -> int:
+        """Number of the entry that an append must come right after."""
+        return self.standing.number if self.standing else 0
+
+
+def judge(
+    store: Store,
+    client: MlflowClient,
+    name: str,
+    pack: str,
+    gate: GateConfig | None,
+    progress: Progress = silent,
+    *,
+    alias: str | None = None,
+) -> Judged:
+    """Judge a published pack and write down what was decided. Nothing moves but the alias `challenger`.
+
+    Args:
+        store, client, name, pack, gate, progress: see `promote`.
+        alias: what is at stake; None takes the gate's.
+    """
     runs.check_server(client.tracking_uri)
     version = versions.carrying(client, name, pack)
     load.verify(store, name, pack, progress)  # the published bytes themselves, every one of them
     manifest = load.load_manifest(store, name, pack)
     gate = gate or parse_config(manifest.config, origin=f"the config of pack {pack}").gate
+    gate = gate if alias is None else gate.model_copy(update={"alias": alias})
     pointer.check_may_append(store, name, gate.alias)
     standing = pointer.current(store, name, gate.alias)
     champion = standing.pack if standing else None
     evidence = _gather(store, manifest, version, champion if champion != pack else None)
-    decision = decide(evidence, gate)
-    _record(client, version, gate, champion, decision)
+    judged = Judged(version, gate, decide(evidence, gate), standing)
+    _record(client, judged)
     versions.set_alias(client, version, CHALLENGER)
-    if decision.promote:
-        versions.set_alias(client, version, gate.alias)
-        if champion != pack:
-            _move(store, client, name, gate.alias, pack, decision, standing)
-    return decision
+    return judged
+
+
+def put_in_service(store: Store, client: MlflowClient, judged: Judged) -> None:
+    """Let MLflow's alias and the pointer name what was judged, if nobody moved the pointer since.
+
+    Raises:
+        ConflictError: someone did.
+        StoreError, TrustError: the pointer could not be written; MLflow's alias is set back.
+    """
+    versions.set_alias(client, judged.version, judged.gate.alias)
+    if judged.champion == judged.version.pack:
+        return
+    try:
+        entry = append(store, judged)
+    except (StoreError, TrustError):
+        _set_back(store, client, judged.version.name, judged.gate.alias, judged.champion)
+        raise
+    versions.note_followed(client, entry)
+
+
+def append(store: Store, judged: Judged, reason: str = PROMOTE) -> pointer.Pointer:
+    """Move the pointer to what was judged, if nobody moved it since."""
+    version, decision = judged.version, judged.decision.model_dump(mode="json")
+    return pointer.append(store, version.name, judged.gate.alias, version.pack, reason, decision, after=judged.after)
 
 
 def rollback(
@@ -116,7 +184,7 @@ def rollback(
         follow_pointer(store, client, name, alias)
     except (MlflowException, SetupError, NotFoundError) as error:
         lag = (
-            f"{name}@{alias} is moved to pack {entry.pack}; the MLflow alias lags ({_first_line(error)}), run "
+            f"{name}@{alias} is moved to pack {entry.pack}; the MLflow alias lags ({first_line(error)}), run "
             f"`modelpress rollback {name} --alias {alias} --to {entry.pack}` to mend"
         )
         return RolledBack(entry.pack, lag)
@@ -130,23 +198,7 @@ def follow_pointer(store: Store, client: MlflowClient, name: str, alias: str) ->
         client.delete_registered_model_alias(name, alias)
     else:
         versions.set_alias(client, versions.carrying(client, name, entry.pack), alias)
-
-
-def _move(
-    store: Store,
-    client: MlflowClient,
-    name: str,
-    alias: str,
-    pack: str,
-    decision: Decision,
-    standing: pointer.Pointer | None,
-) -> None:
-    after = standing.number if standing else 0
-    try:
-        pointer.append(store, name, alias, pack, "promote", decision.model_dump(mode="json"), after=after)
-    except (StoreError, TrustError):
-        _set_back(store, client, name, alias, standing.pack if standing else None)
-        raise
+        versions.note_followed(client, entry)
 
 
 def _set_back(store: Store, client: MlflowClient, name: str, alias: str, before: str | None) -> None:
@@ -166,23 +218,29 @@ def _set_back(store: Store, client: MlflowClient, name: str, alias: str, before:
         else:
             versions.set_alias(client, version, alias)
     except MlflowException as error:
-        log.warning("the MLflow alias %s of %s is ahead of the pointer: %s", alias, name, _first_line(error))
+        log.warning("the MLflow alias %s of %s is ahead of the pointer: %s", alias, name, first_line(error))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What went wrong, in short."""
     return (error.found or error.doing) if isinstance(error, ModelpressError) else str(error).partition("\n")[0][:300]
 
 
-def _record(client: MlflowClient, version: Version, gate: GateConfig, champion: str | None, decision: Decision) -> None:
+def _record(client: MlflowClient, judged: Judged) -> None:
     """Write the decision on the model version, and in full beside its run, before anything moves."""
+    version, gate, decision = judged.version, judged.gate, judged.decision
     versions.annotate(
         client,
         version,
-        {"gate.verdict": decision.verdict, "gate.promote": str(decision.promote).lower(), "gate.alias": gate.alias},
+        {
+            "gate.verdict": decision.verdict,
+            "gate.promote": str(decision.promote).lower(),
+            versions.TAG_GATE_ALIAS: gate.alias,
+        },
     )
     document = {
         "pack": version.pack,
-        "champion": champion,
+        "champion": judged.champion,
         "gate": gate.model_dump(mode="json"),
         "decision": decision.model_dump(mode="json"),
     }

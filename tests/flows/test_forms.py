@@ -16,6 +16,7 @@ from flows.collect import collect
 from flows.evaluate import evaluate_published
 from flows.optimize import optimize
 from flows.promote import promote, rollback
+from flows.reconcile import reconcile
 from flows.scrub import scrub
 from modelpress.config import OptimizeConfig, load_config
 
@@ -53,9 +54,12 @@ def test_every_field_of_the_form_has_help() -> None:
 
 
 def test_the_other_forms_are_typed() -> None:
-    fields = {flow.name: schema(flow)["properties"] for flow in (promote, rollback, scrub, evaluate_published)}
+    fields = {
+        flow.name: schema(flow)["properties"] for flow in (promote, rollback, reconcile, scrub, evaluate_published)
+    }
     assert set(fields["promote"]) == {"name", "candidate", "gate"}
     assert set(fields["rollback"]) == {"name", "alias", "to"}
+    assert set(fields["reconcile"]) == {"name"}
     assert set(fields["evaluate-published"]) == {"name", "alias", "gate"}
     assert set(fields["scrub"]) == {"bytes_per_second", "afresh"}
     for form in fields.values():
@@ -79,7 +83,7 @@ def test_a_deployment_leads_to_its_flow(deployment: dict[str, Any], monkeypatch:
     monkeypatch.chdir(ROOT)
     flow = import_object(deployment["entrypoint"])
     assert isinstance(flow, Flow)
-    assert flow.name == deployment["name"].removesuffix("-gpu")
+    assert flow.name == deployment["name"].removesuffix("-gpu").removesuffix("-poll")
     defaults = {name: spec.get("default") for name, spec in schema(flow)["properties"].items()}
     for name, value in deployment.get("parameters", {}).items():
         assert value == defaults[name], f"{name}: the deployment says something else than the flow"

@@ -30,7 +30,7 @@ from tests.conftest import ROOT
 from tests.integration.small_workloads import WIDTH, Net
 
 NAME = "deployed"
-SCHEDULED = {"evaluate-published", "collect", "scrub"}
+SCHEDULED = {"evaluate-published", "collect", "scrub", "reconcile-poll"}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def deployed(home: Path) -> dict[str, DeploymentResponse]:
 
 
 def test_the_server_holds_every_deployment_whole(deployed: dict[str, DeploymentResponse]) -> None:
-    assert set(deployed) == {"optimize", "optimize-gpu", "promote", "rollback"} | SCHEDULED
+    assert set(deployed) == {"optimize", "optimize-gpu", "promote", "rollback", "reconcile"} | SCHEDULED
     for name, found in deployed.items():
         assert found.version == __version__
         assert found.description
