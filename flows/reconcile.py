@@ -15,7 +15,8 @@ def reconcile(name: PackName | None = None) -> list[Outcome]:
     """Compare MLflow's aliases with the pointers that servers follow, and settle what differs.
 
     An alias that a person set is judged by the pack's own gate: a pass moves the pointer; else the alias goes back, and
-    the model version says why. An alias that lags behind its pointer, or was deleted, is set to what is served. Where
+    the model version says why. Where the gate asks for approval, the alias goes back too, and a run of the deployment
+    `promote` asks a person. An alias that lags behind its pointer, or was deleted, is set to what is served. Where
     nothing differs, nothing is done and no weight is read.
 
     Args:

@@ -25,7 +25,7 @@ from modelpress.pack_files import read_reports
 from modelpress.progress import Progress, silent
 from modelpress.store.base import Store
 from registry import runs, scores, versions
-from registry.gates import Decision, Evidence, Scored, decide
+from registry.gates import Approval, Decision, Evidence, Scored, decide, with_approval
 from registry.versions import Version
 
 CHALLENGER = "challenger"
@@ -47,7 +47,14 @@ class RolledBack:
 
 
 def promote(
-    store: Store, client: MlflowClient, name: str, pack: str, gate: GateConfig | None, progress: Progress = silent
+    store: Store,
+    client: MlflowClient,
+    name: str,
+    pack: str,
+    gate: GateConfig | None,
+    progress: Progress = silent,
+    *,
+    approval: Approval | None = None,
 ) -> Decision:
     """Judge a published pack and, if it passes, make it champion in MLflow and in the store.
 
@@ -58,9 +65,10 @@ def promote(
         pack: digest of the candidate.
         gate: the conditions; None takes those of the pack's own config.
         progress: told while the published bytes are read.
+        approval: what a person answered, where the gate asks for it.
 
     Returns:
-        The decision. A refusal moves nothing but the alias `challenger`.
+        The decision. A refusal moves nothing but the alias `challenger`, and nor does one that waits for a person.
 
     Raises:
         NotFoundError: no such pack, or no model version carries it.
@@ -70,7 +78,7 @@ def promote(
         TrustError: the pack lacks a signature, or there is no key that may move the alias; nothing is moved.
         SetupError: MLflow does not answer.
     """
-    judged = judge(store, client, name, pack, gate, progress)
+    judged = judge(store, client, name, pack, gate, progress, approval=approval)
     if judged.decision.promote:
         put_in_service(store, client, judged)
     return judged.decision
@@ -108,11 +116,12 @@ def judge(
     progress: Progress = silent,
     *,
     alias: str | None = None,
+    approval: Approval | None = None,
 ) -> Judged:
     """Judge a published pack and write down what was decided. Nothing moves but the alias `challenger`.
 
     Args:
-        store, client, name, pack, gate, progress: see `promote`.
+        store, client, name, pack, gate, progress, approval: see `promote`.
         alias: what is at stake; None takes the gate's.
     """
     runs.check_server(client.tracking_uri)
@@ -125,7 +134,10 @@ def judge(
     standing = pointer.current(store, name, gate.alias)
     champion = standing.pack if standing else None
     evidence = _gather(store, manifest, version, champion if champion != pack else None)
-    judged = Judged(version, gate, decide(evidence, gate), standing)
+    decision = decide(evidence, gate)
+    if gate.approval and champion != pack:
+        decision = with_approval(pack, decision, approval, gate)
+    judged = Judged(version, gate, decision, standing)
     _record(client, judged)
     versions.set_alias(client, version, CHALLENGER)
     return judged

@@ -34,10 +34,10 @@ others belong to who set them, and so do models without packs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import RegisteredModel
@@ -50,7 +50,7 @@ from modelpress.errors import ConflictError, FormatError, NotFoundError, TrustEr
 from modelpress.progress import Progress, silent
 from modelpress.reports import Report
 from modelpress.store.base import Store
-from registry import versions
+from registry import gates, versions
 from registry.gates import Decision
 from registry.versions import Version
 
@@ -61,6 +61,10 @@ MAX_LOOKS = 10
 TAG_UNDONE = "undone"
 """Tags of a version whose promotion was undone: `undone.alias`, `undone.at`, `undone.why`."""
 
+if TYPE_CHECKING:
+    from registry.promotion import Judged
+
+Ask = Callable[["Judged"], str]
 Action = Literal["agrees", "followed", "promoted", "undone", "asked", "stuck"]
 
 
@@ -160,8 +164,24 @@ def look(store: Store, client: MlflowClient, name: str | None = None) -> list[Di
     ]
 
 
-def settle(store: Store, client: MlflowClient, name: str, alias: str, progress: Progress = silent) -> Outcome:
+def settle(
+    store: Store,
+    client: MlflowClient,
+    name: str,
+    alias: str,
+    progress: Progress = silent,
+    ask: Ask = lambda _: "start the flow promote, which asks",
+) -> Outcome:
     """Bring MLflow's alias and the pointer together; see this module's table.
+
+    Args:
+        store: the publication store.
+        client: MLflow.
+        name: of the registered model.
+        alias: that may differ.
+        progress: told while published bytes are read.
+        ask: sees to it that a person is asked, and says where; more often than once for the same judgement, where
+            somebody moves something meanwhile.
 
     Raises:
         ConflictError: somebody moves one of them all the time.
@@ -171,7 +191,7 @@ def settle(store: Store, client: MlflowClient, name: str, alias: str, progress: 
     for _ in range(MAX_LOOKS):
         seen = see(store, client, name, alias)
         try:
-            return _settle(store, client, seen, progress)
+            return _settle(store, client, seen, progress, ask)
         except (_MovedError, ConflictError):
             continue
     raise ConflictError(
@@ -235,7 +255,7 @@ def _seen(store: Store, client: MlflowClient, model: RegisteredModel, alias: str
     )
 
 
-def _settle(store: Store, client: MlflowClient, seen: Seen, progress: Progress) -> Outcome:
+def _settle(store: Store, client: MlflowClient, seen: Seen, progress: Progress, ask: Ask) -> Outcome:
     if seen.agrees:
         if seen.entry is not None and seen.followed != seen.standing:
             versions.note_followed(client, seen.entry)
@@ -246,7 +266,7 @@ def _settle(store: Store, client: MlflowClient, seen: Seen, progress: Progress) 
         assert seen.entry is not None
         why = f"MLflow had missed entry {seen.entry.number}, a {seen.entry.reason} by {seen.entry.who}"
         return _follow(store, client, seen, why)
-    return _answer(store, client, seen, seen.version, progress)
+    return _answer(store, client, seen, seen.version, progress, ask)
 
 
 def _lags(store: Store, seen: Seen) -> bool:
@@ -270,7 +290,7 @@ def _follow(store: Store, client: MlflowClient, seen: Seen, why: str) -> Outcome
     return seen.outcome("followed", why)
 
 
-def _answer(store: Store, client: MlflowClient, seen: Seen, version: Version, progress: Progress) -> Outcome:
+def _answer(store: Store, client: MlflowClient, seen: Seen, version: Version, progress: Progress, ask: Ask) -> Outcome:
     """A person set the alias: judge, then move the pointer or undo."""
     from registry import promotion  # reads weights, and so brings torch; a look does without
 
@@ -281,6 +301,10 @@ def _answer(store: Store, client: MlflowClient, seen: Seen, version: Version, pr
         judged = promotion.judge(store, client, seen.name, version.pack, None, progress, alias=seen.alias)
     except (NotFoundError, FormatError, TrustError) as error:
         return _undo(store, client, seen, version, f"its pack can't be served: {error.doing}: {error.found}")
+    if gates.waits(judged.decision):
+        _check_still(store, client, seen)
+        why = f"it passed the gate, which asks for a person's approval: {ask(judged)}"
+        return _undo(store, client, seen, version, why, judged.decision).model_copy(update={"action": "asked"})
     if not judged.decision.promote:
         why = f"the gate said {judged.decision.verdict}: {'; '.join(judged.decision.reasons)}"
         return _undo(store, client, seen, version, why, judged.decision)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -16,11 +18,17 @@ from mlflow import MlflowClient
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.client.schemas.objects import FlowRun
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from flows import approval
+from flows.hooks.app import Hint
+from flows.hooks.lookers import ByWorker
 from flows.hooks.register import register
 from flows.hooks.signed import DELIVERY, SIGNATURE, TIMESTAMP, sign
+from flows.promote import promote
 from modelpress import pointer
-from modelpress.errors import SetupError
+from modelpress.config import GateConfig
+from modelpress.errors import GateError, SetupError
 from modelpress.store.local import LocalStore
 from registry import promotion, versions
 from tests.conftest import ROOT
@@ -123,8 +131,8 @@ def client() -> Iterator[SyncPrefectClient]:
         yield client
 
 
-def looks(client: SyncPrefectClient) -> list[FlowRun]:
-    return client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=["reconcile"])))
+def runs(client: SyncPrefectClient, flow: str) -> list[FlowRun]:
+    return client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=[flow])))
 
 
 def test_a_click_is_served(shelf: Shelf, receiver: str, served: Callable[[], str], home: Path) -> None:
@@ -159,7 +167,7 @@ def test_a_deleted_alias_comes_back_by_an_event(shelf: Shelf, receiver: str, hom
 
 
 def test_what_mlflow_did_not_sign_starts_nothing(shelf: Shelf, receiver: str, client: SyncPrefectClient) -> None:
-    before = len(looks(client))
+    before = len(runs(client, "reconcile"))
     body = b'{"entity":"model_version_alias","action":"created","data":{"name":"clicked"}}'
     now = str(int(time.time()))
     forged = {
@@ -172,7 +180,7 @@ def test_what_mlflow_did_not_sign_starts_nothing(shelf: Shelf, receiver: str, cl
     right = {**forged, SIGNATURE: sign(SECRET.encode(), "forged", now, body)}
     assert [httpx.post(receiver, content=body, headers=right).status_code for _ in range(2)] == [202, 409]
     assert httpx.post(receiver, content=b"x" * 100_000, headers=right).status_code == 413
-    assert len(looks(client)) == before, "what is signed is looked at, and nothing differs"
+    assert len(runs(client, "reconcile")) == before, "what is signed is looked at, and nothing differs"
 
 
 def test_a_second_registration_makes_no_second_webhook(shelf: Shelf, receiver: str) -> None:
@@ -200,26 +208,102 @@ def test_clicks_that_nobody_heard_are_made_up_for_at_the_start(
         eventually(lambda: served() == pack)
 
 
-def test_without_webhooks_the_deployment_finds_it(shelf: Shelf, home: Path, client: SyncPrefectClient) -> None:
-    """A worker, as for `reconcile-poll`; the run is made as the receiver makes it for a worker."""
-    from flows.hooks.app import Hint
-    from flows.hooks.lookers import ByWorker
-
+@pytest.fixture(scope="module")
+def deployed(home: Path, receiver: str) -> None:
+    """The deployments that a worker runs here."""
     prefect("work-pool", "create", "cpu", "--type", "process", "--overwrite")
-    prefect("--no-prompt", "deploy", "--name", "reconcile", "--prefect-file", "infra/prefect.yaml")
+    for name in ("reconcile", "promote"):
+        prefect("--no-prompt", "deploy", "--name", name, "--prefect-file", "infra/prefect.yaml")
+
+
+def work() -> str:
+    return prefect("worker", "start", "--pool", "cpu", "--run-once", MODELPRESS_CHECKOUT=str(ROOT))
+
+
+def state(client: SyncPrefectClient, run: FlowRun) -> str:
+    found = client.read_flow_run(run.id).state
+    assert found is not None
+    return found.name or ""
+
+
+def test_without_webhooks_the_deployment_finds_it(
+    deployed: None, shelf: Shelf, home: Path, client: SyncPrefectClient
+) -> None:
+    """A worker, as for `reconcile-poll`; the run is made as the receiver makes it for a worker. The gate asks for
+    approval: the answer comes by the request that Prefect's form sends."""
     looker = ByWorker("reconcile/reconcile")
     looker.check()
     with pytest.raises(SetupError, match="infra/prefect"):
         ByWorker("reconcile/another").check()
-    pack = shelf.publish()
+    pack, before = shelf.publish(approval=True), shelf.served()
     shelf.click(pack)
-    before = len(looks(client))
     for _ in range(2):
         looker.look(Hint(NAME, "the same delivery"))
-    made = [run for run in looks(client) if run.deployment_id is not None]
-    assert (len(made), len(looks(client))) == (1, before + 1)
-    said = prefect("worker", "start", "--pool", "cpu", "--run-once", MODELPRESS_CHECKOUT=str(ROOT))
-    state = client.read_flow_run(made[0].id).state
-    assert state is not None
-    assert state.is_completed(), said
-    assert shelf.served() == pack
+    (look,) = [run for run in runs(client, "reconcile") if run.deployment_id is not None]
+    said = work()
+    assert state(client, look) == "Completed", said
+    assert shelf.named() == shelf.served() == before
+    (ask,) = runs(client, "promote")
+    assert f"the run {ask.name} asks for it in Prefect" in shelf.description(pack)
+
+    said = work()
+    assert state(client, ask) == "Suspended", said
+    assert (
+        "Shall pack `" in client.request("GET", "/flow_runs/{id}/input/{key}", path_params=described(client, ask)).text
+    )
+    nameless = client.request("POST", "/flow_runs/{id}/resume", path_params={"id": ask.id}, json={"run_input": {}})
+    assert nameless.json()["status"] == "REJECT", "who answers has a name"
+    yes = {"approve": True, "name": "Anna", "reason": "seen on the staging site"}
+    answer = client.request("POST", "/flow_runs/{id}/resume", path_params={"id": ask.id}, json={"run_input": yes})
+    assert answer.json()["status"] == "ACCEPT"
+    said = work()
+    assert state(client, ask) == "Completed", said
+    entry = pointer.current(shelf.store, NAME, "champion")
+    assert entry is not None
+    assert entry.pack == pack == shelf.named()
+    assert entry.decision is not None
+    assert "yes by Anna at" in entry.decision["reasons"][-1]
+    assert "seen on the staging site" in entry.decision["reasons"][-1]
+
+
+def described(client: SyncPrefectClient, run: FlowRun) -> dict[str, Any]:
+    """Where the form of a run that waits has its description."""
+    waiting = client.read_flow_run(run.id).state
+    assert waiting is not None
+    keyset = waiting.state_details.run_input_keyset
+    assert keyset is not None
+    return {"id": run.id, "key": keyset["description"]}
+
+
+def test_a_no_and_no_answer_promote_nothing(
+    shelf: Shelf, client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a deployment the process waits."""
+    monkeypatch.setattr(approval, "POLL_SECONDS", 0.2)
+    pack, before = shelf.publish(), shelf.served()
+    gate = GateConfig(approval=True, approval_hours=1, min_compression_ratio=0, margin=0.3)
+    asking = threading.Thread(target=answer_no, args=(client,))
+    asking.start()
+    with pytest.raises(GateError, match=r"approval: fail, no by Bert at .*: not on a Friday"):
+        promote(NAME, pack, gate)
+    asking.join()
+    with pytest.raises(GateError, match=r"approval: fail, no by nobody at .*: no answer in 0.0003 hours"):
+        promote(NAME, pack, gate.model_copy(update={"approval_hours": 0.0003}))
+    assert shelf.named() == shelf.served() == before
+    assert shelf.tags(pack)["gate.verdict"] == "fail"
+    judged = promotion.judge(shelf.store, shelf.client, NAME, pack, gate).decision
+    with temporary_settings({PREFECT_API_URL: None}):  # a server of this process, with nobody to look at it
+        assert approval.approved(NAME, pack, gate, judged) == judged
+
+
+def answer_no(client: SyncPrefectClient) -> None:
+    def answered() -> bool:
+        for run in runs(client, "promote"):
+            if run.state is not None and run.state.name == "Paused":
+                no = {"run_input": {"approve": False, "name": "Bert", "reason": "not on a Friday"}}
+                said = client.request("POST", "/flow_runs/{id}/resume", path_params={"id": run.id}, json=no)
+                if said.json()["status"] == "ACCEPT":  # not before the form is there, a moment after the pause
+                    return True
+        return False
+
+    eventually(answered)

@@ -11,7 +11,7 @@ from modelpress import keys, pointer
 from modelpress.errors import ConflictError, StoreUnavailableError
 from modelpress.settings import Settings
 from modelpress.store.local import LocalStore
-from registry import promotion, reconcile, runs, versions
+from registry import gates, promotion, reconcile, runs, versions
 from tests.registry.shelf import Shelf
 
 CHAMPION = reconcile.CHAMPION
@@ -287,3 +287,33 @@ def test_the_oldest_notes_go_where_mlflow_takes_no_more(shelf: Shelf, first: str
     assert "note 3 " not in said
     versions.note(shelf.client, version, "y" * 9000)
     assert len(shelf.description(first)) <= versions.MAX_DESCRIPTION
+
+
+def test_where_the_gate_asks_for_approval_the_alias_goes_back_and_a_person_is_asked(shelf: Shelf, first: str) -> None:
+    asking = shelf.publish(approval=True)
+    shelf.click(asking)
+    asked: list[promotion.Judged] = []
+
+    def ask(judged: promotion.Judged) -> str:
+        asked.append(judged)
+        assert shelf.named() == asking, "asked before the wish is gone: a crash in between loses none"
+        return "the run brave-owl asks for it"
+
+    found = reconcile.settle(shelf.store, shelf.client, shelf.name, CHAMPION, ask=ask)
+    assert (found.action, found.pack) == ("asked", first)
+    assert shelf.named() == shelf.served() == first
+    assert "approval: the run brave-owl asks for it" in shelf.description(asking)
+    (judged,) = asked
+    shown = gates.fingerprint(asking, judged.decision)
+    for approved, by, served in ((False, "Bert", first), (True, "Anna", asking)):
+        answer = gates.Approval(approved=approved, by=by, reason="so", at="now", of=shown)
+        decision = promotion.promote(shelf.store, shelf.client, shelf.name, asking, None, approval=answer)
+        assert decision.promote == approved
+        assert shelf.named() == shelf.served() == served
+    entry = pointer.current(shelf.store, shelf.name, CHAMPION)
+    assert entry is not None
+    assert entry.decision is not None
+    assert entry.decision["reasons"][-1] == "approval: pass, yes by Anna at now: so"
+    assert promotion.promote(shelf.store, shelf.client, shelf.name, asking, None).promote, (
+        "who stands asks nobody again"
+    )
