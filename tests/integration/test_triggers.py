@@ -135,6 +135,11 @@ def runs(client: SyncPrefectClient, flow: str) -> list[FlowRun]:
     return client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=[flow])))
 
 
+def here(client: SyncPrefectClient) -> list[FlowRun]:
+    """Those that the receiver runs itself, and no worker."""
+    return [run for run in runs(client, "reconcile") if run.deployment_id is None]
+
+
 def test_a_click_is_served(shelf: Shelf, receiver: str, served: Callable[[], str], home: Path) -> None:
     pack = shelf.publish()
     shelf.click(pack)
@@ -167,7 +172,7 @@ def test_a_deleted_alias_comes_back_by_an_event(shelf: Shelf, receiver: str, hom
 
 
 def test_what_mlflow_did_not_sign_starts_nothing(shelf: Shelf, receiver: str, client: SyncPrefectClient) -> None:
-    before = len(runs(client, "reconcile"))
+    before = len(here(client))
     body = b'{"entity":"model_version_alias","action":"created","data":{"name":"clicked"}}'
     now = str(int(time.time()))
     forged = {
@@ -180,7 +185,7 @@ def test_what_mlflow_did_not_sign_starts_nothing(shelf: Shelf, receiver: str, cl
     right = {**forged, SIGNATURE: sign(SECRET.encode(), "forged", now, body)}
     assert [httpx.post(receiver, content=body, headers=right).status_code for _ in range(2)] == [202, 409]
     assert httpx.post(receiver, content=b"x" * 100_000, headers=right).status_code == 413
-    assert len(runs(client, "reconcile")) == before, "what is signed is looked at, and nothing differs"
+    assert len(here(client)) == before, "what is signed is looked at, and nothing differs"
 
 
 def test_a_second_registration_makes_no_second_webhook(shelf: Shelf, receiver: str) -> None:
@@ -212,18 +217,32 @@ def test_clicks_that_nobody_heard_are_made_up_for_at_the_start(
 def deployed(home: Path, receiver: str) -> None:
     """The deployments that a worker runs here."""
     prefect("work-pool", "create", "cpu", "--type", "process", "--overwrite")
-    for name in ("reconcile", "promote"):
-        prefect("--no-prompt", "deploy", "--name", name, "--prefect-file", "infra/prefect.yaml")
+    prefect("--no-prompt", "deploy", "-n", "reconcile", "-n", "promote", "--prefect-file", "infra/prefect.yaml")
 
 
-def work() -> str:
-    return prefect("worker", "start", "--pool", "cpu", "--run-once", MODELPRESS_CHECKOUT=str(ROOT))
+@contextmanager
+def worker(home: Path) -> Iterator[Callable[[FlowRun, str], None]]:
+    """A worker; what it yields waits until a run is in a state."""
+    settings = {"MODELPRESS_CHECKOUT": str(ROOT), "PREFECT_WORKER_QUERY_SECONDS": "0.5"}
+    log = home / "worker.log"
+    with log.open("ab") as output, get_client(sync_client=True) as client:
+        command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "cpu"]
+        running = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **settings}, stdout=output, stderr=output)
 
+        def until(run: FlowRun, name: str) -> None:
+            def reached() -> bool:
+                state = client.read_flow_run(run.id).state
+                assert state is not None
+                assert state.name == name or not state.is_final(), f"{state!r}\n{log.read_text()[-3000:]}"
+                return state.name == name
 
-def state(client: SyncPrefectClient, run: FlowRun) -> str:
-    found = client.read_flow_run(run.id).state
-    assert found is not None
-    return found.name or ""
+            eventually(reached, log.read_text)
+
+        try:
+            yield until
+        finally:
+            running.terminate()
+            running.wait(60)
 
 
 def test_without_webhooks_the_deployment_finds_it(
@@ -239,31 +258,31 @@ def test_without_webhooks_the_deployment_finds_it(
     shelf.click(pack)
     for _ in range(2):
         looker.look(Hint(NAME, "the same delivery"))
-    (look,) = [run for run in runs(client, "reconcile") if run.deployment_id is not None]
-    said = work()
-    assert state(client, look) == "Completed", said
-    assert shelf.named() == shelf.served() == before
-    (ask,) = runs(client, "promote")
-    assert f"the run {ask.name} asks for it in Prefect" in shelf.description(pack)
-
-    said = work()
-    assert state(client, ask) == "Suspended", said
-    assert (
-        "Shall pack `" in client.request("GET", "/flow_runs/{id}/input/{key}", path_params=described(client, ask)).text
-    )
-    nameless = client.request("POST", "/flow_runs/{id}/resume", path_params={"id": ask.id}, json={"run_input": {}})
-    assert nameless.json()["status"] == "REJECT", "who answers has a name"
-    yes = {"approve": True, "name": "Anna", "reason": "seen on the staging site"}
-    answer = client.request("POST", "/flow_runs/{id}/resume", path_params={"id": ask.id}, json={"run_input": yes})
-    assert answer.json()["status"] == "ACCEPT"
-    said = work()
-    assert state(client, ask) == "Completed", said
+    (look,) = [run for run in runs(client, "reconcile") if "webhook" in run.tags]
+    with worker(home) as until:
+        until(look, "Completed")
+        assert shelf.named() == shelf.served() == before
+        (ask,) = runs(client, "promote")
+        assert f"the run {ask.name} asks for it in Prefect" in shelf.description(pack)
+        until(ask, "Suspended")
+        form = client.request("GET", "/flow_runs/{id}/input/{key}", path_params=described(client, ask))
+        assert f"Shall pack `{pack}` of **{NAME}** be served?" in form.text
+        assert resume(client, ask, {}) == "REJECT", "who answers has a name"
+        assert resume(client, ask, {"approve": True, "name": "Anna", "reason": "seen on the staging site"}) == "ACCEPT"
+        until(ask, "Completed")
     entry = pointer.current(shelf.store, NAME, "champion")
     assert entry is not None
     assert entry.pack == pack == shelf.named()
     assert entry.decision is not None
     assert "yes by Anna at" in entry.decision["reasons"][-1]
     assert "seen on the staging site" in entry.decision["reasons"][-1]
+
+
+def resume(client: SyncPrefectClient, run: FlowRun, answer: dict[str, Any]) -> str:
+    """What the form in Prefect's UI sends."""
+    path = {"id": run.id}
+    answered = client.request("POST", "/flow_runs/{id}/resume", path_params=path, json={"run_input": answer})
+    return str(answered.json()["status"])
 
 
 def described(client: SyncPrefectClient, run: FlowRun) -> dict[str, Any]:
@@ -300,9 +319,8 @@ def answer_no(client: SyncPrefectClient) -> None:
     def answered() -> bool:
         for run in runs(client, "promote"):
             if run.state is not None and run.state.name == "Paused":
-                no = {"run_input": {"approve": False, "name": "Bert", "reason": "not on a Friday"}}
-                said = client.request("POST", "/flow_runs/{id}/resume", path_params={"id": run.id}, json=no)
-                if said.json()["status"] == "ACCEPT":  # not before the form is there, a moment after the pause
+                no = {"approve": False, "name": "Bert", "reason": "not on a Friday"}
+                if resume(client, run, no) == "ACCEPT":  # not before the form is there, a moment after the pause
                     return True
         return False
 
