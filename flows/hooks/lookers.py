@@ -13,6 +13,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import httpx
 from prefect.client.orchestration import get_client
@@ -26,8 +28,6 @@ from tasks.reconcile import opened
 
 log = logging.getLogger("modelpress.hooks")
 
-TROUBLE = (ModelpressError, PrefectException, httpx.HTTPError, OSError)
-"""What a server that is down, or one bad pack, makes of a look. The next look tries again."""
 MAX_WAITING = 10_000
 """Models that wait to be looked at; more are left to the next look at everything."""
 
@@ -88,11 +88,13 @@ class Here:
                 seen = time.monotonic()
 
     def _look_at(self, name: str | None) -> None:
-        """Run the flow for each model that differs; what goes wrong is logged, and looked at again later."""
+        """Run the flow for each model that differs. What goes wrong (a server is down, a pack is bad) is logged, and
+        looked at again later."""
         try:
-            for model in sorted({found.name for found in look(*opened(), name)}):
-                reconcile(model)
-        except TROUBLE as error:
+            with named_errors("running the flow reconcile"):
+                for model in sorted({found.name for found in look(*opened(), name)}):
+                    reconcile(model)
+        except ModelpressError as error:
             log.error("looking at %s: %s", name or "every model", error)
 
 
@@ -113,14 +115,12 @@ class ByWorker:
             SetupError: it is not, or Prefect does not answer.
         """
         doing = f"looking up the deployment {self._deployment!r}"
-        try:
-            with get_client(sync_client=True) as client:
+        with named_errors(doing), get_client(sync_client=True) as client:
+            try:
                 client.read_deployment_by_name(self._deployment)
-        except ObjectNotFound as error:
-            fix = "deploy it: prefect --no-prompt deploy --all --prefect-file infra/prefect.yaml"
-            raise SetupError(doing, found="Prefect's server has none of this name", fix=fix) from error
-        except (PrefectException, httpx.HTTPError) as error:
-            raise SetupError(doing, found=str(error), fix="start Prefect's server, or mend PREFECT_API_URL") from error
+            except ObjectNotFound as error:
+                fix = "deploy it: prefect --no-prompt deploy --all --prefect-file infra/prefect.yaml"
+                raise SetupError(doing, found="Prefect's server has none of this name", fix=fix) from error
 
     @property
     def alive(self) -> bool:
@@ -130,7 +130,8 @@ class ByWorker:
     def look(self, hint: Hint) -> None:
         """Create the run; the same event, handed on by two receivers, makes one."""
         try:
-            with get_client(sync_client=True) as client:
+            doing = f"creating a run of the deployment {self._deployment!r}"
+            with named_errors(doing), get_client(sync_client=True) as client:
                 deployment = client.read_deployment_by_name(self._deployment)
                 client.create_flow_run_from_deployment(
                     deployment.id,
@@ -138,6 +139,20 @@ class ByWorker:
                     tags=["webhook"],
                     idempotency_key=f"mlflow-{hint.delivery}",
                 )
-        except (PrefectException, httpx.HTTPError) as error:
-            log.error("creating a run of %s: %s", self._deployment, error)
+        except SetupError as error:
+            log.error("%s", error)
             raise StartError("Prefect can't be told to look now") from error
+
+
+@contextmanager
+def named_errors(doing: str) -> Iterator[None]:
+    """What Prefect or the way to it refuses in this block becomes a `SetupError`."""
+    fix = "start Prefect's server, or mend PREFECT_API_URL and the login to it"
+    try:
+        yield
+    except (PrefectException, httpx.HTTPError) as error:
+        raise SetupError(doing, found=f"{type(error).__name__}: {error}"[:500], fix=fix) from error
+    except RuntimeError as error:
+        if "Failed to reach API" not in str(error):
+            raise
+        raise SetupError(doing, found=str(error), fix=fix) from error

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from prefect.blocks.system import Secret
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 from prefect.client.schemas.objects import FlowRun
@@ -24,8 +25,9 @@ from flows.evaluate import evaluate_published
 from flows.optimize import OptimizeResult, optimize
 from modelpress import __version__, keys, load, pointer
 from modelpress.config import OptimizeConfig
-from modelpress.errors import CorruptionError, GateError
+from modelpress.errors import ConfigError, CorruptionError, GateError
 from modelpress.store.base import open_store
+from tasks.alarm import Failure, notify
 from tests.conftest import ROOT
 from tests.integration.small_workloads import WIDTH, Net
 
@@ -148,6 +150,16 @@ def test_the_automation_records_a_scheduled_run_that_failed_and_no_other(
     assert page["description"] == "collect: Failed, 2 in a row"
     assert "no space left" in page["data"]
     assert night.name in page["data"]
+
+
+def test_a_block_that_is_not_there_or_sends_nothing_is_an_error_by_name(home: Path) -> None:
+    failure = Failure(deployment="scrub", run="owl", url="", state="Failed", message="no space left", in_a_row=1)
+    with pytest.raises(ConfigError, match="slack-webhook/none"):
+        notify.fn("slack-webhook/none", failure)
+    Secret(value="hidden").save("alarm-test")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="a Secret") as refused:
+        notify.fn("secret/alarm-test", failure)
+    assert "hidden" not in str(refused.value)
 
 
 def test_of_two_late_runs_one_starts_and_the_other_is_cancelled(
