@@ -1,10 +1,10 @@
 """How an alias moves: a promotion, a rollback. What people do in MLflow by hand is `registry.reconcile`'s.
 
 The pointer in the store is what servers follow, and the truth; MLflow's alias is its image for people. A promotion
-records the decision, sets MLflow's alias, then appends to the pointer's log on the condition that nobody moved it since
-the judgement. A crash in between leaves the old champion served; the same promotion, started again, ends the work.
-Where the store refuses the move, MLflow's alias is set back. A rollback moves the pointer first: going back must not
-wait for MLflow, and does not fail with it.
+records the decision, appends to the pointer's log on the condition that nobody moved it since the judgement, then sets
+MLflow's alias. A crash before the append leaves the old champion served, and the same promotion, started again, ends
+the work; one after it leaves an alias that lags, which the next look mends. A rollback moves the pointer and does not
+fail with MLflow: going back must not wait for it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 
 from modelpress import intervals, load, pointer
 from modelpress.config import GateConfig, parse_config
-from modelpress.errors import ModelpressError, NotFoundError, SetupError, StoreError, TrustError
+from modelpress.errors import ModelpressError, NotFoundError, SetupError
 from modelpress.manifest import Manifest
 from modelpress.pack_files import read_reports
 from modelpress.progress import Progress, silent
@@ -74,7 +74,7 @@ def promote(
         NotFoundError: no such pack, or no model version carries it.
         CorruptionError: the published bytes are not what the manifest says.
         ConflictError: someone else moved the alias meanwhile.
-        StoreError: the pointer could not be written; MLflow's alias is set back.
+        StoreError: the pointer could not be written; nothing moved but `challenger`.
         TrustError: the pack lacks a signature, or there is no key that may move the alias; nothing is moved.
         SetupError: MLflow does not answer.
     """
@@ -144,21 +144,16 @@ def judge(
 
 
 def put_in_service(store: Store, client: MlflowClient, judged: Judged) -> None:
-    """Let MLflow's alias and the pointer name what was judged, if nobody moved the pointer since.
+    """Let the pointer name what was judged, if nobody moved it since, and then MLflow's alias.
 
     Raises:
         ConflictError: someone did.
-        StoreError, TrustError: the pointer could not be written; MLflow's alias is set back.
+        StoreError, TrustError: the pointer could not be written; nothing moved.
+        MlflowException: the pointer moved, and MLflow's alias did not: it lags, until the next look or promotion.
     """
-    versions.set_alias(client, judged.version, judged.gate.alias)
-    if judged.champion == judged.version.pack:
-        return
-    try:
-        entry = append(store, judged)
-    except (StoreError, TrustError):
-        _set_back(store, client, judged.version.name, judged.gate.alias, judged.champion)
-        raise
-    versions.note_followed(client, entry)
+    if judged.champion != judged.version.pack:
+        append(store, judged)
+    versions.follow_pointer(store, client, judged.version.name, judged.gate.alias)
 
 
 def append(store: Store, judged: Judged, reason: str = PROMOTE) -> pointer.Pointer:
@@ -193,7 +188,7 @@ def rollback(
         entry = pointer.rollback(store, name, alias, target, token=token)
     try:
         runs.check_server(client.tracking_uri)
-        follow_pointer(store, client, name, alias)
+        versions.follow_pointer(store, client, name, alias)
     except (MlflowException, SetupError, NotFoundError) as error:
         lag = (
             f"{name}@{alias} is moved to pack {entry.pack}; the MLflow alias lags ({first_line(error)}), run "
@@ -201,36 +196,6 @@ def rollback(
         )
         return RolledBack(entry.pack, lag)
     return RolledBack(entry.pack, None)
-
-
-def follow_pointer(store: Store, client: MlflowClient, name: str, alias: str) -> None:
-    """Let MLflow's alias say what the pointer says."""
-    entry = pointer.current(store, name, alias)
-    if entry is None:
-        client.delete_registered_model_alias(name, alias)
-    else:
-        versions.set_alias(client, versions.carrying(client, name, entry.pack), alias)
-        versions.note_followed(client, entry)
-
-
-def _set_back(store: Store, client: MlflowClient, name: str, alias: str, before: str | None) -> None:
-    """Let MLflow's alias say what the pointer says; where the store no longer tells, what it said `before`.
-
-    The caller has an error of the store to raise, which matters more than MLflow's.
-    """
-    try:
-        entry = pointer.current(store, name, alias)
-        before = entry.pack if entry else None
-    except (StoreError, TrustError):
-        log.warning("the pointer of %s@%s can't be read; its MLflow alias goes back to %s", name, alias, before)
-    try:
-        version = versions.find(client, name, before) if before else None
-        if version is None:
-            client.delete_registered_model_alias(name, alias)
-        else:
-            versions.set_alias(client, version, alias)
-    except MlflowException as error:
-        log.warning("the MLflow alias %s of %s is ahead of the pointer: %s", alias, name, first_line(error))
 
 
 def first_line(error: Exception) -> str:

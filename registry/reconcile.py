@@ -151,17 +151,19 @@ class Seen:
 def look(store: Store, client: MlflowClient, name: str | None = None) -> list[Differing]:
     """The watched aliases that do not say what their pointers say, of one model or of all.
 
-    Costs a request or two to the store and to MLflow for each alias; no weight is read.
+    Costs a request or two to the store and to MLflow for each alias; no weight is read. A pointer that is damaged or
+    not vouched for counts as differing: `settle` says what is wrong with it, and no other model waits for that.
 
     Raises:
-        ModelpressError: a pointer can't be read, or is not vouched for.
+        StoreError: the store could not be asked.
     """
-    return [
-        Differing(name=seen.name, alias=seen.alias)
-        for model in _models(client, name)
-        for seen in _watched(store, client, model)
-        if not seen.agrees or seen.standing != seen.followed
-    ]
+    found = []
+    for model in _models(client, name):
+        logs = set(store.folders(f"{keys.manifests(model.name)}refs/"))
+        for alias in sorted({one for one in (*logs, *model.aliases) if keys.is_alias(one)}):
+            if _differs(store, client, model, alias, watched=alias in logs):
+                found.append(Differing(name=model.name, alias=alias))
+    return found
 
 
 def settle(
@@ -225,14 +227,14 @@ def _models(client: MlflowClient, name: str | None) -> Iterator[RegisteredModel]
             return
 
 
-def _watched(store: Store, client: MlflowClient, model: RegisteredModel) -> Iterator[Seen]:
-    logs = set(store.folders(f"{keys.manifests(model.name)}refs/"))
-    for alias in sorted({alias for alias in {CHAMPION, *logs, *model.aliases} if keys.is_alias(alias)}):
-        if alias not in logs and alias not in model.aliases:
-            continue
+def _differs(store: Store, client: MlflowClient, model: RegisteredModel, alias: str, *, watched: bool) -> bool:
+    try:
         seen = _seen(store, client, model, alias)
-        if alias in logs or _ours(store, seen):
-            yield seen
+    except (FormatError, TrustError):
+        return True
+    if seen.agrees and seen.standing == seen.followed:
+        return False
+    return watched or _ours(store, seen)
 
 
 def _ours(store: Store, seen: Seen) -> bool:
@@ -283,8 +285,7 @@ def _follow(store: Store, client: MlflowClient, seen: Seen, why: str) -> Outcome
     if version is None:
         fix = "run the optimize flow again with its recipe: it registers what is published"
         return seen.outcome("stuck", f"{why}; no model version carries it: {fix}")
-    _check_still(store, client, seen)
-    versions.set_alias(client, version, seen.alias)
+    _set_back(store, client, seen, version)
     versions.note_followed(client, seen.entry)
     versions.note(client, version, f"{_now()}: alias `{seen.alias}` was set again: {why}.")
     return seen.outcome("followed", why)
@@ -324,14 +325,27 @@ def _undo(
     _check_still(store, client, seen)
     tags = {"alias": seen.alias, "at": _now(), "why": why[: versions.MAX_TAG]}
     versions.annotate(client, version, {f"{TAG_UNDONE}.{key}": value for key, value in tags.items()})
-    where = f"back to version {back.number}" if back else "taken away; nothing is served by it"
-    text = f"{_now()}: alias `{seen.alias}`, set by hand in MLflow, was {where}: {why}."
-    versions.note(client, version, text)
-    if back is None:
+    where = f"set back to version {back.number}" if back else "taken away"
+    versions.note(client, version, f"{_now()}: alias `{seen.alias}`, set by hand in MLflow, was {where}: {why}.")
+    _set_back(store, client, seen, back)
+    return seen.outcome("undone", why, decision)
+
+
+def _set_back(store: Store, client: MlflowClient, seen: Seen, version: Version | None) -> None:
+    """Let the alias name this version, or none; as right after it is right before.
+
+    Raises:
+        _MovedError: somebody moved something; the alias follows the pointer then, or is theirs.
+    """
+    _check_still(store, client, seen)
+    if version is None:
         client.delete_registered_model_alias(seen.name, seen.alias)
     else:
-        versions.set_alias(client, back, seen.alias)
-    return seen.outcome("undone", why, decision)
+        versions.set_alias(client, version, seen.alias)
+    entry = pointer.current(store, seen.name, seen.alias)
+    if (entry.number if entry else 0) != seen.standing:  # what we set would pass for a person's wish
+        versions.follow_pointer(store, client, seen.name, seen.alias)
+        raise _MovedError
 
 
 def _check_still(store: Store, client: MlflowClient, seen: Seen) -> None:

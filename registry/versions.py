@@ -191,6 +191,20 @@ def note_followed(client: MlflowClient, entry: pointer.Pointer) -> None:
     client.set_registered_model_tag(entry.name, FOLLOWED + entry.alias, str(entry.number))
 
 
+def follow_pointer(store: Store, client: MlflowClient, name: str, alias: str) -> None:
+    """Let MLflow's alias say what the pointer says.
+
+    Raises:
+        NotFoundError: no version carries the pack.
+    """
+    entry = pointer.current(store, name, alias)
+    if entry is None:
+        client.delete_registered_model_alias(name, alias)
+    else:
+        set_alias(client, carrying(client, name, entry.pack), alias)
+        note_followed(client, entry)
+
+
 def measured_number(version: Version, key: str) -> float | None:
     """A measured tag as a number; None where the version has no such tag.
 

@@ -23,6 +23,7 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from flows.hooks.app import Hint, StartError
 from flows.reconcile import reconcile
 from modelpress.errors import ModelpressError, SetupError
+from registry import runs
 from registry.reconcile import look
 from tasks.reconcile import opened
 
@@ -91,11 +92,18 @@ class Here:
         """Run the flow for each model that differs. What goes wrong (a server is down, a pack is bad) is logged, and
         looked at again later."""
         try:
-            with named_errors("running the flow reconcile"):
-                for model in sorted({found.name for found in look(*opened(), name)}):
-                    reconcile(model)
+            store, client = opened()
+            with runs.named_errors(client.tracking_uri):
+                models = sorted({found.name for found in look(store, client, name)})
         except ModelpressError as error:
             log.error("looking at %s: %s", name or "every model", error)
+            return
+        for model in models:
+            try:
+                with named_errors("running the flow reconcile"):
+                    reconcile(model)
+            except ModelpressError as error:
+                log.error("reconciling %s: %s", model, error)
 
 
 class ByWorker:

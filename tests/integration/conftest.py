@@ -27,7 +27,7 @@ QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # else seven more processes, for evaluations that nobody asks for
 }
-START_SECONDS = 90
+START_SECONDS = 240
 
 
 @pytest.fixture(scope="session")

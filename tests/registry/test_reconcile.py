@@ -8,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 from modelpress import keys, pointer
-from modelpress.errors import ConflictError, StoreUnavailableError
+from modelpress.errors import ConflictError, CorruptionError, StoreUnavailableError
 from modelpress.settings import Settings
 from modelpress.store.local import LocalStore
 from registry import gates, promotion, reconcile, runs, versions
@@ -77,7 +77,7 @@ def test_a_click_that_the_gate_refuses_is_undone_and_says_so(shelf: Shelf, first
     assert "the gate said fail: quality against the source: fail" in tags["undone.why"]
     said = shelf.description(worse)
     assert said.startswith("How it came to be.")
-    assert "alias `champion`, set by hand in MLflow, was back to version 1: the gate said fail" in said
+    assert "alias `champion`, set by hand in MLflow, was set back to version 1: the gate said fail" in said
     assert shelf.differing() == []
 
 
@@ -87,7 +87,7 @@ def test_a_refused_first_champion_leaves_no_alias(shelf: Shelf) -> None:
     assert shelf.settle().action == "undone"
     assert shelf.named() is None
     assert shelf.served() is None
-    assert "was taken away; nothing is served by it" in shelf.description(worse)
+    assert "was taken away: the gate said fail" in shelf.description(worse)
 
 
 def test_a_version_without_a_pack_is_undone_and_one_of_another_team_is_left_alone(shelf: Shelf, first: str) -> None:
@@ -168,7 +168,7 @@ def test_going_back_by_a_click_is_judged_like_any_candidate(shelf: Shelf, first:
     assert shelf.served() == first
 
 
-def test_a_promotion_that_died_before_the_pointer_is_ended(
+def test_a_promotion_that_died_before_mlflow_is_ended(
     shelf: Shelf, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     second = shelf.publish()
@@ -177,12 +177,42 @@ def test_a_promotion_that_died_before_the_pointer_is_ended(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pointer, "append", dies)
+        patch.setattr(versions, "follow_pointer", dies)
         with pytest.raises(KeyboardInterrupt):
             promotion.promote(shelf.store, shelf.client, shelf.name, second, None)
-    assert (shelf.named(), shelf.served()) == (second, first)
-    assert shelf.settle().action == "promoted"
-    assert shelf.served() == second
+    assert (shelf.named(), shelf.served()) == (first, second)
+    assert shelf.settle().action == "followed"
+    assert shelf.named() == shelf.served() == second
+
+
+def test_a_promotion_at_the_moment_of_an_undoing_stands(
+    shelf: Shelf, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the last look and setting the alias back: what is set back must not pass for a click."""
+    worse, good = shelf.publish(quality=0.1), shelf.publish()
+    shelf.click(worse)
+    set_alias, moves = versions.set_alias, [good]
+
+    def meanwhile(client: MlflowClient, version: versions.Version, alias: str) -> None:
+        if version.pack == first and moves:
+            promotion.promote(shelf.store, shelf.client, shelf.name, moves.pop(), None)
+        set_alias(client, version, alias)
+
+    monkeypatch.setattr(versions, "set_alias", meanwhile)
+    assert shelf.settle().action == "agrees"
+    assert shelf.named() == shelf.served() == good
+    assert shelf.differing() == []
+
+
+def test_a_damaged_pointer_keeps_no_other_model_waiting(shelf: Shelf, first: str) -> None:
+    (key,) = [info.key for info in shelf.store.list(keys.pointers(shelf.name, CHAMPION))]
+    good = shelf.store.get(key)
+    shelf.store.put(key, b"{}")
+    assert shelf.differing() == [CHAMPION]
+    with pytest.raises(CorruptionError, match="refs/champion/00000001"):
+        shelf.settle()
+    shelf.store.put(key, good)
+    assert shelf.differing() == []
 
 
 def during_judgement(monkeypatch: pytest.MonkeyPatch, *moves: object) -> None:
