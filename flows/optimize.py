@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prefect import flow
 
+from flows.approval import approved
 from flows.line import tracked
 from flows.result import OptimizeResult
 from flows.stages import run_stages
@@ -20,6 +21,7 @@ def optimize(config: OptimizeConfig) -> OptimizeResult:
 
     Each stage takes its finished output from the work store where there is one, so that a run which was interrupted,
     or is started twice, repeats nothing. A stage whose quality is over budget ends the flow; nothing is published then.
+    Where the gate asks for approval, the run waits for a person's answer at its end.
     """
     config = pin_bases(config)
     with tracked(config) as line:
@@ -30,4 +32,8 @@ def optimize(config: OptimizeConfig) -> OptimizeResult:
         published = line.passed("upload", upload(run, coded.output, shards.outputs, config, line.provenance()))
         version = register(run, published.report, line.lineage(), line.headline())
         decision = promote(config.name, published.report.pack, config.gate) if config.promote else None
-        return line.delivered(published.report, version, decision)
+        result = line.delivered(published.report, version, decision)
+    if decision is None:
+        return result
+    # A person may take a day: the run in MLflow has ended by then, and says that it waits.
+    return result.model_copy(update={"decision": approved(config.name, result.pack, config.gate, decision)})

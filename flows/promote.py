@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prefect import flow
 
+from flows.approval import approved
 from modelpress.config import Alias, GateConfig, PackName
 from modelpress.errors import GateError
 from registry.gates import Decision
@@ -14,6 +15,8 @@ from tasks import release
 def promote(name: PackName, candidate: str = "challenger", gate: GateConfig | None = None) -> Decision:
     """Judge a published pack on its own bytes, and make it champion if it is no worse.
 
+    Where the gate asks for approval, the run waits for a person's answer.
+
     Args:
         name: Name of the pack and of the registered model.
         candidate: What is judged: an alias, a model version's number, or a pack's digest.
@@ -23,7 +26,7 @@ def promote(name: PackName, candidate: str = "challenger", gate: GateConfig | No
         GateError: the gate refused; the champion is who it was.
     """
     pack = release.find_pack(name, candidate)
-    decision = release.promote(name, pack, gate)
+    decision = approved(name, pack, gate, release.promote(name, pack, gate))
     if not decision.promote:
         raise GateError(
             f"promoting {name} {pack}",

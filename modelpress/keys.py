@@ -165,6 +165,11 @@ def is_digest(text: str) -> bool:
     return _DIGEST.fullmatch(text) is not None
 
 
+def is_name(text: str) -> bool:
+    """Whether `text` can be the name of a pack."""
+    return _NAME.fullmatch(text) is not None
+
+
 def is_alias(text: str) -> bool:
     """Whether `text` can be an alias."""
     return _ALIAS.fullmatch(text) is not None

@@ -7,6 +7,7 @@ between. Only a pass promotes.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ OTHER_SAMPLES = (
     "the two were scored on other samples; run the reference's recipe again on the present ones, point the alias at "
     "that pack with `modelpress rollback NAME --to DIGEST`, then promote this one again"
 )
+APPROVAL = "approval"
+"""Name of the check that a person answers."""
 Scores = npt.NDArray[np.float64]
 
 
@@ -85,10 +88,27 @@ class Decision(Report):
     """The largest of the checks'."""
     checks: list[Check]
     """The single conditions."""
+    wait_hours: float | None = None
+    """How long a person's answer is waited for, where one is asked for."""
 
     def line(self) -> str:
         """The decision in one line, for logs."""
         return f"{'promote' if self.promote else 'refuse'} ({self.verdict}): {'; '.join(self.reasons)}"
+
+
+class Approval(Report):
+    """What a person answered."""
+
+    approved: bool
+    """Yes or no."""
+    by: str
+    """The name that was given."""
+    reason: str
+    """Why."""
+    at: str
+    """When, UTC."""
+    of: str
+    """`fingerprint` of the decision that was shown: an answer holds for no other."""
 
 
 def decide(evidence: Evidence, config: GateConfig) -> Decision:
@@ -104,6 +124,29 @@ def decide(evidence: Evidence, config: GateConfig) -> Decision:
     if evidence.quantized:
         checks.append(_covered(evidence.coverage))
     return _conclude(checks)
+
+
+def fingerprint(pack: str, decision: Decision) -> str:
+    """Names what a person is shown: the pack, and all checks but their own, with the numbers."""
+    shown = [reason for check, reason in zip(decision.checks, decision.reasons, strict=True) if check.name != APPROVAL]
+    return hashlib.sha256("\n".join([pack, *shown]).encode()).hexdigest()[:16]
+
+
+def with_approval(pack: str, decision: Decision, approval: Approval | None, config: GateConfig) -> Decision:
+    """A decision that passed, and what a person said of this very one; one that did not pass is shown to nobody."""
+    if not decision.promote:
+        return decision
+    if approval is None or approval.of != fingerprint(pack, decision):
+        check = Check(name=APPROVAL, verdict="inconclusive", reason="a person must agree, and nobody has answered")
+    else:
+        answer = f"{'yes' if approval.approved else 'no'} by {approval.by} at {approval.at}: {approval.reason}"
+        check = Check(name=APPROVAL, verdict="pass" if approval.approved else "fail", reason=answer)
+    return _conclude([*decision.checks, check]).model_copy(update={"wait_hours": config.approval_hours})
+
+
+def waits(decision: Decision) -> bool:
+    """Whether nothing but a person's answer is missing."""
+    return any(check.name == APPROVAL and check.verdict == "inconclusive" for check in decision.checks)
 
 
 def recheck(found: Scored, published: Mapping[str, Scored], config: GateConfig) -> Decision:

@@ -1,10 +1,10 @@
-"""The one place where an alias moves.
+"""How an alias moves: a promotion, a rollback. What people do in MLflow by hand is `registry.reconcile`'s.
 
 The pointer in the store is what servers follow, and the truth; MLflow's alias is its image for people. A promotion
-records the decision, sets MLflow's alias, then appends to the pointer's log on the condition that nobody moved it since
-the judgement. A crash in between leaves the old champion served; the same promotion, started again, ends the work.
-Where the store refuses the move, MLflow's alias is set back. A rollback moves the pointer first: going back must not
-wait for MLflow, and does not fail with it.
+records the decision, appends to the pointer's log on the condition that nobody moved it since the judgement, then sets
+MLflow's alias. A crash before the append leaves the old champion served, and the same promotion, started again, ends
+the work; one after it leaves an alias that lags, which the next look mends. A rollback moves the pointer and does not
+fail with MLflow: going back must not wait for it.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from mlflow.exceptions import MlflowException
 
 from modelpress import intervals, load, pointer
 from modelpress.config import GateConfig, parse_config
-from modelpress.errors import ModelpressError, NotFoundError, SetupError, StoreError, TrustError
+from modelpress.errors import ModelpressError, NotFoundError, SetupError
 from modelpress.manifest import Manifest
 from modelpress.pack_files import read_reports
 from modelpress.progress import Progress, silent
 from modelpress.store.base import Store
 from registry import runs, scores, versions
-from registry.gates import Decision, Evidence, Scored, decide
+from registry.gates import Approval, Decision, Evidence, Scored, decide, with_approval
 from registry.versions import Version
 
 CHALLENGER = "challenger"
 """Alias of the version that was judged last."""
+PROMOTE = "promote"
+"""Reason of a pointer's entry that a passed gate wrote."""
 UNMEASURED = Scored(None, samples="", metric="quality")
 log = logging.getLogger(__name__)
 
@@ -45,7 +47,14 @@ class RolledBack:
 
 
 def promote(
-    store: Store, client: MlflowClient, name: str, pack: str, gate: GateConfig | None, progress: Progress = silent
+    store: Store,
+    client: MlflowClient,
+    name: str,
+    pack: str,
+    gate: GateConfig | None,
+    progress: Progress = silent,
+    *,
+    approval: Approval | None = None,
 ) -> Decision:
     """Judge a published pack and, if it passes, make it champion in MLflow and in the store.
 
@@ -56,35 +65,101 @@ def promote(
         pack: digest of the candidate.
         gate: the conditions; None takes those of the pack's own config.
         progress: told while the published bytes are read.
+        approval: what a person answered, where the gate asks for it.
 
     Returns:
-        The decision. A refusal moves nothing but the alias `challenger`.
+        The decision. A refusal moves nothing but the alias `challenger`, and nor does one that waits for a person.
 
     Raises:
         NotFoundError: no such pack, or no model version carries it.
         CorruptionError: the published bytes are not what the manifest says.
         ConflictError: someone else moved the alias meanwhile.
-        StoreError: the pointer could not be written; MLflow's alias is set back.
+        StoreError: the pointer could not be written; nothing moved but `challenger`.
         TrustError: the pack lacks a signature, or there is no key that may move the alias; nothing is moved.
         SetupError: MLflow does not answer.
+    """
+    judged = judge(store, client, name, pack, gate, progress, approval=approval)
+    if judged.decision.promote:
+        put_in_service(store, client, judged)
+    return judged.decision
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A judgement, and what it rests on."""
+
+    version: Version
+    """The candidate."""
+    gate: GateConfig
+    """The conditions, and the alias that is at stake."""
+    decision: Decision
+    standing: pointer.Pointer | None
+    """The entry that stood when it was made; None: an empty log."""
+
+    @property
+    def champion(self) -> str | None:
+        """Digest of the pack that stood."""
+        return self.standing.pack if self.standing else None
+
+    @property
+    def after(self) -> int:
+        """Number of the entry that an append must come right after."""
+        return self.standing.number if self.standing else 0
+
+
+def judge(
+    store: Store,
+    client: MlflowClient,
+    name: str,
+    pack: str,
+    gate: GateConfig | None,
+    progress: Progress = silent,
+    *,
+    alias: str | None = None,
+    approval: Approval | None = None,
+) -> Judged:
+    """Judge a published pack and write down what was decided. Nothing moves but the alias `challenger`.
+
+    Args:
+        store, client, name, pack, gate, progress, approval: see `promote`.
+        alias: what is at stake; None takes the gate's.
     """
     runs.check_server(client.tracking_uri)
     version = versions.carrying(client, name, pack)
     load.verify(store, name, pack, progress)  # the published bytes themselves, every one of them
     manifest = load.load_manifest(store, name, pack)
     gate = gate or parse_config(manifest.config, origin=f"the config of pack {pack}").gate
+    gate = gate if alias is None else gate.model_copy(update={"alias": alias})
     pointer.check_may_append(store, name, gate.alias)
     standing = pointer.current(store, name, gate.alias)
     champion = standing.pack if standing else None
     evidence = _gather(store, manifest, version, champion if champion != pack else None)
     decision = decide(evidence, gate)
-    _record(client, version, gate, champion, decision)
+    if gate.approval and champion != pack:
+        decision = with_approval(pack, decision, approval, gate)
+    judged = Judged(version, gate, decision, standing)
+    _record(client, judged)
     versions.set_alias(client, version, CHALLENGER)
-    if decision.promote:
-        versions.set_alias(client, version, gate.alias)
-        if champion != pack:
-            _move(store, client, name, gate.alias, pack, decision, standing)
-    return decision
+    return judged
+
+
+def put_in_service(store: Store, client: MlflowClient, judged: Judged) -> None:
+    """Let the pointer name what was judged, if nobody moved it since, and then MLflow's alias.
+
+    Raises:
+        ConflictError: someone did.
+        StoreError, TrustError: the pointer could not be written; nothing moved.
+        MlflowException: the pointer moved, and MLflow's alias did not: it lags, until the next look or promotion.
+    """
+    if judged.champion != judged.version.pack:
+        append(store, judged)
+    versions.follow_pointer(store, client, judged.version.name, judged.gate.alias)
+
+
+def append(store: Store, judged: Judged, reason: str = PROMOTE) -> pointer.Pointer:
+    """Move the pointer to what was judged, if nobody moved it since."""
+    version, decision = judged.version, judged.decision.model_dump(mode="json")
+    return pointer.append(store, version.name, judged.gate.alias, version.pack, reason, decision, after=judged.after)
 
 
 def rollback(
@@ -113,76 +188,36 @@ def rollback(
         entry = pointer.rollback(store, name, alias, target, token=token)
     try:
         runs.check_server(client.tracking_uri)
-        follow_pointer(store, client, name, alias)
+        versions.follow_pointer(store, client, name, alias)
     except (MlflowException, SetupError, NotFoundError) as error:
         lag = (
-            f"{name}@{alias} is moved to pack {entry.pack}; the MLflow alias lags ({_first_line(error)}), run "
+            f"{name}@{alias} is moved to pack {entry.pack}; the MLflow alias lags ({first_line(error)}), run "
             f"`modelpress rollback {name} --alias {alias} --to {entry.pack}` to mend"
         )
         return RolledBack(entry.pack, lag)
     return RolledBack(entry.pack, None)
 
 
-def follow_pointer(store: Store, client: MlflowClient, name: str, alias: str) -> None:
-    """Let MLflow's alias say what the pointer says."""
-    entry = pointer.current(store, name, alias)
-    if entry is None:
-        client.delete_registered_model_alias(name, alias)
-    else:
-        versions.set_alias(client, versions.carrying(client, name, entry.pack), alias)
-
-
-def _move(
-    store: Store,
-    client: MlflowClient,
-    name: str,
-    alias: str,
-    pack: str,
-    decision: Decision,
-    standing: pointer.Pointer | None,
-) -> None:
-    after = standing.number if standing else 0
-    try:
-        pointer.append(store, name, alias, pack, "promote", decision.model_dump(mode="json"), after=after)
-    except (StoreError, TrustError):
-        _set_back(store, client, name, alias, standing.pack if standing else None)
-        raise
-
-
-def _set_back(store: Store, client: MlflowClient, name: str, alias: str, before: str | None) -> None:
-    """Let MLflow's alias say what the pointer says; where the store no longer tells, what it said `before`.
-
-    The caller has an error of the store to raise, which matters more than MLflow's.
-    """
-    try:
-        entry = pointer.current(store, name, alias)
-        before = entry.pack if entry else None
-    except (StoreError, TrustError):
-        log.warning("the pointer of %s@%s can't be read; its MLflow alias goes back to %s", name, alias, before)
-    try:
-        version = versions.find(client, name, before) if before else None
-        if version is None:
-            client.delete_registered_model_alias(name, alias)
-        else:
-            versions.set_alias(client, version, alias)
-    except MlflowException as error:
-        log.warning("the MLflow alias %s of %s is ahead of the pointer: %s", alias, name, _first_line(error))
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What went wrong, in short."""
     return (error.found or error.doing) if isinstance(error, ModelpressError) else str(error).partition("\n")[0][:300]
 
 
-def _record(client: MlflowClient, version: Version, gate: GateConfig, champion: str | None, decision: Decision) -> None:
+def _record(client: MlflowClient, judged: Judged) -> None:
     """Write the decision on the model version, and in full beside its run, before anything moves."""
+    version, gate, decision = judged.version, judged.gate, judged.decision
     versions.annotate(
         client,
         version,
-        {"gate.verdict": decision.verdict, "gate.promote": str(decision.promote).lower(), "gate.alias": gate.alias},
+        {
+            "gate.verdict": decision.verdict,
+            "gate.promote": str(decision.promote).lower(),
+            versions.TAG_GATE_ALIAS: gate.alias,
+        },
     )
     document = {
         "pack": version.pack,
-        "champion": champion,
+        "champion": judged.champion,
         "gate": gate.model_dump(mode="json"),
         "decision": decision.model_dump(mode="json"),
     }

@@ -24,6 +24,17 @@ TAG_PACK = "pack"
 TAG_URI = "pack_uri"
 TAG_LOGGED = "logged_model"
 TAG_VERSION = "model_version"
+TAG_GATE_ALIAS = "gate.alias"
+"""The alias that was at stake when the version was judged last."""
+FOLLOWED = "pointer."
+"""Beginning of a registered model's tags, one for each alias: number of the pointer's entry that MLflow's alias was
+known to follow last."""
+MAX_DESCRIPTION = 5000
+"""Characters that MLflow takes."""
+MAX_TAG = 1000
+"""Characters of a tag's value that are worth keeping; MLflow takes more."""
+NOTES = "\n\n---\n"
+"""Between a version's description and the notes under it."""
 SHORTEST_DIGEST = 12
 """Digits: a shorter number is a version's."""
 
@@ -162,6 +173,36 @@ def annotate(client: MlflowClient, version: Version, tags: Mapping[str, str]) ->
     """Set tags of a version."""
     for key, value in tags.items():
         client.set_model_version_tag(version.name, version.number, key, value)
+
+
+def note(client: MlflowClient, version: Version, text: str) -> None:
+    """Write a line under the description of a version; the oldest such lines go where MLflow takes no more."""
+    before = client.get_model_version(version.name, version.number).description or ""
+    body, _, lines = before.partition(NOTES)
+    kept = [*(line for line in lines.split("\n") if line), f"- {text}"[: MAX_DESCRIPTION // 2]]
+    while len(kept) > 1 and len(body) + len(NOTES) + len("\n".join(kept)) > MAX_DESCRIPTION:
+        kept.pop(0)
+    room = MAX_DESCRIPTION - len(NOTES) - len("\n".join(kept))
+    client.update_model_version(version.name, version.number, body[:room] + NOTES + "\n".join(kept))
+
+
+def note_followed(client: MlflowClient, entry: pointer.Pointer) -> None:
+    """Remember that MLflow's alias says what this entry says: what it says later, other than this, a person set."""
+    client.set_registered_model_tag(entry.name, FOLLOWED + entry.alias, str(entry.number))
+
+
+def follow_pointer(store: Store, client: MlflowClient, name: str, alias: str) -> None:
+    """Let MLflow's alias say what the pointer says.
+
+    Raises:
+        NotFoundError: no version carries the pack.
+    """
+    entry = pointer.current(store, name, alias)
+    if entry is None:
+        client.delete_registered_model_alias(name, alias)
+    else:
+        set_alias(client, carrying(client, name, entry.pack), alias)
+        note_followed(client, entry)
 
 
 def measured_number(version: Version, key: str) -> float | None:

@@ -18,7 +18,7 @@ from modelpress.reports import Report, UploadReport
 from modelpress.settings import read_settings
 from modelpress.store.base import open_store
 from registry import datasets, runs, versions
-from registry.gates import Decision
+from registry.gates import Approval, Decision
 from registry.lineage import Lineage
 from tasks.progress import StageProgress
 from tasks.runner import RunContext
@@ -91,14 +91,15 @@ def _log_measured(child: runs.Run, run_id: str, model_id: str, measured: Mapping
 
 
 @task(name="promote", task_run_name="promote-{name}", cache_policy=NO_CACHE)
-def promote(name: str, pack: str, config: GateConfig | None = None) -> Decision:
+def promote(name: str, pack: str, config: GateConfig | None = None, approval: Approval | None = None) -> Decision:
     """Judge a published pack on its own bytes, freshly read, and move the alias if it passes."""
     from registry import promotion
 
     settings = read_settings()
     store = open_store(settings.store_uri, settings)
     with StageProgress("gate") as progress, runs.named_errors(settings.mlflow_uri, runs.right_to_edit(name)):
-        decision = promotion.promote(store, runs.open_client(settings), name, pack, config, progress)
+        client = runs.open_client(settings)
+        decision = promotion.promote(store, client, name, pack, config, progress, approval=approval)
     get_run_logger().info("gate: %s", decision.line(), extra={"stage": "gate"})
     return decision
 

@@ -11,6 +11,7 @@ import typer
 from modelpress.cli import (
     caches,
     folders,
+    hooks,
     housekeeping,
     kserve,
     models,
@@ -30,6 +31,7 @@ __all__ = [
     "app",
     "caches",
     "folders",
+    "hooks",
     "housekeeping",
     "kserve",
     "main",

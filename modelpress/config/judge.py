@@ -47,3 +47,7 @@ class GateConfig(Config):
     evaluate.attribution_samples."""
     alias: Alias = "champion"
     """The pointer that a passed gate moves."""
+    approval: bool = False
+    """A person must agree as well, once everything else passed: the run pauses, and is answered in Prefect's UI."""
+    approval_hours: float = Field(default=24.0, gt=0, le=720)
+    """How long it waits; no answer is a no."""

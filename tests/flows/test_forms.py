@@ -17,13 +17,14 @@ from flows.evaluate import evaluate_published
 from flows.jobs import optimize_in_jobs, optimize_part
 from flows.optimize import optimize
 from flows.promote import promote, rollback
+from flows.reconcile import reconcile
 from flows.scrub import scrub
 from modelpress.config import OptimizeConfig, load_config
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "optimize_schema.json"
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
-OTHERS = (promote, rollback, scrub, evaluate_published, optimize_part, optimize_in_jobs)
+OTHERS = (promote, rollback, reconcile, scrub, evaluate_published, optimize_part, optimize_in_jobs)
 DEPLOYMENTS = yaml.safe_load((ROOT / "infra" / "prefect.yaml").read_text())["deployments"]
 
 
@@ -58,6 +59,7 @@ def test_the_other_forms_are_typed() -> None:
     fields = {flow.name: schema(flow)["properties"] for flow in OTHERS}
     assert set(fields["promote"]) == {"name", "candidate", "gate"}
     assert set(fields["rollback"]) == {"name", "alias", "to"}
+    assert set(fields["reconcile"]) == {"name"}
     assert set(fields["evaluate-published"]) == {"name", "alias", "gate"}
     assert set(fields["scrub"]) == {"bytes_per_second", "afresh"}
     assert set(fields["optimize-part"]) == {"config", "last"}
@@ -83,7 +85,7 @@ def test_a_deployment_leads_to_its_flow(deployment: dict[str, Any], monkeypatch:
     monkeypatch.chdir(ROOT)
     flow = import_object(deployment["entrypoint"])
     assert isinstance(flow, Flow)
-    assert flow.name == deployment["name"].removesuffix("-gpu")
+    assert flow.name == deployment["name"].removesuffix("-gpu").removesuffix("-poll")
     defaults = {name: spec.get("default") for name, spec in schema(flow)["properties"].items()}
     for name, value in deployment.get("parameters", {}).items():
         assert value == defaults[name], f"{name}: the deployment says something else than the flow"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from cryptography.fernet import Fernet
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW, temporary_settings
 
 from tests.conftest import S3Server
@@ -26,7 +27,7 @@ QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # else seven more processes, for evaluations that nobody asks for
 }
-START_SECONDS = 90
+START_SECONDS = 240
 
 
 @pytest.fixture(scope="session")
@@ -43,13 +44,19 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of an MLflow server on SQLite that keeps the artifacts itself."""
+    """URL of an MLflow server on SQLite that keeps the artifacts itself, and sends webhooks to this machine."""
     home, port = tmp_path_factory.mktemp("mlflow"), free_port()
+    webhooks = {
+        "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": Fernet.generate_key().decode(),
+        "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "https,http",
+        "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+        "MLFLOW_WEBHOOK_CACHE_TTL": "1",  # else a webhook that is made is heard of a minute later
+    }
     command = [
         *("mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
         *("--backend-store-uri", f"sqlite:///{home}/mlflow.db", "--artifacts-destination", str(home / "artifacts")),
     ]
-    with serving(command, f"http://127.0.0.1:{port}/health", home, {}):
+    with serving(command, f"http://127.0.0.1:{port}/health", home, webhooks):
         yield f"http://127.0.0.1:{port}"
 
 

@@ -11,24 +11,26 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from prefect.blocks.system import Secret
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
-from prefect.states import Pending
+from prefect.states import Failed, Pending
 
 from flows.evaluate import evaluate_published
 from flows.optimize import OptimizeResult, optimize
 from modelpress import __version__, keys, load, pointer
 from modelpress.config import OptimizeConfig
-from modelpress.errors import CorruptionError, GateError
+from modelpress.errors import ConfigError, CorruptionError, GateError
 from modelpress.store.base import open_store
+from tasks.alarm import Failure, notify
 from tests.conftest import ROOT
 from tests.integration.deploying import deploy, make_pools, prefect
 from tests.integration.small_workloads import WIDTH, Net
 
 NAME = "deployed"
-SCHEDULED = {"evaluate-published", "collect", "scrub"}
+SCHEDULED = {"evaluate-published", "collect", "scrub", "reconcile-poll"}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def deployed(home: Path) -> dict[str, DeploymentResponse]:
 
 def test_the_server_holds_every_deployment_whole(deployed: dict[str, DeploymentResponse]) -> None:
     by_hand = {"optimize", "optimize-gpu", "optimize-in-jobs", "optimize-part", "optimize-part-gpu"}
-    assert set(deployed) == by_hand | {"promote", "rollback"} | SCHEDULED
+    assert set(deployed) == by_hand | {"promote", "rollback", "reconcile", "report-failure"} | SCHEDULED
     for name, found in deployed.items():
         assert found.version == __version__
         assert found.description
@@ -108,6 +110,43 @@ def test_the_scheduler_makes_the_runs(deployed: dict[str, DeploymentResponse], c
     weeks = scheduled(client, deployed["scrub"])
     assert {run.expected_start_time.weekday() for run in weeks if run.expected_start_time} == {6}
     assert not scheduled(client, deployed["evaluate-published"]), "its schedule is off"
+
+
+def test_the_automation_records_a_scheduled_run_that_failed_and_no_other(
+    deployed: dict[str, DeploymentResponse], client: SyncPrefectClient
+) -> None:
+    """Deployed twice, it is there once."""
+    prefect("--no-prompt", "deploy", "--name", "report-failure", "--prefect-file", "infra/prefect.yaml")
+    by_hand = client.create_flow_run_from_deployment(deployed["collect"].id)
+    client.set_flow_run_state(by_hand.id, Failed(message="who started it saw it"), force=True)
+    night = scheduled(client, deployed["collect"])[0]
+    client.set_flow_run_state(night.id, Failed(message="no space left"), force=True)
+    of_it = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[deployed["report-failure"].id]))
+    end = time.monotonic() + 60
+    while not (found := client.read_flow_runs(flow_run_filter=of_it)) and time.monotonic() < end:
+        time.sleep(0.2)
+    time.sleep(2)  # for a second one, which must not come
+    assert [run.parameters for run in client.read_flow_runs(flow_run_filter=of_it)] == [
+        {"flow_run_id": str(night.id), "block": ""}
+    ]
+    said = prefect("worker", "start", "--pool", "cpu", "--run-once", MODELPRESS_CHECKOUT=str(ROOT))
+    state = client.read_flow_run(found[0].id).state
+    assert state is not None
+    assert state.is_completed(), said
+    page = client.request("GET", "/artifacts/{key}/latest", path_params={"key": "failed-collect"}).json()
+    assert page["description"] == "collect: Failed, 2 in a row"
+    assert "no space left" in page["data"]
+    assert night.name in page["data"]
+
+
+def test_a_block_that_is_not_there_or_sends_nothing_is_an_error_by_name(home: Path) -> None:
+    failure = Failure(deployment="scrub", run="owl", url="", state="Failed", message="no space left", in_a_row=1)
+    with pytest.raises(ConfigError, match="slack-webhook/none"):
+        notify.fn("slack-webhook/none", failure)
+    Secret(value="hidden").save("alarm-test")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="a Secret") as refused:
+        notify.fn("secret/alarm-test", failure)
+    assert "hidden" not in str(refused.value)
 
 
 def test_of_two_late_runs_one_starts_and_the_other_is_cancelled(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from modelpress.config import GateConfig
 from modelpress.intervals import Interval
-from registry.gates import Decision, Evidence, Scored, decide, recheck
+from registry.gates import Approval, Decision, Evidence, Scored, decide, fingerprint, recheck, waits, with_approval
 
 SAMPLES = 2_000
 SOURCE, CHAMPION = "quality against the source", "quality against the champion"
@@ -239,3 +239,35 @@ def test_a_recheck_without_something_to_compare_fails(found: Scored, before: dic
     decision = recheck(found, before, GATE)
     assert decision.verdict == "fail"
     assert all(said in reason for reason in decision.reasons)
+
+
+ASKING = GATE.model_copy(update={"approval": True, "approval_hours": 2.0})
+PACK = "a" * 64
+
+
+def answer(decision: Decision, *, approved: bool = True, pack: str = PACK) -> Approval:
+    return Approval(approved=approved, by="Anna", reason="looks right", at="today", of=fingerprint(pack, decision))
+
+
+def test_what_passed_waits_for_a_person_and_says_what_they_said() -> None:
+    passed = decide(evidence(), ASKING)
+    waiting = with_approval(PACK, passed, None, ASKING)
+    assert (waiting.promote, waiting.verdict, waits(waiting), waiting.wait_hours) == (False, "inconclusive", True, 2.0)
+    yes = with_approval(PACK, passed, answer(waiting), ASKING)
+    assert (yes.promote, yes.verdict, waits(yes)) == (True, "pass", False)
+    assert yes.reasons[-1] == "approval: pass, yes by Anna at today: looks right"
+    no = with_approval(PACK, passed, answer(waiting, approved=False), ASKING)
+    assert (no.promote, no.verdict, waits(no)) == (False, "fail", False)
+
+
+def test_an_answer_holds_for_the_pack_and_the_numbers_that_were_shown() -> None:
+    passed = decide(evidence(), ASKING)
+    other = decide(evidence(compression_ratio=5.5), ASKING)
+    assert waits(with_approval(PACK, other, answer(passed), ASKING))
+    assert waits(with_approval("b" * 64, passed, answer(passed), ASKING))
+    assert with_approval("b" * 64, passed, answer(passed, pack="b" * 64), ASKING).promote
+
+
+def test_no_yes_promotes_what_did_not_pass() -> None:
+    failed = decide(evidence(compression_ratio=1.0), ASKING)
+    assert with_approval(PACK, failed, answer(failed), ASKING) == failed
