@@ -19,6 +19,7 @@ from modelpress.cli import (
     secrecy,
     servers,
     signing,
+    stack,
 )
 from modelpress.cli.common import app
 from modelpress.errors import ModelpressError
@@ -39,6 +40,7 @@ __all__ = [
     "secrecy",
     "servers",
     "signing",
+    "stack",
 ]
 
 
