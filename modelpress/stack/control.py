@@ -22,7 +22,7 @@ from modelpress.stack import parts, processes
 from modelpress.stack.credentials import make_credentials, write_shell
 from modelpress.stack.layout import Chosen, Folder, State, write
 from modelpress.stack.processes import MARK
-from modelpress.stack.supervisor import Supervisor
+from modelpress.stack.supervisor import SUPERVISOR, Supervisor
 
 S3_PROGRAMS = ("radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd")
 S3_INSTALL = "sudo apt-get install radosgw ceph-mon ceph-osd"
@@ -30,7 +30,6 @@ LOCAL = "local"
 UP_SECONDS = 900.0
 """More than all parts may take one after the other."""
 DOWN_SECONDS = 240.0
-SUPERVISOR = "supervisor"
 
 Say = Callable[[str], None]
 
@@ -140,7 +139,7 @@ def down(folder: Folder, say: Say) -> int:
     if state is not None and state.phase not in ("stopped", "failed"):
         _mark_stopped(folder, state)
     if left:
-        say(f"ended {left} processes that a supervisor which was killed had left")
+        say(f"ended what a killed supervisor had left: {left} processes")
     return left
 
 

@@ -154,6 +154,7 @@ def _worker(folder: Folder, chosen: Chosen, keys: Credentials, base: dict[str, s
         needs=("prepare",),
         health=f"{address(chosen, 'worker')}/health",
         address="pool cpu, one run at a time",
+        orphans_end=False,  # a run that goes on without its worker is half done
     )
 
 

@@ -72,18 +72,6 @@ def marked(mark: str) -> list[psutil.Process]:
     return found
 
 
-def group(leader: int, mark: str) -> list[psutil.Process]:
-    """Processes with this mark in the leader's process group."""
-    found = []
-    for process in marked(mark):
-        try:
-            if os.getpgid(process.pid) == leader:
-                found.append(process)
-        except ProcessLookupError:
-            continue
-    return found
-
-
 def end(processes: Sequence[psutil.Process], seconds: float) -> None:
     """SIGTERM, and SIGKILL for what is still there after that time; returns when all have ended."""
     for process in processes:

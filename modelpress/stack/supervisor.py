@@ -6,12 +6,12 @@ change, for `status` and for `up`, which waits for it.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -25,6 +25,8 @@ from modelpress.stack import processes
 from modelpress.stack.layout import Folder, PartState, Phase, State, Status, write
 from modelpress.stack.processes import MARK
 
+SUPERVISOR = "supervisor"
+"""Its log, and its part in the mark."""
 TAIL_LINES = 15
 
 
@@ -42,6 +44,9 @@ class Part:
     """Address that answers with a status below 500 once it can be used; empty: it is healthy while it runs."""
     address: str = ""
     """What a user is told."""
+    orphans_end: bool = True
+    """Whether what a program leaves when it dies is ended before it starts again: it may hold the port. Else it goes
+    on, until a stop."""
     once: bool = False
     """It does its work and ends with 0, and is not started again."""
     start_seconds: float = 180.0
@@ -135,16 +140,6 @@ class Keeper:
         if self.state.status not in ("gave up", "done"):
             self.become("stopped", pid=None)
 
-    def cut_log(self) -> None:
-        """Move a large log aside; who writes it goes on at its new end."""
-        log = self._folder.log(self.part.name)
-        try:
-            if log.stat().st_size > self._policy.log_bytes:
-                shutil.copyfile(log, log.with_suffix(".log.1"))
-                os.truncate(log, 0)
-        except OSError as error:
-            print(f"{_now()} {log}: {error}", flush=True)
-
     def _look(self, now: float) -> None:
         answer = "" if not self.part.health or self.part.once else _answer(self.part.health)
         if self.part.once or answer:
@@ -179,12 +174,11 @@ class Keeper:
         self._died(how)
 
     def _died(self, why: str) -> None:
-        """It is no more: what it left in its process group (workers that hold its port) goes, too."""
         now = time.monotonic()
-        if self._process is not None:
-            processes.end(processes.group(self._process.pid, self.mark), 2.0)
-            if self._process.stdin:
-                self._process.stdin.close()
+        if self._process is not None and self._process.stdin:
+            self._process.stdin.close()
+        if self.part.orphans_end:
+            processes.end_all(self.mark, 2.0)
         self._process = None
         self._deaths.append(now)
         while self._deaths[0] < now - self._policy.window_seconds:
@@ -214,7 +208,7 @@ class Supervisor:
         self._phase: Phase = "starting"
         self._why = ""
         self._stopping = False
-        self._written = ""
+        self._written = self._trouble = ""
 
     def run(self) -> bool:
         """Start, keep and stop the parts; False where the start failed, and then nothing runs any more."""
@@ -242,8 +236,9 @@ class Supervisor:
                     keeper.start()
             else:
                 keeper.turn()
-            keeper.cut_log()
             self._note()
+            cut(self._folder.log(keeper.part.name), self._policy.log_bytes)
+        cut(self._folder.log(SUPERVISOR), self._policy.log_bytes)
         if self._phase == "starting":
             lost = [one for one in self._keepers if one.state.status in ("backing off", "gave up")]
             if lost:
@@ -275,7 +270,17 @@ class Supervisor:
             write(self._folder.state, text)
             self._written = text
         except OSError as error:
-            print(f"{_now()} {self._folder.state} can't be written: {error}", file=sys.stderr, flush=True)
+            if self._trouble != str(error):
+                print(f"{_now()} {self._folder.state} can't be written: {error}", flush=True)
+            self._trouble = str(error)
+
+
+def cut(log: Path, most: int) -> None:
+    """Move a log aside that is larger; who writes it goes on at its new end. A full disk is tried again."""
+    with contextlib.suppress(OSError):
+        if log.stat().st_size > most:
+            shutil.copyfile(log, log.with_suffix(".log.1"))
+            os.truncate(log, 0)
 
 
 def tail(log: Path, lines: int) -> str:
