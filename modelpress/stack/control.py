@@ -27,7 +27,7 @@ from modelpress.stack.supervisor import SUPERVISOR, Supervisor
 S3_PROGRAMS = ("radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd")
 S3_INSTALL = "sudo apt-get install radosgw ceph-mon ceph-osd"
 LOCAL = "local"
-UP_SECONDS = 900.0
+UP_SECONDS = 1500.0
 """More than all parts may take one after the other."""
 DOWN_SECONDS = 240.0
 

@@ -49,7 +49,7 @@ class Part:
     on, until a stop."""
     once: bool = False
     """It does its work and ends with 0, and is not started again."""
-    start_seconds: float = 180.0
+    start_seconds: float = 300.0
     """How long it may take to become healthy, or, where `once`, to end."""
     stop_seconds: float = 30.0
     """How long it may take to end when it is asked to."""
