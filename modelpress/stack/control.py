@@ -73,6 +73,8 @@ def up(folder: Folder, wanted: Wanted, say: Say) -> State:
         else:
             supervisor = None
             _refuse_changes(folder, wanted)
+            state = folder.read_state()
+            say("it runs already" if state and state.phase == "up" else "it is on its way already: waiting for it")
     try:
         return _follow(folder, supervisor, say)
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """The loop that keeps the parts: start in order, look after, start again, give up, stop in reverse order.
 
-One thread, one loop; a look at a part's health waits a second at most. What it knows stands in `state.json` after each
-change, for `status` and for `up`, which waits for it.
+One thread, one loop; a look at a part's health waits `LOOK_SECONDS` at most. What it knows stands in `state.json` after
+each change, for `status` and for `up`, which waits for it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from modelpress.stack.processes import MARK
 SUPERVISOR = "supervisor"
 """Its log, and its part in the mark."""
 TAIL_LINES = 15
+LOOK_SECONDS = 3.0
+"""How long a part may take to answer."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Policy:
     turn_seconds: float = 0.2
     look_seconds: float = 5.0
     """Between two looks at a healthy part."""
-    unhealthy_looks: int = 6
+    unhealthy_looks: int = 24
     """Failed looks in a row after which a part that runs is ended and started again."""
     first_wait_seconds: float = 1.0
     """Before the first restart; it doubles with each one in the window."""
@@ -297,7 +299,7 @@ def tail(log: Path, lines: int) -> str:
 def _answer(address: str) -> str:
     """What is wrong with the answer from there; empty: nothing."""
     try:
-        with _OPENER.open(address, timeout=1.0):
+        with _OPENER.open(address, timeout=LOOK_SECONDS):
             return ""
     except urllib.error.HTTPError as error:
         return "" if error.code < 500 else f"{address} answers with status {error.code}"
