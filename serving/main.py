@@ -10,7 +10,8 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import uvicorn
 from pydantic import Field, ValidationError
@@ -23,7 +24,11 @@ from modelpress.errors import ConfigError, ModelpressError, SetupError
 from modelpress.settings import Settings
 from modelpress.store import open_store
 from serving.app import MAX_BODY_BYTES, MAX_QUEUE, create_app
+from serving.guard import Guard, read_token
 from serving.repository import Repository
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
 
 log = logging.getLogger("modelpress.serving")
 
@@ -40,9 +45,12 @@ class ServingSettings(BaseSettings):
     models: str = ""
     """Comma-separated `NAME` or `NAME@ALIAS`. Empty: every pack that has a champion, also those to come."""
     host: str = "127.0.0.1"
-    """Address to listen on. There is no authentication: put a proxy in front before you open it to others."""
+    """Address to listen on. What is sent is in clear, and without a `token_file` everybody is answered: put a proxy in
+    front before you open it to others."""
     port: int = Field(default=8080, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
+    token_file: Path | None = None
+    """File with a token that every request but those for health must bring (`Authorization: Bearer`). Unset: none."""
     poll_seconds: float = Field(default=2.0, ge=0)
     """How often the pointers are read; 0 never: then only `load` requests bring a new pack."""
     provider: Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"] = (
@@ -85,8 +93,10 @@ def run(base: Settings, serving: ServingSettings) -> None:
 
     Raises:
         SetupError: the port is in use, or the execution provider is not.
+        ConfigError: the file of the token holds none.
         ModelpressError: a named model can't be loaded.
     """
+    token = read_token(serving.token_file) if serving.token_file else None
     check_provider(serving.provider)
     names = [name.strip() for name in serving.models.split(",") if name.strip()]
     store = open_store(base.store_uri, base)
@@ -99,13 +109,15 @@ def run(base: Settings, serving: ServingSettings) -> None:
     )
     with contextlib.closing(store), _bound(serving.host, serving.port) as listener:
         repository.start()
-        app = create_app(
+        app: ASGIApp = create_app(
             repository,
             poll_seconds=serving.poll_seconds,
             workers=serving.workers or usable_cores(),
             max_body_bytes=serving.max_body_bytes,
             max_queue=serving.max_queue,
         )
+        if token is not None:
+            app = Guard(app, token)
         # Our own handlers and log; uvicorn's access log costs more than a small inference.
         config = uvicorn.Config(
             app,

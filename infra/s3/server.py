@@ -7,10 +7,11 @@
     python infra/s3/server.py stop      # stops it and removes its folder
     python infra/s3/server.py run       # start, print, stop when standard input closes (what the tests use)
 
-Data lies in memory (memstore) and is gone after `stop`. It listens on 127.0.0.1 alone, on ports that were free, unless
-`--listen` names others. Two keys: one that writes, one that may only read what the first wrote; made here, or taken
-from files as AWS's tools have them (`--writer FILE --reader FILE`, profile `default`). It is a server for development
-and tests.
+Data lies in memory (memstore) and is gone after `stop`; with `--keep` it lies on disk (bluestore, in one sparse file),
+`run` leaves it there, and the next start with `--keep` goes on with it, also after a kill. `stop` removes both kinds.
+It listens on 127.0.0.1 alone, on ports that were free, unless `--listen` names others. Two keys: one that writes, one
+that may only read what the first wrote; made here, or taken from files as AWS's tools have them (`--writer FILE
+--reader FILE`, profile `default`). It is a server for development and tests.
 
 Its folder is new or empty at the start; a marker file says that it is the server's, and without it nothing is removed.
 """
@@ -76,8 +77,7 @@ public_addr = 127.0.0.1
 cluster_addr = 127.0.0.1
 ms_bind_ipv4 = true
 osd_data = {folder}/osd
-osd_objectstore = memstore
-memstore_device_bytes = {capacity}
+{objects}
 osd_pool_default_size = 1
 osd_pool_default_min_size = 1
 osd_pool_default_pg_num = 4
@@ -88,6 +88,8 @@ rgw_gc_obj_min_wait = 3
 rgw_gc_processor_period = 3
 rgw_lc_debug_interval = -1
 """
+IN_MEMORY = "osd_objectstore = memstore\nmemstore_device_bytes = {capacity}"
+ON_DISK = "osd_objectstore = bluestore\nbluestore_block_size = {capacity}\nosd_memory_target = 1073741824"
 
 
 class StartError(Exception):
@@ -110,6 +112,8 @@ class Options:
     """The key that writes; None makes one."""
     reader: Pair | None = None
     """The key that reads; None makes one."""
+    keep: bool = False
+    """Objects lie on disk."""
 
 
 def read_pair(path: Path) -> Pair:
@@ -155,11 +159,15 @@ def start(folder: Path, options: Options) -> dict[str, str]:
     """Start the server below `folder` and return its environment; one that runs there already is taken as it is.
 
     Raises:
-        StartError: it does not start, or the folder holds something that is not the server's. Whatever ends the start,
-            an interrupt too, leaves no daemon behind.
+        StartError: it does not start, or the folder holds something that is not the server's, or what another kind of
+            server keeps. Whatever ends the start, an interrupt too, leaves no daemon behind.
     """
     folder = folder.absolute()
     state = folder / "environment.json"
+    if state.exists() and _is_kept(folder):
+        if not options.keep:
+            raise StartError(f"{folder} holds objects that are kept: start it with --keep, or `stop` removes them")
+        return dict(json.loads(state.read_text())) | _start_again(folder, options)
     if state.exists() and set(DAEMONS) <= set(_running(folder).values()):
         return dict(json.loads(state.read_text()))
     stop(folder)
@@ -181,19 +189,14 @@ def start(folder: Path, options: Options) -> dict[str, str]:
 
 
 def _start(folder: Path, options: Options) -> dict[str, str]:
-    # Sockets have short names (108 bytes), whatever the folder's length.
-    run = Path(tempfile.mkdtemp(prefix=RUN_PREFIX))
-    (folder / "run").symlink_to(run)
+    run = _sockets(folder)
     mon_port, port = _free_ports(2)
     host, endpoint = "127.0.0.1", f"http://127.0.0.1:{port}"
     if options.listen:
-        host, _, given = options.listen.rpartition(":")
-        port = int(given)
-        endpoint = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+        host, port, endpoint = _listening(options.listen)
     fsid = str(uuid.uuid4())
-    config = CONFIG.format(
-        fsid=fsid, folder=folder, run=run, mon_port=mon_port, host=host, port=port, capacity=options.capacity
-    )
+    objects = (ON_DISK if options.keep else IN_MEMORY).format(capacity=options.capacity)
+    config = CONFIG.format(fsid=fsid, folder=folder, run=run, mon_port=mon_port, host=host, port=port, objects=objects)
     (folder / "ceph.conf").write_text(config)
     _write_keyring(folder)
     for name in ("mon", "osd"):
@@ -209,6 +212,46 @@ def _start(folder: Path, options: Options) -> dict[str, str]:
     _ceph(folder, "radosgw", "-n", "client.rgw")
     _wait(lambda: _answers(endpoint), f"{endpoint} does not answer")
     return {"MODELPRESS_TEST_S3_ENDPOINT": endpoint} | _make_users(folder, options)
+
+
+def _start_again(folder: Path, options: Options) -> dict[str, str]:
+    """Start the daemons over what they left on disk; whatever goes wrong, it stays there."""
+    end_daemons(folder)
+    config = (folder / "ceph.conf").read_text()
+    config = re.sub(r"(?m)^(run_dir = ).*$|^(admin_socket = ).*(?=/\$name)", rf"\g<1>\g<2>{_sockets(folder)}", config)
+    host, port, endpoint = _listening(options.listen or re.findall(r"(?m)^rgw_frontends = .*endpoint=(.*)$", config)[0])
+    config = re.sub(r"(?m)^(rgw_frontends = .*endpoint=).*$", rf"\g<1>{host}:{port}", config)
+    (folder / "ceph.conf").write_text(config)
+    try:
+        _ceph(folder, "ceph-mon", "-i", "a")
+        _ceph(folder, "ceph-osd", "-i", "0")
+        _ceph(folder, "radosgw", "-n", "client.rgw")
+        _wait(lambda: _answers(endpoint), f"{endpoint} does not answer")
+    except BaseException:
+        end_daemons(folder)
+        raise
+    return {"MODELPRESS_TEST_S3_ENDPOINT": endpoint}
+
+
+def _is_kept(folder: Path) -> bool:
+    return "osd_objectstore = bluestore" in (folder / "ceph.conf").read_text()
+
+
+def _sockets(folder: Path) -> Path:
+    """A new folder for sockets: they have short names (108 bytes), whatever the folder's length."""
+    link = folder / "run"
+    if link.is_symlink():
+        _remove_sockets(link)
+        link.unlink()
+    run = Path(tempfile.mkdtemp(prefix=RUN_PREFIX))
+    link.symlink_to(run)
+    return run
+
+
+def _listening(listen: str) -> tuple[str, int, str]:
+    """Host, port and URL."""
+    host, _, port = listen.rpartition(":")
+    return host, int(port), f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
 
 def _make_users(folder: Path, options: Options) -> dict[str, str]:
@@ -254,16 +297,26 @@ def stop(folder: Path) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise StartError(f"{folder} holds something and no {MARKER}: it is not the server's; choose a new folder")
         return
+    end_daemons(folder)
+    run = folder / "run"
+    if run.is_symlink():
+        _remove_sockets(run)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_sockets(link: Path) -> None:
+    if (sockets := Path(os.readlink(link))).name.startswith(RUN_PREFIX):
+        shutil.rmtree(sockets, ignore_errors=True)
+
+
+def end_daemons(folder: Path) -> None:
+    """Kill the daemons that were started below `folder`: what is in memory is to go, what is on disk is journaled."""
     end = time.monotonic() + 10
     while (pids := _running(folder)) and time.monotonic() < end:
-        for pid in pids:  # nothing outlives them: the data is in their memory
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
-    run = folder / "run"
-    if run.is_symlink() and (sockets := Path(os.readlink(run))).name.startswith(RUN_PREFIX):
-        shutil.rmtree(sockets, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_keyring(folder: Path) -> None:
@@ -355,6 +408,7 @@ def main() -> int:
     parser.add_argument("--listen", default="", metavar="HOST:PORT", help="of the endpoint; else loopback, a free port")
     parser.add_argument("--writer", type=Path, help="credentials file with the key that writes; else one is made")
     parser.add_argument("--reader", type=Path, help="credentials file with the key that reads; else one is made")
+    parser.add_argument("--keep", action="store_true", help="objects lie on disk, and outlive `run`")
     arguments = parser.parse_args()
     # As on Ctrl-C: a start that is ended from outside must take its daemons with it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -373,6 +427,7 @@ def main() -> int:
                 arguments.capacity_bytes,
                 arguments.listen,
                 *[read_pair(path) if path else None for path in (arguments.writer, arguments.reader)],
+                arguments.keep,
             )
             environment = start(arguments.folder, options)
     except StartError as error:
@@ -389,7 +444,7 @@ def main() -> int:
         except KeyboardInterrupt:
             pass
         finally:
-            stop(arguments.folder)
+            (end_daemons if arguments.keep else stop)(arguments.folder.absolute())
     elif arguments.command == "start":
         print(f"# python {sys.argv[0]} stop --folder {arguments.folder}", flush=True)
     return 0

@@ -20,6 +20,7 @@ from modelpress.cli import (
     secrecy,
     servers,
     signing,
+    stack,
 )
 from modelpress.cli.common import app
 from modelpress.errors import ModelpressError
@@ -41,6 +42,7 @@ __all__ = [
     "secrecy",
     "servers",
     "signing",
+    "stack",
 ]
 
 

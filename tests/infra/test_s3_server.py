@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,9 +16,9 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "infra/s3/server.py"
 
 
-def call(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def call(command: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(SCRIPT), command, "--folder", str(folder)],
+        [sys.executable, str(SCRIPT), command, "--folder", str(folder), *options],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -30,8 +32,8 @@ def hear_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def daemons(folder: Path) -> list[str]:
-    """Command lines of the processes that run with this folder's configuration."""
+def daemons(folder: Path) -> list[int]:
+    """The processes that run with this folder's configuration."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -39,7 +41,7 @@ def daemons(folder: Path) -> list[str]:
         except OSError:
             continue
         if str(folder / "ceph.conf").encode() in line.split(b"\0"):
-            found.append(line.replace(b"\0", b" ").decode())
+            found.append(int(path.parent.name))
     return found
 
 
@@ -123,6 +125,41 @@ def test_keys_and_address_can_be_given_and_are_not_printed(tmp_path: Path) -> No
         process.stdin.close()
         assert process.stdout.read() == "", "the given keys are in no log"
         assert process.wait(60) == 0
+
+
+@pytest.mark.s3
+def test_what_is_kept_outlives_a_kill_and_goes_with_a_stop(tmp_path: Path) -> None:
+    import boto3
+    from botocore.exceptions import ClientError
+
+    folder = tmp_path / "ceph"
+    capacity = ["--capacity-bytes", str(4 * 2**30)]
+    for turn in range(2):
+        started = call("start", folder, "--keep", *capacity)
+        assert started.returncode == 0, started.stderr
+        found = dict(re.findall(r"export MODELPRESS_TEST_S3_(\w+)=(\S+)", started.stdout))
+        client = boto3.client(
+            "s3",
+            "us-east-1",
+            endpoint_url=found["ENDPOINT"],
+            aws_access_key_id=found["KEY"],
+            aws_secret_access_key=found["SECRET"],
+        )
+        if turn == 0:
+            client.create_bucket(Bucket="models")
+            client.put_object(Bucket="models", Key="x", Body=b"x" * 100_000)
+            for pid in daemons(folder):
+                os.kill(pid, signal.SIGKILL)
+    assert client.get_object(Bucket="models", Key="x")["Body"].read() == b"x" * 100_000
+    with pytest.raises(ClientError, match="PreconditionFailed"):
+        client.put_object(Bucket="models", Key="x", Body=b"y", IfNoneMatch="*")
+    refused = call("start", folder)
+    assert refused.returncode == 3
+    assert "holds objects that are kept" in refused.stderr
+    assert daemons(folder), "and nothing was touched"
+    assert call("stop", folder).returncode == 0
+    assert not daemons(folder)
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("text", ["", "[other]\n", "[default]\naws_access_key_id = A\n", "secret without a section"])
