@@ -10,11 +10,12 @@ from modelpress.config import OptimizeConfig
 from tasks.models import distill, export, plan, prune, quantize, source
 from tasks.packs import compress, pin_bases, shard, upload
 from tasks.release import promote, register
+from tasks.restarts import on_crashed
 
 __all__ = ["OptimizeResult", "optimize"]
 
 
-@flow(name="optimize", flow_run_name="optimize-{config.name}")
+@flow(name="optimize", flow_run_name="optimize-{config.name}", on_crashed=[on_crashed])
 def optimize(config: OptimizeConfig) -> OptimizeResult:
     """Make a trained model smaller and faster, publish it, and promote it if it is no worse.
 

@@ -26,11 +26,12 @@ from modelpress import __version__, keys, load, pointer
 from modelpress.config import OptimizeConfig
 from modelpress.errors import CorruptionError, GateError
 from modelpress.store.base import open_store
+from tasks.reaping import FLOWS
 from tests.conftest import ROOT
 from tests.integration.small_workloads import WIDTH, Net
 
 NAME = "deployed"
-SCHEDULED = {"evaluate-published", "collect", "scrub"}
+SCHEDULED = {"evaluate-published", "collect", "scrub", "reap"}
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,8 @@ def test_the_server_holds_every_deployment_whole(deployed: dict[str, DeploymentR
         assert "modelpress" in found.tags
         assert found.work_pool_name == ("gpu" if name == "optimize-gpu" else "cpu")
         assert found.work_pool_name in found.tags
+        assert found.entrypoint is not None
+        assert name in FLOWS or found.entrypoint.endswith(":optimize"), "the reaper looks after it"
         assert found.enforce_parameter_schema, "a wrong value is refused before anything runs"
         assert set(found.parameters) <= set(found.parameter_openapi_schema["properties"])
         assert not found.job_variables, "what a run needs of its machine stands in the pool"
