@@ -10,7 +10,7 @@ from modelpress.config import OptimizeConfig
 from tasks.models import distill, export, plan, prune, quantize, source
 from tasks.packs import compress, pin_bases, shard, upload
 from tasks.release import promote, register
-from tasks.restarts import on_crashed
+from tasks.restarts import check_wanted, on_crashed
 
 __all__ = ["OptimizeResult", "optimize"]
 
@@ -38,6 +38,7 @@ def optimize(config: OptimizeConfig) -> OptimizeResult:
             graph = line.judged("plan", plan(run, graph, config.plan, config.compress, model, config.export))
         coded = line.passed("compress", compress(run, graph, config.compress))
         shards = line.passed("shard", shard(run, coded.output, config.shard))
+        check_wanted()
         published = line.passed("upload", upload(run, coded.output, shards.outputs, config, line.provenance()))
         version = register(run, published.report, line.lineage(), line.headline())
         decision = promote(config.name, published.report.pack, config.gate) if config.promote else None

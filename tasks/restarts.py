@@ -1,4 +1,4 @@
-"""A run whose process died, started again by itself where its deployment asks for it.
+"""Whether a flow run shall go on: one whose process died, where its deployment asks; one that was cancelled, not.
 
 The tag `restarts:2` on a deployment, or on one run, lets its runs start again so often. The same flow run goes on, as
 after a click on Retry: stages that are recorded are taken, and a training goes on. A run that failed with an error is
@@ -10,12 +10,15 @@ from __future__ import annotations
 import re
 from uuid import UUID
 
-from prefect import Flow
+import httpx
+from prefect import Flow, runtime
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.logging import get_logger
 from prefect.states import AwaitingRetry, State
+
+from modelpress.errors import StageError
 
 log = get_logger("modelpress.restarts")
 
@@ -50,3 +53,25 @@ def on_crashed(flow: Flow[..., object], flow_run: FlowRun, state: State) -> None
     that nobody saw."""
     with get_client(sync_client=True) as client:
         start_again(client, flow_run.id)
+
+
+def check_wanted() -> None:
+    """Refuse to go on where the present flow run was cancelled: its worker, which would have stopped it, may be dead.
+
+    A server that does not answer stops no run: a worker that lives would have.
+
+    Raises:
+        StageError: it was.
+    """
+    try:
+        with get_client(sync_client=True) as client:
+            run = client.read_flow_run(UUID(str(runtime.flow_run.id)))
+    except httpx.TransportError as error:
+        log.warning("whether the run was cancelled can't be asked, as Prefect's server does not answer: %s", error)
+        return
+    if run.state is not None and (run.state.is_cancelling() or run.state.is_cancelled()):
+        raise StageError(
+            f"going on with flow run {run.name}",
+            found=f"it is {run.state.name}, and no worker stopped it",
+            fix="nothing was published; start the run again if it is wanted",
+        )

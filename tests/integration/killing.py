@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -44,14 +45,14 @@ RECIPE: dict[str, Any] = {
 CONFIG = OptimizeConfig.model_validate(RECIPE)
 
 
-def until(what: str, true: Callable[[], Any]) -> Any:
+def until(what: str, true: Callable[[], Any], seconds: float = DEADLINE_SECONDS) -> Any:
     """Wait for something, and hand it on; the deadline only stops a hang."""
-    end = time.monotonic() + DEADLINE_SECONDS
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := true():
             return found
         time.sleep(0.05)
-    raise AssertionError(f"waited {DEADLINE_SECONDS:.0f} s for {what}")
+    raise AssertionError(f"waited {seconds:.0f} s for {what}")
 
 
 class Server:
@@ -104,6 +105,7 @@ class Place:
             **environment,
         }
         self.workers: list[subprocess.Popen[bytes]] = []
+        self.deployment: UUID
 
     def deploy(self, client: SyncPrefectClient, restarts: int) -> UUID:
         """A deployment on a pool of this place alone; its id."""
@@ -120,6 +122,11 @@ class Place:
             parameters={"config": RECIPE},
             tags=[f"restarts:{restarts}"],
         )
+
+    def start_worker_for(self, client: SyncPrefectClient, restarts: int = 0) -> None:
+        """Deploy, and start a worker."""
+        self.deployment = self.deploy(client, restarts)
+        self.start_worker()
 
     def start_worker(self) -> subprocess.Popen[bytes]:
         """A process worker, in a session of its own."""
@@ -151,17 +158,7 @@ class Place:
 
     def flow_processes(self, run: UUID) -> list[int]:
         """Processes of a flow run: whose environment names it."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    environment = (entry / "environ").read_bytes()
-                    dead = (entry / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
-                except OSError:
-                    continue
-                if not dead and f"PREFECT__FLOW_RUN_ID={run}".encode() in environment:
-                    found.append(int(entry.name))
-        return found
+        return _processes(f"PREFECT__FLOW_RUN_ID={run}")
 
     def writes(self, prefix: str) -> int:
         """How often something was written under keys that begin so."""
@@ -179,6 +176,24 @@ class Place:
             if worker.poll() is None:
                 os.killpg(worker.pid, signal.SIGKILL)
             worker.wait()
+        for process in _processes(f"MODELPRESS_HOME={self.home}"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+
+def _processes(variable: str) -> list[int]:
+    """Living processes with this in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                environment = (entry / "environ").read_bytes().split(b"\0")
+                dead = (entry / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            except OSError:
+                continue
+            if not dead and variable.encode() in environment:
+                found.append(int(entry.name))
+    return found
 
 
 @contextmanager
@@ -188,7 +203,7 @@ def prefect_at(url: str) -> Iterator[SyncPrefectClient]:
         yield client
 
 
-def wait_for(client: SyncPrefectClient, run: UUID, *names: str) -> FlowRun:
+def wait_for(client: SyncPrefectClient, run: UUID, *names: str, seconds: float = DEADLINE_SECONDS) -> FlowRun:
     """Wait until a flow run is in one of these states."""
 
     def there() -> FlowRun | None:
@@ -199,7 +214,7 @@ def wait_for(client: SyncPrefectClient, run: UUID, *names: str) -> FlowRun:
         return found if found.state_name in names else None
 
     try:
-        found: FlowRun = until(f"{run} to be {' or '.join(names)}", there)
+        found: FlowRun = until(f"{run} to be {' or '.join(names)}", there, seconds)
     except AssertionError as error:
         raise AssertionError(f"{error}; it is {client.read_flow_run(run).state!r}") from error
     return found

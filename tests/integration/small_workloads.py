@@ -96,6 +96,10 @@ class Learning(Small):
 
     trains_source = True
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = 0
+
     def skeleton(self, architecture: Mapping[str, Any]) -> nn.Module:
         net = Net(False)
         hidden = int(architecture.get("hidden", 128))
@@ -111,8 +115,10 @@ class Learning(Small):
         if seed is not None:
             rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
         pause = Path(os.environ.get("MODELPRESS_HOME", ".modelpress")) / "pause"
+        self.passes += split == "train" and seed is not None
         for number, part in enumerate(rows.split(batch_size)):
-            while split == "train" and seed is not None and number == 3 and pause.exists():
+            # The first pass only counts updates.
+            while split == "train" and seed is not None and self.passes > 1 and number == 3 and pause.exists():
                 (pause.parent / "paused").touch()
                 time.sleep(0.02)
             yield Batch({"input": part}, (part.sum(1) > 0).long())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from prefect import flow
+from prefect import flow, runtime
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.events import Event
@@ -19,10 +19,11 @@ from prefect.states import Cancelled, Cancelling, Completed, Pending, Running
 from prefect.types._datetime import now as prefect_now
 
 from flows.reap import reap as reap_flow
-from modelpress.errors import ConfigError
+from modelpress.errors import ConfigError, StageError
 from modelpress.settings import Settings
 from registry import leftovers, runs
 from tasks import reaping
+from tasks.restarts import check_wanted
 
 SECONDS = 1e-6
 
@@ -172,7 +173,7 @@ def test_a_run_that_starts_again_ends_what_its_first_start_left_open(
     ]
 
 
-def test_a_watch_that_is_shorter_than_from_one_heartbeat_to_the_next_is_refused() -> None:
+def test_a_watch_that_is_shorter_than_from_one_heartbeat_to_the_next_is_refused(prefect_server: str) -> None:
     for every in (60, 61, None):
         with (
             temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: every}),
@@ -183,3 +184,21 @@ def test_a_watch_that_is_shorter_than_from_one_heartbeat_to_the_next_is_refused(
         reaping.check_watch(60.0)
     with pytest.raises(Exception, match="watch_seconds"):
         reap_flow(watch_seconds=1.0)
+
+
+@flow(name="cancelled-while-it-runs")
+def wanted(cancel: bool) -> None:
+    check_wanted()
+    if cancel:
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(runtime.flow_run.id, Cancelling())
+        with pytest.raises(StageError, match="it is Cancelling, and no worker stopped it"):
+            check_wanted()
+
+
+@pytest.mark.parametrize("cancel", [False, True])
+def test_a_run_that_was_cancelled_and_that_no_worker_stopped_publishes_nothing(
+    prefect_server: str, cancel: bool
+) -> None:
+    state = wanted(cancel, return_state=True)
+    assert not state.is_failed(), state
