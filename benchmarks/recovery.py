@@ -118,6 +118,8 @@ def _times(client: SyncPrefectClient, mlflow: str, place: Place, run: UUID, kill
     states = sorted(client.read_flow_run_states(run), key=lambda state: state.timestamp)
     api = MlflowClient(mlflow, mlflow)
     experiment = api.get_experiment_by_name(CONFIG.name)
+    if experiment is None:
+        raise RuntimeError(f"no experiment {CONFIG.name!r} in MLflow")
     condition = f"tags.`{leftovers.FLOW_RUN_TAG}` = '{run}'"
     starts = api.search_runs([experiment.experiment_id], condition, order_by=["attributes.start_time ASC"])
     if len(starts) != kills + 1:

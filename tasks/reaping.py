@@ -30,7 +30,7 @@ from prefect.client.schemas.filters import (
     TaskRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, StateType
-from prefect.client.schemas.responses import SetStateStatus
+from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus
 from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFilter, EventResourceFilter
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
@@ -169,7 +169,7 @@ def newest_sign(client: SyncPrefectClient, run: FlowRun) -> Sign:
     state = Sign(began, str(run.state.id), heartbeat=False)
     heard = client.read_events(
         EventFilter(
-            occurred=EventOccurredFilter(since=began - timedelta(minutes=10)),  # type: ignore[arg-type]
+            occurred=EventOccurredFilter(since=began - timedelta(minutes=10)),
             event=EventNameFilter(name=[HEARTBEAT]),
             resource=EventResourceFilter(id=[f"prefect.flow-run.{run.id}"]),
         ),
@@ -185,7 +185,9 @@ def mark_ended(client: SyncPrefectClient, run: FlowRun, why: str) -> bool:
     state = Cancelled if run.state_type == StateType.CANCELLING else Crashed
     try:
         # Not forced: of a run that has ended, the server refuses it.
-        answer = client.set_flow_run_state(run.id, state(message=f"The reaper found that {why}."))
+        answer: OrchestrationResult[None] = client.set_flow_run_state(
+            run.id, state(message=f"The reaper found that {why}.")
+        )
     except ObjectNotFound:
         return False
     if answer.status != SetStateStatus.ACCEPT:

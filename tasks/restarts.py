@@ -13,10 +13,10 @@ from uuid import UUID
 import httpx
 from prefect import Flow, runtime
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import FlowRun
-from prefect.client.schemas.responses import SetStateStatus
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus
 from prefect.logging import get_logger
-from prefect.states import AwaitingRetry, State
+from prefect.states import AwaitingRetry
 
 from modelpress.errors import StageError
 
@@ -44,7 +44,7 @@ def start_again(client: SyncPrefectClient, run_id: UUID) -> bool:
     if run.state is None or not run.state.is_crashed() or run.deployment_id is None or run.run_count > allowed:
         return False
     message = f"Start {run.run_count + 1} of at most {allowed + 1}, as the process died: {run.state.message}"
-    answer = client.set_flow_run_state(run_id, AwaitingRetry(message=message))
+    answer: OrchestrationResult[None] = client.set_flow_run_state(run_id, AwaitingRetry(message=message))
     return answer.status == SetStateStatus.ACCEPT
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from uuid import UUID
 
 import pytest
 from mlflow import MlflowClient
@@ -19,6 +20,9 @@ from tasks import reaping
 from tasks.restarts import start_again
 from tests.integration.conftest import QUIET, free_port
 from tests.integration.killing import CONFIG, Place, Server, prefect_at, until, wait_for
+
+ALL = os.environ.get("MODELPRESS_TEST_KILLS") == "all"
+"""Further kills; the benchmark `recovery` has one at each boundary and inside each stage."""
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
@@ -71,6 +75,15 @@ def stages(mlflow_server: str, parent: MlflowRun) -> dict[str, MlflowRun]:
     return {str(run.data.tags["mlflow.runName"]): run for run in found}
 
 
+def reaped(client: SyncPrefectClient, run: UUID) -> None:
+    """What the flow `reap` does with a dead run, without its waits: here it is known that the process is dead."""
+    with disable_run_logger():
+        _, silent = reaping.silent_runs(client, 1e-6)
+        dead = [(one, why) for one, why in reaping.still_silent(client, silent, 1.0) if one.id == run]
+        assert reaping.mark_ended(client, *dead[0])
+        reaping.end_leftovers(client, {run}, settle_seconds=3600)
+
+
 def test_killed_inside_stages_and_between_them_a_run_repeats_only_what_was_cut_off(
     place: Place, client: SyncPrefectClient, expected: str, mlflow_server: str
 ) -> None:
@@ -79,7 +92,7 @@ def test_killed_inside_stages_and_between_them_a_run_repeats_only_what_was_cut_o
         ("after", "training/source/", 7),  # inside a stage, in the middle of an epoch
         ("before", "packs/killed/", 1),  # every blob is published, and no manifest
     ]
-    if os.environ.get("MODELPRESS_TEST_KILLS") == "all":  # the benchmark `recovery` has still more
+    if ALL:
         kills[1:1] = [
             ("before", "stages/distill/", 1),  # its work is done, and nobody knows
             ("after", "stages/quantize/", 1),  # between two stages
@@ -143,11 +156,7 @@ def test_what_died_with_its_worker_is_reaped_goes_on_elsewhere_and_can_be_cancel
         os.kill(process, signal.SIGKILL)
     assert client.read_flow_run(run).state_name == "Running", "nobody is left who could know"
 
-    with disable_run_logger():
-        _, silent = reaping.silent_runs(client, 1e-6)
-        dead = [(one, why) for one, why in reaping.still_silent(client, silent, 1.0) if one.id == run]
-        assert reaping.mark_ended(client, *dead[0])
-        reaping.end_leftovers(client, {run}, settle_seconds=3600)
+    reaped(client, run)
     (first,) = attempts(mlflow_server, run)
     assert first.info.status == "KILLED"
     assert "The reaper found that its process is dead" in first.data.tags[leftovers.REASON_TAG]
@@ -177,17 +186,25 @@ def test_what_died_with_its_worker_is_reaped_goes_on_elsewhere_and_can_be_cancel
     assert stages(mlflow_server, third)["source"].data.tags["resumed"].startswith("the training goes on behind update")
 
 
-def test_a_worker_that_is_told_to_stop_takes_its_runs_along_and_another_goes_on(
-    place: Place, client: SyncPrefectClient, expected: str, mlflow_server: str
+@pytest.mark.skipif(not ALL, reason="MODELPRESS_TEST_KILLS=all runs it: it takes a further minute")
+def test_a_worker_that_is_told_to_stop_leaves_no_process_and_its_run_goes_on_elsewhere(
+    place: Place, client: SyncPrefectClient, expected: str, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Prefect's worker kills its runs then, and says nothing of them: the reaper does."""
+    monkeypatch.setenv("MODELPRESS_HOME", str(place.home))
+    monkeypatch.setenv("MODELPRESS_TRACKING_URI", mlflow_server)
     run = client.create_flow_run_from_deployment(place.deploy(client, restarts=1)).id
     place.pause()
     worker = place.start_worker()
     place.wait_paused()
+    alive = client.read_flow_run(run)
+    until("its first heartbeat", lambda: reaping.newest_sign(client, alive).heartbeat)
     worker.send_signal(signal.SIGTERM)
     worker.wait(120)
     until("its processes to end", lambda: not place.flow_processes(run))
     assert not place.published()
+    reaped(client, run)
+    assert start_again(client, run)
     place.go_on()
     place.start_worker()
     found = wait_for(client, run, "Completed", "Failed")
