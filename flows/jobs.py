@@ -28,6 +28,7 @@ from modelpress.config import OptimizeConfig
 from modelpress.config.base import Config
 from modelpress.errors import ConfigError, StageError
 from tasks.packs import pin_bases
+from tasks.restarts import on_crashed
 
 ATTEMPTS = 100
 
@@ -41,7 +42,7 @@ class Job(Config):
     """FLOW/DEPLOYMENT of the flow `optimize-part`; its pool says where the job runs and with what."""
 
 
-@flow(name="optimize-part", flow_run_name="optimize-{config.name}-to-{last}")
+@flow(name="optimize-part", flow_run_name="optimize-{config.name}-to-{last}", on_crashed=[on_crashed])
 def optimize_part(config: OptimizeConfig, last: Part) -> list[StageRow]:
     """Run the line up to one stage and record it; whoever shares the work store goes on from there.
 
@@ -70,7 +71,12 @@ def cancel_parts(_flow: Flow, run: FlowRun, _state: State) -> None:
                 client.set_flow_run_state(child.id, Cancelling(message="the run that started it was cancelled"))
 
 
-@flow(name="optimize-in-jobs", flow_run_name="optimize-{config.name}-in-jobs", on_cancellation=[cancel_parts])
+@flow(
+    name="optimize-in-jobs",
+    flow_run_name="optimize-{config.name}-in-jobs",
+    on_cancellation=[cancel_parts],
+    on_crashed=[on_crashed],
+)
 def optimize_in_jobs(config: OptimizeConfig, jobs: list[Job]) -> OptimizeResult:
     """The whole line, some of its stages as jobs of their own: on a GPU, in a container, on another machine.
 

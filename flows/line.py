@@ -29,7 +29,7 @@ from modelpress.reports import (
 )
 from modelpress.settings import Settings, read_settings
 from modelpress.store.local import local_errors
-from registry import runs, sources
+from registry import leftovers, runs, sources
 from registry.gates import Decision
 from registry.lineage import Lineage
 from tasks.evaluation import evaluate
@@ -242,6 +242,9 @@ def tracked(config: OptimizeConfig) -> Iterator[Line]:
     settings, tags = read_settings(), flow_run_tags()
     with ExitStack() as stack:
         run = stack.enter_context(runs.parent_run(settings, config.name, config.model_dump(mode="json"), tags))
+        if flow_run.run_count > 1:
+            why = f"flow run {flow_run.name} ({flow_run.id}) was started again"
+            leftovers.end_earlier(run.client, run.experiment_id, str(flow_run.id), run.id, why)
         line = Line(config, settings, run, tags["prefect.flow_run_url"])
         create_link_artifact(
             link=line.mlflow_url,
@@ -256,7 +259,7 @@ def tracked(config: OptimizeConfig) -> Iterator[Line]:
 def flow_run_tags() -> dict[str, str]:
     """What an MLflow run says of the flow run that it belongs to."""
     return {
-        "prefect.flow_run_id": str(flow_run.id),
+        leftovers.FLOW_RUN_TAG: str(flow_run.id),
         "prefect.flow_run_name": str(flow_run.name),
         "prefect.flow_run_url": url_for("flow-run", obj_id=flow_run.id, default_base_url=DEFAULT_UI) or "",
     }

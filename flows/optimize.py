@@ -11,11 +11,12 @@ from flows.stages import run_stages
 from modelpress.config import OptimizeConfig
 from tasks.packs import compress, pin_bases, shard, upload
 from tasks.release import promote, register
+from tasks.restarts import check_wanted, on_crashed
 
 __all__ = ["OptimizeResult", "optimize"]
 
 
-@flow(name="optimize", flow_run_name="optimize-{config.name}")
+@flow(name="optimize", flow_run_name="optimize-{config.name}", on_crashed=[on_crashed])
 def optimize(config: OptimizeConfig) -> OptimizeResult:
     """Make a trained model smaller and faster, publish it, and promote it if it is no worse.
 
@@ -29,6 +30,7 @@ def optimize(config: OptimizeConfig) -> OptimizeResult:
         *_, (_, graph) = run_stages(line, config)
         coded = line.passed("compress", compress(run, graph, config.compress))
         shards = line.passed("shard", shard(run, coded.output, config.shard))
+        check_wanted()
         published = line.passed("upload", upload(run, coded.output, shards.outputs, config, line.provenance()))
         version = register(run, published.report, line.lineage(), line.headline())
         decision = promote(config.name, published.report.pack, config.gate) if config.promote else None

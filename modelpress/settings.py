@@ -65,6 +65,9 @@ class Settings(BaseSettings):
     """The private key, PEM, that signs what is published and promoted. Unset: nothing is signed."""
     signing_key_passphrase: SecretStr = SecretStr("")
     """Its passphrase, where it has one."""
+    training_seconds: float = Field(default=60.0, ge=0)
+    """How often a training keeps its state in the work store, so that it goes on from there when it was killed: after
+    so many seconds at the earliest, and so that keeping takes at most a twentieth of its time; 0: after each update."""
     reuse: bool = True
     """Take a stage's finished output when its key matches; off recomputes everything."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from modelpress.config import TrainConfig
-from modelpress.errors import StageError
+from modelpress.errors import CorruptionError, StageError
 from modelpress.progress import Progress, silent
 from modelpress.reports import TrainReport
+from modelpress.resume import Place, next_place
+from modelpress.training_state import Live, Position, Random, keeps_more_than_tensors
 from modelpress.workload import Batch, Split, Workload
 
 LossFn = Callable[[nn.Module, Batch], Tensor]
@@ -20,6 +23,8 @@ LossFn = Callable[[nn.Module, Batch], Tensor]
 
 SEED_STRIDE = 1_000_003
 """Parts the seeds of epochs: no epoch of one seed shares its order with an epoch of a near seed."""
+KEEPING_SHARE = 0.05
+"""Share of the time that keeping the state may take."""
 
 
 def train_(
@@ -33,7 +38,8 @@ def train_(
     """Train `module` in place on the workload's training split; it comes back in eval mode.
 
     Equal seeds give equal weights on one machine. The global random state is the same after as before. With early
-    stop, the weights of the epoch with the least calibration loss stay.
+    stop, the weights of the epoch with the least calibration loss stay. Within `resume.kept_on` the state is kept from
+    time to time, and a training that was cut off goes on from there to the same weights.
 
     Args:
         module: parameters with `requires_grad` are updated.
@@ -49,6 +55,7 @@ def train_(
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not parameters:
         raise StageError("training", found="no parameter that requires a gradient", expected="at least one")
+    place = next_place()
     devices = sorted({parameter.device.index or 0 for parameter in parameters if parameter.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         # With a seed, as the updates are made: a workload may cut seeded batches otherwise.
@@ -57,14 +64,14 @@ def train_(
         if not updates_per_epoch:
             raise StageError("training", found="an empty training split", expected="at least one sample")
         torch.manual_seed(config.seed)
-        loop = _Loop(module, loss_fn, workload, config, progress, after_update, updates_per_epoch)
+        loop = _Loop(module, loss_fn, workload, config, progress, after_update, updates_per_epoch, place)
         report = loop.run()
     module.eval()
     return report
 
 
 class _Loop:
-    """The state of one training: optimizer, schedule, best weights."""
+    """The state of one training: optimizer, schedule, best weights, and how far it is."""
 
     def __init__(
         self,
@@ -75,6 +82,7 @@ class _Loop:
         progress: Progress,
         after_update: Callable[[], None] | None,
         updates_per_epoch: int,
+        place: Place | None,
     ) -> None:
         self.module, self.loss_fn, self.workload, self.config = module, loss_fn, workload, config
         self.progress, self.after_update = progress, after_update
@@ -82,63 +90,95 @@ class _Loop:
         self.device = self.parameters[0].device
         self.optimizer = make_optimizer(self.parameters, config)
         self.total = config.epochs * updates_per_epoch
-        self.updates = 0
-        self.started = time.monotonic()
+        self.at = Position()
+        self.best_state: dict[str, Tensor] | None = None
+        self.random: Random | None = None  # to go on with, behind the batches that a cut-off training had had
+        self.keeper = _Keeper(place, self, updates_per_epoch) if place is not None else None
+        self.started, self.earlier_updates = time.monotonic(), self.at.updates
 
     def run(self) -> TrainReport:
-        losses: list[float] = []
-        best, best_state, stale, stopped = math.inf, None, 0, False
-        for epoch in range(self.config.epochs):
-            losses.append(self._epoch(epoch))
-            if not self.config.early_stop_epochs:
-                continue
-            validation = self._validation_loss(epoch)
-            if validation < best:
-                best, stale = validation, 0
-                best_state = {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
-            else:
-                stale += 1
-            if stale >= self.config.early_stop_epochs:
-                stopped = epoch + 1 < self.config.epochs
-                break
-        if best_state is not None:
-            self.module.load_state_dict(best_state)
+        at = self.at
+        while not at.done and not at.stopped and at.epoch < self.config.epochs:
+            at.losses.append(self._epoch())
+            if self.config.early_stop_epochs:
+                self._judge()
+            at.epoch, at.batches, at.samples, at.loss_sum = at.epoch + 1, 0, 0, 0.0
+        if self.best_state is not None:
+            self.module.load_state_dict(self.best_state)
+        if self.keeper is not None and not at.done:
+            self.keeper.keep_end()
+        stopped = at.stopped and at.epoch < self.config.epochs
         if stopped:
-            self.progress(self.total, self.total, f"stopped after epoch {len(losses)}: calibration loss {best:.4f}")
+            self.progress(self.total, self.total, f"stopped after epoch {at.epoch}: calibration loss {at.best:.4f}")
         return TrainReport(
-            epochs=len(losses),
-            updates=self.updates,
-            first_loss=losses[0],
-            final_loss=losses[-1],
-            best_validation_loss=best if best_state is not None else None,
+            epochs=at.epoch,
+            updates=at.updates,
+            first_loss=at.losses[0],
+            final_loss=at.losses[-1],
+            best_validation_loss=at.best,
             stopped_early=stopped,
-            losses=losses,
+            losses=list(at.losses),
         )
 
-    def _epoch(self, epoch: int) -> float:
-        """One pass over the training split; the mean loss per sample."""
+    def _judge(self) -> None:
+        """Keep the weights if the calibration loss was never lower; stop if it has not been for long."""
+        at = self.at
+        validation = self._validation_loss(at.epoch)
+        if at.best is None or validation < at.best:
+            at.best, at.stale = validation, 0
+            self.best_state = {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
+        else:
+            at.stale += 1
+        at.stopped = at.stale >= self.config.early_stop_epochs
+
+    def _epoch(self) -> float:
+        """One pass over the training split, or the rest of one; the mean loss per sample."""
         self.module.train()
-        total, samples = 0.0, 0
-        for batch in self._batches("train", epoch_seed(self.config, epoch)):
-            loss = self._update(batch, epoch)
-            total, samples = total + loss * len(batch), samples + len(batch)
-            rate = self.updates / (time.monotonic() - self.started)
-            note = f"epoch {epoch + 1}/{self.config.epochs}: loss {total / samples:.4f}, {rate:.1f} updates/s"
-            self.progress(self.updates, self.total, note)
-        return total / samples
+        at = self.at
+        batches = self._batches("train", epoch_seed(self.config, at.epoch))
+        self._skip(batches, at.batches)
+        for batch in batches:
+            loss = self._update(batch, at.epoch)
+            at.loss_sum, at.samples, at.batches = (
+                at.loss_sum + loss * len(batch),
+                at.samples + len(batch),
+                at.batches + 1,
+            )
+            rate = (at.updates - self.earlier_updates) / (time.monotonic() - self.started)
+            mean = at.loss_sum / at.samples
+            note = f"epoch {at.epoch + 1}/{self.config.epochs}: loss {mean:.4f}, {rate:.1f} updates/s"
+            self.progress(at.updates, self.total, note)
+            if self.keeper is not None:
+                self.keeper.keep_now_and_then()
+        return at.loss_sum / at.samples
+
+    def _skip(self, batches: Iterator[Batch], count: int) -> None:
+        """Leave out the batches that were learned from before, and take up the random numbers from behind them."""
+        skipped = sum(1 for _ in itertools.islice(batches, count))
+        if skipped < count:
+            raise StageError(
+                f"going on with epoch {self.at.epoch + 1} of a training that was cut off",
+                found=f"{skipped} batches in it",
+                expected=f"more than the {count} that it had had",
+                fix="`Workload.batches` must give the same batches for the same seed; delete what lies under "
+                "training/ in the work store to begin anew",
+            )
+        if self.random is not None:
+            self.random.set(self.device)
+            self.random = None
 
     def _update(self, batch: Batch, epoch: int) -> float:
-        factor = schedule(self.config, self.updates, self.total)
+        factor = schedule(self.config, self.at.updates, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * factor
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss_fn(self.module, batch)
-        value = self._finite(float(loss.detach()), f"epoch {epoch + 1}, update {self.updates + 1}")
+        value = self._finite(float(loss.detach()), f"epoch {epoch + 1}, update {self.at.updates + 1}")
         loss.backward()  # type: ignore[no-untyped-call]
         if self.config.max_grad_norm:
             nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self.optimizer.step()
-        self.updates += 1
+        self.at.updates += 1
         if self.after_update is not None:
             self.after_update()
         return value
@@ -168,6 +208,53 @@ class _Loop:
                 "for NaN and infinity in the data",
             )
         return loss
+
+
+class _Keeper:
+    """Puts a loop's state on its place now and then, and takes it up from there when the loop is made."""
+
+    def __init__(self, place: Place, loop: _Loop, updates_per_epoch: int) -> None:
+        self.place, self.loop = place, loop
+        self.live = Live(loop.module, loop.parameters, loop.optimizer, loop.device)
+        self.off = bool(unlike := keeps_more_than_tensors(loop.module))
+        if self.off:
+            place.shelf.tell(f"the training keeps no state: {', '.join(unlike)} of the model has one that is no tensor")
+            return
+        self.about = self.live.describe(loop.config, updates_per_epoch)
+        self.began = self.kept = time.monotonic()
+        self.pause = place.shelf.seconds
+        self._take_up()
+
+    def _take_up(self) -> None:
+        data = self.place.load()
+        if data is None:
+            return
+        loop, tell = self.loop, self.place.shelf.tell
+        try:
+            loop.at, loop.best_state, loop.random = self.live.restore_(data, self.about)
+        except CorruptionError as error:
+            tell(f"the training begins anew, as what is kept of an earlier one is of no use: {error}")
+            return
+        how = "was done before" if loop.at.done else f"goes on behind update {loop.at.updates} of {loop.total}"
+        tell(f"the training {how}")
+
+    def keep_now_and_then(self) -> None:
+        """Keep the state where the time has come: it takes at most `KEEPING_SHARE` of the training's."""
+        if not self.off and time.monotonic() - self.kept >= self.pause:
+            self._keep()
+
+    def keep_end(self) -> None:
+        """Keep the weights at the end, as the stage is not at its own: unless the training was short."""
+        if not self.off and time.monotonic() - self.began >= self.place.shelf.seconds:
+            self.loop.at.done = True
+            self._keep()
+
+    def _keep(self) -> None:
+        began = time.monotonic()
+        self.place.save(self.live.to_bytes(self.about, self.loop.at, self.loop.best_state))
+        self.kept = time.monotonic()
+        if self.place.shelf.seconds:
+            self.pause = max(self.place.shelf.seconds, (self.kept - began) / KEEPING_SHARE)
 
 
 def epoch_seed(config: TrainConfig, epoch: int) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextvars
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import cast
 from uuid import UUID
 
+import httpx
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -17,6 +21,8 @@ QUIET_SECONDS = 1.0
 """A stage that ends sooner shows nothing: each call to the server costs more than it tells."""
 ARTIFACT_SECONDS = 3.0
 """Between updates of the Prefect artifact."""
+CLOSE_SECONDS = 5.0
+"""How long the end of a stage waits for its last update."""
 LOG_SECONDS = 10.0
 """Between log lines where there is no terminal."""
 
@@ -28,7 +34,7 @@ class StageProgress:
         self._stage = stage
         self._bar: Progress | None = None
         self._bar_task: TaskID | None = None
-        self._artifact: UUID | None = None
+        self._artifact: _Artifact | None = None
         self._started = self._updated = self._logged = time.monotonic()
 
     def __enter__(self) -> StageProgress:
@@ -50,8 +56,10 @@ class StageProgress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if self._artifact is not None and error is None:
-            update_progress_artifact(self._artifact, progress=100.0, description=f"{self._stage}: done")
+        if self._artifact is not None:
+            if error is None:
+                self._artifact.show(100.0, f"{self._stage}: done")
+            self._artifact.close()
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """Show `done` of `total`, no more often than eyes and servers can take."""
@@ -70,9 +78,52 @@ class StageProgress:
             self._logged = now
 
     def _publish(self, share: float, note: str) -> None:
-        description = f"{self._stage}: {note}" if note else self._stage
         if self._artifact is None:
-            key = f"progress-{self._stage}"
-            self._artifact = cast(UUID, create_progress_artifact(progress=share, key=key, description=description))
-        else:
-            update_progress_artifact(self._artifact, progress=share, description=description)
+            self._artifact = _Artifact(self._stage)
+        self._artifact.show(share, f"{self._stage}: {note}" if note else self._stage)
+
+
+class _Artifact:
+    """A progress artifact, written by a thread of its own: while Prefect's server is away, each call takes a minute and
+    then fails, and the work has not to wait for either."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+        self._latest: tuple[float, str] | None = None
+        self._changed, self._closed = threading.Event(), False
+        run = contextvars.copy_context().run  # the artifact belongs to the flow run that the context names
+        self._thread = threading.Thread(target=run, args=(self._write,), name=f"progress-{stage}", daemon=True)
+        self._thread.start()
+
+    def show(self, share: float, description: str) -> None:
+        """Write this, unless something newer comes first."""
+        self._latest = (share, description)
+        self._changed.set()
+
+    def close(self) -> None:
+        """Write what is left, for as long as a server that is there takes."""
+        self._closed = True
+        self._changed.set()
+        self._thread.join(CLOSE_SECONDS)
+
+    def _write(self) -> None:
+        artifact: UUID | None = None
+        lost = False
+        while True:
+            self._changed.wait()
+            self._changed.clear()
+            latest, self._latest = self._latest, None
+            if latest is not None:
+                share, text = latest
+                try:
+                    if artifact is None:
+                        key = f"progress-{self._stage}"
+                        artifact = cast(UUID, create_progress_artifact(progress=share, key=key, description=text))
+                    else:
+                        update_progress_artifact(artifact, progress=share, description=text)
+                except (httpx.HTTPError, PrefectException) as error:
+                    if not lost:
+                        get_run_logger().warning("%s: its progress is not shown: %s", self._stage, error)
+                    lost = True
+            if self._closed and self._latest is None:
+                return

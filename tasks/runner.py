@@ -12,12 +12,14 @@ from prefect.logging import get_run_logger
 from modelpress.config import Config, WorkloadConfig
 from modelpress.progress import Progress
 from modelpress.reports import ArtifactRef, Report
+from modelpress.resume import kept_on
 from modelpress.settings import read_settings
 from modelpress.store.artifacts import load_artifact, save_artifact
 from modelpress.store.base import Store, open_store
 from registry import runs, sources
 from tasks.progress import StageProgress
 from tasks.records import Finished, Record, ReportT, find_record, read_report, save_record, stage_key
+from tasks.trainings import StageShelf
 
 if TYPE_CHECKING:
     from modelpress.checkpoint import Checkpoint
@@ -77,7 +79,8 @@ def run_stage(
         report = read_report(store, record, report_type) if record is not None else None
         reused = report is not None and valid(report)
         if record is None or report is None or not reused:
-            record = _work(store, stage, label, key, work, replace=record is not None or not settings.reuse)
+            shelf = StageShelf(store, stage, key, settings, child.tag)
+            record = _work(store, shelf, label, work, replace=record is not None or not settings.reuse)
             report = read_report(store, record, report_type)
         finished = Finished(stage, record.outputs, report, record.seconds, reused)
         _log(child, label, finished, {"stage_key": key, "inputs_sha256": ", ".join(ref.sha256 for ref in inputs)})
@@ -114,14 +117,17 @@ def fetch_checkpoint(ref: ArtifactRef) -> Checkpoint:
     return Checkpoint.from_bytes(load_artifact(ref))
 
 
-def _work(store: Store, stage: str, label: str, key: str, work: Work[ReportT], *, replace: bool) -> Record:
+def _work(store: Store, shelf: StageShelf, label: str, work: Work[ReportT], *, replace: bool) -> Record:
     started = time.perf_counter()
-    with StageProgress(label) as progress:
+    with StageProgress(label) as progress, kept_on(shelf):
         outputs, report = work(progress)
     saved = {name: save_artifact(store, data, replace=replace) for name, data in outputs.items()}
     seconds = time.perf_counter() - started
-    record = Record(stage=stage, key=key, outputs=saved, report=report.model_dump(mode="json"), seconds=seconds)
-    return save_record(store, record, replace=replace)
+    values = report.model_dump(mode="json")
+    record = Record(stage=shelf.stage, key=shelf.key, outputs=saved, report=values, seconds=seconds)
+    recorded = save_record(store, record, replace=replace)
+    shelf.clear()
+    return recorded
 
 
 def _log(child: runs.Run, label: str, finished: Finished[ReportT], origin: Mapping[str, str]) -> None:

@@ -11,7 +11,9 @@ from modelpress.errors import ConfigError
 
 RECIPE = {"name": "cut", "workload": {"kind": "image-classification", "model": "digits-cnn", "data": "digits"}}
 PLAIN = OptimizeConfig.model_validate(RECIPE)
-FULL = OptimizeConfig.model_validate(RECIPE | {"distill": {"architecture": {}}, "prune": {}, "quantize": {"method": "dynamic"}})
+FULL = OptimizeConfig.model_validate(
+    RECIPE | {"distill": {"architecture": {}}, "prune": {}, "quantize": {"method": "dynamic"}}
+)
 
 
 def test_the_parts_are_what_the_recipe_switches_on_in_order() -> None:

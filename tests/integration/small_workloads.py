@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from modelpress.config import TrainConfig
 from modelpress.progress import Progress, silent
 from modelpress.workload import Batch, Split, Workload
+from modelpress.workloads.sources import trained
 
 WIDTH, CLASSES = 32, 16
 
@@ -83,3 +88,44 @@ class Labelled(Small):
 
     def identity(self) -> str:
         return "labelled"
+
+
+class Learning(Small):
+    """`Small` whose source is trained on the spot, and whose student is narrower. While the file `pause` exists in
+    MODELPRESS_HOME, training stands still: for tests that strike at a training that runs."""
+
+    trains_source = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = 0
+
+    def skeleton(self, architecture: Mapping[str, Any]) -> nn.Module:
+        net = Net(False)
+        hidden = int(architecture.get("hidden", 128))
+        net.first, net.second = nn.Linear(WIDTH, hidden), nn.Linear(hidden, CLASSES)
+        return net
+
+    def source(self, progress: Progress = silent) -> nn.Module:
+        config = TrainConfig(epochs=3, batch_size=20)
+        return trained(self, lambda: self.skeleton({}), config, progress)
+
+    def batches(self, split: Split, batch_size: int, seed: int | None = None) -> Iterator[Batch]:
+        rows = self.rows[split]
+        if seed is not None:
+            rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+        pause = Path(os.environ.get("MODELPRESS_HOME", ".modelpress")) / "pause"
+        self.passes += split == "train" and seed is not None
+        for number, part in enumerate(rows.split(batch_size)):
+            # The first pass only counts updates.
+            while split == "train" and seed is not None and self.passes > 1 and number == 3 and pause.exists():
+                (pause.parent / "paused").touch()
+                time.sleep(0.02)
+            yield Batch({"input": part}, (part.sum(1) > 0).long())
+
+    def score(self, outputs: np.ndarray) -> np.ndarray:
+        right = (self.rows["evaluation"].sum(1) > 0).long().numpy()
+        return (outputs.argmax(1) == right).astype(np.float64)
+
+    def identity(self) -> str:
+        return "learning"

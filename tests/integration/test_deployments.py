@@ -25,12 +25,13 @@ from modelpress.config import OptimizeConfig
 from modelpress.errors import ConfigError, CorruptionError, GateError
 from modelpress.store.base import open_store
 from tasks.alarm import Failure, notify
+from tasks.reaping import FLOWS
 from tests.conftest import ROOT
 from tests.integration.deploying import deploy, make_pools, prefect
 from tests.integration.small_workloads import WIDTH, Net
 
 NAME = "deployed"
-SCHEDULED = {"evaluate-published", "collect", "scrub", "reconcile-poll"}
+SCHEDULED = {"evaluate-published", "collect", "scrub", "reconcile-poll", "reap"}
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,8 @@ def test_the_server_holds_every_deployment_whole(deployed: dict[str, DeploymentR
         assert "modelpress" in found.tags
         assert found.work_pool_name == ("gpu" if name.endswith("-gpu") else "cpu")
         assert found.work_pool_name in found.tags
+        assert found.entrypoint is not None
+        assert found.entrypoint.partition(":")[2].replace("_", "-") in FLOWS, "the reaper looks after it"
         assert found.enforce_parameter_schema, "a wrong value is refused before anything runs"
         assert set(found.parameters) <= set(found.parameter_openapi_schema["properties"])
         assert not found.job_variables, "what a run needs of its machine stands in the pool"
