@@ -51,7 +51,7 @@ class Line:
         workload = sources.pin(settings, config.workload)
         if workload != config.workload:  # an alias, which may name another version by the end of the run
             run.tag("source_model", workload.model)
-        self.context = RunContext(name=config.name, mlflow_run=run.id, workload=workload)
+        self.context = RunContext(name=config.name, mlflow_run=run.id, workload=workload, gpu=config.gpu)
         self.mlflow_url = runs.run_url(settings, run.id, run.experiment_id)
         self.links = {"MLflow run": self.mlflow_url} | ({"Prefect flow run": flow_run_url} if flow_run_url else {})
         self.published: UploadReport | None = None

@@ -65,6 +65,8 @@ class Settings(BaseSettings):
     """The private key, PEM, that signs what is published and promoted. Unset: nothing is signed."""
     signing_key_passphrase: SecretStr = SecretStr("")
     """Its passphrase, where it has one."""
+    gpu_lease_seconds: float = Field(default=120.0, ge=60, le=86_400)
+    """How long a GPU stays taken when the process that held it dies; renewed at three quarters of it."""
     reuse: bool = True
     """Take a stage's finished output when its key matches; off recomputes everything."""
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from modelpress import memory
 from modelpress.config import TrainConfig
-from modelpress.errors import StageError
+from modelpress.errors import OutOfMemoryError, StageError
 from modelpress.progress import Progress, silent
 from modelpress.reports import TrainReport
 from modelpress.workload import Batch, Split, Workload
@@ -45,6 +46,7 @@ def train_(
 
     Raises:
         StageError: nothing to train, no data, or a loss that is NaN or infinite.
+        OutOfMemoryError: a batch, or with `out_of_memory: halve` a single sample, did not fit.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not parameters:
@@ -83,6 +85,9 @@ class _Loop:
         self.optimizer = make_optimizer(self.parameters, config)
         self.total = config.epochs * updates_per_epoch
         self.updates = 0
+        self.parts = 1
+        self.memory_errors: list[str] = []
+        self.may_cut = config.out_of_memory == "halve" and workload.samples_stand_alone
         self.started = time.monotonic()
 
     def run(self) -> TrainReport:
@@ -113,6 +118,8 @@ class _Loop:
             best_validation_loss=best if best_state is not None else None,
             stopped_early=stopped,
             losses=losses,
+            batch_parts=self.parts if self.parts > 1 else None,
+            memory_errors=self.memory_errors,
         )
 
     def _epoch(self, epoch: int) -> float:
@@ -124,6 +131,7 @@ class _Loop:
             total, samples = total + loss * len(batch), samples + len(batch)
             rate = self.updates / (time.monotonic() - self.started)
             note = f"epoch {epoch + 1}/{self.config.epochs}: loss {total / samples:.4f}, {rate:.1f} updates/s"
+            note += f", batches in {self.parts} parts: memory ran out" if self.parts > 1 else ""
             self.progress(self.updates, self.total, note)
         return total / samples
 
@@ -131,10 +139,7 @@ class _Loop:
         factor = schedule(self.config, self.updates, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * factor
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss_fn(self.module, batch)
-        value = self._finite(float(loss.detach()), f"epoch {epoch + 1}, update {self.updates + 1}")
-        loss.backward()  # type: ignore[no-untyped-call]
+        value = self._gradients(batch, f"epoch {epoch + 1}, update {self.updates + 1}")
         if self.config.max_grad_norm:
             nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self.optimizer.step()
@@ -142,6 +147,54 @@ class _Loop:
         if self.after_update is not None:
             self.after_update()
         return value
+
+    def _gradients(self, batch: Batch, where: str) -> float:
+        """Leave the gradients of a batch's loss, which is returned; in smaller parts, where the config allows, when
+        memory does not hold it.
+
+        A part's loss counts by its samples: the sum is the batch's own for a loss that is a mean over samples. What a
+        layer takes from the whole batch, such as batch normalisation, it takes from each part.
+        """
+        while True:
+            state = torch.get_rng_state() if self.may_cut else None
+            try:
+                return self._in_parts(batch, where)
+            except (MemoryError, RuntimeError) as error:
+                if not memory.ran_out(error):
+                    raise
+                found = f"{where}: {memory.described(error)}"
+                if state is None or self.parts >= len(batch):
+                    raise self._too_large(batch, where, found) from error
+            # Out of the handler: the traceback no longer holds what the attempt made.
+            torch.set_rng_state(state)  # the same noise, but for dropout on a GPU, whose generator goes on
+            self.parts = min(2 * self.parts, len(batch))
+            self.memory_errors.append(found)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _in_parts(self, batch: Batch, where: str) -> float:
+        self.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for part in batch.cut(self.parts):
+            share = len(part) / len(batch)
+            loss = self.loss_fn(self.module, part) * share
+            total += self._finite(float(loss.detach()), where)
+            loss.backward()  # type: ignore[no-untyped-call]
+        return total
+
+    def _too_large(self, batch: Batch, where: str, found: str) -> OutOfMemoryError:
+        at_once = -(-len(batch) // self.parts)
+        if self.may_cut:
+            way = ""
+        elif self.workload.samples_stand_alone:
+            way = "let batches be cut (train.out_of_memory: halve), "
+        else:
+            way = f"(batches of {type(self.workload).__name__} cannot be cut: its loss compares their samples) "
+        return OutOfMemoryError(
+            f"training ({where}) on {at_once} of a batch's {len(batch)} samples at once",
+            found=found.removeprefix(f"{where}: "),
+            fix=f"{way}lower train.batch_size (now {self.config.batch_size}), or train where there is more memory",
+        )
 
     def _validation_loss(self, epoch: int) -> float:
         """Mean loss per sample on the calibration split, in eval mode."""

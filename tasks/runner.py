@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from prefect.logging import get_run_logger
 
-from modelpress.config import Config, WorkloadConfig
+from modelpress import memory
+from modelpress.config import Config, GpuConfig, WorkloadConfig
 from modelpress.progress import Progress
 from modelpress.reports import ArtifactRef, Report
 from modelpress.settings import read_settings
 from modelpress.store.artifacts import load_artifact, save_artifact
 from modelpress.store.base import Store, open_store
 from registry import runs, sources
+from tasks.devices import placed
 from tasks.progress import StageProgress
 from tasks.records import Finished, Record, ReportT, find_record, read_report, save_record, stage_key
 
@@ -33,8 +35,11 @@ class RunContext(Report):
     """Id of the parent run; each stage logs to a child of it."""
     workload: WorkloadConfig
     """The model, the data and the metric; a model of MLflow's by its version, never by an alias."""
+    gpu: GpuConfig | None = None
+    """What a stage that computes on a GPU needs; None: none does."""
 
 
+OUT_OF_MEMORY = "run the stage where there is more memory, or give it less: smaller batches, fewer samples"
 Work = Callable[[Progress], tuple[Mapping[str, bytes], ReportT]]
 """Does a stage's work: outputs by name, and the report."""
 
@@ -51,6 +56,7 @@ def run_stage(
     extra: Mapping[str, Any] | None = None,
     valid: Callable[[ReportT], bool] = lambda _: True,
     splits: Collection[Split] = (),
+    gpu: GpuConfig | None = None,
 ) -> Finished[ReportT]:
     """Run a stage, or take what an earlier run finished.
 
@@ -65,6 +71,7 @@ def run_stage(
         extra: whatever else decides the output.
         valid: whether what an earlier report speaks of still stands.
         splits: of the data that it reads, as its run's inputs in MLflow.
+        gpu: held while the work is done; None where it computes on the CPU.
     """
     settings, label = read_settings(), label or stage
     store = open_store(settings.work_uri, settings)
@@ -77,7 +84,9 @@ def run_stage(
         report = read_report(store, record, report_type) if record is not None else None
         reused = report is not None and valid(report)
         if record is None or report is None or not reused:
-            record = _work(store, stage, label, key, work, replace=record is not None or not settings.reuse)
+            replace = record is not None or not settings.reuse
+            with placed(gpu, label):
+                record = _work(store, stage, label, key, work, replace=replace)
             report = read_report(store, record, report_type)
         finished = Finished(stage, record.outputs, report, record.seconds, reused)
         _log(child, label, finished, {"stage_key": key, "inputs_sha256": ", ".join(ref.sha256 for ref in inputs)})
@@ -116,7 +125,7 @@ def fetch_checkpoint(ref: ArtifactRef) -> Checkpoint:
 
 def _work(store: Store, stage: str, label: str, key: str, work: Work[ReportT], *, replace: bool) -> Record:
     started = time.perf_counter()
-    with StageProgress(label) as progress:
+    with StageProgress(label) as progress, memory.named(f"stage {label}", OUT_OF_MEMORY):
         outputs, report = work(progress)
     saved = {name: save_artifact(store, data, replace=replace) for name, data in outputs.items()}
     seconds = time.perf_counter() - started

@@ -43,6 +43,10 @@ class TrainReport(Report):
     """Whether early stop ended it."""
     losses: list[float] = Field(default_factory=list)
     """Mean loss per epoch."""
+    batch_parts: int | None = None
+    """Into how many parts batches were cut in the end, where memory had run out; None: into none."""
+    memory_errors: list[str] = Field(default_factory=list)
+    """Where memory ran out, what was asked and what was there; after each, parts were half as large."""
 
     def series(self) -> dict[str, list[float]]:
         """The loss of each epoch."""
