@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from modelpress.reports import (
     SourceReport,
     Stage,
     UploadReport,
+    trainings,
 )
 from modelpress.settings import Settings, read_settings
 from modelpress.store.local import local_errors
@@ -203,17 +205,31 @@ class Line:
         create_table_artifact(table(self.rows), key=f"{key}-stages", description=f"Stages of `{self.config.name}`")
         pack = f"Pack `{self.published.pack}`, `{self.published.uri}`\n\n" if self.published else ""
         links = " · ".join(f"[{name}]({url})" for name, url in self.links.items())
-        text = f"# {self.config.name}\n\n{markdown(self.rows)}\n\n{pack}{links}\n"
-        create_markdown_artifact(text, key=f"{key}-report", description=f"Report of `{self.config.name}`")
+        text = f"# {self.config.name}\n\n{markdown(self.rows)}\n\n{self._memory()}{pack}{links}\n"
         planned, compressed = self.reports.get("plan"), self.reports.get("compress")
         shown = compressed if isinstance(compressed, CompressReport) else None
         with tempfile.TemporaryDirectory(prefix="modelpress-") as folder:
             with local_errors(f"writing the report into {folder}", writing=True):
                 Path(folder, "report.md").write_text(text, encoding="utf-8")
                 figures.draw(self.rows, shown, Path(folder, "stages.png"))
+                picture = base64.b64encode(Path(folder, "stages.png").read_bytes()).decode()
                 if isinstance(planned, PlanReport):
                     self._show_plan(planned, key, Path(folder))
+            # In the text, which Prefect's UIs show whole: an image artifact wants an address that each browser reaches.
+            seen = f"{text}\n![quality, bytes and speed by stage](data:image/png;base64,{picture})\n"
+            create_markdown_artifact(seen, key=f"{key}-report", description=f"Report of `{self.config.name}`")
             self.run.folder(Path(folder))
+
+    def _memory(self) -> str:
+        """The trainings that went on with smaller pieces because memory ran out."""
+        lines = [
+            f"- **{label}**: batches of its training ran in {training.batch_parts} parts, because memory ran out "
+            f"({'; '.join(training.memory_errors)})"
+            for label, report in self.reports.items()
+            for training in trainings(report)
+            if training.memory_errors
+        ]
+        return "\n".join([*lines, "", ""]) if lines else ""
 
     def _show_plan(self, report: PlanReport, key: str, folder: Path) -> None:
         """The front of a plan: as a table in Prefect, and as a plot for MLflow."""

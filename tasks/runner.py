@@ -12,7 +12,7 @@ from prefect.logging import get_run_logger
 from modelpress import memory
 from modelpress.config import Config, GpuConfig, WorkloadConfig
 from modelpress.progress import Progress
-from modelpress.reports import ArtifactRef, Report
+from modelpress.reports import ArtifactRef, Report, trainings
 from modelpress.settings import read_settings
 from modelpress.store.artifacts import load_artifact, save_artifact
 from modelpress.store.base import Store, open_store
@@ -141,3 +141,7 @@ def _log(child: runs.Run, label: str, finished: Finished[ReportT], origin: Mappi
     child.tags({"reused": str(finished.reused).lower(), **made, **origin})
     how = f"reused (took {finished.seconds:.1f} s when it ran)" if finished.reused else f"{finished.seconds:.1f} s"
     get_run_logger().info("%s: %s", label, how, extra={"stage": label})
+    for training in trainings(finished.report):
+        for found in training.memory_errors:
+            cut = "%s: memory ran out, and batches were cut from there on: %s"
+            get_run_logger().warning(cut, label, found, extra={"stage": label})

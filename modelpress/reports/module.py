@@ -53,6 +53,19 @@ class TrainReport(Report):
         return {"loss": self.losses}
 
 
+def trainings(report: Report) -> list[TrainReport]:
+    """The trainings that a stage's report tells of, at any depth; each once."""
+    if isinstance(report, TrainReport):
+        return [report]
+    values = [getattr(report, name) for name in type(report).model_fields]
+    inside = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    found: list[TrainReport] = []
+    for one in inside:
+        if isinstance(one, Report):
+            found += [training for training in trainings(one) if training not in found]
+    return found
+
+
 class SourceReport(Report):
     """The model as the user gave it."""
 

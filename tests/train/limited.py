@@ -1,6 +1,6 @@
 """Training in a process that may take only so much more memory: `python -m tests.train.limited FAIL-OR-HALVE MIB`.
 
-A third argument is the width inside; with 0 MiB there is no limit. Prints JSON: the report and the weights, or the error.
+A third argument is the width inside; with 0 MiB there is no limit. Prints JSON: report and weights, or the error.
 """
 
 from __future__ import annotations
