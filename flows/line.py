@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import re
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.utilities.urls import url_for
 
-from flows import figures
+from flows import figures, metrics
 from flows.result import OptimizeResult, StageRow, format_bytes, format_quality, markdown, table, throughput
+from flows.watch import watched
 from modelpress.config import OptimizeConfig
 from modelpress.reports import (
     ArtifactRef,
@@ -57,6 +60,7 @@ class Line:
         self.mlflow_url = runs.run_url(settings, run.id, run.experiment_id)
         self.links = {"MLflow run": self.mlflow_url} | ({"Prefect flow run": flow_run_url} if flow_run_url else {})
         self.published: UploadReport | None = None
+        self.decision: Decision | None = None
         self.rows: list[StageRow] = []
         self.reports: dict[str, Report] = {}
         self.evaluations: dict[str, EvaluationReport] = {}
@@ -158,7 +162,7 @@ class Line:
         speedup = float(self.headline()["speedup"])
         page = runs.version_url(self.settings, self.config.name, registered.number)
         self.links |= {f"model version {registered.number}": page}
-        self.published = published
+        self.published, self.decision = published, decision
         self.run.tag("recomputed", ", ".join(self.recomputed) or "nothing")
         self.run.metrics(
             {
@@ -257,6 +261,7 @@ def tracked(config: OptimizeConfig) -> Iterator[Line]:
     """The MLflow run of this flow run, linked both ways; it ends as the flow ends."""
     settings, tags = read_settings(), flow_run_tags()
     with ExitStack() as stack:
+        stack.enter_context(watched(config.name))
         run = stack.enter_context(runs.parent_run(settings, config.name, config.model_dump(mode="json"), tags))
         line = Line(config, settings, run, tags["prefect.flow_run_url"])
         create_link_artifact(
@@ -266,7 +271,16 @@ def tracked(config: OptimizeConfig) -> Iterator[Line]:
             description="Parameters, metrics, plots and reports of this run",
         )
         stack.callback(line.show)
+        stack.push(partial(_tell_prometheus, line, time.time()))
         yield line
+
+
+def _tell_prometheus(
+    line: Line, began: float, kind: type[BaseException] | None, _error: object = None, _trace: object = None
+) -> None:
+    if line.settings.metrics is not None:
+        told = (line.rows, line.published, line.decision)
+        metrics.write(line.settings.metrics, line.config.name, *told, began=began, success=kind is None)
 
 
 def flow_run_tags() -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -67,6 +68,10 @@ class Settings(BaseSettings):
     """Its passphrase, where it has one."""
     gpu_lease_seconds: float = Field(default=120.0, ge=60, le=86_400)
     """How long a GPU stays taken when the process that held it dies; renewed at three quarters of it."""
+    log: Literal["text", "json"] = "text"
+    """How flows log to the terminal: Prefect's lines, or a JSON object in each line."""
+    metrics: Path | None = None
+    """Folder of the node exporter's textfile collector: each run of the line leaves its numbers there. Unset: none."""
     reuse: bool = True
     """Take a stage's finished output when its key matches; off recomputes everything."""
 

@@ -20,6 +20,7 @@ from registry import runs, sources
 from tasks.devices import placed
 from tasks.progress import StageProgress
 from tasks.records import Finished, Record, ReportT, find_record, read_report, save_record, stage_key
+from tasks.telemetry import span
 
 if TYPE_CHECKING:
     from modelpress.checkpoint import Checkpoint
@@ -79,7 +80,10 @@ def run_stage(
     identity = open_workload(context.workload, context.mlflow_run).identity()
     key = stage_key(stage, inputs=inputs, config=fingerprint, identity=identity, extra=extra)
     values = config.model_dump(mode="json") if config else {}
-    with runs.child_run(settings, context.mlflow_run, label, values, splits) as child:
+    with (
+        span(f"stage {label}", {"modelpress.stage": label, "modelpress.stage.key": key}) as opened,
+        runs.child_run(settings, context.mlflow_run, label, values, splits) as child,
+    ):
         record = find_record(store, stage, key) if settings.reuse else None
         report = read_report(store, record, report_type) if record is not None else None
         reused = report is not None and valid(report)
@@ -89,6 +93,15 @@ def run_stage(
                 record = _work(store, stage, label, key, work, replace=replace)
             report = read_report(store, record, report_type)
         finished = Finished(stage, record.outputs, report, record.seconds, reused)
+        if opened is not None:
+            opened.set_attributes(
+                {
+                    "modelpress.stage.reused": reused,
+                    "modelpress.stage.seconds": record.seconds,
+                    "modelpress.stage.output_bytes": sum(ref.size_bytes for ref in record.outputs.values()),
+                    "mlflow.run_id": child.id,
+                }
+            )
         _log(child, label, finished, {"stage_key": key, "inputs_sha256": ", ".join(ref.sha256 for ref in inputs)})
     return finished
 
