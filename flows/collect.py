@@ -7,6 +7,7 @@ from typing import Annotated
 from prefect import flow
 from pydantic import Field
 
+from flows.watch import watched
 from modelpress.config import RetentionConfig
 from modelpress.reports import CollectReport
 from tasks import housekeeping
@@ -25,6 +26,7 @@ def collect(
         grace_hours: What is younger stays, whoever needs it.
         retention: Which versions stay; left out, all of them.
     """
-    if retention is not None:
-        housekeeping.retain(retention, delete)
-    return housekeeping.collect(grace_hours, delete)
+    with watched():
+        if retention is not None:
+            housekeeping.retain(retention, delete)
+        return housekeeping.collect(grace_hours, delete)

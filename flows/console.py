@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 
 from modelpress.errors import ModelpressError, SetupError
+from modelpress.settings import read_settings
 
 START_SECONDS = 120
 
@@ -59,6 +60,11 @@ def quiet() -> None:
     from prefect.logging.configuration import setup_logging
 
     setup_logging()
+    from flows.logs import write_json
+
+    if read_settings().log == "json":
+        write_json()
+        return  # whoever reads lines by program wants the error among them
     for name in (None, "prefect.flow_runs", "prefect.task_runs"):
         for handler in logging.getLogger(name).handlers:
             if isinstance(handler, logging.StreamHandler):

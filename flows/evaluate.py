@@ -5,6 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.line import flow_run_tags
+from flows.watch import watched
 from modelpress.config import Alias, GateConfig, PackName
 from modelpress.errors import GateError
 from tasks import recheck, release
@@ -27,8 +28,9 @@ def evaluate_published(name: PackName, alias: Alias = "champion", gate: GateConf
         GateError: its quality left the gate's bound, or the samples are too few to tell.
         CorruptionError: the published bytes are not what the manifest says.
     """
-    found = recheck.recheck(name, alias, release.find_pack(name, alias), gate, flow_run_tags())
-    recheck.show(found)
+    with watched(name):
+        found = recheck.recheck(name, alias, release.find_pack(name, alias), gate, flow_run_tags())
+        recheck.show(found)
     if not found.decision.promote:
         raise GateError(
             f"measuring {name}@{alias} again, pack {found.pack}",

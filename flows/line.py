@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,9 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.utilities.urls import url_for
 
-from flows import figures
+from flows import figures, metrics
 from flows.result import OptimizeResult, StageRow, format_bytes, format_quality, markdown, table, throughput
+from flows.watch import watched
 from modelpress.config import OptimizeConfig
 from modelpress.reports import (
     ArtifactRef,
@@ -26,6 +30,7 @@ from modelpress.reports import (
     SourceReport,
     Stage,
     UploadReport,
+    trainings,
 )
 from modelpress.settings import Settings, read_settings
 from modelpress.store.local import local_errors
@@ -51,10 +56,11 @@ class Line:
         workload = sources.pin(settings, config.workload)
         if workload != config.workload:  # an alias, which may name another version by the end of the run
             run.tag("source_model", workload.model)
-        self.context = RunContext(name=config.name, mlflow_run=run.id, workload=workload)
+        self.context = RunContext(name=config.name, mlflow_run=run.id, workload=workload, gpu=config.gpu)
         self.mlflow_url = runs.run_url(settings, run.id, run.experiment_id)
         self.links = {"MLflow run": self.mlflow_url} | ({"Prefect flow run": flow_run_url} if flow_run_url else {})
         self.published: UploadReport | None = None
+        self.decision: Decision | None = None
         self.rows: list[StageRow] = []
         self.reports: dict[str, Report] = {}
         self.evaluations: dict[str, EvaluationReport] = {}
@@ -156,7 +162,7 @@ class Line:
         speedup = float(self.headline()["speedup"])
         page = runs.version_url(self.settings, self.config.name, registered.number)
         self.links |= {f"model version {registered.number}": page}
-        self.published = published
+        self.published, self.decision = published, decision
         self.run.tag("recomputed", ", ".join(self.recomputed) or "nothing")
         self.run.metrics(
             {
@@ -203,17 +209,31 @@ class Line:
         create_table_artifact(table(self.rows), key=f"{key}-stages", description=f"Stages of `{self.config.name}`")
         pack = f"Pack `{self.published.pack}`, `{self.published.uri}`\n\n" if self.published else ""
         links = " · ".join(f"[{name}]({url})" for name, url in self.links.items())
-        text = f"# {self.config.name}\n\n{markdown(self.rows)}\n\n{pack}{links}\n"
-        create_markdown_artifact(text, key=f"{key}-report", description=f"Report of `{self.config.name}`")
+        text = f"# {self.config.name}\n\n{markdown(self.rows)}\n\n{self._memory()}{pack}{links}\n"
         planned, compressed = self.reports.get("plan"), self.reports.get("compress")
         shown = compressed if isinstance(compressed, CompressReport) else None
         with tempfile.TemporaryDirectory(prefix="modelpress-") as folder:
             with local_errors(f"writing the report into {folder}", writing=True):
                 Path(folder, "report.md").write_text(text, encoding="utf-8")
                 figures.draw(self.rows, shown, Path(folder, "stages.png"))
+                picture = base64.b64encode(Path(folder, "stages.png").read_bytes()).decode()
                 if isinstance(planned, PlanReport):
                     self._show_plan(planned, key, Path(folder))
+            # In the text, which Prefect's UIs show whole: an image artifact wants an address that each browser reaches.
+            seen = f"{text}\n![quality, bytes and speed by stage](data:image/png;base64,{picture})\n"
+            create_markdown_artifact(seen, key=f"{key}-report", description=f"Report of `{self.config.name}`")
             self.run.folder(Path(folder))
+
+    def _memory(self) -> str:
+        """The trainings that went on with smaller pieces because memory ran out."""
+        lines = [
+            f"- **{label}**: batches of its training ran in {training.batch_parts} parts, because memory ran out "
+            f"({'; '.join(training.memory_errors)})"
+            for label, report in self.reports.items()
+            for training in trainings(report)
+            if training.memory_errors
+        ]
+        return "\n".join([*lines, "", ""]) if lines else ""
 
     def _show_plan(self, report: PlanReport, key: str, folder: Path) -> None:
         """The front of a plan: as a table in Prefect, and as a plot for MLflow."""
@@ -241,6 +261,7 @@ def tracked(config: OptimizeConfig) -> Iterator[Line]:
     """The MLflow run of this flow run, linked both ways; it ends as the flow ends."""
     settings, tags = read_settings(), flow_run_tags()
     with ExitStack() as stack:
+        stack.enter_context(watched(config.name))
         run = stack.enter_context(runs.parent_run(settings, config.name, config.model_dump(mode="json"), tags))
         if flow_run.run_count > 1:
             why = f"flow run {flow_run.name} ({flow_run.id}) was started again"
@@ -253,7 +274,16 @@ def tracked(config: OptimizeConfig) -> Iterator[Line]:
             description="Parameters, metrics, plots and reports of this run",
         )
         stack.callback(line.show)
+        stack.push(partial(_tell_prometheus, line, time.time()))
         yield line
+
+
+def _tell_prometheus(
+    line: Line, began: float, kind: type[BaseException] | None, _error: object = None, _trace: object = None
+) -> None:
+    if line.settings.metrics is not None:
+        told = (line.rows, line.published, line.decision)
+        metrics.write(line.settings.metrics, line.config.name, *told, began=began, success=kind is None)
 
 
 def flow_run_tags() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.approval import approved
+from flows.watch import watched
 from modelpress.config import Alias, GateConfig, PackName
 from modelpress.errors import GateError
 from registry.gates import Decision
@@ -25,8 +26,9 @@ def promote(name: PackName, candidate: str = "challenger", gate: GateConfig | No
     Raises:
         GateError: the gate refused; the champion is who it was.
     """
-    pack = release.find_pack(name, candidate)
-    decision = approved(name, pack, gate, release.promote(name, pack, gate))
+    with watched(name):
+        pack = release.find_pack(name, candidate)
+        decision = approved(name, pack, gate, release.promote(name, pack, gate))
     if not decision.promote:
         raise GateError(
             f"promoting {name} {pack}",
@@ -47,4 +49,5 @@ def rollback(name: PackName, alias: Alias = "champion", to: str | None = None) -
         alias: The alias that goes back.
         to: Digest of the pack to return to; left out, the one that stood before the current one.
     """
-    return release.rollback(name, alias, to)
+    with watched(name):
+        return release.rollback(name, alias, to)

@@ -7,6 +7,7 @@ from typing import Annotated
 from prefect import flow
 from pydantic import Field
 
+from flows.watch import watched
 from modelpress.reports.scrub import ScrubReport
 from tasks import scrub as tasks
 
@@ -26,7 +27,8 @@ def scrub(bytes_per_second: Annotated[int, Field(ge=0)] = 50_000_000, afresh: bo
         CorruptionError: something is damaged, foreign or not vouched for; pack, blob and key are named.
         NotFoundError: something is missing.
     """
-    report = tasks.scrub(bytes_per_second, afresh)
-    tasks.show(report)
-    tasks.judge(report)
-    return report
+    with watched():
+        report = tasks.scrub(bytes_per_second, afresh)
+        tasks.show(report)
+        tasks.judge(report)
+        return report

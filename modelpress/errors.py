@@ -11,6 +11,7 @@
     ├── StageError                  a stage could not do its work
     │   ├── ExportError             the model has no ONNX graph
     │   ├── CoverageError           a stage touched nothing, or less than it had to
+    │   ├── OutOfMemoryError        a stage asked for more memory than there was
     │   └── BudgetExceededError     the quality budget is spent; the flow stops here
     ├── FormatError                 bytes are not what the format says
     │   ├── CorruptionError         a digest, a length or a checksum does not match
@@ -104,6 +105,10 @@ class ExportError(StageError):
 
 class CoverageError(StageError):
     """A stage touched nothing, or less than it had to."""
+
+
+class OutOfMemoryError(StageError):
+    """A stage asked for more memory than there was."""
 
 
 class BudgetExceededError(StageError):

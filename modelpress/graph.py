@@ -20,6 +20,7 @@ from onnx import GraphProto, ModelProto, SparseTensorProto, TensorProto
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 from torch import Tensor
 
+from modelpress import place
 from modelpress.checkpoint import Checkpoint
 from modelpress.cores import usable_cores
 from modelpress.errors import CorruptionError, SetupError, WorkloadError
@@ -68,7 +69,8 @@ class Session(onnxruntime.InferenceSession):  # type: ignore[misc]
         # ONNX Runtime reads external initializers in place and does not copy them.
         self._weights = weights
         # With fallback on, a call that fails on the GPU would quietly be repeated on the CPU.
-        super().__init__(graph, options, providers=[provider], enable_fallback=0)
+        chosen = (provider, place.provider_options(provider))
+        super().__init__(graph, options, providers=[chosen], enable_fallback=0)
 
 
 def split(model: ModelProto, threshold: int = INLINE_BELOW) -> Checkpoint:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -68,6 +69,12 @@ class Settings(BaseSettings):
     training_seconds: float = Field(default=60.0, ge=0)
     """How often a training keeps its state in the work store, so that it goes on from there when it was killed: after
     so many seconds at the earliest, and so that keeping takes at most a twentieth of its time; 0: after each update."""
+    gpu_lease_seconds: float = Field(default=120.0, ge=60, le=86_400)
+    """How long a GPU stays taken when the process that held it dies; renewed at three quarters of it."""
+    log: Literal["text", "json"] = "text"
+    """How flows log to the terminal: Prefect's lines, or a JSON object in each line."""
+    metrics: Path | None = None
+    """Folder of the node exporter's textfile collector: each run of the line leaves its numbers there. Unset: none."""
     reuse: bool = True
     """Take a stage's finished output when its key matches; off recomputes everything."""
 

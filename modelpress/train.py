@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from modelpress import memory
 from modelpress.config import TrainConfig
-from modelpress.errors import CorruptionError, StageError
+from modelpress.errors import CorruptionError, OutOfMemoryError, StageError
 from modelpress.progress import Progress, silent
 from modelpress.reports import TrainReport
 from modelpress.resume import Place, next_place
@@ -51,6 +52,7 @@ def train_(
 
     Raises:
         StageError: nothing to train, no data, or a loss that is NaN or infinite.
+        OutOfMemoryError: a batch, or with `out_of_memory: halve` a single sample, did not fit.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not parameters:
@@ -94,6 +96,7 @@ class _Loop:
         self.best_state: dict[str, Tensor] | None = None
         self.random: Random | None = None  # to go on with, behind the batches that a cut-off training had had
         self.keeper = _Keeper(place, self, updates_per_epoch) if place is not None else None
+        self.may_cut = config.out_of_memory == "halve" and workload.samples_stand_alone
         self.started, self.earlier_updates = time.monotonic(), self.at.updates
 
     def run(self) -> TrainReport:
@@ -118,6 +121,8 @@ class _Loop:
             best_validation_loss=at.best,
             stopped_early=stopped,
             losses=list(at.losses),
+            batch_parts=at.parts if at.parts > 1 else None,
+            memory_errors=list(at.memory_errors),
         )
 
     def _judge(self) -> None:
@@ -147,6 +152,7 @@ class _Loop:
             rate = (at.updates - self.earlier_updates) / (time.monotonic() - self.started)
             mean = at.loss_sum / at.samples
             note = f"epoch {at.epoch + 1}/{self.config.epochs}: loss {mean:.4f}, {rate:.1f} updates/s"
+            note += f", batches in {at.parts} parts: memory ran out" if at.parts > 1 else ""
             self.progress(at.updates, self.total, note)
             if self.keeper is not None:
                 self.keeper.keep_now_and_then()
@@ -171,10 +177,7 @@ class _Loop:
         factor = schedule(self.config, self.at.updates, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * factor
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss_fn(self.module, batch)
-        value = self._finite(float(loss.detach()), f"epoch {epoch + 1}, update {self.at.updates + 1}")
-        loss.backward()  # type: ignore[no-untyped-call]
+        value = self._gradients(batch, f"epoch {epoch + 1}, update {self.at.updates + 1}")
         if self.config.max_grad_norm:
             nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self.optimizer.step()
@@ -182,6 +185,54 @@ class _Loop:
         if self.after_update is not None:
             self.after_update()
         return value
+
+    def _gradients(self, batch: Batch, where: str) -> float:
+        """Leave the gradients of a batch's loss, which is returned; in smaller parts, where the config allows, when
+        memory does not hold it.
+
+        A part's loss counts by its samples: the sum is the batch's own for a loss that is a mean over samples. What a
+        layer takes from the whole batch, such as batch normalisation, it takes from each part.
+        """
+        while True:
+            state = torch.get_rng_state() if self.may_cut else None
+            try:
+                return self._in_parts(batch, where)
+            except (MemoryError, RuntimeError) as error:
+                if not memory.ran_out(error):
+                    raise
+                found = f"{where}: {memory.described(error)}"
+                if state is None or self.at.parts >= len(batch):
+                    raise self._too_large(batch, where, found) from error
+            # Out of the handler: the traceback no longer holds what the attempt made.
+            torch.set_rng_state(state)  # the same noise, but for dropout on a GPU, whose generator goes on
+            self.at.parts = min(2 * self.at.parts, len(batch))
+            self.at.memory_errors.append(found)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _in_parts(self, batch: Batch, where: str) -> float:
+        self.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for part in batch.cut(self.at.parts):
+            share = len(part) / len(batch)
+            loss = self.loss_fn(self.module, part) * share
+            total += self._finite(float(loss.detach()), where)
+            loss.backward()  # type: ignore[no-untyped-call]
+        return total
+
+    def _too_large(self, batch: Batch, where: str, found: str) -> OutOfMemoryError:
+        at_once = -(-len(batch) // self.at.parts)
+        if self.may_cut:
+            way = ""
+        elif self.workload.samples_stand_alone:
+            way = "let batches be cut (train.out_of_memory: halve), "
+        else:
+            way = f"(batches of {type(self.workload).__name__} cannot be cut: its loss compares their samples) "
+        return OutOfMemoryError(
+            f"training ({where}) on {at_once} of a batch's {len(batch)} samples at once",
+            found=found.removeprefix(f"{where}: "),
+            fix=f"{way}lower train.batch_size (now {self.config.batch_size}), or train where there is more memory",
+        )
 
     def _validation_loss(self, epoch: int) -> float:
         """Mean loss per sample on the calibration split, in eval mode."""

@@ -69,6 +69,10 @@ class Position(BaseModel):
     """Epochs since then."""
     stopped: bool = False
     """Whether it was stopped early."""
+    parts: int = Field(default=1, ge=1)
+    """Into how many parts a batch is cut since memory ran out."""
+    memory_errors: list[str] = []
+    """What was said each time that it did."""
     done: bool = False
     """Whether the training is over; the optimizer's state is left out then."""
 

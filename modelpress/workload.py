@@ -37,6 +37,14 @@ class Batch:
     def __len__(self) -> int:
         return int(next(iter(self.inputs.values())).shape[0])
 
+    def cut(self, parts: int) -> list[Batch]:
+        """The batch in so many parts of its samples, in order, as equal as they can be."""
+        if parts == 1:
+            return [self]
+        inputs = {name: tensor.tensor_split(parts) for name, tensor in self.inputs.items()}
+        targets = self.targets.tensor_split(parts) if self.targets is not None else [None] * parts
+        return [Batch({name: found[part] for name, found in inputs.items()}, targets[part]) for part in range(parts)]
+
 
 class Workload(abc.ABC):
     """A model together with the data and the metric by which it is judged.
@@ -53,6 +61,8 @@ class Workload(abc.ABC):
     """What the outputs are: a student learns the teacher's soft labels, or its embeddings."""
     trains_source: bool = False
     """Whether `source` trains the model in the run."""
+    samples_stand_alone: ClassVar[bool] = True
+    """Whether the loss of a batch is the mean over its samples: then a training may cut it when memory runs out."""
     evaluation_batch_size: int = 64
     """Samples whose outputs are held at once while the model is judged."""
 

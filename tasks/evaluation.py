@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from modelpress.config import EvaluateConfig
+from modelpress.config import EvaluateConfig, GpuConfig
 from modelpress.cores import usable_cores
 from modelpress.progress import Progress
 from modelpress.reports import ArtifactRef, EvaluationReport, Stage
@@ -48,6 +48,8 @@ def evaluate(
         samples = samples_digest(workload)
         return {"scores": files.dump({"scores": scores}, samples=samples, metric=workload.metric)}, report
 
+    # Torch modules are measured on the CPU; a graph where its provider computes, and never beside somebody unasked.
+    on_gpu = label not in ("source", "distill", "prune") and config.provider != "CPUExecutionProvider"
     return run_stage(
         context,
         "evaluate",
@@ -58,6 +60,7 @@ def evaluate(
         label=f"evaluate-{label}",
         extra={"stage": stage, "host": host_fingerprint()},
         splits=["evaluation"],
+        gpu=(context.gpu or GpuConfig()) if on_gpu else None,
     )
 
 

@@ -70,7 +70,8 @@ def source(context: RunContext) -> Finished[SourceReport]:
     splits: dict[str, tuple[int, str]] = {split: (one.samples, one.sha256) for split, one in found.items()}
     datasets.log(runs.open_client(settings), context.mlflow_run, context.workload, splits)
     used: list[Split] = ["train"] if workload.trains_source else []
-    return run_stage(context, "source", SourceReport, work, config=context.workload, splits=used)
+    gpu = context.gpu if workload.trains_source else None
+    return run_stage(context, "source", SourceReport, work, config=context.workload, splits=used, gpu=gpu)
 
 
 @task(name="distill", task_run_name="distill", cache_policy=NO_CACHE)
@@ -86,7 +87,9 @@ def distill(context: RunContext, model: ArtifactRef, config: DistillConfig) -> F
         return {"output": from_module(student, report.architecture).to_bytes()}, report
 
     splits = _read(config.train)
-    return run_stage(context, "distill", DistillReport, work, inputs=[model], config=config, splits=splits)
+    return run_stage(
+        context, "distill", DistillReport, work, inputs=[model], config=config, splits=splits, gpu=context.gpu
+    )
 
 
 @task(name="prune", task_run_name="prune", cache_policy=NO_CACHE)

@@ -137,7 +137,7 @@ def upload(
                 config.name,
                 _with_files(context, coded, provenance),
                 files,
-                config=config.model_dump(mode="json"),
+                config=config.model_dump(mode="json", exclude={"gpu"}),  # where it was made does not make another pack
                 lineage=provenance.lineage,
                 licence=open_workload(context.workload, context.mlflow_run).licence(),
                 reports={stage: Numbers.model_validate(found) for stage, found in provenance.reports.items()},

@@ -36,6 +36,7 @@ class StageProgress:
         self._bar_task: TaskID | None = None
         self._artifact: _Artifact | None = None
         self._started = self._updated = self._logged = time.monotonic()
+        self._first, self._last = (self._started, 0), (0, -1)
 
     def __enter__(self) -> StageProgress:
         if sys.stderr.isatty():
@@ -64,18 +65,30 @@ class StageProgress:
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """Show `done` of `total`, no more often than eyes and servers can take."""
         now = time.monotonic()
+        if total != self._last[1] or done < self._last[0]:  # another part of the work is counted
+            self._first = (now, done)
+        self._last = (done, total)
         if self._bar is not None and self._bar_task is not None:
             self._bar.update(self._bar_task, completed=done, total=total, description=note)
         if now - self._started < QUIET_SECONDS:
             return
         share = 100.0 * done / total if total else 0.0
         if self._artifact is None or now - self._updated >= ARTIFACT_SECONDS:
-            self._publish(share, note)
+            self._publish(share, " · ".join(part for part in (note, self._pace(now, done, total)) if part))
             self._updated = now
         if self._bar is None and now - self._logged >= LOG_SECONDS:
-            left = f"{share:.0f} %, about {(now - self._started) * (total - done) / done:.0f} s left, " if done else ""
-            get_run_logger().info("%s: %s%s", self._stage, left, note, extra={"stage": self._stage})
+            parts = (f"{share:.0f} %" if done else "", self._pace(now, done, total), note)
+            said = ", ".join(part for part in parts if part)
+            get_run_logger().info("%s: %s", self._stage, said, extra={"stage": self._stage})
             self._logged = now
+
+    def _pace(self, now: float, done: int, total: int) -> str:
+        """Rate and time left, from what was done here: a stage that goes on where another run stopped begins late."""
+        began, before = self._first
+        if done <= before or now <= began:
+            return ""
+        rate = (done - before) / (now - began)
+        return f"{_number(rate)}/s, {_duration((total - done) / rate)} left"
 
     def _publish(self, share: float, note: str) -> None:
         if self._artifact is None:
@@ -127,3 +140,20 @@ class _Artifact:
                     lost = True
             if self._closed and self._latest is None:
                 return
+
+
+def _number(value: float) -> str:
+    """Three digits, with k, M and G."""
+    for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= unit:
+            return f"{value / unit:.3g}{name}"
+    return f"{value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    """`40 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from prefect.logging import get_run_logger
 
-from modelpress.config import Config, WorkloadConfig
+from modelpress import memory
+from modelpress.config import Config, GpuConfig, WorkloadConfig
 from modelpress.progress import Progress
-from modelpress.reports import ArtifactRef, Report
+from modelpress.reports import ArtifactRef, Report, trainings
 from modelpress.resume import kept_on
 from modelpress.settings import read_settings
 from modelpress.store.artifacts import load_artifact, save_artifact
 from modelpress.store.base import Store, open_store
 from registry import runs, sources
+from tasks.devices import placed
 from tasks.progress import StageProgress
 from tasks.records import Finished, Record, ReportT, find_record, read_report, save_record, stage_key
+from tasks.telemetry import span
 from tasks.trainings import StageShelf
 
 if TYPE_CHECKING:
@@ -35,8 +38,11 @@ class RunContext(Report):
     """Id of the parent run; each stage logs to a child of it."""
     workload: WorkloadConfig
     """The model, the data and the metric; a model of MLflow's by its version, never by an alias."""
+    gpu: GpuConfig | None = None
+    """What a stage that computes on a GPU needs; None: none does."""
 
 
+OUT_OF_MEMORY = "run the stage where there is more memory, or give it less: smaller batches, fewer samples"
 Work = Callable[[Progress], tuple[Mapping[str, bytes], ReportT]]
 """Does a stage's work: outputs by name, and the report."""
 
@@ -53,6 +59,7 @@ def run_stage(
     extra: Mapping[str, Any] | None = None,
     valid: Callable[[ReportT], bool] = lambda _: True,
     splits: Collection[Split] = (),
+    gpu: GpuConfig | None = None,
 ) -> Finished[ReportT]:
     """Run a stage, or take what an earlier run finished.
 
@@ -67,6 +74,7 @@ def run_stage(
         extra: whatever else decides the output.
         valid: whether what an earlier report speaks of still stands.
         splits: of the data that it reads, as its run's inputs in MLflow.
+        gpu: held while the work is done; None where it computes on the CPU.
     """
     settings, label = read_settings(), label or stage
     store = open_store(settings.work_uri, settings)
@@ -74,15 +82,29 @@ def run_stage(
     identity = open_workload(context.workload, context.mlflow_run).identity()
     key = stage_key(stage, inputs=inputs, config=fingerprint, identity=identity, extra=extra)
     values = config.model_dump(mode="json") if config else {}
-    with runs.child_run(settings, context.mlflow_run, label, values, splits) as child:
+    with (
+        span(f"stage {label}", {"modelpress.stage": label, "modelpress.stage.key": key}) as opened,
+        runs.child_run(settings, context.mlflow_run, label, values, splits) as child,
+    ):
         record = find_record(store, stage, key) if settings.reuse else None
         report = read_report(store, record, report_type) if record is not None else None
         reused = report is not None and valid(report)
         if record is None or report is None or not reused:
+            replace = record is not None or not settings.reuse
             shelf = StageShelf(store, stage, key, settings, child.tag)
-            record = _work(store, shelf, label, work, replace=record is not None or not settings.reuse)
+            with placed(gpu, label):
+                record = _work(store, shelf, label, work, replace=replace)
             report = read_report(store, record, report_type)
         finished = Finished(stage, record.outputs, report, record.seconds, reused)
+        if opened is not None:
+            opened.set_attributes(
+                {
+                    "modelpress.stage.reused": reused,
+                    "modelpress.stage.seconds": record.seconds,
+                    "modelpress.stage.output_bytes": sum(ref.size_bytes for ref in record.outputs.values()),
+                    "mlflow.run_id": child.id,
+                }
+            )
         _log(child, label, finished, {"stage_key": key, "inputs_sha256": ", ".join(ref.sha256 for ref in inputs)})
     return finished
 
@@ -119,7 +141,7 @@ def fetch_checkpoint(ref: ArtifactRef) -> Checkpoint:
 
 def _work(store: Store, shelf: StageShelf, label: str, work: Work[ReportT], *, replace: bool) -> Record:
     started = time.perf_counter()
-    with StageProgress(label) as progress, kept_on(shelf):
+    with StageProgress(label) as progress, kept_on(shelf), memory.named(f"stage {label}", OUT_OF_MEMORY):
         outputs, report = work(progress)
     saved = {name: save_artifact(store, data, replace=replace) for name, data in outputs.items()}
     seconds = time.perf_counter() - started
@@ -138,3 +160,7 @@ def _log(child: runs.Run, label: str, finished: Finished[ReportT], origin: Mappi
     child.tags({"reused": str(finished.reused).lower(), **made, **origin})
     how = f"reused (took {finished.seconds:.1f} s when it ran)" if finished.reused else f"{finished.seconds:.1f} s"
     get_run_logger().info("%s: %s", label, how, extra={"stage": label})
+    for training in trainings(finished.report):
+        for found in training.memory_errors:
+            cut = "%s: memory ran out, and batches were cut from there on: %s"
+            get_run_logger().warning(cut, label, found, extra={"stage": label})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from modelpress.config.base import Alias, Bytes, Config, PackName
 from modelpress.config.distill import DistillConfig
+from modelpress.config.gpu import GpuConfig
 from modelpress.config.housekeeping import RetentionConfig
 from modelpress.config.judge import EvaluateConfig, GateConfig
 from modelpress.config.pack import CompressConfig, ShardConfig, UploadConfig
@@ -38,6 +39,7 @@ __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "GateConfig",
+    "GpuConfig",
     "OptimizeConfig",
     "PackName",
     "PlanConfig",

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from modelpress.config.base import Bytes, Config, PackName
 from modelpress.config.distill import DistillConfig
+from modelpress.config.gpu import GpuConfig
 from modelpress.config.judge import EvaluateConfig, GateConfig
 from modelpress.config.pack import CompressConfig, ShardConfig, UploadConfig
 from modelpress.config.plan import PlanConfig
@@ -51,6 +52,9 @@ class OptimizeConfig(Config):
     """Who may become champion."""
     promote: bool = True
     """Judge the new version at the end, and move the alias if it passes."""
+    gpu: GpuConfig | None = None
+    """Absent: everything is computed on the CPU, but graphs whose `evaluate.provider` is a GPU's: those take a whole
+    device."""
 
     @model_validator(mode="after")
     def _check(self) -> OptimizeConfig:

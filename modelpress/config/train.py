@@ -32,5 +32,8 @@ class TrainConfig(Config):
     """Gradients are clipped to this global norm; 0 switches clipping off."""
     early_stop_epochs: int = Field(default=0, ge=0)
     """Stop after this many epochs without a better calibration loss, and keep the best weights; 0 never stops."""
+    out_of_memory: Literal["fail", "halve"] = "fail"
+    """When an update finds too little memory: stop, or cut each batch into twice as many parts from there on. Their
+    gradients are added, so that an update still takes `batch_size` samples; the report says so."""
     seed: int = Field(default=0, ge=0)
     """Seed of the order of the data and of dropout."""

@@ -19,6 +19,7 @@ from modelpress.distill.losses import counted, hidden_loss, imitation_loss
 from modelpress.distill.matching import Matching, matched
 from modelpress.distill.students import make_student
 from modelpress.errors import StageError
+from modelpress.place import resident
 from modelpress.progress import Progress, silent
 from modelpress.reports import DistillReport
 from modelpress.train import LossFn, train_
@@ -65,7 +66,7 @@ def distill(
             expected="a smaller student",
             fix="lower the widths in distill.architecture, or keep fewer layers",
         )
-    with frozen(teacher), matched(teacher, student, workload, config) as matching:
+    with resident(teacher, student), frozen(teacher), matched(teacher, student, workload, config) as matching:
         cache = TeacherCache(teacher, workload, config, progress) if config.cache_top_k else None
         loss_fn = distillation_loss(teacher, workload, config, matching, cache)
         trained = _Together(student, matching.projections) if matching and len(matching.projections) else student

@@ -29,7 +29,15 @@ from modelpress.reports.housekeeping import (
     UsageReport,
     VersionUsage,
 )
-from modelpress.reports.module import DistillReport, PruneReport, PruneStep, SourceReport, TensorChange, TrainReport
+from modelpress.reports.module import (
+    DistillReport,
+    PruneReport,
+    PruneStep,
+    SourceReport,
+    TensorChange,
+    TrainReport,
+    trainings,
+)
 from modelpress.reports.pack import CodedTensor, CompressReport, DeltaReport, ShardReport, UploadReport, VerifyReport
 from modelpress.reports.plan import PlannedTensor, PlanOutline, PlanPoint, PlanReport
 from modelpress.reports.quality import AttributionReport, EvaluationReport, LatencyReport, QualityReport
@@ -76,4 +84,5 @@ __all__ = [
     "UsageReport",
     "VerifyReport",
     "VersionUsage",
+    "trainings",
 ]

@@ -43,10 +43,27 @@ class TrainReport(Report):
     """Whether early stop ended it."""
     losses: list[float] = Field(default_factory=list)
     """Mean loss per epoch."""
+    batch_parts: int | None = None
+    """Into how many parts batches were cut in the end, where memory had run out; None: into none."""
+    memory_errors: list[str] = Field(default_factory=list)
+    """Where memory ran out, what was asked and what was there; after each, parts were half as large."""
 
     def series(self) -> dict[str, list[float]]:
         """The loss of each epoch."""
         return {"loss": self.losses}
+
+
+def trainings(report: Report) -> list[TrainReport]:
+    """The trainings that a stage's report tells of, at any depth; each once."""
+    if isinstance(report, TrainReport):
+        return [report]
+    values = [getattr(report, name) for name in type(report).model_fields]
+    inside = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    found: list[TrainReport] = []
+    for one in inside:
+        if isinstance(one, Report):
+            found += [training for training in trainings(one) if training not in found]
+    return found
 
 
 class SourceReport(Report):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Self
 
 from modelpress.errors import ConfigError, CorruptionError, NotFoundError, StoreError, StoreUnfitError
 from modelpress.settings import Settings, read_settings
+from modelpress.store import observe
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -71,6 +72,12 @@ class Store(abc.ABC):
     """Whose signatures packs and pointers need that are read through it; None asks for none."""
     signer: Signer | None
     """Who signs what is published and pointed at through it; None signs nothing."""
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in observe.OPERATIONS:
+            if name in cls.__dict__:
+                setattr(cls, name, observe.watched(cls.__dict__[name]))
 
     def __init__(self, uri: str) -> None:
         self.uri, self.trust, self.signer = uri, None, None

@@ -71,6 +71,7 @@ class SentenceEmbedding(Workload):
 
     metric = "mrr"
     outputs: ClassVar[Outputs] = "embeddings"
+    samples_stand_alone = False  # each text is told apart from all others of its batch
 
     def __init__(self, config: WorkloadConfig) -> None:
         self.config = config

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from modelpress.config import TrainConfig
+from modelpress.place import resident
 from modelpress.progress import Progress
 from modelpress.train import train_
 from modelpress.workload import Workload
@@ -27,5 +28,6 @@ def trained(workload: Workload, make: Callable[[], nn.Module], training: TrainCo
         StageError: see `train_`.
     """
     module = seeded(make, training.seed)
-    train_(module, lambda model, batch: workload.loss(model(**batch.inputs), batch), workload, training, progress)
+    with resident(module):
+        train_(module, lambda model, batch: workload.loss(model(**batch.inputs), batch), workload, training, progress)
     return module.eval()

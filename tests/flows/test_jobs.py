@@ -12,6 +12,8 @@ from modelpress.errors import ConfigError
 RECIPE = {"name": "cut", "workload": {"kind": "image-classification", "model": "digits-cnn", "data": "digits"}}
 PLAIN = OptimizeConfig.model_validate(RECIPE)
 FULL = OptimizeConfig.model_validate(
+    {**RECIPE, "distill": {"architecture": {}}, "prune": {}, "quantize": {"method": "dynamic"}}
+)
     RECIPE | {"distill": {"architecture": {}}, "prune": {}, "quantize": {"method": "dynamic"}}
 )
 

@@ -1,0 +1,80 @@
+"""What a long stage says while it runs: how far, how fast, and how much longer; on a clock that the test moves."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tasks import progress
+from tasks.progress import StageProgress
+
+
+class Seen:
+    """What would go to Prefect and to the log."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now, self.lines = 100.0, list[str]()
+        self.artifacts: list[tuple[float, str]] = []
+        patch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: self.now))
+        patch.setattr(progress, "create_progress_artifact", self.artifact)
+        patch.setattr(progress, "update_progress_artifact", lambda _, **values: self.artifact(**values))
+        log = SimpleNamespace(info=lambda text, *values, **_: self.lines.append(text % values))
+        patch.setattr(progress, "get_run_logger", lambda: log)
+
+    def artifact(self, **values: Any) -> str:
+        self.artifacts.append((values["progress"], values["description"]))
+        return "artifact"
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Seen:
+    caplog.set_level(logging.INFO)
+    return Seen(monkeypatch)
+
+
+def test_artifact_and_log_have_rate_and_time_left(seen: Seen) -> None:
+    with StageProgress("distill") as report:
+        report(0, 1000, "epoch 1")
+        seen.now += 10
+        report(50, 1000, "epoch 1: loss 0.5")
+        seen.now += 10
+        report(100, 1000, "epoch 1: loss 0.4")
+    assert seen.artifacts[:2] == [
+        (5.0, "distill: epoch 1: loss 0.5 · 5/s, 3 min 10 s left"),
+        (10.0, "distill: epoch 1: loss 0.4 · 5/s, 3 min 0 s left"),
+    ]
+    assert seen.artifacts[-1] == (100.0, "distill: done")
+    assert seen.lines[0] == "distill: 5 %, 5/s, 3 min 10 s left, epoch 1: loss 0.5"
+
+
+def test_a_stage_that_goes_on_at_half_is_not_called_twice_as_fast(seen: Seen) -> None:
+    with StageProgress("distill") as report:
+        report(500, 1000, "goes on")
+        seen.now += 10
+        report(510, 1000, "")
+    assert seen.artifacts[0] == (51.0, "distill: 1/s, 8 min 10 s left")
+
+
+def test_a_count_that_begins_anew_is_timed_anew(seen: Seen) -> None:
+    with StageProgress("prune") as report:
+        report(0, 10, "scores")
+        seen.now += 100
+        report(10, 10, "scores")
+        report(0, 40, "recovery")
+        seen.now += 10
+        report(20, 40, "recovery")
+    assert seen.artifacts[-2] == (50.0, "prune: recovery · 2/s, 10 s left")
+
+
+def test_before_anything_is_done_no_rate_is_made_up(seen: Seen) -> None:
+    with StageProgress("upload") as report:
+        report(0, 0, "hashing")
+        seen.now += 20
+        report(0, 5 * 10**9, "first shard")
+        seen.now += 1000
+        report(10**9, 5 * 10**9)
+    assert seen.artifacts[0] == (0.0, "upload: first shard")
+    assert seen.artifacts[1][1] == "upload: 1 M/s, 1 h 6 min left"
