@@ -8,6 +8,7 @@ with the line's first stage, and takes what others have recorded.
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import cast
 
 from prefect import State, flow
 from prefect.client.orchestration import get_client
@@ -118,7 +119,8 @@ def _finish(config: OptimizeConfig, job: Job) -> None:
     parameters = {"config": config.model_dump(mode="json"), "last": job.last}
     for attempt in range(ATTEMPTS):
         key = f"{flow_run.root_flow_run_id}-{flow_run.id}-{job.last}-{attempt}"
-        run = run_deployment(job.deployment, parameters=parameters, idempotency_key=key, poll_interval=2)
+        found = run_deployment(job.deployment, parameters=parameters, idempotency_key=key, poll_interval=2)
+        run = cast(FlowRun, found)  # a coroutine in async flows alone
         state = run.state
         if state is not None and state.is_completed():
             get_run_logger().info("%s: done by %s", job.last, run.name, extra={"stage": job.last})

@@ -14,8 +14,6 @@ PLAIN = OptimizeConfig.model_validate(RECIPE)
 FULL = OptimizeConfig.model_validate(
     {**RECIPE, "distill": {"architecture": {}}, "prune": {}, "quantize": {"method": "dynamic"}}
 )
-    RECIPE | {"distill": {"architecture": {}}, "prune": {}, "quantize": {"method": "dynamic"}}
-)
 
 
 def test_the_parts_are_what_the_recipe_switches_on_in_order() -> None:
