@@ -10,13 +10,12 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import cast
 
-from prefect import State, flow
+from prefect import Flow, State, flow, runtime
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
-from prefect.client.schemas.objects import Flow, FlowRun
+from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.logging import get_run_logger
-from prefect.runtime import flow_run
 from prefect.states import Cancelling
 from prefect.utilities.urls import url_for
 from pydantic import Field
@@ -63,10 +62,10 @@ def optimize_part(config: OptimizeConfig, last: Part) -> list[StageRow]:
         return line.rows
 
 
-def cancel_parts(_flow: Flow, run: FlowRun, _state: State) -> None:
+def cancel_parts(flow: Flow[..., object], flow_run: FlowRun, state: State) -> None:  # noqa: ARG001
     """A flow's hook: where the whole is cancelled, its jobs are, on whatever machine they run."""
     with get_client(sync_client=True) as client:
-        children = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[run.id]))
+        children = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[flow_run.id]))
         for child in client.read_flow_runs(flow_run_filter=children):
             if child.state is not None and not child.state.is_final():
                 client.set_flow_run_state(child.id, Cancelling(message="the run that started it was cancelled"))
@@ -118,7 +117,7 @@ def _finish(config: OptimizeConfig, job: Job) -> None:
     began = datetime.now(UTC)
     parameters = {"config": config.model_dump(mode="json"), "last": job.last}
     for attempt in range(ATTEMPTS):
-        key = f"{flow_run.root_flow_run_id}-{flow_run.id}-{job.last}-{attempt}"
+        key = f"{runtime.flow_run.id}-{job.last}-{attempt}"
         found = run_deployment(job.deployment, parameters=parameters, idempotency_key=key, poll_interval=2)
         run = cast(FlowRun, found)  # a coroutine in async flows alone
         state = run.state
