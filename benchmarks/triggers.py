@@ -53,7 +53,7 @@ from tests.registry.shelf import Shelf
 ROOT = Path(__file__).parents[1]
 NAME, WIDTH = "clicked", 512
 CLICKS = 10
-START_SECONDS, CLICK_SECONDS = 120.0, 300.0
+START_SECONDS, CLICK_SECONDS = 300.0, 300.0
 SMALL, LARGE = 1, 90
 """Layers of 1 MiB each; the large one is as large as a sentence encoder of 22.7 million parameters."""
 NOTE = """Ways to run what a click asks for: `receiver` runs the flow in its own warm process (the default);
