@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -30,23 +31,29 @@ from cryptography.fernet import Fernet
 from mlflow import MlflowClient
 from onnx import TensorProto, helper, numpy_helper
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from benchmarks._report import Row, main
 from modelpress import graph, pointer
 from modelpress.checkpoint import Checkpoint
+from modelpress.compress import compress
+from modelpress.config import CompressConfig, ShardConfig
+from modelpress.reports import SourceReport
+from modelpress.shard import draft_manifest, write_shards
 from modelpress.store import open_store
 from registry import promotion, reconcile, runs
 from serving.protocol import encode_request
 from tests.integration.conftest import QUIET, free_port
+from tests.packs import Pack
 from tests.registry.shelf import Shelf
 
 ROOT = Path(__file__).parents[1]
 NAME, WIDTH = "clicked", 512
 CLICKS = 10
-START_SECONDS, CLICK_SECONDS = 120.0, 300.0
+START_SECONDS, CLICK_SECONDS = 300.0, 300.0
 SMALL, LARGE = 1, 90
 """Layers of 1 MiB each; the large one is as large as a sentence encoder of 22.7 million parameters."""
 NOTE = """Ways to run what a click asks for: `receiver` runs the flow in its own warm process (the default);
@@ -158,9 +165,8 @@ def measure(quick: bool) -> Iterator[Row]:
     for layers in (SMALL,) if quick else (SMALL, LARGE):
         with tempfile.TemporaryDirectory(prefix="modelpress-") as folder, ExitStack() as servers:
             stack = Stack(Path(folder), servers)
-            shelf = Shelf(
-                stack.store, stack.client, Path(folder, "shards"), NAME, lambda seed, n=layers: layered(seed, n)
-            )
+            shards, made = Path(folder, "shards"), partial(layered, layers)
+            shelf = Shelf(stack.store, stack.client, shards, NAME, made, press)
             # Two packs take turns: each is as good as the other, so that each click passes.
             packs = [shelf.publish(), shelf.publish()]
             promotion.promote(stack.store, stack.client, NAME, packs[0], None)
@@ -216,7 +222,10 @@ def _clicks(stack: Stack, shelf: Shelf, packs: list[str], count: int, period: fl
 
 def _started(client: SyncPrefectClient, before: float) -> float:
     """When the flow run that wrote the pointer started: the last that did before."""
-    found: list[FlowRun] = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=20)
+    begun = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.COMPLETED]))
+    found = client.read_flow_runs(
+        flow_run_filter=FlowRunFilter(state=begun), sort=FlowRunSort.START_TIME_DESC, limit=20
+    )
     return max(run.start_time.timestamp() for run in found if run.start_time and run.start_time.timestamp() < before)
 
 
@@ -253,7 +262,16 @@ def _children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def layered(seed: int, layers: int) -> Checkpoint:
+def press(folder: Path, checkpoint: Checkpoint, *, name: str) -> Pack:
+    """As a run of the line does it, with its defaults."""
+    coded, report = compress(checkpoint, CompressConfig())
+    shards, _ = write_shards(coded, ShardConfig(), folder)
+    source = SourceReport(parameters=report.raw_bytes // 4, size_bytes=report.raw_bytes, trained=False)
+    manifest, blobs = draft_manifest(name, coded, shards, reports={"source": source})
+    return Pack(manifest, shards, blobs, checkpoint)
+
+
+def layered(layers: int, seed: int) -> Checkpoint:
     """Products of 512 × 512 floats, 1 MiB each."""
     chance, names = np.random.default_rng(seed), ["x", *[f"h{i}" for i in range(layers - 1)], "y"]
     weights = [

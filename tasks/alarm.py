@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 from itertools import takewhile
 from uuid import UUID
 
@@ -104,4 +106,6 @@ def notify(block: str, found: Failure) -> None:
         raise ConfigError(doing, found=str(error)[:300], expected="a notification block", fix=fix) from error
     if not isinstance(sender, NotificationBlock):
         raise ConfigError(doing, found=f"a {type(sender).__name__}", expected="a notification block", fix=fix)
-    sender.notify(body=f"{found.message}\n{found.url}", subject=found.subject)
+    sent = sender.notify(body=f"{found.message}\n{found.url}", subject=found.subject)
+    if inspect.iscoroutine(sent):  # blocks that ship with Prefect have sent it by now; others may leave that to us
+        asyncio.run(sent)

@@ -12,7 +12,8 @@ from mlflow.exceptions import MlflowException
 
 from flows.hooks.app import ACTIONS, ENTITY
 from modelpress.errors import SetupError
-from modelpress.settings import without_logins
+from modelpress.settings import Settings, without_logins
+from registry import runs
 
 NAME = "modelpress"
 EVENTS: list[Any] = [f"{ENTITY}.{action}" for action in ACTIONS]
@@ -25,6 +26,16 @@ class Registered:
     id: str
     made: bool
     """False: it was there, and says now what it should."""
+
+
+def connect(settings: Settings) -> MlflowClient:
+    """MLflow, which answers.
+
+    Raises:
+        SetupError: it does not.
+    """
+    runs.check_server(settings.mlflow_uri)
+    return runs.open_client(settings)
 
 
 def register(client: MlflowClient, url: str, secret: bytes, *, test: bool = True) -> Registered:

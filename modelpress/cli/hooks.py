@@ -44,10 +44,7 @@ def register(
     from flows.hooks import register as registering
     from flows.hooks import settings
     from modelpress.settings import read_settings
-    from registry import runs
 
-    base = read_settings()
-    runs.check_server(base.mlflow_uri)
-    client = runs.open_client(base)
-    done = registering.register(client, url, settings.read_settings().secrets()[0], test=test)
+    secret = settings.read_settings().secrets()[0]
+    done = registering.register(registering.connect(read_settings()), url, secret, test=test)
     echo(f"webhook {done.id} {'made' if done.made else 'brought up to date'}{', and tried' if test else ''}")

@@ -13,7 +13,7 @@ def prefect(*arguments: str, **environment: str) -> str:
     """Run Prefect's command line in the clone's root; what it printed."""
     command = [sys.executable, "-m", "prefect", *arguments]
     env = {**os.environ, **environment}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 

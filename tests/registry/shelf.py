@@ -15,7 +15,7 @@ from modelpress.config import GateConfig, OptimizeConfig
 from modelpress.store.base import Store
 from registry import reconcile, scores, versions
 from registry.reconcile import CHAMPION, Outcome
-from tests.packs import make_pack, torch_checkpoint
+from tests.packs import Pack, make_pack, torch_checkpoint
 
 GATE = GateConfig(min_compression_ratio=0, margin=0.3)
 WORKLOAD = {"kind": "custom", "factory": "tests.integration.small_workloads:Small"}
@@ -32,9 +32,10 @@ class Shelf:
         folder: Path,
         name: str,
         checkpoint: Callable[[int], Checkpoint] = torch_checkpoint,
+        make: Callable[..., Pack] = make_pack,
     ) -> None:
         self.store, self.client, self.folder, self.name = store, client, folder, name
-        self.made, self._checkpoint = 0, checkpoint
+        self.made, self._checkpoint, self._make = 0, checkpoint, make
 
     def publish(self, quality: float = 1.0, **gate: object) -> str:
         """A registered pack of this quality on the same samples, whose own gate is `GATE` with these values."""
