@@ -30,6 +30,8 @@ LOCAL = "local"
 UP_SECONDS = 1500.0
 """More than all parts may take one after the other."""
 DOWN_SECONDS = 240.0
+LOOKS_SECONDS = 1.0
+"""A `status` that looks whether the lock is held has it for a moment."""
 
 Say = Callable[[str], None]
 
@@ -65,7 +67,7 @@ def up(folder: Folder, wanted: Wanted, say: Say) -> State:
         ConfigError: what is wanted is not possible.
     """
     folder.make()
-    with folder.locked() as lock:
+    with folder.locked(LOOKS_SECONDS) as lock:
         if lock is not None:
             say("starting: the first time takes a minute or two" if folder.read_state() is None else "starting")
             chosen = _choose(folder, wanted)
@@ -91,7 +93,7 @@ def stay(folder: Folder, wanted: Wanted) -> NoReturn:
         SetupError: it runs already, or this machine lacks something.
     """
     folder.make()
-    with folder.locked() as lock:
+    with folder.locked(LOOKS_SECONDS) as lock:
         if lock is None:
             found, fix = "it runs already", "`modelpress down` first"
             raise SetupError(f"starting the stack in {folder.path}", found=found, fix=fix)
@@ -130,7 +132,8 @@ def down(folder: Folder, say: Say) -> int:
             asked = True
         if time.monotonic() > end:
             for process in found:
-                process.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             if not found:
                 raise SetupError(
                     f"stopping the stack in {folder.path}", found="its lock is held, by no supervisor of it"
