@@ -27,6 +27,8 @@ from modelpress.stack.supervisor import SUPERVISOR, Supervisor
 S3_PROGRAMS = ("radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd")
 S3_INSTALL = "sudo apt-get install radosgw ceph-mon ceph-osd"
 LOCAL = "local"
+OPTIONAL = ("worker", "serving")
+"""Parts that no other needs."""
 UP_SECONDS = 1500.0
 """More than all parts may take one after the other."""
 DOWN_SECONDS = 240.0
@@ -195,10 +197,10 @@ def _choose(folder: Folder, wanted: Wanted) -> Chosen:
     if not store:
         _check_s3()
     names = [name for name in parts.LISTENING if name not in wanted.without and (name != "s3" or not store)]
-    if unknown := sorted({*wanted.ports, *wanted.without} - set(parts.LISTENING)):
-        raise ConfigError(
-            "starting the stack", found=f"no part {', '.join(unknown)}", expected=", ".join(parts.LISTENING)
-        )
+    for asked, known in ((wanted.ports, parts.LISTENING), (wanted.without, OPTIONAL)):
+        if unknown := sorted(set(asked) - set(known)):
+            found = f"no part {', '.join(unknown)}" if known is not OPTIONAL else f"without {', '.join(unknown)}"
+            raise ConfigError("starting the stack", found=found, expected=f"one of {', '.join(known)}")
     ports = _ports(host, names, chosen.ports, wanted.ports)
     changes = {"ports": ports, "store": _absolute(store), "checkout": str(checkout), "host": host}
     chosen = chosen.model_copy(update=changes)
