@@ -258,12 +258,15 @@ def _make_users(folder: Path, options: Options) -> dict[str, str]:
     """A user that writes, and a key of the same user that may only read; the keys that were made for them."""
     given = {"writer": options.writer, "reader": options.reader}
     keys = {role: pair or (secrets.token_hex(10).upper(), secrets.token_hex(20)) for role, pair in given.items()}
-    access, secret = keys["writer"]
-    user = ["--uid", "modelpress", "--display-name", "modelpress", "--access-key", access, "--secret-key", secret]
-    _ceph(folder, "radosgw-admin", "user", "create", *user)
-    access, secret = keys["reader"]
-    sub = ["--uid", "modelpress", "--subuser", "modelpress:reader", "--access", "read", "--key-type", "s3"]
-    _ceph(folder, "radosgw-admin", "subuser", "create", *sub, "--access-key", access, "--secret-key", secret)
+    _ceph(folder, "radosgw-admin", "user", "create", "--uid", "modelpress", "--display-name", "modelpress")
+    # By standard input: a key on a command line would be everybody's to see.
+    user = json.loads(_ceph(folder, "radosgw-admin", "metadata", "get", "user:modelpress"))
+    user["data"]["subusers"] = [{"id": "modelpress:reader", "permissions": "read"}]
+    user["data"]["keys"] = [
+        {"user": name, "access_key": keys[role][0], "secret_key": keys[role][1]}
+        for role, name in (("writer", "modelpress"), ("reader", "modelpress:reader"))
+    ]
+    _ceph(folder, "radosgw-admin", "metadata", "put", "user:modelpress", given=json.dumps(user))
     made: dict[str, str] = {}
     for role, prefix in (("writer", "MODELPRESS_TEST_S3"), ("reader", "MODELPRESS_TEST_S3_READER")):
         if given[role] is None:  # a key that came from a file is known to who gave it, and in no log
@@ -280,10 +283,8 @@ def add_user(folder: Path, name: str) -> dict[str, str]:
     folder = folder.absolute()
     if not _running(folder):
         raise StartError(f"no server runs below {folder}")
-    access, secret = secrets.token_hex(10).upper(), secrets.token_hex(20)
-    user = ["--uid", name, "--display-name", name, "--access-key", access, "--secret-key", secret]
-    _ceph(folder, "radosgw-admin", "user", "create", *user)
-    return {"AWS_ACCESS_KEY_ID": access, "AWS_SECRET_ACCESS_KEY": secret}
+    (key,) = json.loads(_ceph(folder, "radosgw-admin", "user", "create", "--uid", name, "--display-name", name))["keys"]
+    return {"AWS_ACCESS_KEY_ID": key["access_key"], "AWS_SECRET_ACCESS_KEY": key["secret_key"]}
 
 
 def stop(folder: Path) -> None:
@@ -337,14 +338,14 @@ def _osd_uuid(folder: Path) -> str:
     return str(dump["osds"][0]["uuid"])
 
 
-def _ceph(folder: Path, program: str, *arguments: str) -> str:
-    return _call(program, "--conf", str(folder / "ceph.conf"), *arguments)
+def _ceph(folder: Path, program: str, *arguments: str, given: str = "") -> str:
+    return _call(program, "--conf", str(folder / "ceph.conf"), *arguments, given=given)
 
 
-def _call(*command: str) -> str:
+def _call(*command: str, given: str = "") -> str:
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=DEADLINE_SECONDS, stdin=subprocess.DEVNULL
+            command, capture_output=True, text=True, check=False, timeout=DEADLINE_SECONDS, input=given
         )
     except subprocess.TimeoutExpired as error:
         raise StartError(f"{' '.join(command[:4])} … did not end within {DEADLINE_SECONDS:.0f} s") from error

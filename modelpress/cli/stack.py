@@ -39,7 +39,9 @@ def up(
             help="Where packs are published: s3://bucket/prefix, a folder, or `local`, an S3 server of its own [local]."
         ),
     ] = None,
-    without: Annotated[list[str] | None, typer.Option(metavar="PART", help="A part that is not started.")] = None,
+    without: Annotated[
+        list[str] | None, typer.Option(metavar="PART", help="Not started this time: worker or serving.")
+    ] = None,
     listen: Annotated[
         str | None, typer.Option(help="Address to listen on; others than loopback are not encrypted.")
     ] = None,

@@ -27,9 +27,13 @@ from modelpress.stack.supervisor import SUPERVISOR, Supervisor
 S3_PROGRAMS = ("radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd")
 S3_INSTALL = "sudo apt-get install radosgw ceph-mon ceph-osd"
 LOCAL = "local"
+OPTIONAL = ("worker", "serving")
+"""Parts that no other needs."""
 UP_SECONDS = 1500.0
 """More than all parts may take one after the other."""
 DOWN_SECONDS = 240.0
+LOOKS_SECONDS = 1.0
+"""A `status` that looks whether the lock is held has it for a moment."""
 
 Say = Callable[[str], None]
 
@@ -65,7 +69,7 @@ def up(folder: Folder, wanted: Wanted, say: Say) -> State:
         ConfigError: what is wanted is not possible.
     """
     folder.make()
-    with folder.locked() as lock:
+    with folder.locked(LOOKS_SECONDS) as lock:
         if lock is not None:
             say("starting: the first time takes a minute or two" if folder.read_state() is None else "starting")
             chosen = _choose(folder, wanted)
@@ -91,7 +95,7 @@ def stay(folder: Folder, wanted: Wanted) -> NoReturn:
         SetupError: it runs already, or this machine lacks something.
     """
     folder.make()
-    with folder.locked() as lock:
+    with folder.locked(LOOKS_SECONDS) as lock:
         if lock is None:
             found, fix = "it runs already", "`modelpress down` first"
             raise SetupError(f"starting the stack in {folder.path}", found=found, fix=fix)
@@ -130,7 +134,8 @@ def down(folder: Folder, say: Say) -> int:
             asked = True
         if time.monotonic() > end:
             for process in found:
-                process.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             if not found:
                 raise SetupError(
                     f"stopping the stack in {folder.path}", found="its lock is held, by no supervisor of it"
@@ -192,10 +197,10 @@ def _choose(folder: Folder, wanted: Wanted) -> Chosen:
     if not store:
         _check_s3()
     names = [name for name in parts.LISTENING if name not in wanted.without and (name != "s3" or not store)]
-    if unknown := sorted({*wanted.ports, *wanted.without} - set(parts.LISTENING)):
-        raise ConfigError(
-            "starting the stack", found=f"no part {', '.join(unknown)}", expected=", ".join(parts.LISTENING)
-        )
+    for asked, known in ((wanted.ports, parts.LISTENING), (wanted.without, OPTIONAL)):
+        if unknown := sorted(set(asked) - set(known)):
+            found = f"no part {', '.join(unknown)}" if known is not OPTIONAL else f"without {', '.join(unknown)}"
+            raise ConfigError("starting the stack", found=found, expected=f"one of {', '.join(known)}")
     ports = _ports(host, names, chosen.ports, wanted.ports)
     changes = {"ports": ports, "store": _absolute(store), "checkout": str(checkout), "host": host}
     chosen = chosen.model_copy(update=changes)

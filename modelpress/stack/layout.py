@@ -7,6 +7,7 @@ import fcntl
 import os
 import secrets
 import tempfile
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -92,8 +93,9 @@ class Folder:
         """
         doing = f"making the stack's folder {self.path}"
         try:
-            there = self.path.is_dir() and any(self.path.iterdir())
-            if there and not self.chosen.is_file() and {item.name for item in self.path.iterdir()} != {"lock"}:
+            ours = {"lock", *(folder.name for folder in (self.keys, self.logs, self.empty))}
+            foreign = self.path.is_dir() and any(item.name not in ours for item in self.path.iterdir())
+            if foreign and not self.chosen.is_file():
                 raise SetupError(
                     doing,
                     found="a folder with something in it that is no stack's",
@@ -128,19 +130,14 @@ class Folder:
         return _read(self.state, State)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[int | None]:
-        """The lock's file descriptor, or None while another has it. A child that inherits it has the lock, too."""
+    def locked(self, seconds: float = 0.0) -> Iterator[int | None]:
+        """The lock's file descriptor, or None where another has it for so long. Who inherits it has it, too."""
         try:
             descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise SetupError(f"locking the stack's folder {self.path}", found=str(error)) from error
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield None
-            else:
-                yield descriptor
+            yield descriptor if _locked(descriptor, time.monotonic() + seconds) else None
         finally:
             os.close(descriptor)
 
@@ -150,6 +147,18 @@ class Folder:
             return False
         with self.locked() as lock:
             return lock is None
+
+
+def _locked(descriptor: int, end: float) -> bool:
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.02)
+        else:
+            return True
 
 
 def write(path: Path, text: str) -> None:

@@ -19,6 +19,7 @@ import psutil
 MARK = "MODELPRESS_STACK_PART"
 """`<identity>/<part>` in the environment of each process of a stack."""
 PR_SET_PDEATHSIG = 1
+ROUNDS = 5
 
 _Gone = (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess, OSError)
 
@@ -83,12 +84,18 @@ def end(processes: Sequence[psutil.Process], seconds: float) -> None:
 
 
 def end_all(mark: str, seconds: float) -> int:
-    """End everything that carries the mark, also what is started meanwhile; the number of processes."""
-    count = 0
-    while found := marked(mark):
-        count += len(found)
+    """End everything that carries the mark, also what is started meanwhile; the number of processes.
+
+    What not even SIGKILL ends (it waits for a disk that does not answer) is left after a few rounds.
+    """
+    seen: set[psutil.Process] = set()
+    for _ in range(ROUNDS):
+        found = marked(mark)
+        if not found:
+            break
+        seen.update(found)
         end(found, seconds)
-    return count
+    return len(seen)
 
 
 def _send(process: psutil.Process, number: signal.Signals) -> None:

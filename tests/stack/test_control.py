@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,17 @@ def test_a_port_that_is_taken_is_named_with_its_part(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "stack")
     assert folder.read_chosen() is None, "nothing was chosen"
     assert not folder.is_held()
+    done = command("up", "--store", "x", "--without", "nothing", folder=folder.path)
+    assert "found: without nothing" in done.stderr, "the folder is a stack's, and the next start gets as far"
+
+
+def test_who_looks_at_the_lock_does_not_keep_it_from_who_starts(tmp_path: Path) -> None:
+    folder, _ = made(tmp_path / "stack")
+    with folder.locked() as looking:
+        assert looking is not None
+        threading.Timer(0.2, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
+        with folder.locked(seconds=30.0) as lock:
+            assert lock is not None
 
 
 def test_ports_differ_and_stay(tmp_path: Path) -> None:
@@ -91,7 +104,7 @@ def test_the_usual_port_is_taken_where_it_is_free_and_another_where_not(monkeypa
         (["--port", "mlfow=0"], 2, "no part mlfow"),
         (["--port", "mlflow"], 2, "PART=PORT"),
         (["--port", "mlflow=70000"], 2, "PART=PORT"),
-        (["--without", "s4"], 2, "no part s4"),
+        (["--without", "mlflow"], 2, "one of worker, serving"),
         (["--checkout", "/"], 3, "infra/prefect.yaml"),
         (["--listen", "203.0.113.7"], 3, "not this machine's"),
     ],
