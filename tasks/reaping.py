@@ -166,13 +166,16 @@ def still_silent(
 
 
 def newest_sign(client: SyncPrefectClient, run: FlowRun) -> Sign:
-    """The newest heartbeat since the run's state began, or that state."""
+    """The newest heartbeat, or, where none was heard, the run's state."""
     assert run.state is not None  # a run under way has one
     began = run.state.timestamp
     state = Sign(began, str(run.state.id), heartbeat=False)
+    # A day on either side: events have the time of the run's clock, which may be wrong, and a heartbeat that were not
+    # seen would be a death.
+    around = EventOccurredFilter(since=began - timedelta(days=1), until=datetime.now(UTC) + timedelta(days=1))
     heard = client.read_events(
         EventFilter(
-            occurred=EventOccurredFilter(since=began - timedelta(minutes=10)),
+            occurred=around,
             event=EventNameFilter(name=[HEARTBEAT]),
             resource=EventResourceFilter(id=[f"prefect.flow-run.{run.id}"]),
         ),
@@ -180,7 +183,7 @@ def newest_sign(client: SyncPrefectClient, run: FlowRun) -> Sign:
     ).events
     if not heard or run.state.type not in (StateType.RUNNING, StateType.CANCELLING):
         return state
-    return Sign(max(heard[0].received, began), str(heard[0].id), heartbeat=True)
+    return Sign(heard[0].received, str(heard[0].id), heartbeat=True)
 
 
 def mark_ended(client: SyncPrefectClient, run: FlowRun, why: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -52,10 +53,10 @@ def started(client: SyncPrefectClient, state: State | None = None, kind: object 
     return client.create_flow_run(kind, state=state or Running())  # type: ignore[arg-type]
 
 
-def beat(client: SyncPrefectClient, run: FlowRun) -> None:
+def beat(client: SyncPrefectClient, run: FlowRun, wrong_by: timedelta = timedelta()) -> None:
     """What Prefect's engine sends; here without its minimum of 30 seconds."""
     event = Event(
-        occurred=prefect_now("UTC"),
+        occurred=prefect_now("UTC") + wrong_by,
         event=reaping.HEARTBEAT,
         resource={"prefect.resource.id": f"prefect.flow-run.{run.id}"},
         id=uuid.uuid4(),
@@ -109,6 +110,14 @@ def test_a_silent_run_that_gives_a_sign_while_it_is_watched_lives(client: SyncPr
     assert not reaping.mark_ended(client, ended, "late"), "a run that ended between the last look and this stays so"
     assert client.read_flow_run(ended.id).state_name == "Completed"
     client.set_flow_run_state(living.id, Completed(), force=True)
+
+
+@pytest.mark.parametrize("hours", [-3, 3])
+def test_a_run_on_a_machine_with_a_wrong_clock_is_heard(client: SyncPrefectClient, hours: int) -> None:
+    run = started(client)
+    beat(client, run, timedelta(hours=hours))  # waits until it is heard
+    assert run.id not in suspects(client, 300)
+    client.set_flow_run_state(run.id, Completed(), force=True)
 
 
 def test_a_cancelled_run_whose_worker_died_is_cancelled_and_a_pending_one_waits(client: SyncPrefectClient) -> None:
