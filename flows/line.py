@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
@@ -262,11 +263,14 @@ def tracked(config: OptimizeConfig) -> Iterator[Line]:
     settings, tags = read_settings(), flow_run_tags()
     with ExitStack() as stack:
         stack.enter_context(watched(config.name))
+        begun: list[Line] = []
+        stack.push(partial(_tell_prometheus, settings, config.name, begun, time.time()))
         run = stack.enter_context(runs.parent_run(settings, config.name, config.model_dump(mode="json"), tags))
         if flow_run.run_count > 1:
             why = f"flow run {flow_run.name} ({flow_run.id}) was started again"
             leftovers.end_earlier(run.client, run.experiment_id, str(flow_run.id), run.id, why)
         line = Line(config, settings, run, tags["prefect.flow_run_url"])
+        begun.append(line)
         create_link_artifact(
             link=line.mlflow_url,
             link_text=f"MLflow run {run.id}",
@@ -274,16 +278,23 @@ def tracked(config: OptimizeConfig) -> Iterator[Line]:
             description="Parameters, metrics, plots and reports of this run",
         )
         stack.callback(line.show)
-        stack.push(partial(_tell_prometheus, line, time.time()))
         yield line
 
 
 def _tell_prometheus(
-    line: Line, began: float, kind: type[BaseException] | None, _error: object = None, _trace: object = None
+    settings: Settings,
+    name: str,
+    begun: list[Line],
+    began: float,
+    kind: type[BaseException] | None,
+    _error: BaseException | None,
+    _trace: TracebackType | None,
 ) -> None:
-    if line.settings.metrics is not None:
-        told = (line.rows, line.published, line.decision)
-        metrics.write(line.settings.metrics, line.config.name, *told, began=began, success=kind is None)
+    """Say how a run ended, also one that failed before it had a line."""
+    if settings.metrics is not None:
+        line = begun[0] if begun else None
+        told = (line.rows, line.published, line.decision) if line else ((), None, None)
+        metrics.write(settings.metrics, name, *told, began=began, success=kind is None)
 
 
 def flow_run_tags() -> dict[str, str]:

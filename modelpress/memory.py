@@ -7,7 +7,7 @@ numpy by a `MemoryError`, ONNX Runtime by its arena's message. A process that th
 from __future__ import annotations
 
 import re
-import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,10 +81,13 @@ def _on_gpu() -> str:
 def _on_host() -> str:
     """Free memory, and every limit on this process that is nearer."""
     parts = [f"{show(psutil.virtual_memory().available)} of {show(psutil.virtual_memory().total)} free here"]
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit != resource.RLIM_INFINITY:
-        left = max(0, limit - psutil.Process().memory_info().vms)
-        parts.append(f"{show(left)} left of this process's limit of {show(limit)} (RLIMIT_AS)")
+    if sys.platform != "win32":
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            left = max(0, limit - psutil.Process().memory_info().vms)
+            parts.append(f"{show(left)} left of this process's limit of {show(limit)} (RLIMIT_AS)")
     if (group := _cgroup()) is not None:
         parts.append(f"{show(group[0])} left of the container's {show(group[1])}")
     return ", ".join(parts)

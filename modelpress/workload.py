@@ -38,8 +38,9 @@ class Batch:
         return int(next(iter(self.inputs.values())).shape[0])
 
     def cut(self, parts: int) -> list[Batch]:
-        """The batch in so many parts of its samples, in order, as equal as they can be."""
-        if parts == 1:
+        """The batch in so many parts of its samples, in order, as equal as they can be; none is empty."""
+        parts = min(parts, len(self))
+        if parts <= 1:
             return [self]
         inputs = {name: tensor.tensor_split(parts) for name, tensor in self.inputs.items()}
         targets = self.targets.tensor_split(parts) if self.targets is not None else [None] * parts

@@ -42,7 +42,7 @@ def traced(name: str, attributes: dict[str, Attribute]) -> Iterator[None]:
         return
     from opentelemetry import context, trace
 
-    with span(name, attributes):
+    with _sent(), span(name, attributes):
         here = context.get_current()
 
         @contextmanager
@@ -58,9 +58,18 @@ def traced(name: str, attributes: dict[str, Attribute]) -> Iterator[None]:
             yield
         finally:
             observe.watch(None)
-    flush = getattr(trace.get_tracer_provider(), "force_flush", None)
-    if flush is not None:
-        flush(FLUSH_MILLISECONDS)
+
+
+@contextmanager
+def _sent() -> Iterator[None]:
+    from opentelemetry import trace
+
+    try:
+        yield
+    finally:
+        flush = getattr(trace.get_tracer_provider(), "force_flush", None)
+        if flush is not None:
+            flush(FLUSH_MILLISECONDS)
 
 
 @contextmanager

@@ -9,7 +9,9 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
+from modelpress.workload import Batch
 from tests.conftest import ROOT
 
 
@@ -59,3 +61,13 @@ def test_a_single_sample_that_does_not_fit_ends_it() -> None:
 def test_a_loss_that_compares_samples_is_never_cut() -> None:
     said = limited("apart", 200)["error"]
     assert "batches of Apart cannot be cut" in said
+
+
+def test_the_parts_of_a_batch_are_all_of_it_in_order_and_none_is_empty() -> None:
+    batch = Batch({"x": torch.arange(10).reshape(5, 2)}, torch.arange(5))
+    for parts, sizes in ((1, [5]), (2, [3, 2]), (4, [2, 1, 1, 1]), (8, [1, 1, 1, 1, 1])):
+        cut = batch.cut(parts)
+        assert [len(part) for part in cut] == sizes
+        assert torch.equal(torch.cat([part.inputs["x"] for part in cut]), batch.inputs["x"])
+        assert [int(one) for part in cut if part.targets is not None for one in part.targets] == [0, 1, 2, 3, 4]
+    assert [part.targets for part in Batch(batch.inputs).cut(2)] == [None, None]
