@@ -15,6 +15,7 @@ import ctypes
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -78,6 +79,7 @@ def measure(quick: bool) -> Iterable[Row]:  # noqa: ARG001  there is one size
     """Rows of one run and one answer."""
     if reason := lacking():
         raise SystemExit(reason)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was made is removed then, too
     with contextlib.ExitStack() as stack:
         servers, workers = stack.enter_context(hosts())
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="modelpress-two-hosts-")))
