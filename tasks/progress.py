@@ -28,10 +28,14 @@ LOG_SECONDS = 10.0
 
 
 class StageProgress:
-    """A `modelpress.progress.Progress` for the time of one stage; made to be called often."""
+    """A `modelpress.progress.Progress` for the time of one stage; made to be called often, and from any thread.
+
+    Threads of a stage know nothing of the flow run: its log and its context are taken where this is made.
+    """
 
     def __init__(self, stage: str) -> None:
         self._stage = stage
+        self._log, self._context, self._lock = get_run_logger(), contextvars.copy_context(), threading.Lock()
         self._bar: Progress | None = None
         self._bar_task: TaskID | None = None
         self._artifact: _Artifact | None = None
@@ -64,6 +68,10 @@ class StageProgress:
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """Show `done` of `total`, no more often than eyes and servers can take."""
+        with self._lock:
+            self._show(done, total, note)
+
+    def _show(self, done: int, total: int, note: str) -> None:
         now = time.monotonic()
         if total != self._last[1] or done < self._last[0]:  # another part of the work is counted
             self._first = (now, done)
@@ -79,7 +87,7 @@ class StageProgress:
         if self._bar is None and now - self._logged >= LOG_SECONDS:
             parts = (f"{share:.0f} %" if done else "", self._pace(now, done, total), note)
             said = ", ".join(part for part in parts if part)
-            get_run_logger().info("%s: %s", self._stage, said, extra={"stage": self._stage})
+            self._log.info("%s: %s", self._stage, said, extra={"stage": self._stage})
             self._logged = now
 
     def _pace(self, now: float, done: int, total: int) -> str:
@@ -92,7 +100,7 @@ class StageProgress:
 
     def _publish(self, share: float, note: str) -> None:
         if self._artifact is None:
-            self._artifact = _Artifact(self._stage)
+            self._artifact = _Artifact(self._stage, self._context)
         self._artifact.show(share, f"{self._stage}: {note}" if note else self._stage)
 
 
@@ -100,12 +108,12 @@ class _Artifact:
     """A progress artifact, written by a thread of its own: while Prefect's server is away, each call takes a minute and
     then fails, and the work has not to wait for either."""
 
-    def __init__(self, stage: str) -> None:
+    def __init__(self, stage: str, context: contextvars.Context) -> None:
         self._stage = stage
         self._latest: tuple[float, str] | None = None
         self._changed, self._closed = threading.Event(), False
-        run = contextvars.copy_context().run  # the artifact belongs to the flow run that the context names
-        self._thread = threading.Thread(target=run, args=(self._write,), name=f"progress-{stage}", daemon=True)
+        # The artifact belongs to the flow run that the context names.
+        self._thread = threading.Thread(target=context.run, args=(self._write,), name=f"progress-{stage}", daemon=True)
         self._thread.start()
 
     def show(self, share: float, description: str) -> None:

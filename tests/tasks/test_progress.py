@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context, ContextVar
 from types import SimpleNamespace
 
 import pytest
 
 from tasks import progress
 from tasks.progress import StageProgress
+
+RUN: ContextVar[str] = ContextVar("run")
+"""What a flow run leaves in its context: Prefect's log and artifacts need it, and a bare thread has it not."""
 
 
 class Seen:
@@ -20,9 +25,11 @@ class Seen:
         patch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: self.now))
         patch.setattr(progress, "_Artifact", self.artifact)  # the real one leaves out what its thread is too slow for
         log = SimpleNamespace(info=lambda text, *values, **_: self.lines.append(text % values))
-        patch.setattr(progress, "get_run_logger", lambda: log)
+        RUN.set("a flow run")
+        patch.setattr(progress, "get_run_logger", lambda: log if RUN.get() else None)
 
-    def artifact(self, _stage: str) -> SimpleNamespace:
+    def artifact(self, _stage: str, context: Context) -> SimpleNamespace:
+        assert context[RUN] == "a flow run"
         return SimpleNamespace(show=lambda share, text: self.artifacts.append((share, text)), close=lambda: None)
 
 
@@ -75,3 +82,14 @@ def test_before_anything_is_done_no_rate_is_made_up(seen: Seen) -> None:
         report(10**9, 5 * 10**9)
     assert seen.artifacts[0] == (0.0, "upload: first shard")
     assert seen.artifacts[1][1] == "upload: 1 M/s, 1 h 6 min left"
+
+
+def test_threads_of_a_stage_may_report(seen: Seen) -> None:
+    """As the threads of an upload do."""
+    with ThreadPoolExecutor(4) as pool, StageProgress("upload") as report:
+        seen.now += 20
+        for result in [pool.submit(report, done, 100, "shards") for done in range(1, 20)]:
+            result.result()
+    assert len(seen.artifacts) == 2
+    assert len(seen.lines) == 1
+    assert seen.artifacts[0][1].startswith("upload: shards")
