@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import os
+import select
+import stat
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +58,7 @@ class JsonLines(logging.Formatter):
 @contextmanager
 def run_log(pack: str) -> Iterator[None]:
     """The log of a flow run while this is open; the library's own lines join those of the run in Prefect."""
+    outlive_readers()
     if read_settings().log == "json":
         write_json()
     library, to_prefect = logging.getLogger("modelpress"), APILogHandler()
@@ -64,6 +70,38 @@ def run_log(pack: str) -> Iterator[None]:
     finally:
         _pack.reset(token)
         library.removeHandler(to_prefect)
+
+
+@functools.cache
+def outlive_readers() -> None:
+    """Let this process go on when nobody reads its lines any more: a worker reads those of its runs, and may be killed.
+
+    What writes into a pipe without a reader fails, and of that rich, by which Prefect logs, ends the process. So a pipe
+    whose reader is gone is replaced by nothing as soon as the system says so.
+    """
+    pipes = [fd for fd in (1, 2) if _is_pipe(fd)]
+    if pipes and hasattr(select, "poll"):
+        threading.Thread(target=_replace_broken, args=(pipes,), name="outlive-readers", daemon=True).start()
+
+
+def _is_pipe(fd: int) -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(fd).st_mode)
+    except OSError:
+        return False  # closed
+
+
+def _replace_broken(pipes: list[int]) -> None:
+    watched, left = select.poll(), set(pipes)
+    for fd in pipes:
+        watched.register(fd, 0)  # that the reader is gone is told always
+    while left:
+        for fd, _ in watched.poll():
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, fd)
+            os.close(nothing)
+            watched.unregister(fd)
+            left.discard(fd)
 
 
 def write_json() -> None:

@@ -18,6 +18,7 @@ import boto3
 import httpx
 import psutil
 import pytest
+import yaml
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
@@ -29,7 +30,7 @@ from tests.conftest import ROOT
 pytestmark = [pytest.mark.s3, pytest.mark.timeout(600)]
 DEADLINE_SECONDS = 300.0
 ANY_PORT = [f"--port={name}=0" for name in LISTENING]
-DEPLOYMENTS = {"optimize", "optimize-gpu", "promote", "rollback", "evaluate-published", "collect", "scrub"}
+DEPLOYMENTS = {one["name"] for one in yaml.safe_load((ROOT / "infra/prefect.yaml").read_text())["deployments"]}
 
 
 def modelpress(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
