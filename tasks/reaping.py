@@ -42,7 +42,7 @@ from modelpress.reports import Report
 from modelpress.settings import read_settings
 from modelpress.store.base import open_store
 from registry import leftovers, runs
-from tasks.restarts import start_again
+from tasks.restarts import crashed_and_waiting, start_again
 from tasks.trainings import clear_finished
 
 FLOWS = [
@@ -67,7 +67,7 @@ class ReapReport(Report):
     spared: list[str]
     """Those that were silent and gave a sign while they were watched."""
     restarted: list[str]
-    """Of the crashed, those that start again."""
+    """Of those that crashed, now or earlier, the ones that start again."""
     mlflow_ended: list[str]
     """MLflow runs that were ended."""
     trainings_removed: int
@@ -100,7 +100,8 @@ def reap(lease_seconds: float, watch_seconds: float) -> ReapReport:
         for run in crashed:
             log.warning("reap: %s (%s) is ended: %s", run.name, run.id, dead[run.id][1])
         ended = end_leftovers(client, {run.id for run in crashed}, watch_seconds)
-        restarted = [run for run in crashed if start_again(client, run.id)]
+        again = {run.id: run for run in [*crashed, *crashed_and_waiting(client, FLOWS)]}
+        restarted = [run for run in again.values() if start_again(client, run.id)]
     settings = read_settings()
     removed = list(clear_finished(open_store(settings.work_uri, settings)))
     return ReapReport(

@@ -8,12 +8,25 @@ not started again: the error would come again.
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import httpx
 from prefect import Flow, runtime
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterEndTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus
 from prefect.logging import get_logger
 from prefect.states import AwaitingRetry
@@ -24,6 +37,11 @@ log = get_logger("modelpress.restarts")
 
 TAG = "restarts:"
 MOST = 20
+SETTLED = timedelta(seconds=10)
+"""How long a run must have been Crashed: a worker reports it up to a few seconds after the runner did."""
+SETTLE_SECONDS, SETTLE_LOOKS = 1.0, 60
+LATELY = timedelta(days=1)
+"""How old a death may be that the reaper makes up for."""
 
 
 def asked(tags: list[str]) -> int:
@@ -50,9 +68,43 @@ def start_again(client: SyncPrefectClient, run_id: UUID) -> bool:
 
 def on_crashed(flow: Flow[..., object], flow_run: FlowRun, state: State) -> None:  # noqa: ARG001
     """A flow's hook: Prefect calls it where a worker, or the engine, saw the process die. The reaper does for runs
-    that nobody saw."""
-    with get_client(sync_client=True) as client:
-        start_again(client, flow_run.id)
+    that nobody saw.
+
+    A worker reports the death once more when this returns, and would take back what was scheduled by then: so a process
+    of its own waits for that.
+    """
+    if asked(flow_run.tags):
+        command = [sys.executable, "-m", "tasks.restarts", str(flow_run.id)]
+        subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
+
+
+def start_settled(client: SyncPrefectClient, run_id: UUID, sleep: Callable[[float], None] = time.sleep) -> bool:
+    """Schedule a crashed run again as soon as its state has stood for a while; whether it was."""
+    for _ in range(SETTLE_LOOKS):
+        run = client.read_flow_run(run_id)
+        if run.state is None or not run.state.is_crashed():
+            return False  # somebody was quicker, or it has another end
+        if datetime.now(UTC) - run.state.timestamp > SETTLED:
+            return start_again(client, run_id)
+        sleep(SETTLE_SECONDS)
+    return False
+
+
+def crashed_and_waiting(client: SyncPrefectClient, flows: list[str]) -> list[FlowRun]:
+    """Crashed runs of some flows that may start again and that nobody started: the reaper's to do."""
+    crashed = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CRASHED]))
+    lately = FlowRunFilterEndTime(after_=datetime.now(UTC) - LATELY)  # type: ignore[arg-type]
+    found = client.read_flow_runs(
+        flow_filter=FlowFilter(name=FlowFilterName(any_=flows)),
+        flow_run_filter=FlowRunFilter(state=crashed, end_time=lately),
+        limit=200,
+    )
+    now = datetime.now(UTC)
+    return [
+        run
+        for run in found
+        if run.state is not None and now - run.state.timestamp > 6 * SETTLED and run.run_count <= asked(run.tags)
+    ]
 
 
 def check_wanted() -> None:
@@ -75,3 +127,8 @@ def check_wanted() -> None:
             found=f"it is {run.state.name}, and no worker stopped it",
             fix="nothing was published; start the run again if it is wanted",
         )
+
+
+if __name__ == "__main__":
+    with get_client(sync_client=True) as prefect:
+        start_settled(prefect, UUID(sys.argv[1]))
