@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextvars
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import cast
@@ -22,10 +24,14 @@ LOG_SECONDS = 10.0
 
 
 class StageProgress:
-    """A `modelpress.progress.Progress` for the time of one stage; made to be called often."""
+    """A `modelpress.progress.Progress` for the time of one stage; made to be called often, and from any thread.
+
+    Threads of a stage know nothing of the flow run: its log and its context are taken where this is made.
+    """
 
     def __init__(self, stage: str) -> None:
         self._stage = stage
+        self._log, self._context, self._lock = get_run_logger(), contextvars.copy_context(), threading.Lock()
         self._bar: Progress | None = None
         self._bar_task: TaskID | None = None
         self._artifact: UUID | None = None
@@ -55,6 +61,10 @@ class StageProgress:
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """Show `done` of `total`, no more often than eyes and servers can take."""
+        with self._lock:
+            self._show(done, total, note)
+
+    def _show(self, done: int, total: int, note: str) -> None:
         now = time.monotonic()
         if self._bar is not None and self._bar_task is not None:
             self._bar.update(self._bar_task, completed=done, total=total, description=note)
@@ -62,11 +72,11 @@ class StageProgress:
             return
         share = 100.0 * done / total if total else 0.0
         if self._artifact is None or now - self._updated >= ARTIFACT_SECONDS:
-            self._publish(share, note)
+            self._context.run(self._publish, share, note)
             self._updated = now
         if self._bar is None and now - self._logged >= LOG_SECONDS:
             left = f"{share:.0f} %, about {(now - self._started) * (total - done) / done:.0f} s left, " if done else ""
-            get_run_logger().info("%s: %s%s", self._stage, left, note, extra={"stage": self._stage})
+            self._log.info("%s: %s%s", self._stage, left, note, extra={"stage": self._stage})
             self._logged = now
 
     def _publish(self, share: float, note: str) -> None:
