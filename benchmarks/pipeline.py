@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from benchmarks._report import Row, main
-from benchmarks.orchestration import CONFIGS, QUIET
+from benchmarks._servers import QUIET
+from benchmarks.orchestration import CONFIGS
 from flows.result import OptimizeResult, StageRow
 from registry.gates import Check
 
