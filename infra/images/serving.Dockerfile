@@ -41,12 +41,12 @@ ENV NUMBA_CACHE_DIR=/opt/modelpress/numba \
 RUN python -m modelpress.codec && chmod -R a+rwX /opt/modelpress/numba
 
 FROM python:3.11.14-slim-bookworm
-RUN useradd --uid 10001 --user-group --create-home modelpress && install -d -o 10001 -g 10001 /work
+RUN useradd --uid 10001 --user-group --create-home modelpress && install -d -o 10001 -g 10001 /data
 COPY --from=build --chown=10001:10001 /opt/modelpress /opt/modelpress
 COPY infra/images/with-secrets /usr/local/bin/with-secrets
-WORKDIR /work
+WORKDIR /data
 ENV PATH=/opt/modelpress/bin:$PATH \
-    MODELPRESS_HOME=/work \
+    MODELPRESS_HOME=/data \
     MODELPRESS_SERVING_HOST=0.0.0.0 \
     MODELPRESS_SERVING_PORT=8080 \
     NUMBA_CACHE_DIR=/opt/modelpress/numba \

@@ -23,7 +23,7 @@ FROM python:3.11.14-slim-bookworm
 # Triton compiles the launcher of a GPU kernel at its first use, and needs a C compiler for it. Debian's, of this release.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
-RUN useradd --uid 10001 --user-group --create-home modelpress && install -d -o 10001 -g 10001 /work
+RUN useradd --uid 10001 --user-group --create-home modelpress && install -d -o 10001 -g 10001 /data
 COPY --from=build --chown=10001:10001 /opt/modelpress /opt/modelpress
 COPY infra/images/with-secrets /usr/local/bin/with-secrets
 # Where deployments load the flows from, on every worker of this image.
@@ -35,7 +35,7 @@ COPY infra/pools infra/pools
 ENV PATH=/opt/modelpress/bin:$PATH \
     CC=gcc \
     MODELPRESS_CHECKOUT=/app \
-    MODELPRESS_HOME=/work \
+    MODELPRESS_HOME=/data \
     NUMBA_CACHE_DIR=/opt/modelpress/numba \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     PYTHONDONTWRITEBYTECODE=1 \

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,17 +151,18 @@ def serving(command: list[str], health: str, home: Path, environment: dict[str, 
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=home,
+            start_new_session=True,  # `mlflow models serve` leaves its own server behind when it alone is ended
         )
         try:
             _wait(process, health, log)
             yield
         finally:
-            process.terminate()
-            try:
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, signal.SIGTERM)
                 process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _wait(process: subprocess.Popen[bytes], health: str, log: Path) -> None:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
 
 from tests.conftest import ROOT
 
@@ -29,3 +34,17 @@ def deploy(*which: str) -> None:
     """Deploy some of the file's deployments by name, or `--all`."""
     chosen = ["--all"] if which == ("--all",) else [part for name in which for part in ("--name", name)]
     prefect("--no-prompt", "deploy", *chosen, "--prefect-file", "infra/prefect.yaml")
+
+
+@contextmanager
+def at_home(home: Path, prefect_server: str, mlflow_server: str) -> Iterator[None]:
+    """Flows of this process, and workers that it starts, keep their stores below `home` and use these servers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MODELPRESS_HOME", str(home))
+        patch.setenv("MODELPRESS_TRACKING_URI", mlflow_server)
+        patch.setenv("PREFECT_API_URL", prefect_server)
+        patch.setenv("PREFECT_HOME", str(home / "prefect"))
+        patch.setenv("PYTHONPATH", str(ROOT))
+        for name in ("MODELPRESS_CHECKOUT", "MODELPRESS_STORE", "MODELPRESS_WORK"):
+            patch.delenv(name, raising=False)
+        yield

@@ -237,8 +237,17 @@ def test_a_manifest_of_a_newer_format(place: Place, candidate: str, tmp_path: Pa
     newer = hashlib.sha256(data).hexdigest()
     standing = versions.find(place.mlflow, NAME, candidate)
     assert standing is not None
+    experiment = place.mlflow.get_run(standing.run_id).info.experiment_id
     versions.register(
-        place.mlflow, NAME, pack=newer, uri="s3://x/y", run_id=standing.run_id, tags={}, measured={}, description=""
+        place.mlflow,
+        NAME,
+        pack=newer,
+        uri="s3://x/y",
+        run_id=standing.run_id,
+        tags={},
+        measured={},
+        description="",
+        log=lambda: place.mlflow.create_logged_model(experiment, name=NAME, source_run_id=standing.run_id),
     )
     place.store.put(keys.manifest(NAME, newer), data)
     try:

@@ -30,7 +30,7 @@ from modelpress.store.base import open_store
 from tasks.alarm import Failure, notify
 from tasks.reaping import FLOWS
 from tests.conftest import ROOT
-from tests.integration.deploying import deploy, make_pools, prefect
+from tests.integration.deploying import at_home, deploy, make_pools, prefect
 from tests.integration.small_workloads import WIDTH, Net
 
 NAME = "deployed"
@@ -41,15 +41,7 @@ SCHEDULED = {"evaluate-published", "collect", "scrub", "reconcile-poll", "reap"}
 def home(tmp_path_factory: pytest.TempPathFactory, prefect_server: str, mlflow_server: str) -> Iterator[Path]:
     """A fresh place for stores; flows of this module, and the worker, read it from the environment."""
     home = tmp_path_factory.mktemp("deployed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MODELPRESS_HOME", str(home))
-        patch.setenv("MODELPRESS_TRACKING_URI", mlflow_server)
-        patch.setenv("PREFECT_API_URL", prefect_server)
-        patch.setenv("PREFECT_HOME", str(home / "prefect"))
-        patch.setenv("PYTHONPATH", str(ROOT))
-        patch.delenv("MODELPRESS_CHECKOUT", raising=False)
-        for name in ("MODELPRESS_STORE", "MODELPRESS_WORK"):
-            patch.delenv(name, raising=False)
+    with at_home(home, prefect_server, mlflow_server):
         yield home
 
 

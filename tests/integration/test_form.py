@@ -19,7 +19,7 @@ from modelpress.config import OptimizeConfig
 from modelpress.store.base import open_store
 from tests import apt
 from tests.conftest import ROOT
-from tests.integration.deploying import deploy, make_pools, prefect
+from tests.integration.deploying import at_home, deploy, make_pools, prefect
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -51,14 +51,7 @@ def browser() -> Iterator[Browser]:
 def home(tmp_path_factory: pytest.TempPathFactory, prefect_server: str, mlflow_server: str) -> Iterator[Path]:
     """A fresh place for stores; the worker reads it from the environment."""
     home = tmp_path_factory.mktemp("formed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MODELPRESS_HOME", str(home))
-        patch.setenv("MODELPRESS_TRACKING_URI", mlflow_server)
-        patch.setenv("PREFECT_API_URL", prefect_server)
-        patch.setenv("PREFECT_HOME", str(home / "prefect"))
-        patch.setenv("PYTHONPATH", str(ROOT))
-        for name in ("MODELPRESS_CHECKOUT", "MODELPRESS_STORE", "MODELPRESS_WORK"):
-            patch.delenv(name, raising=False)
+    with at_home(home, prefect_server, mlflow_server):
         make_pools("cpu")
         deploy("optimize")
         yield home
@@ -117,9 +110,6 @@ def test_a_wrong_value_is_refused_by_name_before_anything_runs(form: Page) -> No
     fill(form, name="Not a Name")
     form.get_by_role("button", name="Submit").click()
     form.get_by_text("Validation failed for field 'config.name'").wait_for()
-    fill(form, name=NAME, min_compression_ratio="-1")
-    form.get_by_role("button", name="Submit").click()
-    form.get_by_text("-1 is less than", exact=False).first.wait_for()
     assert runs_so_far() == before
 
 
@@ -131,13 +121,13 @@ def test_filled_by_clicks_it_runs_to_the_end_and_its_artifacts_are_there(
     form.get_by_role("tab", name="QuantizeConfig").click()
     form.get_by_role("button", name="Submit").click()
     form.wait_for_url("**tab=Runs")
-    said = prefect("worker", "start", "--pool", "cpu", "--run-once", MODELPRESS_CHECKOUT=str(ROOT))
+    prefect("worker", "start", "--pool", "cpu", "--run-once", MODELPRESS_CHECKOUT=str(ROOT))
 
     form.get_by_role("link", name=f"optimize-{NAME}").first.click()
     form.get_by_text("Completed").first.wait_for()
     form.get_by_role("tab", name="Artifacts").click()
     for artifact in ("stages", "report", "mlflow", "version"):
-        assert form.get_by_text(f"{NAME}-{artifact}").first.wait_for() is None, said
+        form.get_by_text(f"{NAME}-{artifact}").first.wait_for()
     form.get_by_text(f"{NAME}-report").first.click()
     form.get_by_role("link", name=re.compile("^[0-9a-f]{8}$")).first.click()
     form.get_by_role("heading", name=NAME, exact=True).first.wait_for()
