@@ -29,6 +29,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus
 from prefect.logging import get_logger
+from prefect.logging.loggers import flow_run_logger
 from prefect.states import AwaitingRetry
 
 from modelpress.errors import StageError
@@ -71,20 +72,23 @@ def on_crashed(flow: Flow[..., object], flow_run: FlowRun, state: State) -> None
     that nobody saw.
 
     A worker reports the death once more when this returns, and would take back what was scheduled by then: so a process
-    of its own waits for that.
+    of its own waits for that. It holds none of the worker's pipes, at whose end the worker waits, and tells the run's
+    page what it does.
     """
     if asked(flow_run.tags):
         command = [sys.executable, "-m", "tasks.restarts", str(flow_run.id)]
-        subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
+        nowhere = subprocess.DEVNULL
+        subprocess.Popen(command, start_new_session=True, stdin=nowhere, stdout=nowhere, stderr=nowhere)
 
 
 def start_settled(client: SyncPrefectClient, run_id: UUID, sleep: Callable[[float], None] = time.sleep) -> bool:
-    """Schedule a crashed run again as soon as its state has stood for a while; whether it was."""
+    """Schedule a crashed run again as soon as its state has stood for a while from now on; whether it was."""
+    begun = datetime.now(UTC)
     for _ in range(SETTLE_LOOKS):
         run = client.read_flow_run(run_id)
         if run.state is None or not run.state.is_crashed():
             return False  # somebody was quicker, or it has another end
-        if datetime.now(UTC) - run.state.timestamp > SETTLED:
+        if datetime.now(UTC) - max(begun, run.state.timestamp) > SETTLED:
             return start_again(client, run_id)
         sleep(SETTLE_SECONDS)
     return False
@@ -93,7 +97,7 @@ def start_settled(client: SyncPrefectClient, run_id: UUID, sleep: Callable[[floa
 def crashed_and_waiting(client: SyncPrefectClient, flows: list[str]) -> list[FlowRun]:
     """Crashed runs of some flows that may start again and that nobody started: the reaper's to do."""
     crashed = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CRASHED]))
-    lately = FlowRunFilterEndTime(after_=datetime.now(UTC) - LATELY)  # type: ignore[arg-type]
+    lately = FlowRunFilterEndTime(after_=datetime.now(UTC) - LATELY)
     found = client.read_flow_runs(
         flow_filter=FlowFilter(name=FlowFilterName(any_=flows)),
         flow_run_filter=FlowRunFilter(state=crashed, end_time=lately),
@@ -129,6 +133,16 @@ def check_wanted() -> None:
         )
 
 
+def main(run_id: UUID) -> None:
+    """The process that a hook leaves behind."""
+    with get_client(sync_client=True) as client:
+        told = flow_run_logger(client.read_flow_run(run_id))
+        try:
+            if start_settled(client, run_id):
+                told.info("the run's process died; it was scheduled to go on")
+        except httpx.HTTPError as error:
+            told.error("the run's process died; the reaper will schedule it, as this failed: %s", error)
+
+
 if __name__ == "__main__":
-    with get_client(sync_client=True) as prefect:
-        start_settled(prefect, UUID(sys.argv[1]))
+    main(UUID(sys.argv[1]))
