@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+
+# Before torch is imported, here or in what the tests start. Two processes of tests with a thread for each core wait for
+# each other's threads: trainings of a second take twenty.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import signal
 import subprocess
 import sys

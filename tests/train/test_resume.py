@@ -265,3 +265,34 @@ def test_a_short_training_leaves_nothing_and_the_random_state_is_nobodys() -> No
     trained(shelf, TrainConfig(epochs=2, batch_size=16), Toy(net).source())
     assert not shelf.states
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_batches_that_were_cut_for_memory_stay_cut_behind_a_resume() -> None:
+    """What the first start learnt of the memory, at the cost of an error, the second one knows."""
+    config = TrainConfig(epochs=EPOCHS, batch_size=16, optimizer="sgd", out_of_memory="halve")
+    workload, tried = Toy(net), list[int]()
+
+    def loss(module: nn.Module, batch: Batch) -> Tensor:
+        tried.append(len(batch))
+        if len(batch) > 4:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes")
+        return workload.loss(module(**batch.inputs), batch)
+
+    def start(shelf: Memory) -> tuple[nn.Module, TrainReport]:
+        module = workload.source()
+        with kept_on(shelf):
+            return module, train_(module, loss, workload, config)
+
+    whole, report = start(Memory())
+    shelf = Memory(cut=5)
+    with pytest.raises(Cut):
+        start(shelf)
+    assert set(tried) == {16, 8, 4}
+    tried.clear()
+    shelf.cut = math.inf
+    found, resumed = start(shelf)
+    assert set(tried) == {4}
+    assert resumed.losses == report.losses
+    assert len(resumed.memory_errors) == len(report.memory_errors) == 2
+    assert resumed.batch_parts == 4
+    assert same(found, whole)
