@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-WORKERS ?= 2
+# Processes of tests: four GB of memory each, with the servers that they start; a third uses the time in which others wait.
+WORKERS ?= $(shell awk '/^MemTotal/ {print ($$2 > 13000000) ? 3 : 2}' /proc/meminfo 2>/dev/null || echo 2)
 # Gigabytes come: show them to whoever watches, and keep logs short.
 QUIET := $(shell [ -t 2 ] || echo --quiet --quiet)
 
@@ -14,7 +15,7 @@ export DO_NOT_TRACK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo test test-faults fuzz lint format clean
+.PHONY: help venv demo test test-faults test-e2e fuzz lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -34,11 +35,14 @@ $(STAMP): pyproject.toml
 demo: venv ## run the whole line on two real models, and answer a prediction from the published packs
 	$(BIN)/python -m flows.demo
 
-test: lint ## lint, then the whole suite against real Prefect, MLflow and S3 servers, in WORKERS (2) processes
-	$(BIN)/python -m pytest -m "not e2e" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+test: lint ## lint, then the whole suite against real Prefect, MLflow and S3 servers, in WORKERS (2 or 3) processes
+	$(BIN)/python -m pytest -m "not e2e" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-faults: venv ## only the tests that kill processes, fill disks and break bytes
 	$(BIN)/python -m pytest -m faults $(PYTEST_ARGS)
+
+test-e2e: venv ## only what make test leaves out for its minutes: more kills, lost leases, two hosts (Linux, root)
+	$(BIN)/python -m pytest -m e2e $(PYTEST_ARGS)
 
 fuzz: venv ## feed the reader mutated packs for FUZZ_SECONDS (600), memory capped; a finding ends it (Linux)
 	$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install $(QUIET) --disable-pip-version-check 'atheris>=3'

@@ -22,8 +22,11 @@ from tasks.restarts import start_again
 from tests.integration.conftest import QUIET, free_port
 from tests.integration.killing import CONFIG, Place, Server, prefect_at, until, wait_for
 
-ALL = os.environ.get("MODELPRESS_TEST_KILLS") == "all"
-"""Further kills; the benchmark `recovery` has one at each boundary and inside each stage."""
+FURTHER = [
+    ("before", "stages/distill/", 1),  # its work is done, and nobody knows
+    ("after", "stages/quantize/", 1),  # between two stages
+]
+"""The benchmark `recovery` has a kill at each boundary and inside each stage."""
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
@@ -90,19 +93,16 @@ def reaped(client: SyncPrefectClient, run: UUID) -> None:
         reaping.end_leftovers(client, {run}, settle_seconds=3600)
 
 
+@pytest.mark.parametrize("further", [[], pytest.param(FURTHER, marks=pytest.mark.e2e)], ids=["twice", "four times"])
 def test_killed_inside_stages_and_between_them_a_run_repeats_only_what_was_cut_off(
-    place: Place, client: SyncPrefectClient, expected: str, mlflow_server: str
+    place: Place, client: SyncPrefectClient, expected: str, mlflow_server: str, further: list[tuple[str, str, int]]
 ) -> None:
     """The worker sees each death, and starts the run again, as its tag asks."""
     kills = [
         ("after", "training/source/", 7),  # inside a stage, in the middle of an epoch
+        *further,
         ("before", "packs/killed/", 1),  # every blob is published, and no manifest
     ]
-    if ALL:
-        kills[1:1] = [
-            ("before", "stages/distill/", 1),  # its work is done, and nobody knows
-            ("after", "stages/quantize/", 1),  # between two stages
-        ]
     run = client.create_flow_run_from_deployment(place.deploy(client, restarts=len(kills))).id
     place.order(*kills)
     place.start_worker()
@@ -146,6 +146,7 @@ def test_a_run_outlives_its_worker_and_the_server(
     assert only.info.status == "FINISHED"
 
 
+@pytest.mark.e2e
 def test_what_died_with_its_worker_is_reaped_goes_on_elsewhere_and_can_be_cancelled(
     place: Place, client: SyncPrefectClient, expected: str, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,7 +193,7 @@ def test_what_died_with_its_worker_is_reaped_goes_on_elsewhere_and_can_be_cancel
     assert stages(mlflow_server, third)["source"].data.tags["resumed"].startswith("the training goes on behind update")
 
 
-@pytest.mark.skipif(not ALL, reason="MODELPRESS_TEST_KILLS=all runs it: it takes a further minute")
+@pytest.mark.e2e
 def test_a_worker_that_is_told_to_stop_leaves_no_process_and_its_run_goes_on_elsewhere(
     place: Place, client: SyncPrefectClient, expected: str, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
