@@ -41,7 +41,7 @@ test: lint ## lint, then the whole suite against real Prefect, MLflow and S3 ser
 test-faults: venv ## only the tests that kill processes, fill disks and break bytes
 	$(BIN)/python -m pytest -m faults $(PYTEST_ARGS)
 
-test-e2e: venv ## only what make test leaves out for its minutes: more kills, lost leases, two hosts (Linux, root)
+test-e2e: venv ## only what make test leaves out for its minutes: kills, the local stack, lost leases, two hosts
 	$(BIN)/python -m pytest -m e2e $(PYTEST_ARGS)
 
 fuzz: venv ## feed the reader mutated packs for FUZZ_SECONDS (600), memory capped; a finding ends it (Linux)

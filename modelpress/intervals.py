@@ -107,8 +107,8 @@ def bootstrap_mean(values: Scores, confidence: float, *, resamples: int = RESAMP
         raise ValueError(f"a mean needs a non-empty vector, not shape {values.shape}")
     value = float(values.mean())
     centred = values - value
-    spread = float((centred**2).sum())
-    if spread == 0:
+    largest = float(np.abs(centred).max())
+    if largest == 0:
         return Interval(value, value, value)
     generator = np.random.default_rng(seed)
     means = np.empty(resamples)
@@ -121,8 +121,9 @@ def bootstrap_mean(values: Scores, confidence: float, *, resamples: int = RESAMP
     # Ties with the estimate count half: scores take few values, and few of them differ between two models.
     below = (np.count_nonzero(means < value) + 0.5 * np.count_nonzero(means == value)) / resamples
     bias = normal.inv_cdf(min(max(below, 0.5 / resamples), 1 - 0.5 / resamples))
-    # The jackknife's acceleration has a closed form for a mean.
-    acceleration = float((centred**3).sum()) / (6 * spread**1.5)
+    # The jackknife's acceleration has a closed form for a mean. It has no unit: so powers of tiny numbers stay numbers.
+    unit = centred / largest
+    acceleration = float((unit**3).sum()) / (6 * float((unit**2).sum()) ** 1.5)
     ends = []
     for tail in ((1 - confidence) / 2, (1 + confidence) / 2):
         shifted = bias + normal.inv_cdf(tail)

@@ -28,7 +28,19 @@ hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine i
 hypothesis.settings.load_profile("suite")
 
 ROOT = Path(__file__).parents[1]
+STORE = "MODELPRESS_STORE"
 PREFIX = "MODELPRESS_TEST_S3_"
+
+
+@pytest.fixture(autouse=True)
+def no_store_is_left_behind() -> Iterator[None]:
+    """The command line tells the rest of its process which `--store` it was given; tests run it in theirs."""
+    before = os.environ.get(STORE)
+    yield
+    if before is None:
+        os.environ.pop(STORE, None)
+    else:
+        os.environ[STORE] = before
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import ROOT
@@ -34,6 +35,15 @@ def deploy(*which: str) -> None:
     """Deploy some of the file's deployments by name, or `--all`."""
     chosen = ["--all"] if which == ("--all",) else [part for name in which for part in ("--name", name)]
     prefect("--no-prompt", "deploy", *chosen, "--prefect-file", "infra/prefect.yaml")
+
+
+def end(running: subprocess.Popen[bytes]) -> None:
+    """Kill a process and all that it started. A worker that is asked to end first waits for the runs that it has."""
+    with suppress(psutil.NoSuchProcess):
+        for process in [*psutil.Process(running.pid).children(recursive=True), running]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    running.wait()
 
 
 @contextmanager

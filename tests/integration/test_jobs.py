@@ -22,7 +22,7 @@ from prefect.states import Cancelling
 from modelpress import pointer
 from modelpress.store.base import open_store
 from tests.conftest import ROOT
-from tests.integration.deploying import deploy, make_pools
+from tests.integration.deploying import deploy, end, make_pools
 
 NAME = "in-jobs"
 PART = "optimize-part/optimize-part"
@@ -65,8 +65,7 @@ def worker(pool: str, home: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        process.terminate()
-        process.wait(60)
+        end(process)
 
 
 def start(client: SyncPrefectClient, *jobs: dict[str, str], **recipe: object) -> FlowRun:

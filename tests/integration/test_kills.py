@@ -28,7 +28,7 @@ FURTHER = [
 ]
 """The benchmark `recovery` has a kill at each boundary and inside each stage."""
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def reaped(client: SyncPrefectClient, run: UUID) -> None:
         reaping.end_leftovers(client, {run}, settle_seconds=3600)
 
 
-@pytest.mark.parametrize("further", [[], pytest.param(FURTHER, marks=pytest.mark.e2e)], ids=["twice", "four times"])
+@pytest.mark.parametrize("further", [[], FURTHER], ids=["twice", "four times"])
 def test_killed_inside_stages_and_between_them_a_run_repeats_only_what_was_cut_off(
     place: Place, client: SyncPrefectClient, expected: str, mlflow_server: str, further: list[tuple[str, str, int]]
 ) -> None:
@@ -146,7 +146,6 @@ def test_a_run_outlives_its_worker_and_the_server(
     assert only.info.status == "FINISHED"
 
 
-@pytest.mark.e2e
 def test_what_died_with_its_worker_is_reaped_goes_on_elsewhere_and_can_be_cancelled(
     place: Place, client: SyncPrefectClient, expected: str, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,7 +192,6 @@ def test_what_died_with_its_worker_is_reaped_goes_on_elsewhere_and_can_be_cancel
     assert stages(mlflow_server, third)["source"].data.tags["resumed"].startswith("the training goes on behind update")
 
 
-@pytest.mark.e2e
 def test_a_worker_that_is_told_to_stop_leaves_no_process_and_its_run_goes_on_elsewhere(
     place: Place, client: SyncPrefectClient, expected: str, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -365,7 +365,7 @@ def test_damaged_published_bytes_are_never_promoted(first: OptimizeResult, store
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("stage", ["source", "quantize"])
+@pytest.mark.parametrize("stage", [pytest.param("source", marks=pytest.mark.e2e), "quantize"])
 def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_digest(
     stage: str, first: OptimizeResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefect_server: str
 ) -> None:

@@ -89,10 +89,11 @@ def test_who_may_not_write_is_told_whom_to_ask(
     assert mlflow.pyfunc.load_model(f"models:/{NAME}@champion").metadata.metadata["pack"] == done.pack
 
 
+@pytest.mark.e2e
 def test_what_was_granted_may_be_written(
     done: OptimizeResult, logins: MlflowLogins, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As docs/operations.md says."""
+    """As docs/operations.md says. MLflow checks a password with scrypt, more than once at each request: minutes."""
     logins.log_in(monkeypatch, "colleague")
     experiment = MlflowClient().get_run(done.mlflow_run).info.experiment_id
     logins.grant("colleague", "experiment", experiment)

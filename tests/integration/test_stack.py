@@ -27,7 +27,7 @@ from modelpress.stack.layout import Folder
 from modelpress.stack.parts import LISTENING
 from tests.conftest import ROOT
 
-pytestmark = [pytest.mark.s3, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.s3, pytest.mark.timeout(600)]
 DEADLINE_SECONDS = 300.0
 ANY_PORT = [f"--port={name}=0" for name in LISTENING]
 DEPLOYMENTS = {one["name"] for one in yaml.safe_load((ROOT / "infra/prefect.yaml").read_text())["deployments"]}

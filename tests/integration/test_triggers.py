@@ -33,6 +33,7 @@ from modelpress.store.local import LocalStore
 from registry import promotion, versions
 from tests.conftest import ROOT
 from tests.integration.conftest import free_port
+from tests.integration.deploying import end
 from tests.integration.test_deployments import prefect
 from tests.packs import onnx_checkpoint
 from tests.registry.shelf import Shelf
@@ -241,8 +242,7 @@ def worker(home: Path) -> Iterator[Callable[[FlowRun, str], None]]:
         try:
             yield until
         finally:
-            running.terminate()
-            running.wait(60)
+            end(running)
 
 
 def test_without_webhooks_the_deployment_finds_it(

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from modelpress import intervals
@@ -81,6 +81,8 @@ def test_binary_scores_take_the_score_intervals() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=60))
+@example([(0.0, 0.0), (0.0, 1e-109)])
+@example([(0.0, 0.0), (0.0, 5e-324)])
 def test_a_paired_difference_contains_its_value_and_mirrors(pairs: list[tuple[float, float]]) -> None:
     scores, baseline = (np.array(column) for column in zip(*pairs, strict=True))
     found = intervals.paired_difference(scores, baseline, 0.95)
