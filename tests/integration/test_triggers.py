@@ -262,7 +262,7 @@ def test_without_webhooks_the_deployment_finds_it(
     with worker(home) as until:
         until(look, "Completed")
         assert shelf.named() == shelf.served() == before
-        (ask,) = runs(client, "promote")
+        (ask,) = [run for run in runs(client, "promote") if run.parameters.get("candidate") == pack]
         assert f"the run {ask.name} asks for it in Prefect" in shelf.description(pack)
         until(ask, "Suspended")
         form = client.request("GET", "/flow_runs/{id}/input/{key}", path_params=described(client, ask))
