@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml
 demo: venv ## run the whole line on two real models, and answer a prediction from the published packs
 	$(BIN)/python -m flows.demo
 
-test: lint ## lint, then the whole suite against real Prefect, MLflow and S3 servers, in WORKERS (2 or 3) processes
+test: lint ## lint, then the suite but for e2e, against real Prefect, MLflow and S3 servers, in WORKERS (2 or 3) processes
 	$(BIN)/python -m pytest -m "not e2e" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-faults: venv ## only the tests that kill processes, fill disks and break bytes

@@ -28,7 +28,7 @@ FURTHER = [
 ]
 """The benchmark `recovery` has a kill at each boundary and inside each stage."""
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.faults, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

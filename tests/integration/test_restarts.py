@@ -21,7 +21,7 @@ def ours() -> None:
 
 @pytest.fixture
 def client(prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[SyncPrefectClient]:
-    monkeypatch.setattr(restarts, "SETTLED", timedelta(seconds=0.3))
+    monkeypatch.setattr(restarts, "SETTLED", timedelta(seconds=2))
     monkeypatch.setattr(restarts, "SETTLE_LOOKS", 10_000)
     with get_client(sync_client=True) as client:
         yield client
@@ -75,6 +75,7 @@ def test_it_starts_as_often_as_its_tag_says_and_not_once_more(client: SyncPrefec
 def test_the_reaper_finds_those_whose_hook_never_ran(
     client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(restarts, "SETTLED", timedelta(hours=1))
     may, may_not = crashed(client, "restarts:1"), crashed(client)
     assert may not in {run.id for run in restarts.crashed_and_waiting(client, ["optimize"])}, "its hook may be at it"
     monkeypatch.setattr(restarts, "SETTLED", timedelta(seconds=0))
