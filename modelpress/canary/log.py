@@ -100,6 +100,11 @@ def canary_alias(alias: str) -> str:
     return KEY if alias == CHAMPION else f"{KEY}-{alias}"
 
 
+def at_stake(alias: str) -> str:
+    """The alias that the canaries in the log of `alias`, a canary alias, are for."""
+    return CHAMPION if alias == KEY else alias.removeprefix(f"{KEY}-")
+
+
 def is_canary_alias(alias: str) -> bool:
     """Whether an alias is one that canaries alone move."""
     return alias == KEY or alias.startswith(f"{KEY}-")

@@ -8,6 +8,7 @@ bucket policies leave to servers (`infra/s3/policies/server.json`).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal, Self
@@ -173,7 +174,8 @@ def read(store: Store, name: str, canary: str) -> Tallies:
     Raises:
         StoreError: the store could not be asked.
     """
-    found, damaged = [], []
+    found: list[Tally] = []
+    damaged: list[str] = []
     for info in store.list(keys.tallies(name, canary)):
         server = keys.tally_server(info.key)
         if server is None:
@@ -206,13 +208,13 @@ def add_up(found: list[Tally], damaged: list[str] | None = None) -> Tallies:
     return Tallies(steps, len(found), stopped, damaged or [])
 
 
-def sweep(store: Store, name: str, keep: str) -> None:
-    """Delete the tallies of a name's other canaries.
+def sweep(store: Store, name: str, keep: Collection[str]) -> None:
+    """Delete the tallies of a name's canaries, but those whose ids are to keep.
 
     Raises:
         StoreError: see `modelpress.store.Store`.
     """
-    kept = keys.tallies(name, keep)
+    kept = tuple(keys.tallies(name, one) for one in keep)
     for info in list(store.list(keys.tallies(name))):
         if keys.tally_server(info.key) is not None and not info.key.startswith(kept):
             store.delete(info.key)

@@ -216,7 +216,7 @@ def test_other_canaries_are_swept_away_and_other_names_are_not(store: Store) -> 
         made = tally.new(canary, "a" * 32, "loading", [])
         tally.write(store, name, made)
     store.put("canaries/demo/notes.txt", b"a person's")
-    tally.sweep(store, "demo", keep="1" * 32)
+    tally.sweep(store, "demo", keep=["1" * 32])
     left = [info.key for info in store.list(keys.CANARIES)]
     mine, theirs = (f"{canary * 32}/{'a' * 32}.json" for canary in "12")
     assert left == [f"canaries/demo/{mine}", "canaries/demo/notes.txt", f"canaries/demo2/{theirs}"]
