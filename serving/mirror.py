@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from modelpress.errors import ServingError
 from serving.engine import Engine
@@ -26,6 +27,7 @@ NICENESS = 10
 """Of the thread, where the system has one per thread (Linux): it yields to those that answer."""
 
 Arrays = Mapping[str, np.ndarray]
+Flags = npt.NDArray[np.bool_]
 Compare = Literal["argmax", "values"]
 
 
@@ -128,22 +130,24 @@ def disagreement(answers: Arrays, others: Arrays, compare: Compare, tolerance: f
     return float(differs.mean())
 
 
-def _differs(array: np.ndarray, other: np.ndarray, compare: Compare, tolerance: float) -> np.ndarray:
-    """(samples,), bool."""
+def _differs(array: np.ndarray, other: np.ndarray, compare: Compare, tolerance: float) -> Flags:
+    """(samples,)."""
     rows = array.shape[0]
     if array.dtype.kind != "f":
-        return _any(array != other, rows)
+        return _any(np.not_equal(array, other), rows)
     bad = _any(~np.isfinite(array) | ~np.isfinite(other), rows)
     if compare == "argmax" and array.ndim > 1 and array.shape[-1] > 1:
-        return bad | _any(array.argmax(axis=-1) != other.argmax(axis=-1), rows)
+        return np.logical_or(bad, _any(np.not_equal(array.argmax(axis=-1), other.argmax(axis=-1)), rows))
     wide, narrow = array.astype(np.float64).reshape(rows, -1), other.astype(np.float64).reshape(rows, -1)
     scale = np.abs(wide).max(axis=1, initial=0.0)
     with np.errstate(invalid="ignore"):  # infinities differ anyway
-        return bad | (np.abs(wide - narrow).max(axis=1, initial=0.0) > tolerance * scale)
+        far = np.abs(wide - narrow).max(axis=1, initial=0.0) > tolerance * scale
+    either: Flags = np.logical_or(bad, far)
+    return either
 
 
-def _any(differing: np.ndarray, rows: int) -> np.ndarray:
-    found: np.ndarray = differing.reshape(rows, -1).any(axis=1)
+def _any(differing: Flags, rows: int) -> Flags:
+    found: Flags = np.any(np.reshape(differing, (rows, -1)), axis=1)
     return found
 
 
