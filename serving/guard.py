@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ import orjson
 from starlette.responses import Response
 
 from modelpress.errors import ConfigError
+from serving.infer import ANONYMOUS
+from serving.refusals import UnauthorizedError
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -37,6 +40,18 @@ def read_token(path: Path) -> str:
             doing, found=found, expected=f"at least {LEAST_CHARACTERS} in one piece", fix="openssl rand -hex 24"
         )
     return token
+
+
+def by_token(token: str) -> Callable[[str | None, str], str]:
+    """The same for calls of gRPC: takes their `authorization` and the scope they need, gives the tenant's name."""
+    expected = f"Bearer {token}".encode()
+
+    def authorize(given: str | None, _scope: str) -> str:
+        if given is None or not hmac.compare_digest(given.encode(), expected):
+            raise UnauthorizedError("authorization", found="no token, or another", expected="Bearer TOKEN")
+        return ANONYMOUS
+
+    return authorize
 
 
 class Guard:

@@ -74,6 +74,7 @@ class Places:
     """How many requests may be here at once, and how many of one tenant; belongs to one event loop."""
 
     def __init__(self, total: int, tenant_share: float) -> None:
+        self.total = total
         self._free, self._most = total, max(1, math.ceil(total * tenant_share))
         self._held: dict[str, int] = {}
 

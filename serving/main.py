@@ -25,13 +25,15 @@ from modelpress.settings import Settings
 from modelpress.store import open_store
 from serving.app import create_app
 from serving.batching import Bounds
-from serving.guard import Guard, read_token
+from serving.guard import Guard, by_token, read_token
 from serving.infer import MAX_BODY_BYTES, MAX_QUEUE, Limits
 from serving.repository import Repository
 from serving.tensors import MAX_TENSOR_BYTES
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
+
+    from serving.rpc.service import Door
 
 log = logging.getLogger("modelpress.serving")
 
@@ -52,6 +54,8 @@ class ServingSettings(BaseSettings):
     front before you open it to others."""
     port: int = Field(default=8080, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
+    grpc_port: int = Field(default=0, ge=0, le=65535)
+    """Port for gRPC on the same host; 0: no gRPC."""
     token_file: Path | None = None
     """File with a token that every request but those for health must bring (`Authorization: Bearer`). Unset: none."""
     poll_seconds: float = Field(default=2.0, ge=0)
@@ -120,6 +124,9 @@ def run(base: Settings, serving: ServingSettings) -> None:
         threads=serving.threads,
         retry_seconds=max(serving.poll_seconds, 1.0),
     )
+    if serving.grpc_port:
+        with _bound(serving.host, serving.grpc_port):
+            pass  # said now, and not after seconds of loading
     with contextlib.closing(store), _bound(serving.host, serving.port) as listener:
         repository.start()
         app: ASGIApp = create_app(
@@ -127,6 +134,7 @@ def run(base: Settings, serving: ServingSettings) -> None:
             poll_seconds=serving.poll_seconds,
             workers=serving.workers or usable_cores(),
             limits=_limits(serving),
+            rpc=_rpc(serving, token),
         )
         if token is not None:
             app = Guard(app, token)
@@ -142,7 +150,10 @@ def run(base: Settings, serving: ServingSettings) -> None:
         listener.listen(BACKLOG)
         log.info("listening on http://%s:%d/v2", *listener.getsockname()[:2])
         with _graceful_signals():
-            uvicorn.Server(config).run(sockets=[listener])
+            server = uvicorn.Server(config)
+            server.run(sockets=[listener])
+        if not server.started:
+            raise SetupError("starting the server", found="an error at its start", fix="see the log above")
     log.info("stopped")
 
 
@@ -153,6 +164,16 @@ def _limits(serving: ServingSettings) -> Limits:
     return Limits(
         serving.max_queue, serving.max_body_bytes, serving.max_tensor_bytes, serving.tenant_share, bounds=bounds
     )
+
+
+def _rpc(serving: ServingSettings, token: str | None) -> Door | None:
+    if not serving.grpc_port:
+        return None
+    from serving.rpc.service import Door  # grpcio is imported where it is asked for
+
+    host = f"[{serving.host}]" if ":" in serving.host else serving.host
+    authorize = None if token is None else by_token(token)
+    return Door(f"{host}:{serving.grpc_port}", authorize, grace_seconds=serving.drain_seconds)
 
 
 def main() -> None:

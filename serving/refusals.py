@@ -11,6 +11,8 @@ from modelpress.errors import ModelpressError, ServingError
 
 RETRY_SECONDS = 1
 """What Retry-After says."""
+UNFORESEEN = "internal error; the server's log has the details"
+"""All that a client learns of an error that nobody foresaw."""
 
 
 class RequestError(ServingError):
@@ -60,6 +62,20 @@ class SlowBodyError(RequestError):
 
     status = 408
     code = "DEADLINE_EXCEEDED"
+
+
+class UnauthorizedError(RequestError):
+    """No key, or none that counts."""
+
+    status = 401
+    code = "UNAUTHENTICATED"
+
+
+class ForbiddenError(RequestError):
+    """The key counts, and not for this."""
+
+    status = 403
+    code = "PERMISSION_DENIED"
 
 
 class DeadlineError(RequestError):
