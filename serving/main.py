@@ -25,6 +25,7 @@ from modelpress.settings import Settings
 from modelpress.store import open_store
 from serving.app import create_app
 from serving.batching import Bounds
+from serving.canary import Canaries
 from serving.guard import Guard, by_token, read_token
 from serving.infer import MAX_BODY_BYTES, MAX_QUEUE, Limits
 from serving.repository import Repository
@@ -134,6 +135,7 @@ def run(base: Settings, serving: ServingSettings) -> None:
             poll_seconds=serving.poll_seconds,
             workers=serving.workers or usable_cores(),
             limits=_limits(serving),
+            canaries=Canaries(store, repository, serving.poll_seconds),
             rpc=_rpc(serving, token),
         )
         if token is not None:

@@ -180,11 +180,23 @@ _HEADER_LENGTH: Schema = {
     "description": "Length of the JSON, where binary tensor data stands behind it.",
     "schema": {"type": "integer", "minimum": 0, "maximum": 999_999_999_999},
 }
+_CANARY_KEY: Schema = {
+    "name": "modelpress-canary-key",
+    "in": "header",
+    "description": "During a canary: requests with the same key get the same model.",
+    "schema": {"type": "string"},
+}
+_CANARY_KEY: Schema = {
+    "name": "Modelpress-Canary-Key",
+    "in": "header",
+    "description": "While a canary runs, requests with the same key get the same model.",
+    "schema": TEXT,
+}
 _MODEL, _VERSION = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
 
 
 def _infer(path: str, name: str, summary: str) -> Operation:
-    options: Any = {"body": "InferRequest", "binary": True, "parameters": [_TIMEOUT, _HEADER_LENGTH]}
+    options: Any = {"body": "InferRequest", "binary": True, "parameters": [_TIMEOUT, _HEADER_LENGTH, _CANARY_KEY]}
     return Operation("POST", f"{path}/infer", name, summary, {200: "InferAnswer"}, **options)
 
 
@@ -266,6 +278,9 @@ def _operation(one: Operation) -> Schema:
     }
     if one.binary:
         answers["200"]["content"][OCTETS] = {"schema": {"type": "string", "format": "binary"}}
+        answers["200"]["headers"] = {
+            "Modelpress-Pack": {"description": "Digest of the pack that answered.", "schema": TEXT}
+        }
     answers["default"] = {"description": "What is wrong", "content": {JSON: {"schema": ref("Error")}}}
     names = re.findall(r"{(\w+)}", one.path)
     places = [{"name": name, "in": "path", "required": True, "schema": TEXT} for name in names]

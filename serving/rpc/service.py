@@ -17,7 +17,7 @@ import grpc
 
 from modelpress import __version__
 from modelpress.errors import ModelpressError, SetupError
-from serving.infer import ANONYMOUS, Inference
+from serving.infer import ANONYMOUS, CANARY_KEY, Inference
 from serving.refusals import RETRY_SECONDS, UNFORESEEN, NotReadyError, RequestError, told
 from serving.rpc import tensors
 from serving.rpc.messages import METHODS, SERVICE
@@ -121,9 +121,7 @@ class _Calls:
         scope = SCOPES[method]
         if self._authorize is None or scope is None:
             return ANONYMOUS
-        given = [value for name, value in context.invocation_metadata() or () if name == "authorization"]
-        header = given[0] if len(given) == 1 and isinstance(given[0], str) else None
-        return self._authorize(header, scope)
+        return self._authorize(_metadatum(context, "authorization"), scope)
 
     async def ServerLive(self, _request: Any, _context: Any, _tenant: str) -> dict[str, Any]:  # noqa: N802
         return {"live": self._house.alive()}
@@ -163,6 +161,7 @@ class _Calls:
                 received=received,
                 timeout=context.time_remaining(),
                 size=0 if request.raw_input_contents else request.ByteSize(),
+                canary_key=_metadatum(context, CANARY_KEY),
             )
             size = 0 if found.asked.binary else sum(array.nbytes for array in found.outputs.values())
             pack = found.loaded.engine.pack
@@ -190,6 +189,12 @@ class _Calls:
 
     async def _elsewhere(self, work: Callable[[str], None], name: str) -> None:
         await asyncio.get_running_loop().run_in_executor(self._house.loading, work, name)
+
+
+def _metadatum(context: Any, name: str) -> str | None:
+    """Its text; None where there is none, or several."""
+    given = [value for key, value in context.invocation_metadata() or () if key == name]
+    return given[0] if len(given) == 1 and isinstance(given[0], str) else None
 
 
 def _check_repository(request: Any) -> None:
