@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from modelpress import __version__
 from modelpress.errors import ModelpressError
@@ -56,6 +56,7 @@ def create_app(
     workers: int,
     max_body_bytes: int = MAX_BODY_BYTES,
     max_queue: int = MAX_QUEUE,
+    routes: Sequence[BaseRoute] = (),
 ) -> Starlette:
     """The application over a started repository.
 
@@ -66,6 +67,7 @@ def create_app(
         max_body_bytes: a larger request is refused before it is read.
         max_queue: requests for inference beside the `workers` that may be read and wait; more are refused unread. So
             bodies take at most `(workers + max_queue) * max_body_bytes`.
+        routes: further ones, of other parts.
     """
     poller = _Poller(repository, poll_seconds)
     doors = _Doors(repository, poller, workers, workers + max_queue, max_body_bytes)
@@ -85,7 +87,7 @@ def create_app(
         ClientDisconnect: _answer_nobody,
         Exception: _answer_unknown,
     }
-    return Starlette(routes=doors.routes(), exception_handlers=handlers, lifespan=lifespan)
+    return Starlette(routes=[*doors.routes(), *routes], exception_handlers=handlers, lifespan=lifespan)
 
 
 class _Doors:
@@ -265,7 +267,7 @@ async def _answer_known(request: Request, error: ModelpressError) -> Response:
     """What the client can mend is told in full; what the operator must mend is told by kind, and logged."""
     if isinstance(error, RequestError):
         busy = {"Retry-After": str(RETRY_SECONDS)} if isinstance(error, BusyError) else None
-        return _refusal(_one_line(error), error.status, busy)
+        return _refusal(error.told, error.status, busy)
     name = request.path_params.get("name", "")
     return _refusal(f"model {name!r} can't be loaded ({type(error).__name__}); see /v2/repository/index", 503)
 
@@ -281,11 +283,6 @@ async def _answer_nobody(_request: Request, _error: ClientDisconnect) -> Respons
 async def _answer_unknown(_request: Request, _error: Exception) -> Response:
     # Starlette raises it again after this answer, and uvicorn logs it with its traceback.
     return _refusal("internal error; the server's log has the details", 500)
-
-
-def _one_line(error: RequestError) -> str:
-    text = f"{error.doing}: found {error.found}" if error.found else error.doing
-    return f"{text}; expected {error.expected}" if error.expected else text
 
 
 def _refusal(text: str, status: int, headers: Any = None) -> Response:

@@ -44,6 +44,12 @@ class RequestError(ServingError):
 
     status: ClassVar[int] = 400
 
+    @property
+    def told(self) -> str:
+        """What the client reads, in one line."""
+        text = f"{self.doing}: found {self.found}" if self.found else self.doing
+        return f"{text}; expected {self.expected}" if self.expected else text
+
 
 class NotServedError(RequestError):
     """No such model or version here."""
