@@ -10,8 +10,9 @@ import orjson
 from starlette.responses import Response
 
 from modelpress.access import Principal
+from serving.infer import TENANT
 from serving.keyring import CHALLENGE, NOBODY, ForbiddenError, Keyring, UnauthenticatedError
-from serving.protocol import RequestError
+from serving.refusals import RequestError, one_line
 from serving.scopes import Door, Doors
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from serving.metrics import Metrics
     from serving.tracing import Traces
 
-PRINCIPAL, TENANT, AUDITED = "modelpress.principal", "modelpress.tenant", "modelpress.audited"
-"""Where the ASGI scope has who asks, their name, and what a door adds to its line in the audit (a dictionary)."""
+PRINCIPAL, AUDITED = "modelpress.principal", "modelpress.audited"
+"""Where the ASGI scope has who asks, and what a door adds to its line in the audit (a dictionary)."""
 CLOSED_BY_CLIENT = 499
 NOT_READ = {"Connection": "close"}
 """A request that is refused is not read, so nothing can come behind it."""
@@ -79,7 +80,7 @@ class Guard:
             return self._check(scope, door)
         except RequestError as error:
             headers = NOT_READ | ({"WWW-Authenticate": CHALLENGE} if isinstance(error, UnauthenticatedError) else {})
-            text, who = error.told, error.who if isinstance(error, ForbiddenError) else ""
+            text, who = one_line(error), error.who if isinstance(error, ForbiddenError) else ""
             self._audit.refused(address(scope), scope["method"], scope["path"], error.status, text, who)
             answer = Response(orjson.dumps({"error": text}), error.status, headers, media_type="application/json")
             await answer(scope, receive, send)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from modelpress.access import SCOPES, Key, Principal, digest, read_keys
 from modelpress.errors import ConfigError
-from serving.protocol import RequestError
+from serving.refusals import RequestError
 from serving.tls import fingerprint
 from serving.tokens import Issuer, Tokens, read_verify_keys
 

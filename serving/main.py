@@ -25,13 +25,16 @@ from modelpress.settings import Settings
 from modelpress.store import open_store
 from serving import rollback
 from serving.access_settings import AccessSettings
-from serving.app import MAX_BODY_BYTES, MAX_QUEUE, create_app
+from serving.app import create_app
 from serving.audit import Audit
+from serving.batching import Bounds
 from serving.guard import Guard
+from serving.infer import MAX_BODY_BYTES, MAX_QUEUE, Limits
 from serving.keyring import Keyring
 from serving.metrics import Metrics
 from serving.repository import Repository
 from serving.status import Status
+from serving.tensors import MAX_TENSOR_BYTES
 from serving.tls import Certificate, Refresher
 from serving.tracing import Traces
 
@@ -66,8 +69,18 @@ class ServingSettings(AccessSettings):
     max_body_bytes: int = Field(default=MAX_BODY_BYTES, ge=1)
     """A larger request is refused."""
     max_queue: int = Field(default=MAX_QUEUE, ge=0)
-    """Requests for inference that may wait beside the `workers` that run; more get 503 with Retry-After, unread.
+    """Requests for inference that may wait beside the `workers` that run; more get 429 with Retry-After, unread.
     Bodies take at most (workers + max_queue) x max_body_bytes of memory."""
+    max_tensor_bytes: int = Field(default=MAX_TENSOR_BYTES, ge=1)
+    """A larger tensor is refused before memory is taken for it."""
+    tenant_share: float = Field(default=1.0, gt=0, le=1)
+    """Share of the places of `workers` and `max_queue` that one tenant, the name of a key, may hold at a time."""
+    batch_rows: int = Field(default=Bounds.rows, ge=1)
+    """Most rows of requests that are run together, where the model's answers allow it; 1 joins nothing."""
+    batch_milliseconds: float = Field(default=Bounds.run_seconds * 1e3, gt=0)
+    """Rows are joined only while their run is expected to take at most this."""
+    batch_delay_milliseconds: float = Field(default=Bounds.delay_seconds * 1e3, ge=0)
+    """How long a request may wait for company though a worker is free."""
     max_connections: int = Field(default=1024, ge=1)
     """Connections at a time; more get 503."""
     drain_seconds: int = Field(default=30, ge=1)
@@ -142,8 +155,7 @@ def application(
         repository,
         poll_seconds=serving.poll_seconds,
         workers=workers,
-        max_body_bytes=serving.max_body_bytes,
-        max_queue=serving.max_queue,
+        limits=_limits(serving),
         routes=[
             Route("/metrics", metrics.endpoint),
             *Status(repository, metrics, keyring, serving.rollback).routes(),
@@ -185,6 +197,15 @@ def _refreshed(certificate: Certificate | None) -> Iterator[None]:
     finally:
         if refresher is not None:
             refresher.stop()
+
+
+def _limits(serving: ServingSettings) -> Limits:
+    bounds = Bounds(
+        serving.batch_rows, serving.batch_milliseconds / 1e3, delay_seconds=serving.batch_delay_milliseconds / 1e3
+    )
+    return Limits(
+        serving.max_queue, serving.max_body_bytes, serving.max_tensor_bytes, serving.tenant_share, bounds=bounds
+    )
 
 
 def main() -> None:

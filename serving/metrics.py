@@ -169,12 +169,13 @@ def _answers(model: ServedModel) -> float:
 
 
 def _number(model: ServedModel) -> float | None:
-    return float(model.loaded.pointer.number) if model.loaded else None
+    return float(model.loaded.pointer.number) if model.loaded and model.loaded.pointer else None
 
 
 def lag(model: ServedModel) -> int | None:
     """Entries from the one whose pack answers to the newest, which was seen and can't be loaded; None: unknown."""
-    if model.loaded is None or (model.failure is not None and model.failure.number is None):
+    entry = model.loaded.pointer if model.loaded else None
+    if entry is None or (model.failure is not None and model.failure.number is None):
         return None
-    newest = model.failure.number if model.failure and model.failure.number else model.loaded.pointer.number
-    return max(0, newest - model.loaded.pointer.number)
+    newest = model.failure.number if model.failure and model.failure.number else entry.number
+    return max(0, newest - entry.number)

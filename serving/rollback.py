@@ -30,7 +30,7 @@ from modelpress.errors import (
 from modelpress.store.threads import DaemonPool
 from serving.guard import AUDITED, PRINCIPAL
 from serving.keyring import ForbiddenError
-from serving.protocol import NotReadyError, RequestError, TooLargeError
+from serving.refusals import NotReadyError, RequestError, TooLargeError, one_line
 from serving.repository import Repository
 
 log = logging.getLogger("modelpress.serving")
@@ -111,7 +111,7 @@ class Rollback:
             work = lambda: self._go_back(name, asked, principal, notes)  # noqa: E731
             answer = await asyncio.get_running_loop().run_in_executor(self._pool, work)
         except RequestError as error:
-            notes["why"] = error.told
+            notes["why"] = one_line(error)
             raise
         return Response(orjson.dumps(answer), media_type="application/json", headers={"Cache-Control": "no-store"})
 

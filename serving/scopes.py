@@ -29,6 +29,7 @@ NEEDS: dict[str, Needs] = {
     "/v2/models/{name}": USERS,
     "/v2/models/{name}/versions/{version}": USERS,
     "/v2": ANY,
+    "/v2/openapi.json": ANY,
     "/v2/repository/index": USERS,
     "/v2/repository/models/{name}/load": ("admin",),
     "/v2/repository/models/{name}/unload": ("admin",),

@@ -90,8 +90,7 @@ class Status:
             "requests": self._metrics.outcomes(model.name),
             "canary": None,
         }
-        if loaded:
-            entry = loaded.pointer
+        if loaded and (entry := loaded.pointer):
             moved = {"reason": entry.reason, "who": entry.who, "created": entry.created.isoformat()}
             found |= {"pointer": entry.number, "moved": moved, "provider": loaded.engine.provider}
             found |= {"gate": gate_of(entry.decision)}

@@ -22,7 +22,8 @@ from starlette.testclient import TestClient
 from modelpress.access import SCOPES, KeyFile, new_key
 from modelpress.store import open_store
 from serving.audit import Audit
-from serving.guard import TENANT, Guard
+from serving.guard import Guard
+from serving.infer import TENANT, target
 from serving.keyring import Keyring, Sources
 from serving.main import ServingSettings, application
 from serving.repository import Repository
@@ -194,6 +195,17 @@ def test_no_path_leads_around_the_guard(house: House, method: str, path: str, au
 
     asyncio.run(house.guard(scope, receive, send))
     assert sent[0]["status"] == 401
+
+
+@given(st.lists(st.one_of(st.sampled_from(["v2", "models", "versions", "infer", "", "a\n"]), segments), max_size=8))
+@example(["", "v2", "models", "a", "infer"])
+@example(["", "v2", "models", "a", "versions", "b", "infer"])
+@example(["", "v2", "models", "\n", "infer"])
+def test_what_is_taken_for_inference_needs_its_scope(house: House, parts: list[str]) -> None:
+    """The application takes these paths past its routes, by code of its own."""
+    for path in ("/".join(parts), "/v2/models/" + "/".join([*parts, "infer"])):
+        if target(path) is not None:
+            assert house.guard._doors.find(path).needs == ("infer",)
 
 
 def test_only_the_app_s_own_patterns_find_a_door(house: House) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from modelpress.access import SCOPES, KeyFile, add_key, new_key, revoke_keys
 from modelpress.errors import ConfigError
 from serving.keyring import ForbiddenError, Keyring, Sources, UnauthenticatedError, read_token
+from serving.refusals import one_line
 from serving.tokens import Issuer
 from tests.serving.test_tokens import claims, pem
 
@@ -39,7 +40,7 @@ def refused(keyring: Keyring, authorization: str | None, *scopes: str) -> str:
     with pytest.raises(UnauthenticatedError) as caught:
         keyring.check(authorization, *scopes)
     assert caught.value.status == 401
-    return caught.value.told
+    return one_line(caught.value)
 
 
 def test_a_key_says_who_and_for_what(path: Path) -> None:
@@ -56,7 +57,7 @@ def test_a_key_that_is_not_for_this_is_told_what_is_needed(path: Path) -> None:
     key = add_key(path, "team-a", ["infer", "metrics"], None)
     with pytest.raises(ForbiddenError) as caught:
         Keyring(Sources(path)).check(f"Bearer {key}", "promote", "admin")
-    assert caught.value.told == "scope of the key: found infer, metrics; expected promote or admin"
+    assert one_line(caught.value) == "scope of the key: found infer, metrics; expected promote or admin"
     assert (caught.value.status, caught.value.who) == (403, "team-a")
 
 
