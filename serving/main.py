@@ -28,6 +28,7 @@ from serving.access_settings import AccessSettings
 from serving.app import create_app
 from serving.audit import Audit
 from serving.batching import Bounds
+from serving.canary import Canaries
 from serving.guard import Guard
 from serving.infer import MAX_BODY_BYTES, MAX_QUEUE, Limits
 from serving.keyring import Keyring
@@ -151,14 +152,16 @@ def application(
     """
     workers = serving.workers or usable_cores()
     metrics = Metrics(repository, keyring, workers)
+    canaries = Canaries(repository.store, repository, serving.poll_seconds)
     app = create_app(
         repository,
         poll_seconds=serving.poll_seconds,
         workers=workers,
         limits=_limits(serving),
+        canaries=canaries,
         routes=[
             Route("/metrics", metrics.endpoint),
-            *Status(repository, metrics, keyring, serving.rollback).routes(),
+            *Status(repository, metrics, keyring, canaries, rollback=serving.rollback).routes(),
             Route(rollback.PATH, rollback.Rollback(repository, serving.rollback).endpoint, methods=["POST"]),
         ],
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import resources
 from typing import Any
@@ -21,6 +21,7 @@ from starlette.routing import Route
 
 from modelpress import __version__
 from modelpress.access import Principal
+from serving.canary import Canaries
 from serving.guard import PRINCIPAL
 from serving.keyring import Keyring
 from serving.metrics import Metrics, lag
@@ -28,9 +29,6 @@ from serving.repository import Repository, ServedModel, index_row
 
 MAX_CHECKS = 50
 MAX_REASON_CHARACTERS = 500
-
-Canary = Callable[[str], Mapping[str, Any] | None]
-"""The state of a model's canary, by its name; None: there is none."""
 
 
 class Status:
@@ -40,11 +38,15 @@ class Status:
         repository: what is served.
         metrics: what was counted.
         keyring: who counts.
+        canaries: of the models.
         rollback: whether pointers may be moved back here.
     """
 
-    def __init__(self, repository: Repository, metrics: Metrics, keyring: Keyring, rollback: bool) -> None:
-        self._repository, self._metrics, self._keyring, self._rollback = repository, metrics, keyring, rollback
+    def __init__(
+        self, repository: Repository, metrics: Metrics, keyring: Keyring, canaries: Canaries, *, rollback: bool
+    ) -> None:
+        self._repository, self._metrics, self._keyring = repository, metrics, keyring
+        self._canaries, self._rollback = canaries, rollback
         self._started = datetime.now(UTC)
         self._page = resources.files("serving").joinpath("status.html").read_bytes()
         self._headers = _page_headers(self._page)
@@ -88,7 +90,7 @@ class Status:
             "failed_loads": model.failed_loads,
             "latency": self._metrics.latency(model.name),
             "requests": self._metrics.outcomes(model.name),
-            "canary": None,
+            "canary": self._canaries.shown(model.name),
         }
         if loaded and (entry := loaded.pointer):
             moved = {"reason": entry.reason, "who": entry.who, "created": entry.created.isoformat()}
