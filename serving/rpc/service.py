@@ -8,41 +8,48 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from modelpress import __version__
 from modelpress.errors import ModelpressError, SetupError
-from serving.infer import ANONYMOUS, CANARY_KEY, Inference
-from serving.refusals import RETRY_SECONDS, UNFORESEEN, NotReadyError, RequestError, told
+from serving.infer import CANARY_KEY, CLOSED_BY_CLIENT, Inference
+from serving.keyring import NOBODY, ForbiddenError
+from serving.refusals import RETRY_SECONDS, UNFORESEEN, NotReadyError, RequestError, one_line, told
 from serving.rpc import tensors
 from serving.rpc.messages import METHODS, SERVICE
+from serving.rpc.tls import credentials
+from serving.scopes import ANY, EVERYBODY, USERS, Needs
+
+if TYPE_CHECKING:
+    from modelpress.access import Principal
+    from serving.tls import Certificate
+    from serving.watch import Watch
 
 log = logging.getLogger("modelpress.serving")
 
 CALLS_BESIDE = 8
 """Calls beside those that hold places: health and metadata."""
 EXTENSIONS = ["model_repository"]
-SCOPES: dict[str, str | None] = {
-    "ServerLive": None,
-    "ServerReady": None,
-    "ServerMetadata": "infer",
-    "ModelReady": "infer",
-    "ModelMetadata": "infer",
-    "ModelInfer": "infer",
-    "RepositoryIndex": "infer",
-    "RepositoryModelLoad": "admin",
-    "RepositoryModelUnload": "admin",
+NEEDS: dict[str, Needs] = {
+    "ServerLive": EVERYBODY,
+    "ServerReady": EVERYBODY,
+    "ServerMetadata": ANY,
+    "ModelReady": USERS,
+    "ModelMetadata": USERS,
+    "ModelInfer": ("infer",),
+    "RepositoryIndex": USERS,
+    "RepositoryModelLoad": ("admin",),
+    "RepositoryModelUnload": ("admin",),
 }
-"""What a call must be allowed, by method; None: everybody may."""
-
-Authorize = Callable[[str | None, str], str]
-"""Takes the metadatum `authorization` and the scope that a call needs; gives the tenant's name, or raises the
-`RequestError` that the call is refused with."""
+"""By method: one of these scopes is needed, as at the same door over HTTP."""
+ACTIONS = {"RepositoryModelLoad": "load", "RepositoryModelUnload": "unload"}
+"""Methods that change something, and what the audit calls it."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +58,10 @@ class Door:
 
     address: str
     """Host and port."""
-    authorize: Authorize | None = None
-    """None: nobody is asked who they are, and all are one tenant."""
-    credentials: grpc.ServerCredentials | None = None
-    """TLS; None listens in clear."""
+    watch: Watch | None = None
+    """Who looks after it; None: nobody is asked who they are, and nothing is written down."""
+    certificate: Certificate | None = None
+    """What TLS is spoken with; None listens in clear."""
     grace_seconds: float = 30.0
     """How long calls that run may take when the server ends."""
 
@@ -83,12 +90,12 @@ class Listener:
         self._server = grpc.aio.server(
             options=options, maximum_concurrent_rpcs=house.inference.places.total + CALLS_BESIDE
         )
-        self._server.add_generic_rpc_handlers((_handlers(_Calls(door, house)),))
+        self._server.add_generic_rpc_handlers((_handlers(_Calls(house), door.watch),))
         try:
-            if door.credentials is None:
+            if door.certificate is None:
                 self.port: int = self._server.add_insecure_port(door.address)
             else:
-                self.port = self._server.add_secure_port(door.address, door.credentials)
+                self.port = self._server.add_secure_port(door.address, credentials(door.certificate))
         except RuntimeError as error:
             raise SetupError(
                 f"listening on {door.address} for gRPC",
@@ -108,20 +115,9 @@ class Listener:
 class _Calls:
     """One method for each of the service's, named as there; each takes request, context and tenant."""
 
-    def __init__(self, door: Door, house: House) -> None:
-        self._authorize, self._house = door.authorize, house
+    def __init__(self, house: House) -> None:
+        self._house = house
         self._inference, self._repository = house.inference, house.inference.repository
-
-    def tenant(self, method: str, context: Any) -> str:
-        """Who calls.
-
-        Raises:
-            RequestError: they may not.
-        """
-        scope = SCOPES[method]
-        if self._authorize is None or scope is None:
-            return ANONYMOUS
-        return self._authorize(_metadatum(context, "authorization"), scope)
 
     async def ServerLive(self, _request: Any, _context: Any, _tenant: str) -> dict[str, Any]:  # noqa: N802
         return {"live": self._house.alive()}
@@ -161,7 +157,7 @@ class _Calls:
                 received=received,
                 timeout=context.time_remaining(),
                 size=0 if request.raw_input_contents else request.ByteSize(),
-                canary_key=_metadatum(context, CANARY_KEY),
+                canary_key=metadatum(context, CANARY_KEY),
             )
             size = 0 if found.asked.binary else sum(array.nbytes for array in found.outputs.values())
             pack = found.loaded.engine.pack
@@ -191,7 +187,7 @@ class _Calls:
         await asyncio.get_running_loop().run_in_executor(self._house.loading, work, name)
 
 
-def _metadatum(context: Any, name: str) -> str | None:
+def metadatum(context: Any, name: str) -> str | None:
     """Its text; None where there is none, or several."""
     given = [value for key, value in context.invocation_metadata() or () if key == name]
     return given[0] if len(given) == 1 and isinstance(given[0], str) else None
@@ -203,11 +199,11 @@ def _check_repository(request: Any) -> None:
         raise RequestError("repository_name", found=request.repository_name[:80], expected=expected)
 
 
-def _handlers(calls: _Calls) -> grpc.GenericRpcHandler:
+def _handlers(calls: _Calls, watch: Watch | None) -> grpc.GenericRpcHandler:
     methods = {}
     for name, (asked, answered) in METHODS.items():
         methods[name] = grpc.unary_unary_rpc_method_handler(
-            _bounded(name, answered, calls, getattr(calls, name)),
+            _bounded(name, answered, getattr(calls, name), watch),
             request_deserializer=asked.FromString,
             response_serializer=answered.SerializeToString,
         )
@@ -215,21 +211,74 @@ def _handlers(calls: _Calls) -> grpc.GenericRpcHandler:
 
 
 def _bounded(
-    name: str, answered: Any, calls: _Calls, method: Callable[[Any, Any, str], Awaitable[Any]]
+    name: str, answered: Any, method: Callable[[Any, Any, str], Awaitable[Any]], watch: Watch | None
 ) -> Callable[[Any, Any], Awaitable[Any]]:
-    """The method, with its errors told as gRPC tells them."""
+    """The method, for those who may call it, with its errors told as gRPC tells them."""
 
     async def call(request: Any, context: Any) -> Any:
+        model = getattr(request, "model_name", "") or getattr(request, "name", "")
+        visit = Visit(name, model, context, watch)
         try:
-            found = await method(request, context, calls.tenant(name, context))
+            found = await method(request, context, visit.enter())
+            visit.status = 200
             return answered(**found) if isinstance(found, dict) else found
         except ModelpressError as error:
-            _, code, text = told(error, getattr(request, "model_name", "") or getattr(request, "name", ""))
+            visit.status, code, text = told(error, model)
         except Exception:
             log.exception("answering %s", name)
-            code, text = "INTERNAL", UNFORESEEN
+            visit.status, code, text = 500, "INTERNAL", UNFORESEEN
+        finally:
+            visit.leave()
         if code == "RESOURCE_EXHAUSTED":
             context.set_trailing_metadata((("grpc-retry-pushback-ms", str(RETRY_SECONDS * 1000)),))
         await context.abort(grpc.StatusCode[code], text)
 
     return call
+
+
+class Visit:
+    """One call: who makes it, and what is counted and written down of it."""
+
+    def __init__(self, method: str, model: str, context: Any, watch: Watch | None) -> None:
+        self._method, self._model, self._context, self._watch = method, model, context, watch
+        self._began = time.perf_counter()
+        self._principal: Principal = NOBODY
+        self._inside = False
+        self.status = CLOSED_BY_CLIENT
+        """HTTP's, of the same answer; this one where there was none."""
+        if watch is not None:
+            watch.metrics.began(self._route)
+
+    @property
+    def _route(self) -> str:
+        return f"/{SERVICE}/{self._method}"
+
+    def enter(self) -> str:
+        """The tenant's name.
+
+        Raises:
+            UnauthenticatedError, ForbiddenError: they may not come in.
+        """
+        needs = NEEDS[self._method]
+        if self._watch is not None and needs is not None:
+            try:
+                self._principal = self._watch.keyring.check(metadatum(self._context, "authorization"), *needs)
+            except RequestError as error:
+                who = error.who if isinstance(error, ForbiddenError) else ""
+                self._watch.audit.refused(self._address, "CALL", self._route, error.status, one_line(error), who)
+                raise
+        self._inside = True
+        return self._principal.name
+
+    def leave(self) -> None:
+        """Count it, and write it down where it changed something."""
+        if self._watch is None:
+            return
+        if self._inside and (action := ACTIONS.get(self._method)):
+            self._watch.audit.done(self._principal, action, self._address, self._model, self.status, {})
+        seconds = time.perf_counter() - self._began
+        self._watch.metrics.answered(self._route, self._model or None, self.status, seconds)
+
+    @property
+    def _address(self) -> str:
+        return str(self._context.peer())

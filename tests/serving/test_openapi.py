@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
@@ -14,8 +15,11 @@ from starlette.testclient import TestClient
 
 from modelpress.store import open_store
 from serving import openapi
-from serving.app import create_app
+from serving.audit import Audit
+from serving.keyring import Keyring, Sources
+from serving.main import ServingSettings, application
 from serving.repository import Repository
+from serving.scopes import NEEDS
 from tests.serving.conftest import lookup_model, publish_pack, scale_model
 
 EXAMPLES = 12
@@ -48,27 +52,30 @@ schema.app = relay
 
 
 @pytest.fixture(scope="module", autouse=True)
-def app(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Two models on a store, for as long as the module's tests take."""
     store = open_store(str(tmp_path_factory.mktemp("store")))
     publish_pack(store, tmp_path_factory.mktemp("scale"), scale_model(2.0), "scale")
     publish_pack(store, tmp_path_factory.mktemp("lookup"), lookup_model(), "lookup")
     repository = Repository(store, threads=1)
     repository.start()
-    BEHIND.append(create_app(repository, poll_seconds=0, workers=2))
-    return BEHIND[-1]
+    keyring, audit = Keyring(Sources()), Audit(tmp_path_factory.mktemp("audit") / "audit.jsonl")
+    BEHIND.append(application(repository, ServingSettings(poll_seconds=0, workers=2), keyring, audit))
+    yield BEHIND[-1]
+    audit.close()
 
 
 def test_the_table_and_the_routes_are_the_same(app: Any) -> None:
     routes = {
         (method, route.path)
-        for route in app.routes
+        for route in app._app.routes
         if isinstance(route, Route)
         for method in (route.methods or set()) - {"HEAD"}
     }
     table = [(one.method, one.path) for one in openapi.OPERATIONS]
     assert len(table) == len(set(table))
     assert set(table) == routes
+    assert {path for _, path in table} == set(NEEDS)
 
 
 def test_the_document_is_openapi_and_names_nothing_that_is_not_there() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from serving.rpc import descriptor
 from serving.rpc.messages import MESSAGES, METHODS, SERVICE
-from serving.rpc.service import SCOPES
+from serving.rpc.service import NEEDS
 
 
 def test_the_descriptor_is_that_of_the_file() -> None:
@@ -16,7 +16,7 @@ def test_the_descriptor_is_that_of_the_file() -> None:
 
 
 def test_every_method_says_what_it_takes_to_be_called() -> None:
-    assert set(SCOPES) == set(METHODS)
+    assert set(NEEDS) == set(METHODS)
 
 
 def fields(message: Any) -> dict[str, Any]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,14 +16,22 @@ import numpy as np
 import pytest
 
 from modelpress import __version__
+from modelpress.access import SCOPES, KeyFile, new_key
 from modelpress.errors import SetupError
 from serving.app import create_app
-from serving.guard import by_token
+from serving.audit import Audit
 from serving.infer import Limits
+from serving.keyring import Keyring, Sources
+from serving.metrics import Metrics
 from serving.raw import to_raw
 from serving.repository import Repository
+from serving.rpc import service
 from serving.rpc.messages import MESSAGES, METHODS, SERVICE
 from serving.rpc.service import Door
+from serving.scopes import NEEDS
+from serving.tls import Certificate
+from serving.watch import Watch
+from tests.serving.authority import Authority
 from tests.serving.conftest import WIDTH, lookup_model, scale_model
 
 pytestmark = pytest.mark.anyio
@@ -173,18 +184,81 @@ async def test_deadlines_and_places(press: Call, repository: Call) -> None:
         assert call.inference.places._free == 1
 
 
-async def test_who_has_no_token_is_refused_everything_but_health(press: Call, repository: Call) -> None:
+OVER_HTTP = {
+    "ServerLive": "/v2/health/live",
+    "ServerReady": "/v2/health/ready",
+    "ServerMetadata": "/v2",
+    "ModelReady": "/v2/models/{name}/ready",
+    "ModelMetadata": "/v2/models/{name}",
+    "ModelInfer": "/v2/models/{name}/infer",
+    "RepositoryIndex": "/v2/repository/index",
+    "RepositoryModelLoad": "/v2/repository/models/{name}/load",
+    "RepositoryModelUnload": "/v2/repository/models/{name}/unload",
+}
+
+
+def test_a_call_needs_what_its_door_over_http_needs() -> None:
+    assert {method: NEEDS[path] for method, path in OVER_HTTP.items()} == service.NEEDS
+    assert set(METHODS) == set(OVER_HTTP)
+
+
+async def test_each_key_opens_what_it_is_for_and_it_is_written_down(
+    press: Call, repository: Call, tmp_path: Path
+) -> None:
     press(scale_model(2.0))
-    token = "0123456789abcdef"
-    async with serving(repository("scale"), authorize=by_token(token)) as call:
-        for given in ((), (("authorization", "Bearer x"),), (("authorization", f"Bearer {token}"),) * 2):
-            for method in METHODS:
-                fields = x() if method == "ModelInfer" else {}
-                if method in ("ServerLive", "ServerReady"):
-                    await call(method, metadata=given)
-                else:
-                    assert (await refused(call(method, metadata=given, **fields)))[0] == "UNAUTHENTICATED"
-        await call("ModelInfer", metadata=(("authorization", f"Bearer {token}"),), **x())
+    now, models = datetime.now(UTC), repository("scale")
+    made = {scope: new_key(f"only-{scope}", [scope], None, now) for scope in SCOPES}
+    gone = new_key("gone", list(SCOPES), now, now - timedelta(days=1))
+    kept = [key for _, key in made.values()] + [gone[1]]
+    (tmp_path / "keys.json").write_bytes(KeyFile(keys=tuple(kept)).to_bytes())
+    (tmp_path / "keys.json").chmod(0o600)
+    keyring, audit = Keyring(Sources(tmp_path / "keys.json")), Audit(tmp_path / "audit.jsonl")
+    metrics = Metrics(models, keyring, 1)
+    async with serving(models, watch=Watch(keyring, audit, metrics)) as call:
+
+        async def asked(method: str, *keys: str) -> str:
+            fields = x() if method == "ModelInfer" else {"name": "scale"} if method.startswith("Model") else {}
+            fields |= {"model_name": "scale"} if "RepositoryModel" in method else {}
+            metadata = tuple(("authorization", f"Bearer {key}") for key in keys)
+            try:
+                await call(method, metadata=metadata, **fields)
+            except grpc.aio.AioRpcError as error:
+                return str(error.code().name)
+            return "OK"
+
+        infer = made["infer"][0]
+        for method, needs in service.NEEDS.items():
+            for keys in ((), ("x",), (gone[0],), (infer, infer)):
+                assert await asked(method, *keys) == ("OK" if needs is None else "UNAUTHENTICATED")
+            for scope, (text, _) in made.items():
+                allowed = needs is None or scope in needs
+                assert await asked(method, text) == ("OK" if allowed else "PERMISSION_DENIED"), (method, scope)
+                if method == "RepositoryModelUnload" and allowed:
+                    models.load("scale")
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    done = [(line["who"], line["action"], line["model"]) for line in lines if line["outcome"] == "done"]
+    assert done == [("only-admin", "load", "scale"), ("only-admin", "unload", "scale")]
+    assert {line["status"] for line in lines if line["outcome"] == "refused"} == {401, 403}
+    assert metrics.outcomes("scale") == {"answered": 1, "refused": 4 + len(SCOPES) - 1, "failed": 0}
+    assert metrics.in_flight == 0
+
+
+async def test_with_a_certificate_only_tls_is_spoken(press: Call, repository: Call, tmp_path: Path) -> None:
+    press(scale_model(2.0))
+    authority = Authority(tmp_path)
+    certificate = Certificate(*authority.issue("localhost"))
+    address = f"127.0.0.1:{free_port()}"
+    app = create_app(repository("scale"), poll_seconds=0, workers=1, rpc=Door(address, certificate=certificate))
+    trusted = grpc.ssl_channel_credentials(authority.path.read_bytes())
+    asked, answered = METHODS["ServerLive"]
+    codecs: Any = {"request_serializer": asked.SerializeToString, "response_deserializer": answered.FromString}
+    async with app.router.lifespan_context(app):
+        options = (("grpc.ssl_target_name_override", "localhost"),)
+        async with grpc.aio.secure_channel(address, trusted, options) as channel:
+            assert (await channel.unary_unary(f"/{SERVICE}/ServerLive", **codecs)(asked(), timeout=30)).live
+        async with grpc.aio.insecure_channel(address) as channel:
+            code, _ = await refused(channel.unary_unary(f"/{SERVICE}/ServerLive", **codecs)(asked(), timeout=30))
+            assert code == "UNAVAILABLE"
 
 
 async def test_a_port_in_use_is_said(press: Call, repository: Call) -> None:
