@@ -7,15 +7,19 @@ import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from modelpress import graph, load
+from modelpress.cache import open_cache
 from modelpress.errors import CorruptionError, ServingError
 from modelpress.store import Store
-from serving.protocol import DATATYPES, NotReadyError, RequestError, TensorSpec
+from serving.refusals import NotReadyError, RequestError
+from serving.rows import UNTRIED, examine
+from serving.tensors import DATATYPES, TensorSpec
 
 log = logging.getLogger("modelpress.serving")
 
@@ -25,6 +29,9 @@ MAX_WARM_UP_BYTES = 2**28
 """Shapes are the pack's own word: an input that declares more is not made."""
 MAX_RANK = 32
 """What every numpy can hold."""
+ON_CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
+TUNING = graph.Tuning()
+"""Of ONNX Runtime's session: by `benchmarks/serving_threads.py`."""
 
 _ONNX_TYPES = {
     "bool": "BOOL",
@@ -44,7 +51,9 @@ class Engine:
     A request holds its engine until it is answered, so an engine that was replaced goes away with its last request.
     """
 
-    def __init__(self, pack: str, session: onnxruntime.InferenceSession) -> None:
+    def __init__(
+        self, pack: str, session: onnxruntime.InferenceSession, lineage: Mapping[str, Any] | None = None
+    ) -> None:
         self.pack = pack
         """Digest of the manifest: the version that clients see."""
         self.provider: str = session.get_providers()[0]
@@ -53,7 +62,14 @@ class Engine:
         self.outputs = [_spec(node) for node in session.get_outputs()]
         self.broken = False
         """It does not even answer what it answered at its warm-up: it must be loaded again."""
+        self.lineage = dict(lineage or {})
+        """Where the manifest says that it comes from."""
+        self.rows = UNTRIED
+        """Whether requests may be joined."""
+        self.row_seconds = 0.0
+        """What a row takes, as last measured; belongs to whoever joins requests."""
         self._session = session
+        self._device = "cuda" if self.provider in ON_CUDA else None
         self._known: dict[str, np.ndarray] = {}
         self._probing = threading.Lock()
 
@@ -65,7 +81,7 @@ class Engine:
             NotReadyError: the machine can't run it, or not on so much.
         """
         try:
-            found = self._session.run(list(outputs), dict(inputs))
+            answers = self._run(list(outputs), dict(inputs))
         except native.InvalidArgument as error:
             self._log_refusal(error)
             raise _refused() from error
@@ -76,7 +92,7 @@ class Engine:
                 found = "that its execution provider failed" if self.broken else "too little memory, or a busy device"
                 raise NotReadyError("running the model", found=found, expected="another try later") from error
             raise _refused() from error
-        return dict(zip(outputs, found, strict=True))
+        return dict(zip(outputs, answers, strict=True))
 
     def warm_up(self) -> None:
         """Run once on ones: first calls are slow, and a model that never runs must not become the one that answers.
@@ -95,10 +111,41 @@ class Engine:
             problem = found
         raise ServingError(f"warming up pack {self.pack}", found=problem, expected="an answer of finite numbers")
 
+    def learn_rows(self) -> None:
+        """Find out whether requests may be joined; after the warm-up."""
+        operators = getattr(self._session, "operators", None)
+        if operators is None:  # a session of another make: its graph can't be looked at
+            return
+        self.rows = examine(self.inputs, self.outputs, operators, self._answers, self._known)
+        self.row_seconds = self.rows.seconds
+
+    def _answers(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+        """Answers to a trial; None where it can't run on it."""
+        names = [spec.name for spec in self.outputs]
+        try:
+            return dict(zip(names, self._run(names, inputs), strict=True))
+        except (native.InvalidArgument, *_FAILURES, MemoryError):
+            return None
+
+    def _run(self, outputs: list[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        if self._device is None:
+            found: list[np.ndarray] = self._session.run(outputs, inputs)
+            return found
+        # Bound to the device, inputs are copied once and outputs are made there, in the arena of the provider.
+        binding = self._session.io_binding()
+        for name, array in inputs.items():
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device, 0)
+            binding.bind_ortvalue_input(name, value)
+        for name in outputs:
+            binding.bind_output(name, self._device, 0)
+        self._session.run_with_iobinding(binding)
+        bound: list[np.ndarray] = binding.copy_outputs_to_cpu()
+        return bound
+
     def _failure(self) -> str | None:
         """What is wrong with the answer to the known inputs; None: nothing."""
         try:
-            answers = self._session.run(None, self._known)
+            answers = self._run([spec.name for spec in self.outputs], self._known)
         except (native.InvalidArgument, *_FAILURES, MemoryError) as error:
             return str(error) or type(error).__name__
         for spec, answer in zip(self.outputs, answers, strict=True):
@@ -127,10 +174,12 @@ def load_engine(store: Store, name: str, pack: str, provider: str, threads: int)
     """
     started = time.perf_counter()
     try:
-        engine = Engine(pack, load.open_session(store, name, pack, provider, threads))
+        manifest, checkpoint = load.load_checkpoint(store, name, pack, cache=open_cache())
+        engine = Engine(pack, graph.session(checkpoint, provider, threads, TUNING), manifest.lineage)
     except UnicodeDecodeError as error:
         raise CorruptionError(f"reading the signature of pack {pack}", found=str(error), expected="UTF-8") from error
     engine.warm_up()
+    engine.learn_rows()
     log.info("loaded %s, pack %s, in %.2f s", name, pack[:12], time.perf_counter() - started)
     return engine
 

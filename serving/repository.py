@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ log = logging.getLogger("modelpress.serving")
 
 CHAMPION = "champion"
 BROKEN = "its execution provider failed; it is loaded again at the next poll"
+MAX_HELD = 4
+"""Packs of one model that may be held beside the one that answers: each takes its memory."""
 MAX_RETRY_SECONDS = 300.0
 """Longest wait before a pack that could not be loaded is fetched again."""
 
@@ -56,10 +58,11 @@ _PUBLIC_REASONS: list[tuple[type[ModelpressError], str]] = [
 
 @dataclass(frozen=True)
 class Loaded:
-    """What answers now, and the pointer entry that says so. One object, so that both change at once."""
+    """A pack that answers, and the pointer entry that says so. One object, so that both change at once."""
 
     engine: Engine
-    pointer: Pointer
+    pointer: Pointer | None
+    """The entry; None for a pack that is held beside what the pointer names."""
     trust: str | None = None
     """`Trust.fingerprint` when the pack's signatures were checked; None where none are asked for."""
 
@@ -80,9 +83,13 @@ class ServedModel:
     def __init__(self, name: str, alias: str) -> None:
         self.name, self.alias = name, alias
         self.loaded: Loaded | None = None
+        self.held: Mapping[str, Loaded] = {}
+        """Packs beside it, by digest (a canary's); they answer who asks for their digest. Never changed in place."""
         self.newest: Pointer | None = None
         """The newest entry that was loaded; what stands in the store may not be older. Forgotten at an unload."""
         self.failure: Failure | None = None
+        self.failed_loads = 0
+        """Since the start."""
         self.unloaded = False
         """Taken out by request: stays out until it is asked in again."""
         self.lock = threading.Lock()
@@ -100,16 +107,28 @@ class ServedModel:
             NotReadyError: nothing is loaded, or it broke.
             NotServedError: another version is.
         """
-        loaded = self.loaded
+        loaded = self._of_version(version)
         if loaded is None:
             reason = self.failure.reason if self.failure else "it is not loaded"
             raise NotReadyError(f"model {self.name!r}", found=reason, expected="a loaded pack")
         if loaded.engine.broken:
             raise NotReadyError(f"model {self.name!r}", found=BROKEN, expected="a loaded pack")
-        pack = loaded.engine.pack
-        if version is not None and not (len(version) >= 12 and pack.startswith(version)):
-            raise NotServedError(f"model {self.name!r}: version", found=version[:80], expected=pack)
         return loaded
+
+    def versions(self) -> list[str]:
+        """Digests of the packs that answer, the one that answers everybody first."""
+        loaded = self.loaded
+        return list(dict.fromkeys(([loaded.engine.pack] if loaded else []) + list(self.held)))
+
+    def _of_version(self, version: str | None) -> Loaded | None:
+        loaded, held = self.loaded, self.held
+        if version is None or loaded is None:
+            return loaded
+        there = {loaded.engine.pack: loaded} | {pack: one for pack, one in held.items() if pack != loaded.engine.pack}
+        fits = [one for pack, one in there.items() if len(version) >= load.MIN_PREFIX and pack.startswith(version)]
+        if len(fits) != 1:
+            raise NotServedError(f"model {self.name!r}: version", found=version[:80], expected=" or ".join(there))
+        return fits[0]
 
 
 class Repository:
@@ -135,6 +154,8 @@ class Repository:
         self._store, self._provider, self._threads = store, provider, threads
         self._retry_seconds = retry_seconds
         self._discovers = not models
+        self.store_answers = True
+        """Whether the store did when a pointer was read last."""
         self._models: dict[str, ServedModel] = {}
         for model in models:
             name, _, alias = model.partition("@")
@@ -171,6 +192,15 @@ class Repository:
             except ModelpressError:
                 continue  # kept in model.failure and logged there
 
+    @property
+    def store(self) -> Store:
+        """The publication store."""
+        return self._store
+
+    def serves(self, name: str) -> bool:
+        """Whether this server serves this name."""
+        return name in self._models
+
     def models(self) -> list[ServedModel]:
         """All models, by name."""
         return [model for _, model in sorted(self._models.items())]
@@ -197,6 +227,49 @@ class Repository:
             self._discover()
         self._update(self.model(name), force=True)
 
+    def hold(self, name: str, pack: str) -> Loaded:
+        """Load a pack beside the one that answers; it answers who asks for its digest, until it is released.
+
+        Args:
+            name: of a model that is served.
+            pack: whole digest of one of its packs.
+
+        Raises:
+            NotServedError: this server does not serve this name.
+            ConfigError: no digest, or `MAX_HELD` packs are held already.
+            ModelpressError: it can't be loaded.
+        """
+        model = self.model(name)
+        doing = f"holding a pack of {name} beside its champion"
+        if not keys.is_digest(pack):
+            raise ConfigError(doing, found=pack[:80], expected="a digest")
+        with model.lock:
+            kept = model.held.get(pack)
+            if kept is not None and not kept.engine.broken:
+                return kept
+            others = {digest: one for digest, one in model.held.items() if digest != pack}
+            if len(others) >= MAX_HELD:
+                raise ConfigError(doing, found=f"{len(others)} held", expected=f"at most {MAX_HELD}", fix="release one")
+            trust = self._fingerprint()
+            try:
+                made = Loaded(self._engine(model, pack, trust), None, trust)
+            except MemoryError as error:
+                raise ServingError(doing, found="not enough memory for both") from error
+            model.held = {**others, pack: made}
+        log.info("%s: pack %s is held", name, pack[:12])
+        return made
+
+    def release(self, name: str, pack: str) -> None:
+        """Let go of a pack that is held; requests that run are answered. Nothing happens where it is not held.
+
+        Raises:
+            NotServedError: this server does not serve this name.
+        """
+        model = self.model(name)
+        with model.lock:
+            model.held = {digest: one for digest, one in model.held.items() if digest != pack}
+        log.info("%s: pack %s is held no more", name, pack[:12])
+
     def unload(self, name: str) -> None:
         """Take a model out. Requests that run are answered.
 
@@ -206,6 +279,7 @@ class Repository:
         model = self.model(name)
         with model.lock:
             model.unloaded, model.loaded, model.newest, model.failure = True, None, None, None
+            model.held = {}
         log.info("unloaded %s", name)
 
     @property
@@ -214,8 +288,8 @@ class Repository:
         return all(model.ready for model in self.models())
 
     def index(self) -> list[dict[str, Any]]:
-        """One row per model: name, version, state and, where something is wrong, the reason."""
-        return [_index_row(model) for model in self.models()]
+        """One row per model: name, version, state and, where something is wrong, the reason; and one per pack held."""
+        return [row for model in self.models() for row in (index_row(model), *_held_rows(model))]
 
     def _discover(self) -> None:
         if not self._discovers:
@@ -249,33 +323,43 @@ class Repository:
                         found="an alias that was never set",
                         fix=f"publish and promote a pack first: modelpress run, modelpress promote {model.name}",
                     )
+                self.store_answers = True
                 number = entry.number
                 if not force and _waits(model.failure, number):
                     return
                 _check_newer(model, entry)
                 if model.loaded and model.loaded.engine.broken:
                     model.loaded = None  # its memory is needed for the next
-                trust = self._store.trust.fingerprint if self._store.trust else None
-                model.loaded = Loaded(self._engine(model, entry, trust), entry, trust)
+                before, trust = model.loaded, self._fingerprint()
+                model.loaded = Loaded(self._engine(model, entry.pack, trust), entry, trust)
+                if before is None or before.engine is not model.loaded.engine:
+                    which = f"{model.name}@{model.alias}"
+                    log.info("%s: pack %s answers from now on (pointer %d)", which, entry.pack, entry.number)
                 model.newest, model.failure, model.unloaded = entry, None, False
             except MemoryError as error:
                 known = ServingError(f"loading {model.name}@{model.alias}", found="not enough memory")
                 self._failed(model, number, known)
                 raise known from error
             except ModelpressError as error:
+                if number is None and isinstance(error, StoreUnavailableError | AccessDeniedError):
+                    self.store_answers = False
                 self._failed(model, number, error)
                 raise
 
-    def _engine(self, model: ServedModel, entry: Pointer, trust: str | None) -> Engine:
-        if model.loaded and model.loaded.engine.pack == entry.pack:  # and it is not broken: see `_update`
-            if model.loaded.trust != trust:  # a key was revoked, or expired: then this fails, and the index tells
-                load.check_trust(self._store, model.name, entry.pack)
-            return model.loaded.engine
-        engine = load_engine(self._store, model.name, entry.pack, self._provider, self._threads)
-        log.info("%s@%s: pack %s answers from now on (pointer %d)", model.name, model.alias, entry.pack, entry.number)
-        return engine
+    def _fingerprint(self) -> str | None:
+        return self._store.trust.fingerprint if self._store.trust else None
+
+    def _engine(self, model: ServedModel, pack: str, trust: str | None) -> Engine:
+        """The engine that has this pack already, or a new one."""
+        for loaded in ([model.loaded] if model.loaded else []) + list(model.held.values()):
+            if loaded.engine.pack == pack and not loaded.engine.broken:
+                if loaded.trust != trust:  # a key was revoked, or expired: then this fails, and the index tells
+                    load.check_trust(self._store, model.name, pack)
+                return loaded.engine
+        return load_engine(self._store, model.name, pack, self._provider, self._threads)
 
     def _failed(self, model: ServedModel, number: int | None, error: ModelpressError) -> None:
+        model.failed_loads += 1
         before = model.failure
         attempts = before.attempts + 1 if before and before.number == number else 1
         wait = min(MAX_RETRY_SECONDS, self._retry_seconds * 2.0 ** min(attempts - 1, 20))
@@ -316,7 +400,8 @@ def _public_reason(error: ModelpressError) -> str:
     return "the model does not run here"
 
 
-def _index_row(model: ServedModel) -> dict[str, Any]:
+def index_row(model: ServedModel) -> dict[str, Any]:
+    """A model as the index has it."""
     loaded, failure = model.loaded, model.failure
     row: dict[str, Any] = {
         "name": model.name,
@@ -327,3 +412,10 @@ def _index_row(model: ServedModel) -> dict[str, Any]:
     broken = BROKEN if loaded and loaded.engine.broken else ""
     reason = failure.reason if failure else broken or ("unloaded by request" if model.unloaded else "")
     return row | ({"reason": reason} if reason else {})
+
+
+def _held_rows(model: ServedModel) -> list[dict[str, Any]]:
+    answering = model.loaded.engine.pack if model.loaded else None
+    others = [one.engine for pack, one in model.held.items() if pack != answering]
+    states = {False: "READY", True: "UNAVAILABLE"}
+    return [{"name": model.name, "state": states[one.broken], "version": one.pack, "held": True} for one in others]
