@@ -173,7 +173,7 @@ def test_a_server_speaks_tls_alone_and_follows_its_files(
 
 
 def subject(host: str, port: int, client: ssl.SSLContext) -> str:
-    with socket.create_connection((host, port), timeout=30) as line:
-        with client.wrap_socket(line, server_hostname=host) as tls:
-            found: Any = tls.getpeercert()
+    line = socket.create_connection((host, port), timeout=30)
+    with line, client.wrap_socket(line, server_hostname=host) as tls:
+        found: Any = tls.getpeercert()
     return str(dict(pair for group in found["subject"] for pair in group)["commonName"])
