@@ -30,6 +30,7 @@ from serving.audit import Audit
 from serving.batching import Bounds
 from serving.canary import Canaries
 from serving.guard import Guard
+from serving.heads import heads_within
 from serving.infer import MAX_BODY_BYTES, MAX_QUEUE, Limits
 from serving.keyring import Keyring
 from serving.metrics import Metrics
@@ -191,6 +192,7 @@ def _serve(app: Guard, serving: ServingSettings, listener: socket.socket, certif
         app,
         lifespan="on",
         ws="none",
+        http=heads_within(serving.head_seconds),
         log_config=None,
         access_log=False,
         server_header=False,
