@@ -10,6 +10,7 @@ import typer
 
 from modelpress.cli import (
     caches,
+    canaries,
     folders,
     hooks,
     housekeeping,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "app",
     "caches",
+    "canaries",
     "folders",
     "hooks",
     "housekeeping",

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from modelpress.cli.canaries import begin
 from modelpress.cli.common import (
     CHAMPION,
     AliasOption,
@@ -25,9 +26,16 @@ from modelpress.cli.common import (
 def promote(
     name: NameArgument,
     candidate: Annotated[str, typer.Argument(help="An alias, a model version's number or a digest.")] = "challenger",
+    canary: Annotated[
+        str | None,
+        typer.Option(metavar="CONFIG", help="Step by step, watched by tests: a YAML file of steps, or `default`."),
+    ] = None,
     store: StoreOption = None,
 ) -> None:
     """Judge a published pack on its own bytes, and move the alias if it passes."""
+    if canary is not None:
+        begin(name, candidate, canary, store)
+        return
     export_store(store)
     from flows.console import terminal
 
