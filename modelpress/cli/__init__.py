@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from modelpress.cli import (
+    access,
     caches,
     canaries,
     folders,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = [
+    "access",
     "app",
     "caches",
     "canaries",
