@@ -3,8 +3,8 @@
 `python -m benchmarks.sequential [--quick]`. Simulated requests, dealt by a coin and looked at every 100, up to 50,000
 of them in 1,000 repetitions (quick: 10,000 in 100), at the shares of alpha that a canary with its default config has.
 In the same run, on the same requests, the test that is usually taken: a z-test of two proportions, at the same alpha,
-at every look. Where a candidate keeps its bounds, the share that is ever stopped is the false-alarm rate; where it breaks
-one, what counts is how many requests of the candidate that takes.
+at every look. Where a candidate keeps its bounds, the share that is ever stopped is the false-alarm rate; where it
+breaks one, what counts is how many requests of the candidate that takes.
 """
 
 from __future__ import annotations
