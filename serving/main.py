@@ -10,12 +10,12 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import uvicorn
 from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
+from starlette.routing import Route
 
 from modelpress import settings
 from modelpress.cores import usable_cores
@@ -23,23 +23,33 @@ from modelpress.doctor import check_provider
 from modelpress.errors import ConfigError, ModelpressError, SetupError
 from modelpress.settings import Settings
 from modelpress.store import open_store
+from serving import rollback
+from serving.access_settings import AccessSettings
 from serving.app import create_app
+from serving.audit import Audit
 from serving.batching import Bounds
 from serving.canary import Canaries
-from serving.guard import Guard, read_token
+from serving.guard import Guard
+from serving.heads import heads_within
 from serving.infer import MAX_BODY_BYTES, MAX_QUEUE, Limits
+from serving.keyring import Keyring
+from serving.metrics import Metrics
 from serving.repository import Repository
+from serving.status import Status
 from serving.tensors import MAX_TENSOR_BYTES
+from serving.tls import Certificate, Refresher
+from serving.tracing import Traces
+from serving.watch import Watch
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp
+    from serving.rpc.service import Door
 
 log = logging.getLogger("modelpress.serving")
 
 BACKLOG = 2048
 
 
-class ServingSettings(BaseSettings):
+class ServingSettings(AccessSettings):
     """Read from ``MODELPRESS_SERVING_*`` variables; `modelpress serve` has an option for most."""
 
     model_config = SettingsConfigDict(
@@ -49,12 +59,11 @@ class ServingSettings(BaseSettings):
     models: str = ""
     """Comma-separated `NAME` or `NAME@ALIAS`. Empty: every pack that has a champion, also those to come."""
     host: str = "127.0.0.1"
-    """Address to listen on. What is sent is in clear, and without a `token_file` everybody is answered: put a proxy in
-    front before you open it to others."""
+    """Address to listen on; beyond this machine only with keys, or with `open`."""
     port: int = Field(default=8080, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
-    token_file: Path | None = None
-    """File with a token that every request but those for health must bring (`Authorization: Bearer`). Unset: none."""
+    grpc_port: int = Field(default=0, ge=0, le=65535)
+    """Port for gRPC on the same host, with the same keys and certificate; 0: no gRPC."""
     poll_seconds: float = Field(default=2.0, ge=0)
     """How often the pointers are read; 0 never: then only `load` requests bring a new pack."""
     provider: Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"] = (
@@ -107,10 +116,12 @@ def run(base: Settings, serving: ServingSettings) -> None:
 
     Raises:
         SetupError: the port is in use, or the execution provider is not.
-        ConfigError: the file of the token holds none.
+        ConfigError: a file of keys or of a certificate can't be used, or everybody would be answered, unasked.
         ModelpressError: a named model can't be loaded.
     """
-    token = read_token(serving.token_file) if serving.token_file else None
+    sources = serving.sources()
+    serving.check_reach(serving.host, sources)
+    keyring, certificate = Keyring(sources), serving.certificate()
     check_provider(serving.provider)
     names = [name.strip() for name in serving.models.split(",") if name.strip()]
     store = open_store(base.store_uri, base)
@@ -121,31 +132,96 @@ def run(base: Settings, serving: ServingSettings) -> None:
         threads=serving.threads,
         retry_seconds=max(serving.poll_seconds, 1.0),
     )
-    with contextlib.closing(store), _bound(serving.host, serving.port) as listener:
+    if serving.grpc_port:
+        with _bound(serving.host, serving.grpc_port):
+            pass  # said now, and not after seconds of loading
+    with (
+        contextlib.closing(store),
+        contextlib.closing(Audit(serving.audit_file)) as audit,
+        _bound(serving.host, serving.port) as listener,
+    ):
         repository.start()
-        app: ASGIApp = create_app(
-            repository,
-            poll_seconds=serving.poll_seconds,
-            workers=serving.workers or usable_cores(),
-            limits=_limits(serving),
-            canaries=Canaries(store, repository, serving.poll_seconds),
-        )
-        if token is not None:
-            app = Guard(app, token)
-        # Our own handlers and log; uvicorn's access log costs more than a small inference.
-        config = uvicorn.Config(
-            app,
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            limit_concurrency=serving.max_connections + 1,  # uvicorn refuses the last one
-            timeout_graceful_shutdown=serving.drain_seconds,
-        )
-        listener.listen(BACKLOG)
-        log.info("listening on http://%s:%d/v2", *listener.getsockname()[:2])
-        with _graceful_signals():
-            uvicorn.Server(config).run(sockets=[listener])
+        traces = Traces.wanted()
+        app = application(repository, serving, keyring, audit, traces, certificate)
+        _serve(app, serving, listener, certificate)
+        if traces is not None:
+            traces.close()
     log.info("stopped")
+
+
+def application(
+    repository: Repository,
+    serving: ServingSettings,
+    keyring: Keyring,
+    audit: Audit,
+    traces: Traces | None = None,
+    certificate: Certificate | None = None,
+) -> Guard:
+    """All of the server but its sockets.
+
+    Args:
+        repository: what is served; `Repository.start` has run.
+        serving: limits, and what is switched on.
+        keyring: who may ask.
+        audit: where it is written down.
+        traces: where spans go; None: nowhere.
+        certificate: for gRPC; None speaks it in clear.
+    """
+    workers = serving.workers or usable_cores()
+    metrics = Metrics(repository, keyring, workers)
+    canaries = Canaries(repository.store, repository, serving.poll_seconds)
+    app = create_app(
+        repository,
+        poll_seconds=serving.poll_seconds,
+        workers=workers,
+        limits=_limits(serving),
+        canaries=canaries,
+        routes=[
+            Route("/metrics", metrics.endpoint),
+            *Status(repository, metrics, keyring, canaries, rollback=serving.rollback).routes(),
+            Route(rollback.PATH, rollback.Rollback(repository, serving.rollback).endpoint, methods=["POST"]),
+        ],
+        rpc=_rpc(serving, Watch(keyring, audit, metrics, traces), certificate),
+    )
+    return Guard(app, keyring, audit, metrics, traces)
+
+
+def _serve(app: Guard, serving: ServingSettings, listener: socket.socket, certificate: Certificate | None) -> None:
+    # Our own handlers and log; uvicorn's access log costs more than a small inference.
+    config = uvicorn.Config(
+        app,
+        lifespan="on",
+        ws="none",
+        http=heads_within(serving.head_seconds),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=serving.max_connections + 1,  # uvicorn refuses the last one
+        timeout_graceful_shutdown=serving.drain_seconds,
+    )
+    config.load()
+    config.ssl = certificate.context if certificate else None
+    listener.listen(BACKLOG)
+    scheme = "https" if certificate else "http"
+    log.info("listening on %s://%s:%d/v2", scheme, *listener.getsockname()[:2])
+    with _graceful_signals(), _refreshed(certificate):
+        server = uvicorn.Server(config)
+        server.run(sockets=[listener])
+    if not server.started:
+        raise SetupError("starting the server", found="an error at its start", fix="see the log above")
+
+
+@contextlib.contextmanager
+def _refreshed(certificate: Certificate | None) -> Iterator[None]:
+    """Its files are looked at meanwhile."""
+    refresher = Refresher(certificate) if certificate else None
+    if refresher is not None:
+        refresher.start()
+    try:
+        yield
+    finally:
+        if refresher is not None:
+            refresher.stop()
 
 
 def _limits(serving: ServingSettings) -> Limits:
@@ -155,6 +231,15 @@ def _limits(serving: ServingSettings) -> Limits:
     return Limits(
         serving.max_queue, serving.max_body_bytes, serving.max_tensor_bytes, serving.tenant_share, bounds=bounds
     )
+
+
+def _rpc(serving: ServingSettings, watch: Watch, certificate: Certificate | None) -> Door | None:
+    if not serving.grpc_port:
+        return None
+    from serving.rpc.service import Door  # grpcio is imported where it is asked for
+
+    host = f"[{serving.host}]" if ":" in serving.host else serving.host
+    return Door(f"{host}:{serving.grpc_port}", watch, certificate, serving.drain_seconds)
 
 
 def main() -> None:

@@ -88,6 +88,8 @@ class ServedModel:
         self.newest: Pointer | None = None
         """The newest entry that was loaded; what stands in the store may not be older. Forgotten at an unload."""
         self.failure: Failure | None = None
+        self.failed_loads = 0
+        """Since the start."""
         self.unloaded = False
         """Taken out by request: stays out until it is asked in again."""
         self.lock = threading.Lock()
@@ -152,6 +154,8 @@ class Repository:
         self._store, self._provider, self._threads = store, provider, threads
         self._retry_seconds = retry_seconds
         self._discovers = not models
+        self.store_answers = True
+        """Whether the store did when a pointer was read last."""
         self._models: dict[str, ServedModel] = {}
         for model in models:
             name, _, alias = model.partition("@")
@@ -187,6 +191,15 @@ class Repository:
                 self._update(model)
             except ModelpressError:
                 continue  # kept in model.failure and logged there
+
+    @property
+    def store(self) -> Store:
+        """The publication store."""
+        return self._store
+
+    def serves(self, name: str) -> bool:
+        """Whether this server serves this name."""
+        return name in self._models
 
     def models(self) -> list[ServedModel]:
         """All models, by name."""
@@ -276,7 +289,7 @@ class Repository:
 
     def index(self) -> list[dict[str, Any]]:
         """One row per model: name, version, state and, where something is wrong, the reason; and one per pack held."""
-        return [row for model in self.models() for row in (_index_row(model), *_held_rows(model))]
+        return [row for model in self.models() for row in (index_row(model), *_held_rows(model))]
 
     def _discover(self) -> None:
         if not self._discovers:
@@ -310,6 +323,7 @@ class Repository:
                         found="an alias that was never set",
                         fix=f"publish and promote a pack first: modelpress run, modelpress promote {model.name}",
                     )
+                self.store_answers = True
                 number = entry.number
                 if not force and _waits(model.failure, number):
                     return
@@ -327,6 +341,8 @@ class Repository:
                 self._failed(model, number, known)
                 raise known from error
             except ModelpressError as error:
+                if number is None and isinstance(error, StoreUnavailableError | AccessDeniedError):
+                    self.store_answers = False
                 self._failed(model, number, error)
                 raise
 
@@ -343,6 +359,7 @@ class Repository:
         return load_engine(self._store, model.name, pack, self._provider, self._threads)
 
     def _failed(self, model: ServedModel, number: int | None, error: ModelpressError) -> None:
+        model.failed_loads += 1
         before = model.failure
         attempts = before.attempts + 1 if before and before.number == number else 1
         wait = min(MAX_RETRY_SECONDS, self._retry_seconds * 2.0 ** min(attempts - 1, 20))
@@ -383,7 +400,8 @@ def _public_reason(error: ModelpressError) -> str:
     return "the model does not run here"
 
 
-def _index_row(model: ServedModel) -> dict[str, Any]:
+def index_row(model: ServedModel) -> dict[str, Any]:
+    """A model as the index has it."""
     loaded, failure = model.loaded, model.failure
     row: dict[str, Any] = {
         "name": model.name,

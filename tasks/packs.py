@@ -190,8 +190,8 @@ def _shard_files(shards: Mapping[str, ArtifactRef], folder: Path) -> list[ShardF
 
 def _with_files(context: RunContext, coded: ArtifactRef, provenance: Provenance) -> Coded:
     """The coded tensors with the files that travel in the pack: the graph, the workload's own, the scores."""
+    from modelpress import scores
     from modelpress.container import Coded
-    from registry import scores
 
     found = Coded.from_bytes(load_artifact(coded))
     vectors = {
@@ -201,6 +201,6 @@ def _with_files(context: RunContext, coded: ArtifactRef, provenance: Provenance)
     files = {
         **found.files,
         **open_workload(context.workload, context.mlflow_run).files(),
-        scores.SCORES_FILE: scores.dump_scored(vectors),
+        scores.SCORES_FILE: scores.dump(vectors),
     }
     return replace(found, files=files)

@@ -2,6 +2,9 @@
 #
 #   docker build -f infra/images/serving.Dockerfile -t modelpress-serving:0.2.0 .
 #
+# It listens for others, so it needs keys: mount the file that `modelpress access create` writes, and name it in
+# MODELPRESS_SERVING_KEYS_FILE. Without keys it does not start (docs/access.md).
+#
 # On a GPU take the worker's image: `modelpress serve --provider CUDAExecutionProvider`. Never built here.
 FROM python:3.11.14-slim-bookworm AS build
 WORKDIR /build
@@ -13,6 +16,7 @@ RUN pip install --no-cache-dir --constraint constraints.txt \
 RUN pip install --no-cache-dir --constraint constraints.txt \
     boto3 \
     cryptography \
+    grpcio \
     httptools \
     httpx \
     numba \
@@ -21,9 +25,12 @@ RUN pip install --no-cache-dir --constraint constraints.txt \
     onnxruntime \
     orjson \
     packaging \
+    protobuf \
+    prometheus-client \
     psutil \
     pydantic \
     pydantic-settings \
+    pyjwt \
     pyyaml \
     rich \
     safetensors \
@@ -53,7 +60,7 @@ ENV PATH=/opt/modelpress/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 USER 10001:10001
-EXPOSE 8080
+EXPOSE 8080 8081
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/v2/health/live', timeout=4)"]
 ENTRYPOINT []

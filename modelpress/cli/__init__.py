@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 import typer
 
 from modelpress.cli import (
+    access,
     caches,
+    canaries,
+    comparing,
     folders,
     hooks,
     housekeeping,
@@ -29,8 +32,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = [
+    "access",
     "app",
     "caches",
+    "canaries",
+    "comparing",
     "folders",
     "hooks",
     "housekeeping",
