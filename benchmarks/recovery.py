@@ -36,7 +36,7 @@ from tests.integration.killing import CONFIG, Place, Server, prefect_at, wait_fo
 
 Kill = tuple[str, str, int]
 KILLS_PER_RUN = 15
-"""A tag lets a run start again twenty times at most; further kills meet another run over the same stores."""
+"""A tag lets a run start again twenty times at most; further kills meet another run, over stores of its own."""
 UPDATES = 15 + 15 + 10
 """Of the three trainings of the recipe."""
 
@@ -47,26 +47,30 @@ def measure(quick: bool) -> Iterable[Row]:
         home = Path(folder)
         mlflow, server = _servers(home, stack)
         environment = {**QUIET, "PREFECT_API_URL": server.url, "MODELPRESS_TRACKING_URI": mlflow}
-        calm, place = Place(home / "calm", environment), Place(home / "killed", environment)
+        calm = Place(home / "calm", environment)
         client = stack.enter_context(prefect_at(server.url))
         stack.callback(calm.close)
-        stack.callback(place.close)
         calm.start_worker_for(client)
         _finish(client, client.create_flow_run_from_deployment(calm.deployment).id)
         (expected,) = calm.published()
         order = [line.split()[1] for line in (calm.home / "writes.log").read_text().splitlines()]
         calm.close()
         kills = _quick() if quick else _kills(order)
-        place.start_worker_for(client, KILLS_PER_RUN)
         found: list[tuple[Kill, list[float]]] = []
+        places: list[Place] = []
         for start in range(0, len(kills), KILLS_PER_RUN):
             some = kills[start : start + KILLS_PER_RUN]
+            place = Place(home / f"killed-{start}", environment)
+            stack.callback(place.close)
+            place.start_worker_for(client, KILLS_PER_RUN)
             place.order(*some)
             run = client.create_flow_run_from_deployment(place.deployment).id
             _finish(client, run)
             found += zip(some, _times(client, mlflow, place, run, len(some)), strict=True)
+            places.append(place)
+            place.close()
         yield from _rows(found)
-        yield from _left(client, mlflow, place, expected, len(kills))
+        yield from _left(client, mlflow, places, expected, len(kills))
 
 
 def _servers(home: Path, stack: ExitStack) -> tuple[str, Server]:
@@ -153,22 +157,23 @@ def _rows(found: list[tuple[Kill, list[float]]]) -> Iterator[Row]:
             yield Row("seconds from kill -9", case, f"{name}, max", "s", max(values))
 
 
-def _left(client: SyncPrefectClient, mlflow: str, place: Place, expected: str, kills: int) -> Iterator[Row]:
+def _left(client: SyncPrefectClient, mlflow: str, places: list[Place], expected: str, kills: int) -> Iterator[Row]:
     """What there is at the end, checked."""
-    writes = [line.split()[1] for line in (place.home / "writes.log").read_text().splitlines()]
-    records = Counter(key for key in writes if key.startswith("stages/"))
+    writes = [[line.split()[1] for line in (place.home / "writes.log").read_text().splitlines()] for place in places]
+    records = [Counter(key for key in keys if key.startswith("stages/")) for keys in writes]
+    updates = sum(key.startswith("training/") for keys in writes for key in keys)
     states = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
     open_runs = client.read_flow_runs(
         flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states)))
     )
     figures = {
         "kills": kills,
-        "packs beside the undisturbed one's": len(set(place.published()) ^ {expected}),
-        "records written twice": sum(records.values()) - len(records),
-        "updates repeated": sum(key.startswith("training/") for key in writes) - UPDATES,
+        "packs beside the undisturbed one's": sum(len(set(place.published()) ^ {expected}) for place in places),
+        "records written twice": sum(sum(one.values()) - len(one) for one in records),
+        "updates repeated": updates - UPDATES * len(places),
         "flow runs that say Running": len(open_runs),
         "MLflow runs that say RUNNING": len(list(leftovers.still_open(MlflowClient(mlflow, mlflow)))),
-        "kills that never came": len(json.loads((place.home / "kill.json").read_text())),
+        "kills that never came": sum(len(json.loads((place.home / "kill.json").read_text())) for place in places),
     }
     for metric, value in figures.items():
         yield Row("what is left", "modelpress", metric, "", value)
