@@ -2,10 +2,10 @@
 
 A small line with three trainings runs as a deployment, on a Prefect server, an MLflow server and a process worker of
 this benchmark's own. Its process kills itself with SIGKILL: before and behind the record of each stage and of each
-evaluation (inside a stage whose work is done, and between two), in the middle of each training, and before the first write
-of each kind in the publication. Each time the worker sees it and the run starts again by its tag. At the end the pack must be the
-one of a run that nobody disturbed, no stage may stand recorded twice, and nothing may say that it still runs; else it
-fails.
+evaluation (inside a stage whose work is done, and between two), in the middle of each training, and before the first
+write of each kind in the publication. Each time the worker sees it and the run starts again by its tag. At the end the
+pack must be the one of a run that nobody disturbed, no stage may stand recorded twice, and nothing may say that it
+still runs; else it fails.
 
 Times are seconds from the kill. `running` is the new process beginning the flow; `resumed` is the interrupted stage, or
 the one behind the boundary, running again: the stages before it were looked up by then. State is kept after each update
