@@ -31,6 +31,7 @@
     ├── EncryptionKeyError          the key that opens a secret or a pack is not here, or is another
     ├── GateError                   the gate refused the promotion
     └── ServingError                the server cannot load or answer
+        └── SelfTestError           a loaded pack does not answer what it answered when it was published
 
 A message is built from its parts, so that each says what was being done, what was found, what was expected and
 the way out; a reader in a terminal and a program that reads the attributes see the same.
@@ -199,3 +200,7 @@ class ServingError(ModelpressError):
     """The server cannot load or answer."""
 
     exit_code = 10
+
+
+class SelfTestError(ServingError):
+    """A loaded pack does not answer what it answered when it was published."""

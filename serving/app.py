@@ -24,6 +24,7 @@ from starlette.routing import Route
 from modelpress import __version__
 from modelpress.errors import ModelpressError
 from modelpress.store.threads import DaemonPool
+from serving.engine import Engine
 from serving.protocol import (
     BusyError,
     NotReadyError,
@@ -250,6 +251,7 @@ def _metadata(model: ServedModel, loaded: Loaded) -> dict[str, Any]:
         "pointer": entry.number,
         "since": entry.created.isoformat(),
         "provider": engine.provider,
+        **_tested(engine),
     }
     return {
         "name": model.name,
@@ -259,6 +261,14 @@ def _metadata(model: ServedModel, loaded: Loaded) -> dict[str, Any]:
         "outputs": [spec.to_json() for spec in engine.outputs],
         "parameters": identity | ({"failure": failure.reason} if failure else {}),
     }
+
+
+def _tested(engine: Engine) -> dict[str, Any]:
+    """How the pack answered its golden samples."""
+    tested = engine.tested
+    if tested is None:
+        return {"golden": False}
+    return {"golden": True, "golden_difference": tested.difference, "golden_tolerance": tested.tolerance}
 
 
 async def _answer_known(request: Request, error: ModelpressError) -> Response:

@@ -18,6 +18,7 @@ from modelpress.errors import (
     LogCutError,
     ModelpressError,
     NotFoundError,
+    SelfTestError,
     ServingError,
     SetupError,
     SignatureError,
@@ -51,6 +52,7 @@ _PUBLIC_REASONS: list[tuple[type[ModelpressError], str]] = [
     (AccessDeniedError, "the store refused access"),
     (StoreUnavailableError, "the store does not answer"),
     (SetupError, "the execution provider did not start"),
+    (SelfTestError, "it does not answer what it answered when it was published"),
 ]
 
 
