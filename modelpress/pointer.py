@@ -289,6 +289,20 @@ def _doing(store: Store, entry: Pointer) -> str:
     return f"checking the signature of {store.uri}/{keys.pointer(entry.name, entry.alias, entry.number)}"
 
 
+def entry(store: Store, name: str, alias: str, number: int) -> Pointer:
+    """One entry, its signature checked where the store has a trust file. Its place in the log is not looked at.
+
+    Raises:
+        NotFoundError: there is none of this number.
+        CorruptionError: it is not what its key says.
+        TrustError: the store has a trust file, and no key of it vouches for the entry.
+    """
+    found = _read(store, name, alias, number)
+    if store.trust is not None:
+        trusted.check(store.trust.policy(), found.signature, found.unsigned_bytes(), name, _doing(store, found))
+    return found
+
+
 def history(store: Store, name: str, alias: str) -> list[Pointer]:
     """All entries, oldest first, with the chain of digests verified.
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import Any, TypeVar
 
 import orjson
@@ -133,7 +134,7 @@ class _Doors:
 
     async def ready(self, _request: Request) -> Response:
         ready = self._repository.ready
-        return _json({"ready": ready}, 200 if ready else 503)
+        return _json({"ready": ready, **_store_state(self._repository.lost)}, 200 if ready else 503)
 
     async def model_ready(self, request: Request) -> Response:
         model = self._model(request)
@@ -252,6 +253,7 @@ def _metadata(model: ServedModel, loaded: Loaded) -> dict[str, Any]:
         "since": entry.created.isoformat(),
         "provider": engine.provider,
         **_tested(engine),
+        **_store_state(model.lost),
     }
     return {
         "name": model.name,
@@ -261,6 +263,11 @@ def _metadata(model: ServedModel, loaded: Loaded) -> dict[str, Any]:
         "outputs": [spec.to_json() for spec in engine.outputs],
         "parameters": identity | ({"failure": failure.reason} if failure else {}),
     }
+
+
+def _store_state(lost: datetime | None) -> dict[str, Any]:
+    """That the store does not answer, where it does not: what answers then may be older than what was promoted."""
+    return {} if lost is None else {"store": f"unreachable since {lost.isoformat(timespec='seconds')}"}
 
 
 def _tested(engine: Engine) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from modelpress.settings import Settings
 from modelpress.store import open_store
 from serving.app import MAX_BODY_BYTES, MAX_QUEUE, create_app
 from serving.guard import Guard, read_token
+from serving.kept import Kept
 from serving.repository import Repository
 
 if TYPE_CHECKING:
@@ -68,6 +69,11 @@ class ServingSettings(BaseSettings):
     Bodies take at most (workers + max_queue) x max_body_bytes of memory."""
     max_connections: int = Field(default=1024, ge=1)
     """Connections at a time; more get 503."""
+    keep_folder: Path | None = None
+    """Folder for a verified copy of what is served, of this server alone: it starts with that where the store does not
+    answer. Unset: none."""
+    offline_seconds: float = Field(default=0.0, ge=0)
+    """How long the server counts as ready while the store does not answer; 0: for ever."""
     drain_seconds: int = Field(default=30, ge=1)
     """On SIGTERM, how long running requests may take to end. Then inferences that run are finished; nothing that waits
     on the store is."""
@@ -92,7 +98,7 @@ def run(base: Settings, serving: ServingSettings) -> None:
     A load that a silent store holds up is abandoned: it is in daemon threads, which the interpreter does not wait for.
 
     Raises:
-        SetupError: the port is in use, or the execution provider is not.
+        SetupError: the port is in use, the execution provider is not, or the folder for copies can't be used.
         ConfigError: the file of the token holds none.
         ModelpressError: a named model can't be loaded.
     """
@@ -100,14 +106,17 @@ def run(base: Settings, serving: ServingSettings) -> None:
     check_provider(serving.provider)
     names = [name.strip() for name in serving.models.split(",") if name.strip()]
     store = open_store(base.store_uri, base)
+    kept = Kept(serving.keep_folder, store) if serving.keep_folder else None
     repository = Repository(
         store,
         names,
         provider=serving.provider,
         threads=serving.threads,
         retry_seconds=max(serving.poll_seconds, 1.0),
+        kept=kept,
+        offline_seconds=serving.offline_seconds,
     )
-    with contextlib.closing(store), _bound(serving.host, serving.port) as listener:
+    with contextlib.closing(store), kept or contextlib.nullcontext(), _bound(serving.host, serving.port) as listener:
         repository.start()
         app: ASGIApp = create_app(
             repository,

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from modelpress import keys, load, pointer
@@ -30,6 +31,7 @@ from modelpress.errors import (
 from modelpress.pointer import Pointer
 from modelpress.store import Store
 from serving.engine import Engine, load_engine
+from serving.kept import Kept
 from serving.protocol import NotReadyError, NotServedError
 
 log = logging.getLogger("modelpress.serving")
@@ -87,6 +89,10 @@ class ServedModel:
         self.failure: Failure | None = None
         self.unloaded = False
         """Taken out by request: stays out until it is asked in again."""
+        self.kept: Pointer | None = None
+        """The entry that was kept on this machine last, or tried to."""
+        self.lost: datetime | None = None
+        """Since when the store has not answered what this model's pointer is; None where it did the last time."""
         self.lock = threading.Lock()
         """Held while it changes. Requests do not take it: they read `loaded` once."""
 
@@ -125,6 +131,8 @@ class Repository:
         provider: str = "CPUExecutionProvider",
         threads: int = 0,
         retry_seconds: float = 1.0,
+        kept: Kept | None = None,
+        offline_seconds: float = 0.0,
     ) -> None:
         """
         Args:
@@ -133,9 +141,13 @@ class Repository:
             provider: execution provider that must be in use.
             threads: intra-operator threads per session; 0 takes the cores that this process may use.
             retry_seconds: wait after the first failed load of a pack; doubles with each.
+            kept: where copies of what is served lie, to start with when the store does not answer; None: nowhere.
+            offline_seconds: how long the server counts as ready while the store does not answer; 0: for ever.
         """
         self._store, self._provider, self._threads = store, provider, threads
-        self._retry_seconds = retry_seconds
+        self._retry_seconds, self._kept, self._offline_seconds = retry_seconds, kept, offline_seconds
+        self._lost: datetime | None = None
+        """Since when the store has not answered what packs there are."""
         self._discovers = not models
         self._models: dict[str, ServedModel] = {}
         for model in models:
@@ -148,18 +160,29 @@ class Repository:
     def start(self) -> None:
         """Load everything. A model that was named must load; one that was only found may be shown as unavailable.
 
+        What is kept on this machine is loaded where the store does not answer.
+
         Raises:
             ModelpressError: a named model can't be loaded, or the store can't be listed.
         """
-        self._discover()
+        try:
+            self._discover()
+        except StoreUnavailableError:
+            kept = [name for name, alias in self._kept.aliases() if alias == CHAMPION] if self._kept else []
+            if not kept:
+                raise
+            self._models |= {name: ServedModel(name, CHAMPION) for name in kept}
+        silent = self._lost is not None
         for model in self.models():
             try:
-                self._update(model, force=True)
+                if not (silent and self._load_kept(model)):  # each question to a silent store takes minutes
+                    self._update(model, force=True)
             except SetupError:
                 raise
             except ModelpressError:
                 if not self._discovers:
                     raise
+            silent = silent or model.lost is not None
 
     def poll(self) -> None:
         """Look at every pointer once, and load what moved. What fails is logged and shown, never raised."""
@@ -212,8 +235,18 @@ class Repository:
 
     @property
     def ready(self) -> bool:
-        """Whether every model answers, except those taken out on purpose."""
+        """Whether every model answers, except those taken out on purpose, and the store was not away for too long."""
+        lost = self.lost
+        if lost is not None and 0 < self._offline_seconds < (datetime.now(UTC) - lost).total_seconds():
+            return False
         return all(model.ready for model in self.models())
+
+    @property
+    def lost(self) -> datetime | None:
+        """Since when the store has not answered; None where it did the last time, or was not asked yet."""
+        return min(
+            (at for at in (self._lost, *(model.lost for model in self.models())) if at is not None), default=None
+        )
 
     def index(self) -> list[dict[str, Any]]:
         """One row per model: name, version, state and, where something is wrong, the reason."""
@@ -222,9 +255,15 @@ class Repository:
     def _discover(self) -> None:
         if not self._discovers:
             return
-        for name in self._store.folders(keys.PACKS):
-            if name not in self._models and self._has_champion(name):
-                self._models.setdefault(name, ServedModel(name, CHAMPION))
+        try:
+            found = [name for name in self._store.folders(keys.PACKS) if name not in self._models]
+            for name in found:
+                if self._has_champion(name):
+                    self._models.setdefault(name, ServedModel(name, CHAMPION))
+        except StoreUnavailableError:
+            self._lost = self._lost or datetime.now(UTC)
+            raise
+        self._lost = None
 
     def _has_champion(self, name: str) -> bool:
         try:
@@ -244,13 +283,7 @@ class Repository:
                 return
             number: int | None = None
             try:
-                entry = pointer.current(self._store, model.name, model.alias)
-                if entry is None:
-                    raise NotFoundError(
-                        f"loading {model.name}@{model.alias} from {self._store.uri}",
-                        found="an alias that was never set",
-                        fix=f"publish and promote a pack first: modelpress run, modelpress promote {model.name}",
-                    )
+                entry = self._current(model)
                 number = entry.number
                 if not force and _waits(model.failure, number):
                     return
@@ -260,20 +293,76 @@ class Repository:
                 trust = self._store.trust.fingerprint if self._store.trust else None
                 model.loaded = Loaded(self._engine(model, entry, trust), entry, trust)
                 model.newest, model.failure, model.unloaded = entry, None, False
+                self._keep(model, entry)
             except MemoryError as error:
                 known = ServingError(f"loading {model.name}@{model.alias}", found="not enough memory")
                 self._failed(model, number, known)
                 raise known from error
+            except StoreUnavailableError as error:
+                model.lost = model.lost or datetime.now(UTC)
+                self._failed(model, number, error)
+                if model.loaded is not None or not self._answer_kept(model):
+                    raise
             except ModelpressError as error:
                 self._failed(model, number, error)
                 raise
+
+    def _current(self, model: ServedModel) -> Pointer:
+        """The newest entry of a model's pointer, as the store has it."""
+        entry = pointer.current(self._store, model.name, model.alias)
+        model.lost = None
+        if entry is None:
+            raise NotFoundError(
+                f"loading {model.name}@{model.alias} from {self._store.uri}",
+                found="an alias that was never set",
+                fix=f"publish and promote a pack first: modelpress run, modelpress promote {model.name}",
+            )
+        return entry
+
+    def _keep(self, model: ServedModel, entry: Pointer) -> None:
+        """Keep what answers on this machine; once for each entry, whether the disk takes it or not."""
+        if self._kept is not None and (model.kept is None or model.kept.digest != entry.digest):
+            model.kept = entry
+            self._kept.keep(entry)
+            self._clear_up()
+
+    def _clear_up(self) -> None:
+        if self._kept is not None:
+            self._kept.sweep({(model.name, model.alias) for model in self.models()})
+
+    def _load_kept(self, model: ServedModel) -> bool:
+        """Let what is kept on this machine answer, without asking the store. False: it can't."""
+        with model.lock:
+            model.lost = model.lost or datetime.now(UTC)
+            return self._answer_kept(model)
+
+    def _answer_kept(self, model: ServedModel) -> bool:
+        if self._kept is None:
+            return False
+        try:
+            entry = self._kept.entry(model.name, model.alias)
+            if entry is None:
+                return False
+            store, cache = self._kept.store, self._kept.cache
+            trust = store.trust.fingerprint if store.trust else None
+            engine = load_engine(store, model.name, entry.pack, self._provider, self._threads, cache)
+        except (ModelpressError, MemoryError) as error:
+            log.error("%s@%s: what is kept on this machine is not served: %s", model.name, model.alias, error)
+            return False
+        model.loaded, model.newest, model.kept, model.unloaded = Loaded(engine, entry, trust), entry, entry, False
+        said = "%s@%s: the store does not answer; pack %s, kept on this machine, answers (pointer %d)"
+        log.warning(said, model.name, model.alias, entry.pack, entry.number)
+        return True
 
     def _engine(self, model: ServedModel, entry: Pointer, trust: str | None) -> Engine:
         if model.loaded and model.loaded.engine.pack == entry.pack:  # and it is not broken: see `_update`
             if model.loaded.trust != trust:  # a key was revoked, or expired: then this fails, and the index tells
                 load.check_trust(self._store, model.name, entry.pack)
             return model.loaded.engine
-        engine = load_engine(self._store, model.name, entry.pack, self._provider, self._threads)
+        if model.failure is None or model.failure.number != entry.number:
+            self._clear_up()  # of what the last failed loads fetched; a retry finds what it fetched
+        cache = self._kept.cache if self._kept else None
+        engine = load_engine(self._store, model.name, entry.pack, self._provider, self._threads, cache)
         log.info("%s@%s: pack %s answers from now on (pointer %d)", model.name, model.alias, entry.pack, entry.number)
         return engine
 
