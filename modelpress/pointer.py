@@ -124,7 +124,7 @@ def append(
     token: str | None = None,
     accepted: Store | None = None,
 ) -> Pointer:
-    """Point `alias` at `pack` by one more entry.
+    """Point `alias` at `pack` by one more entry, and tell the servers that the store's settings name.
 
     Args:
         store: the publication store.
@@ -150,7 +150,10 @@ def append(
         check_pack(store, store.trust.policy(), name, pack)
     keys.pointer(name, alias, 1), keys.manifest(name, pack)  # legal names, or nothing is written
     with announced(store, name, pack) as announcement:  # so that retention keeps it
-        return _append(store, name, alias, pack, reason, decision, after, token, accepted or store, announcement)
+        made = _append(store, name, alias, pack, reason, decision, after, token, accepted or store, announcement)
+    if store.nudger is not None:
+        store.nudger.tell(name, alias)
+    return made
 
 
 def _append(

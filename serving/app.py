@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from modelpress import __version__
 from modelpress.errors import ModelpressError
@@ -58,6 +58,7 @@ def create_app(
     workers: int,
     max_body_bytes: int = MAX_BODY_BYTES,
     max_queue: int = MAX_QUEUE,
+    more: Sequence[BaseRoute] = (),
 ) -> Starlette:
     """The application over a started repository.
 
@@ -68,6 +69,7 @@ def create_app(
         max_body_bytes: a larger request is refused before it is read.
         max_queue: requests for inference beside the `workers` that may be read and wait; more are refused unread. So
             bodies take at most `(workers + max_queue) * max_body_bytes`.
+        more: further routes, behind the protocol's own.
     """
     poller = _Poller(repository, poll_seconds)
     doors = _Doors(repository, poller, workers, workers + max_queue, max_body_bytes)
@@ -87,7 +89,7 @@ def create_app(
         ClientDisconnect: _answer_nobody,
         Exception: _answer_unknown,
     }
-    return Starlette(routes=doors.routes(), exception_handlers=handlers, lifespan=lifespan)
+    return Starlette(routes=[*doors.routes(), *more], exception_handlers=handlers, lifespan=lifespan)
 
 
 class _Doors:

@@ -10,11 +10,13 @@ import orjson
 from starlette.responses import Response
 
 from modelpress.errors import ConfigError
+from modelpress.nudge import PATH
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-OPEN = ("/v2/health/live", "/v2/health/ready")
+OPEN = ("/v2/health/live", "/v2/health/ready", PATH)
+"""Nudges bring a signature of their own."""
 LEAST_CHARACTERS = 16
 
 

@@ -21,11 +21,13 @@ from modelpress import settings
 from modelpress.cores import usable_cores
 from modelpress.doctor import check_provider
 from modelpress.errors import ConfigError, ModelpressError, SetupError
+from modelpress.nudge import read_secrets
 from modelpress.settings import Settings
 from modelpress.store import open_store
 from serving.app import MAX_BODY_BYTES, MAX_QUEUE, create_app
 from serving.guard import Guard, read_token
 from serving.kept import Kept
+from serving.nudge import Nudges
 from serving.repository import Repository
 
 if TYPE_CHECKING:
@@ -69,6 +71,8 @@ class ServingSettings(BaseSettings):
     Bodies take at most (workers + max_queue) x max_body_bytes of memory."""
     max_connections: int = Field(default=1024, ge=1)
     """Connections at a time; more get 503."""
+    nudge_secret_file: Path | None = None
+    """File with the secret that nudges must be signed with, one a line. Unset: nobody can nudge."""
     keep_folder: Path | None = None
     """Folder for a verified copy of what is served, of this server alone: it starts with that where the store does not
     answer. Unset: none."""
@@ -99,10 +103,12 @@ def run(base: Settings, serving: ServingSettings) -> None:
 
     Raises:
         SetupError: the port is in use, the execution provider is not, or the folder for copies can't be used.
-        ConfigError: the file of the token holds none.
+        ConfigError: the file of the token, or that of the nudges' secret, holds none.
         ModelpressError: a named model can't be loaded.
     """
     token = read_token(serving.token_file) if serving.token_file else None
+    secret_file = serving.nudge_secret_file
+    secrets = read_secrets(secret_file, "MODELPRESS_SERVING_NUDGE_SECRET_FILE") if secret_file else []
     check_provider(serving.provider)
     names = [name.strip() for name in serving.models.split(",") if name.strip()]
     store = open_store(base.store_uri, base)
@@ -116,6 +122,7 @@ def run(base: Settings, serving: ServingSettings) -> None:
         kept=kept,
         offline_seconds=serving.offline_seconds,
     )
+    nudges = Nudges(repository, secrets) if secrets else None
     with contextlib.closing(store), kept or contextlib.nullcontext(), _bound(serving.host, serving.port) as listener:
         repository.start()
         app: ASGIApp = create_app(
@@ -124,6 +131,7 @@ def run(base: Settings, serving: ServingSettings) -> None:
             workers=serving.workers or usable_cores(),
             max_body_bytes=serving.max_body_bytes,
             max_queue=serving.max_queue,
+            more=[nudges.route()] if nudges else [],
         )
         if token is not None:
             app = Guard(app, token)
@@ -138,7 +146,7 @@ def run(base: Settings, serving: ServingSettings) -> None:
         )
         listener.listen(BACKLOG)
         log.info("listening on http://%s:%d/v2", *listener.getsockname()[:2])
-        with _graceful_signals():
+        with _graceful_signals(), nudges or contextlib.nullcontext():
             uvicorn.Server(config).run(sockets=[listener])
     log.info("stopped")
 

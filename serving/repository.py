@@ -222,6 +222,25 @@ class Repository:
             self._discover()
         self._update(self.model(name), force=True)
 
+    def look(self, name: str) -> None:
+        """Look at one pointer now, and load what moved. What fails is logged and shown, never raised."""
+        try:
+            if name not in self._models:
+                self._discover()
+            if name in self._models:
+                self._update(self._models[name])
+        except ModelpressError as error:
+            log.warning("looking at %s: %s", name, error)
+
+    def check_may_serve(self, name: str) -> None:
+        """Refuse a name that this server neither serves nor would find.
+
+        Raises:
+            NotServedError: it is such a one.
+        """
+        if not self._discovers:
+            self.model(name)
+
     def unload(self, name: str) -> None:
         """Take a model out. Requests that run are answered.
 
