@@ -29,6 +29,7 @@
     │   ├── SignatureError          a signature is malformed, wrong, or of something else
     │   └── KeyRefusedError         the key is unknown, revoked, expired or not for this pack
     ├── EncryptionKeyError          the key that opens a secret or a pack is not here, or is another
+    ├── InputError                  what somebody sent can't be made into what the model takes
     ├── GateError                   the gate refused the promotion
     └── ServingError                the server cannot load or answer
         └── SelfTestError           a loaded pack does not answer what it answered when it was published
@@ -188,6 +189,12 @@ class SignatureError(TrustError):
 
 class KeyRefusedError(TrustError):
     """The key is unknown, revoked, expired or not for this pack."""
+
+
+class InputError(ModelpressError):
+    """What somebody sent, a text or an image, can't be made into what the model takes."""
+
+    exit_code = 4
 
 
 class GateError(ModelpressError):

@@ -286,6 +286,7 @@ def test_an_entry_that_nobody_signed_is_refused(
 
 @pytest.fixture
 def team(tmp_path: Path) -> Team:
+    (tmp_path / "team").mkdir()
     return Team(tmp_path / "team", farm="publisher")
 
 
