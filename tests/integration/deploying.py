@@ -37,7 +37,20 @@ def deploy(*which: str) -> None:
     prefect("--no-prompt", "deploy", *chosen, "--prefect-file", "infra/prefect.yaml")
 
 
-def end(running: subprocess.Popen[bytes]) -> None:
+@contextmanager
+def worker(pool: str, home: Path, **environment: str) -> Iterator[Path]:
+    """A process worker of a pool, as it is started by hand; its log."""
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool]
+    log = home / f"{pool}.log"
+    with log.open("ab") as output:
+        running = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=output, stderr=output)
+    try:
+        yield log
+    finally:
+        _end(running)
+
+
+def _end(running: subprocess.Popen[bytes]) -> None:
     """Kill a process and all that it started. A worker that is asked to end first waits for the runs that it has."""
     with suppress(psutil.NoSuchProcess):
         for process in [*psutil.Process(running.pid).children(recursive=True), running]:

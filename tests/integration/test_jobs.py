@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -22,7 +18,7 @@ from prefect.states import Cancelling
 from modelpress import pointer
 from modelpress.store.base import open_store
 from tests.conftest import ROOT
-from tests.integration.deploying import deploy, end, make_pools
+from tests.integration.deploying import deploy, make_pools, worker
 
 NAME = "in-jobs"
 PART = "optimize-part/optimize-part"
@@ -55,17 +51,6 @@ def home(tmp_path_factory: pytest.TempPathFactory, prefect_server: str, mlflow_s
         deploy("optimize-in-jobs", "optimize-part", "optimize-part-gpu")
         with worker("cpu", home), worker("gpu", home):
             yield home
-
-
-@contextmanager
-def worker(pool: str, home: Path) -> Iterator[None]:
-    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool]
-    with (home / f"{pool}.log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=log, stderr=log)
-    try:
-        yield
-    finally:
-        end(process)
 
 
 def start(client: SyncPrefectClient, *jobs: dict[str, str], **recipe: object) -> FlowRun:

@@ -33,8 +33,7 @@ from modelpress.store.local import LocalStore
 from registry import promotion, versions
 from tests.conftest import ROOT
 from tests.integration.conftest import free_port
-from tests.integration.deploying import end
-from tests.integration.test_deployments import prefect
+from tests.integration.deploying import deploy, make_pools, worker
 from tests.packs import onnx_checkpoint
 from tests.registry.shelf import Shelf
 
@@ -217,18 +216,15 @@ def test_clicks_that_nobody_heard_are_made_up_for_at_the_start(
 @pytest.fixture(scope="module")
 def deployed(home: Path, receiver: str) -> None:
     """The deployments that a worker runs here."""
-    prefect("work-pool", "create", "cpu", "--type", "process", "--overwrite")
-    prefect("--no-prompt", "deploy", "-n", "reconcile", "-n", "promote", "--prefect-file", "infra/prefect.yaml")
+    make_pools("cpu")
+    deploy("reconcile", "promote")
 
 
 @contextmanager
-def worker(home: Path) -> Iterator[Callable[[FlowRun, str], None]]:
+def working(home: Path) -> Iterator[Callable[[FlowRun, str], None]]:
     """A worker; what it yields waits until a run is in a state."""
     settings = {"MODELPRESS_CHECKOUT": str(ROOT), "PREFECT_WORKER_QUERY_SECONDS": "0.5"}
-    log = home / "worker.log"
-    with log.open("ab") as output, get_client(sync_client=True) as client:
-        command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "cpu"]
-        running = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **settings}, stdout=output, stderr=output)
+    with get_client(sync_client=True) as client, worker("cpu", home, **settings) as log:
 
         def until(run: FlowRun, name: str) -> None:
             def reached() -> bool:
@@ -239,10 +235,7 @@ def worker(home: Path) -> Iterator[Callable[[FlowRun, str], None]]:
 
             eventually(reached, log.read_text)
 
-        try:
-            yield until
-        finally:
-            end(running)
+        yield until
 
 
 def test_without_webhooks_the_deployment_finds_it(
@@ -259,7 +252,7 @@ def test_without_webhooks_the_deployment_finds_it(
     for _ in range(2):
         looker.look(Hint(NAME, "the same delivery"))
     (look,) = [run for run in runs(client, "reconcile") if "webhook" in run.tags]
-    with worker(home) as until:
+    with working(home) as until:
         until(look, "Completed")
         assert shelf.named() == shelf.served() == before
         (ask,) = [run for run in runs(client, "promote") if run.parameters.get("candidate") == pack]

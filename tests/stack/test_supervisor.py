@@ -100,7 +100,7 @@ time.sleep(600)
 @pytest.mark.parametrize(
     ("code", "options", "why"),
     [
-        ("import sys; print('no database'); sys.exit(7)", {}, "ended with exit code 7"),
+        ("import sys; print('no database'); sys.exit(7)", {"health": "http://127.0.0.1:9/"}, "ended with exit code 7"),
         (SLEEP, {"health": "http://127.0.0.1:9/", "start_seconds": 0.5}, "not healthy after 0.5 s"),
         (SLEEP, {"once": True, "start_seconds": 0.5}, "not done after 0.5 s"),
         (STUBBORN, {"health": "http://127.0.0.1:9/", "start_seconds": 0.5}, "not healthy after 0.5 s"),
