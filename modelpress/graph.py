@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -62,10 +63,24 @@ if hasattr(native, "DeviceReset"):  # not in 1.23
     LOST_DEVICE += (native.DeviceReset,)
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """How ONNX Runtime uses threads and memory; the defaults are its own."""
+
+    spinning: bool = True
+    """Whether threads that wait for work keep their core busy: faster between two runs, and slower for all others."""
+    arena: bool = True
+    """Whether memory is kept for the next run."""
+    memory_pattern: bool = True
+    """Whether the places of intermediate values are planned once per set of shapes."""
+
+
 class Session(onnxruntime.InferenceSession):  # type: ignore[misc]
     """An ONNX Runtime session that owns the memory of its weights."""
 
     def __init__(self, graph: bytes, options: onnxruntime.SessionOptions, provider: str, weights: list[object]) -> None:
+        self.operators: frozenset[str] = frozenset()
+        """Names of all operators in the graph, also inside of others and of functions."""
         # ONNX Runtime reads external initializers in place and does not copy them.
         self._weights = weights
         # With fallback on, a call that fails on the GPU would quietly be repeated on the CPU.
@@ -134,13 +149,16 @@ def external(checkpoint: Checkpoint) -> tuple[ModelProto, list[TensorProto]]:
     return model, initializers
 
 
-def session(checkpoint: Checkpoint, provider: str = "CPUExecutionProvider", threads: int = 0) -> Session:
+def session(
+    checkpoint: Checkpoint, provider: str = "CPUExecutionProvider", threads: int = 0, tuning: Tuning | None = None
+) -> Session:
     """Make an ONNX Runtime session from memory, without a temporary file.
 
     Args:
         checkpoint: of kind `onnx`.
         provider: execution provider that must be in use.
         threads: intra-operator threads; 0 takes the cores that this process may use.
+        tuning: of threads and memory; None leaves it to ONNX Runtime.
 
     Raises:
         SetupError: the provider is not in this build of ONNX Runtime, or does not start on this machine.
@@ -155,6 +173,9 @@ def session(checkpoint: Checkpoint, provider: str = "CPUExecutionProvider", thre
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or usable_cores()
     options.log_severity_level = 3
+    if tuning is not None:
+        options.enable_cpu_mem_arena, options.enable_mem_pattern = tuning.arena, tuning.memory_pattern
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if tuning.spinning else "0")
     if not _multiplies_bytes_exactly():
         options.add_session_config_entry("session.x64quantprecision", "1")
     try:
@@ -181,7 +202,15 @@ def session(checkpoint: Checkpoint, provider: str = "CPUExecutionProvider", thre
     # A provider that does not start is only logged by ONNX Runtime.
     if made.get_providers()[0] != provider:
         raise _provider_error(provider, f"ONNX Runtime fell back to {made.get_providers()[0]}")
+    made.operators = frozenset(_operators(model))
     return made
+
+
+def _operators(model: ModelProto) -> Iterator[str]:
+    for graph in graphs(model):
+        yield from (node.op_type for node in graph.node)
+    for function in model.functions:
+        yield from (node.op_type for node in function.node)
 
 
 def run(session: onnxruntime.InferenceSession, inputs: Mapping[str, Tensor]) -> np.ndarray:

@@ -9,6 +9,7 @@
     packs/<name>/secrets/<number>.json          one entry of the log of the model's wrapped secrets
     uploads/<name>/<id>.json                    an intent: what an upload under way needs
     collections/<number>.json                   a collector's turn; <number>.ended: it is over
+    canaries/<name>/<id>/<server>.json          what one server saw of a canary
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ BLOBS = "blobs/sha256/"
 PACKS = "packs/"
 UPLOADS = "uploads/"
 COLLECTIONS = "collections/"
+CANARIES = "canaries/"
 NUMBER_DIGITS = 8
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")
 _ALIAS = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_TOKEN = re.compile(r"[0-9a-f]{32}")
+_HEX = "32 hex digits"
 _PLACE = re.compile(
     rf"{PACKS}(?P<name>{_NAME.pattern})/(?:(?P<digest>{_DIGEST.pattern})\.json"
     rf"|secrets/(?P<secret>[0-9]{{{NUMBER_DIGITS}}})\.json"
@@ -158,6 +162,23 @@ def turn_number(key: str) -> tuple[int, bool] | None:
     """Number of a turn's key, and whether it is the mark of its end; None for a key that is none."""
     match = re.fullmatch(rf"{COLLECTIONS}([0-9]{{{NUMBER_DIGITS}}})\.(json|ended)", key)
     return (int(match[1]), match[2] == "ended") if match else None
+
+
+def tallies(name: str, canary: str | None = None) -> str:
+    """Prefix of what servers saw of one canary of a pack name, or of all of them."""
+    prefix = f"{CANARIES}{manifests(name).removeprefix(PACKS)}"
+    return prefix if canary is None else f"{prefix}{_checked(_TOKEN, canary, 'the id of a canary', _HEX)}/"
+
+
+def tally(name: str, canary: str, server: str) -> str:
+    """Key of what one server saw of a canary."""
+    return f"{tallies(name, canary)}{_checked(_TOKEN, server, 'the id of a server', _HEX)}.json"
+
+
+def tally_server(key: str) -> str | None:
+    """Id of the server whose tally lies under this key; None for a key that is none."""
+    match = re.fullmatch(rf"{CANARIES}{_NAME.pattern}/[0-9a-f]{{32}}/([0-9a-f]{{32}})\.json", key)
+    return match[match.lastindex or 0] if match else None
 
 
 def is_digest(text: str) -> bool:

@@ -1,7 +1,6 @@
-"""The Open Inference Protocol v2 over HTTP, as a Starlette application.
+"""The Open Inference Protocol v2 over HTTP: a Starlette application, with inference past its routing (`serving.infer`).
 
-The event loop only moves bytes: decoding, inference and encoding run in threads, where ONNX Runtime and orjson leave
-the interpreter free for others.
+The event loop moves bytes and what is small; loading, inference and large bodies are for threads.
 """
 
 from __future__ import annotations
@@ -9,46 +8,61 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from modelpress import __version__
 from modelpress.errors import ModelpressError
 from modelpress.store.threads import DaemonPool
+from serving import openapi
 from serving.engine import Engine
-from serving.protocol import (
-    BusyError,
-    NotReadyError,
-    RequestError,
-    SlowBodyError,
-    TooLargeError,
-    decode_request,
-    encode_response,
-)
+from serving.infer import GoneError, InferDoor, Inference, Limits, read_body, target
+from serving.refusals import NotReadyError, RequestError, told
 from serving.repository import Loaded, Repository, ServedModel
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
 
 log = logging.getLogger("modelpress.serving")
 
-MAX_BODY_BYTES = 32 * 2**20
-MAX_QUEUE = 64
-BODY_SECONDS = 60.0
-"""How long a request for inference may take to send its body: it holds a place meanwhile."""
+MODEL, VERSION = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
+INFER_PATHS = (f"{MODEL}/infer", f"{VERSION}/infer")
+EXTENSIONS = ["model_repository", "binary_tensor_data"]
+UNFORESEEN = "internal error; the server's log has the details"
+CLOSED_BY_CLIENT = 499
 SMALL_BODY_BYTES = 2**16
 """Cap for requests that carry no tensors."""
-RETRY_SECONDS = 1
-CLOSED_BY_CLIENT = 499
 
 T = TypeVar("T")
+
+
+class App(Starlette):
+    """Starlette, but that requests for inference go straight to their door: its routing takes longer than they may."""
+
+    def __init__(self, door: InferDoor, **options: Any) -> None:
+        super().__init__(**options)
+        self._door = door
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request, or the life of the application."""
+        if scope["type"] != "http" or scope["method"] != "POST" or target(scope["path"]) is None:
+            await super().__call__(scope, receive, send)
+            return
+        try:
+            await self._door(scope, receive, send)
+        except Exception:
+            log.exception("answering %s", scope["path"][:200])
+            await _refusal(UNFORESEEN, 500)(scope, receive, send)
 
 
 def create_app(
@@ -56,23 +70,22 @@ def create_app(
     *,
     poll_seconds: float,
     workers: int,
-    max_body_bytes: int = MAX_BODY_BYTES,
-    max_queue: int = MAX_QUEUE,
-    more: Sequence[BaseRoute] = (),
-) -> Starlette:
+    limits: Limits | None = None,
+    routes: Sequence[BaseRoute] = (),
+) -> App:
     """The application over a started repository.
 
     Args:
         repository: what is served; `Repository.start` has run.
         poll_seconds: how often the pointers are read; 0 never reads them.
         workers: inferences at a time.
-        max_body_bytes: a larger request is refused before it is read.
-        max_queue: requests for inference beside the `workers` that may be read and wait; more are refused unread. So
-            bodies take at most `(workers + max_queue) * max_body_bytes`.
-        more: further routes, behind the protocol's own.
+        limits: of requests for inference; None takes the defaults.
+        routes: further ones, of other parts.
     """
     poller = _Poller(repository, poll_seconds)
-    doors = _Doors(repository, poller, workers, workers + max_queue, max_body_bytes)
+    inference = Inference(repository, workers, limits or Limits())
+    door = InferDoor(inference)
+    doors = _Doors(repository, poller)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -82,33 +95,31 @@ def create_app(
         finally:
             poller.stop()
             doors.close()
+            inference.close()
 
     handlers: dict[Any, Any] = {
         ModelpressError: _answer_known,
         HTTPException: _answer_http,
-        ClientDisconnect: _answer_nobody,
+        GoneError: _answer_nobody,
         Exception: _answer_unknown,
     }
-    return Starlette(routes=[*doors.routes(), *more], exception_handlers=handlers, lifespan=lifespan)
+    every = [*doors.routes(), *(Route(path, door, methods=["POST"]) for path in INFER_PATHS), *routes]
+    app = App(door, routes=every, exception_handlers=handlers, lifespan=lifespan)
+    app.state.inference = inference
+    return app
 
 
 class _Doors:
-    """The endpoints."""
+    """The endpoints, but inference."""
 
-    def __init__(self, repository: Repository, poller: _Poller, workers: int, places: int, max_body_bytes: int) -> None:
-        self._repository, self._poller, self._max_body_bytes = repository, poller, max_body_bytes
-        self._free = places
-        """Requests for inference that may still come in; changed by the event loop alone."""
-        self._inference = ThreadPoolExecutor(workers, thread_name_prefix="infer")
+    def __init__(self, repository: Repository, poller: _Poller) -> None:
+        self._repository, self._poller = repository, poller
         # Loading takes seconds and must not hold the threads that answer; nor the end of the process.
         self._loading = DaemonPool(1, "load")
 
     def routes(self) -> list[Route]:
-        model, version = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
-        repository = "/v2/repository/models/{name}"
+        model, version, repository = MODEL, VERSION, "/v2/repository/models/{name}"
         return [
-            Route(f"{model}/infer", self.infer, methods=["POST"]),
-            Route(f"{version}/infer", self.infer, methods=["POST"]),
             Route("/v2/health/live", self.live),
             Route("/v2/health/ready", self.ready),
             Route(f"{model}/ready", self.model_ready),
@@ -116,18 +127,21 @@ class _Doors:
             Route(model, self.metadata),
             Route(version, self.metadata),
             Route("/v2", self.server),
+            Route("/v2/openapi.json", self.openapi),
             Route("/v2/repository/index", self.index, methods=["POST"]),
             Route(f"{repository}/load", self.load, methods=["POST"]),
             Route(f"{repository}/unload", self.unload, methods=["POST"]),
         ]
 
     def close(self) -> None:
-        """Wait for inferences that run, and for nothing that waits on the store."""
+        """Wait for nothing that waits on the store."""
         self._loading.shutdown(wait=False, cancel_futures=True)
-        self._inference.shutdown(cancel_futures=True)
 
     async def server(self, _request: Request) -> Response:
-        return _json({"name": "modelpress", "version": __version__, "extensions": ["model_repository"]})
+        return _json({"name": "modelpress", "version": __version__, "extensions": EXTENSIONS})
+
+    async def openapi(self, _request: Request) -> Response:
+        return _json(openapi.document())
 
     async def live(self, _request: Request) -> Response:
         # A dead poller would serve old packs in silence; whoever watches this starts the process again.
@@ -150,28 +164,10 @@ class _Doors:
         model = self._model(request)
         return _json(_metadata(model, model.answering(request.path_params.get("version"))))
 
-    async def infer(self, request: Request) -> Response:
-        model, version = self._model(request), request.path_params.get("version")
-        if "inference-header-content-length" in request.headers:
-            raise RequestError("body", found="binary tensor data", expected="JSON; the extension is not served")
-        if not self._free:
-            raise BusyError("inference", found="as many requests as this server takes in", expected="a later try")
-        self._free -= 1
-        try:
-            body = await self._body_in_time(request)
-
-            def answer() -> bytes:
-                # One look at what is loaded: the whole answer comes from one pack, whatever is swapped meanwhile.
-                engine = model.answering(version).engine
-                asked = decode_request(body, engine.inputs, engine.outputs)
-                return encode_response(model.name, engine.pack, asked.id, engine.infer(asked.inputs, asked.outputs))
-
-            return _raw(await _in_thread(self._inference, answer))
-        finally:
-            self._free += 1
-
     async def index(self, request: Request) -> Response:
-        body = await self._body(request, min(self._max_body_bytes, SMALL_BODY_BYTES))
+        announced = request.headers.get("content-length", "")
+        size = int(announced) if announced.isdecimal() else 0
+        body = await read_body(request.receive, size, SMALL_BODY_BYTES)
         try:
             asked = orjson.loads(body) if body.strip() else {}
         except orjson.JSONDecodeError as error:
@@ -193,29 +189,6 @@ class _Doors:
 
     def _model(self, request: Request) -> ServedModel:
         return self._repository.model(request.path_params["name"])
-
-    async def _body_in_time(self, request: Request) -> bytes:
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                return await self._body(request, self._max_body_bytes)
-        except TimeoutError as error:
-            raise SlowBodyError("body", found=f"a part of it in {BODY_SECONDS:.0f} s", expected="all of it") from error
-
-    async def _body(self, request: Request, most: int) -> bytes:
-        """The body, never more of it than `most`."""
-        announced = request.headers.get("content-length", "")
-        size = int(announced) if announced.isdecimal() else 0
-        chunks: list[bytes] = []
-        if size <= most:
-            size = 0
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > most:
-                    break
-                chunks.append(chunk)
-        if size > most:
-            raise TooLargeError("body", found=f"{size} bytes or more", expected=f"at most {most}")
-        return b"".join(chunks)
 
 
 class _Poller(threading.Thread):
@@ -248,18 +221,17 @@ async def _in_thread(pool: Executor, work: Callable[[], T]) -> T:
 
 def _metadata(model: ServedModel, loaded: Loaded) -> dict[str, Any]:
     engine, entry, failure = loaded.engine, loaded.pointer, model.failure
-    identity: dict[str, Any] = {
-        "pack": engine.pack,
-        "alias": entry.alias,
-        "pointer": entry.number,
-        "since": entry.created.isoformat(),
-        "provider": engine.provider,
-        **_tested(engine),
-        **_store_state(model.lost),
-    }
+    identity: dict[str, Any] = {"pack": engine.pack}
+    if entry is None:
+        identity["held"] = True
+    else:
+        since = {"alias": entry.alias, "pointer": entry.number, "since": entry.created.isoformat()}
+        identity |= since | ({"decision": _verdict(entry.decision)} if entry.decision else {})
+    identity |= {"provider": engine.provider, "batching": engine.rows.to_json(), "lineage": engine.lineage}
+    identity |= _tested(engine) | _store_state(model.lost)
     return {
         "name": model.name,
-        "versions": [engine.pack],
+        "versions": model.versions(),
         "platform": "onnxruntime_onnx",
         "inputs": [spec.to_json() for spec in engine.inputs],
         "outputs": [spec.to_json() for spec in engine.outputs],
@@ -280,31 +252,27 @@ def _tested(engine: Engine) -> dict[str, Any]:
     return {"golden": True, "golden_difference": tested.difference, "golden_tolerance": tested.tolerance}
 
 
+def _verdict(decision: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a decision of the gate, what everybody may read."""
+    return {key: decision[key] for key in ("promote", "verdict", "reasons") if key in decision}
+
+
 async def _answer_known(request: Request, error: ModelpressError) -> Response:
-    """What the client can mend is told in full; what the operator must mend is told by kind, and logged."""
-    if isinstance(error, RequestError):
-        busy = {"Retry-After": str(RETRY_SECONDS)} if isinstance(error, BusyError) else None
-        return _refusal(_one_line(error), error.status, busy)
-    name = request.path_params.get("name", "")
-    return _refusal(f"model {name!r} can't be loaded ({type(error).__name__}); see /v2/repository/index", 503)
+    status, _, text = told(error, request.path_params.get("name", ""))
+    return _refusal(text, status)
 
 
 async def _answer_http(_request: Request, error: HTTPException) -> Response:
     return _refusal(error.detail, error.status_code, error.headers)
 
 
-async def _answer_nobody(_request: Request, _error: ClientDisconnect) -> Response:
+async def _answer_nobody(_request: Request, _error: GoneError) -> Response:
     return Response(status_code=CLOSED_BY_CLIENT)
 
 
 async def _answer_unknown(_request: Request, _error: Exception) -> Response:
     # Starlette raises it again after this answer, and uvicorn logs it with its traceback.
-    return _refusal("internal error; the server's log has the details", 500)
-
-
-def _one_line(error: RequestError) -> str:
-    text = f"{error.doing}: found {error.found}" if error.found else error.doing
-    return f"{text}; expected {error.expected}" if error.expected else text
+    return _refusal(UNFORESEEN, 500)
 
 
 def _refusal(text: str, status: int, headers: Any = None) -> Response:
@@ -313,7 +281,3 @@ def _refusal(text: str, status: int, headers: Any = None) -> Response:
 
 def _json(document: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(document), status, media_type="application/json")
-
-
-def _raw(body: bytes) -> Response:
-    return Response(body, media_type="application/json")

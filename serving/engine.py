@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -17,7 +18,9 @@ from modelpress.cache import BlobCache, open_cache
 from modelpress.errors import CorruptionError, SelfTestError, ServingError
 from modelpress.golden import GOLDEN_FILE, Golden, Outcome
 from modelpress.store import Store
-from serving.protocol import DATATYPES, NotReadyError, RequestError, TensorSpec
+from serving.refusals import NotReadyError, RequestError
+from serving.rows import UNTRIED, examine
+from serving.tensors import DATATYPES, TensorSpec
 
 log = logging.getLogger("modelpress.serving")
 
@@ -27,6 +30,9 @@ MAX_WARM_UP_BYTES = 2**28
 """Shapes are the pack's own word: an input that declares more is not made."""
 MAX_RANK = 32
 """What every numpy can hold."""
+ON_CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
+TUNING = graph.Tuning()
+"""Of ONNX Runtime's session: by `benchmarks/serving_threads.py`."""
 
 _ONNX_TYPES = {
     "bool": "BOOL",
@@ -46,7 +52,9 @@ class Engine:
     A request holds its engine until it is answered, so an engine that was replaced goes away with its last request.
     """
 
-    def __init__(self, pack: str, session: onnxruntime.InferenceSession) -> None:
+    def __init__(
+        self, pack: str, session: onnxruntime.InferenceSession, lineage: Mapping[str, Any] | None = None
+    ) -> None:
         self.pack = pack
         """Digest of the manifest: the version that clients see."""
         self.provider: str = session.get_providers()[0]
@@ -57,7 +65,14 @@ class Engine:
         """It does not even answer what it answered at its warm-up: it must be loaded again."""
         self.tested: Outcome | None = None
         """How it answered its golden samples; None where its pack has none."""
+        self.lineage = dict(lineage or {})
+        """Where the manifest says that it comes from."""
+        self.rows = UNTRIED
+        """Whether requests may be joined."""
+        self.row_seconds = 0.0
+        """What a row takes, as last measured; belongs to whoever joins requests."""
         self._session = session
+        self._device = "cuda" if self.provider in ON_CUDA else None
         self._known: dict[str, np.ndarray] = {}
         self._probing = threading.Lock()
 
@@ -69,7 +84,7 @@ class Engine:
             NotReadyError: the machine can't run it, or not on so much.
         """
         try:
-            found = self._session.run(list(outputs), dict(inputs))
+            answers = self._run(list(outputs), dict(inputs))
         except native.InvalidArgument as error:
             self._log_refusal(error)
             raise _refused() from error
@@ -80,7 +95,7 @@ class Engine:
                 found = "that its execution provider failed" if self.broken else "too little memory, or a busy device"
                 raise NotReadyError("running the model", found=found, expected="another try later") from error
             raise _refused() from error
-        return dict(zip(outputs, found, strict=True))
+        return dict(zip(outputs, answers, strict=True))
 
     def self_test(self, samples: Golden) -> None:
         """Ask what was asked when the pack was published, and compare.
@@ -93,7 +108,7 @@ class Engine:
         if set(samples.inputs) != names:
             raise SelfTestError(doing, found=f"samples of {sorted(samples.inputs)}", expected=f"of {sorted(names)}")
         try:
-            answers = self._session.run(None, samples.inputs)
+            answers = self._run([spec.name for spec in self.outputs], samples.inputs)
         except (native.InvalidArgument, *_FAILURES, MemoryError) as error:
             raise SelfTestError(doing, found=str(error) or type(error).__name__, expected="an answer") from error
         found = dict(zip((spec.name for spec in self.outputs), answers, strict=True))
@@ -124,10 +139,41 @@ class Engine:
             problem = found
         raise ServingError(f"warming up pack {self.pack}", found=problem, expected="an answer of finite numbers")
 
+    def learn_rows(self) -> None:
+        """Find out whether requests may be joined; after the warm-up."""
+        operators = getattr(self._session, "operators", None)
+        if operators is None:  # a session of another make: its graph can't be looked at
+            return
+        self.rows = examine(self.inputs, self.outputs, operators, self._answers, self._known)
+        self.row_seconds = self.rows.seconds
+
+    def _answers(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+        """Answers to a trial; None where it can't run on it."""
+        names = [spec.name for spec in self.outputs]
+        try:
+            return dict(zip(names, self._run(names, inputs), strict=True))
+        except (native.InvalidArgument, *_FAILURES, MemoryError):
+            return None
+
+    def _run(self, outputs: list[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        if self._device is None:
+            found: list[np.ndarray] = self._session.run(outputs, inputs)
+            return found
+        # Bound to the device, inputs are copied once and outputs are made there, in the arena of the provider.
+        binding = self._session.io_binding()
+        for name, array in inputs.items():
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device, 0)
+            binding.bind_ortvalue_input(name, value)
+        for name in outputs:
+            binding.bind_output(name, self._device, 0)
+        self._session.run_with_iobinding(binding)
+        bound: list[np.ndarray] = binding.copy_outputs_to_cpu()
+        return bound
+
     def _failure(self) -> str | None:
         """What is wrong with the answer to the known inputs; None: nothing."""
         try:
-            answers = self._session.run(None, self._known)
+            answers = self._run([spec.name for spec in self.outputs], self._known)
         except (native.InvalidArgument, *_FAILURES, MemoryError) as error:
             return str(error) or type(error).__name__
         for spec, answer in zip(self.outputs, answers, strict=True):
@@ -161,14 +207,15 @@ def load_engine(
             `load.load_checkpoint` and `graph.session`.
     """
     started = time.perf_counter()
-    _, checkpoint = load.load_checkpoint(store, name, pack, cache=cache or open_cache())
+    manifest, checkpoint = load.load_checkpoint(store, name, pack, cache=cache or open_cache())
     try:
-        engine = Engine(pack, graph.session(checkpoint, provider, threads))
+        engine = Engine(pack, graph.session(checkpoint, provider, threads, TUNING), manifest.lineage)
     except UnicodeDecodeError as error:
         raise CorruptionError(f"reading the signature of pack {pack}", found=str(error), expected="UTF-8") from error
     if GOLDEN_FILE in checkpoint.files:
         engine.self_test(golden.read(checkpoint.files[GOLDEN_FILE]))
     engine.warm_up()
+    engine.learn_rows()
     tested = engine.tested
     said = f"golden samples differ by {tested.difference:.1e} at most" if tested else "it has no golden samples"
     log.info("loaded %s, pack %s, in %.2f s; %s", name, pack[:12], time.perf_counter() - started, said)

@@ -24,11 +24,14 @@ from modelpress.errors import ConfigError, ModelpressError, SetupError
 from modelpress.nudge import read_secrets
 from modelpress.settings import Settings
 from modelpress.store import open_store
-from serving.app import MAX_BODY_BYTES, MAX_QUEUE, create_app
+from serving.app import create_app
+from serving.batching import Bounds
 from serving.guard import Guard, read_token
+from serving.infer import MAX_BODY_BYTES, MAX_QUEUE, Limits
 from serving.kept import Kept
 from serving.nudge import Nudges
 from serving.repository import Repository
+from serving.tensors import MAX_TENSOR_BYTES
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -67,8 +70,18 @@ class ServingSettings(BaseSettings):
     max_body_bytes: int = Field(default=MAX_BODY_BYTES, ge=1)
     """A larger request is refused."""
     max_queue: int = Field(default=MAX_QUEUE, ge=0)
-    """Requests for inference that may wait beside the `workers` that run; more get 503 with Retry-After, unread.
+    """Requests for inference that may wait beside the `workers` that run; more get 429 with Retry-After, unread.
     Bodies take at most (workers + max_queue) x max_body_bytes of memory."""
+    max_tensor_bytes: int = Field(default=MAX_TENSOR_BYTES, ge=1)
+    """A larger tensor is refused before memory is taken for it."""
+    tenant_share: float = Field(default=1.0, gt=0, le=1)
+    """Share of the places of `workers` and `max_queue` that one tenant, the name of a key, may hold at a time."""
+    batch_rows: int = Field(default=Bounds.rows, ge=1)
+    """Most rows of requests that are run together, where the model's answers allow it; 1 joins nothing."""
+    batch_milliseconds: float = Field(default=Bounds.run_seconds * 1e3, gt=0)
+    """Rows are joined only while their run is expected to take at most this."""
+    batch_delay_milliseconds: float = Field(default=Bounds.delay_seconds * 1e3, ge=0)
+    """How long a request may wait for company though a worker is free."""
     max_connections: int = Field(default=1024, ge=1)
     """Connections at a time; more get 503."""
     nudge_secret_file: Path | None = None
@@ -129,9 +142,8 @@ def run(base: Settings, serving: ServingSettings) -> None:
             repository,
             poll_seconds=serving.poll_seconds,
             workers=serving.workers or usable_cores(),
-            max_body_bytes=serving.max_body_bytes,
-            max_queue=serving.max_queue,
-            more=[nudges.route()] if nudges else [],
+            limits=_limits(serving),
+            routes=[nudges.route()] if nudges else [],
         )
         if token is not None:
             app = Guard(app, token)
@@ -149,6 +161,15 @@ def run(base: Settings, serving: ServingSettings) -> None:
         with _graceful_signals(), nudges or contextlib.nullcontext():
             uvicorn.Server(config).run(sockets=[listener])
     log.info("stopped")
+
+
+def _limits(serving: ServingSettings) -> Limits:
+    bounds = Bounds(
+        serving.batch_rows, serving.batch_milliseconds / 1e3, delay_seconds=serving.batch_delay_milliseconds / 1e3
+    )
+    return Limits(
+        serving.max_queue, serving.max_body_bytes, serving.max_tensor_bytes, serving.tenant_share, bounds=bounds
+    )
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from modelpress.errors import ModelpressError
 from modelpress.nudge import MAX_BODY_BYTES, PATH, TOLERANCE_SECONDS, Nudge, RefusedNudgeError, check
-from serving.protocol import BusyError, RequestError, SlowBodyError, TooLargeError
+from serving.refusals import BusyError, RequestError, SlowBodyError, TooLargeError
 from serving.repository import Repository
 
 log = logging.getLogger("modelpress.serving")
@@ -47,8 +47,6 @@ class ReplayedNudgeError(RequestError):
 
 class ManyNudgesError(BusyError):
     """More than this server remembers."""
-
-    status: ClassVar[int] = 429
 
 
 class Nudges:

@@ -3,121 +3,46 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from modelpress import keys, load, pointer
 from modelpress.errors import (
-    AccessDeniedError,
     ConfigError,
-    CorruptionError,
-    KeyRefusedError,
-    LogCutError,
     ModelpressError,
     NotFoundError,
-    SelfTestError,
     ServingError,
     SetupError,
-    SignatureError,
     StoreUnavailableError,
-    TrustFileError,
-    UnsignedError,
-    UnsupportedFormatError,
 )
 from modelpress.pointer import Pointer
 from modelpress.store import Store
 from serving.engine import Engine, load_engine
 from serving.kept import Kept
-from serving.protocol import NotReadyError, NotServedError
+from serving.models import (
+    BROKEN,
+    Failure,
+    Loaded,
+    ServedModel,
+    check_newer,
+    held_rows,
+    index_row,
+    public_reason,
+    waits,
+)
+from serving.refusals import NotServedError
 
 log = logging.getLogger("modelpress.serving")
 
+__all__ = ["BROKEN", "CHAMPION", "MAX_HELD", "Failure", "Loaded", "Repository", "ServedModel", "index_row"]
+
 CHAMPION = "champion"
-BROKEN = "its execution provider failed; it is loaded again at the next poll"
+MAX_HELD = 4
+"""Packs of one model that may be held beside the one that answers: each takes its memory."""
 MAX_RETRY_SECONDS = 300.0
 """Longest wait before a pack that could not be loaded is fetched again."""
-
-
-_PUBLIC_REASONS: list[tuple[type[ModelpressError], str]] = [
-    (LogCutError, "the pointer's log lost or changed an entry that was loaded"),
-    (UnsignedError, "a signature is missing"),
-    (SignatureError, "a signature is not what it should be"),
-    (KeyRefusedError, "it is signed by a key that does not count"),
-    (TrustFileError, "the server's trust file can't be used"),
-    (CorruptionError, "its bytes are not what the manifest says"),
-    (UnsupportedFormatError, "it was written by a newer modelpress"),
-    (NotFoundError, "the pointer, or an object of the pack, is missing"),
-    (AccessDeniedError, "the store refused access"),
-    (StoreUnavailableError, "the store does not answer"),
-    (SetupError, "the execution provider did not start"),
-    (SelfTestError, "it does not answer what it answered when it was published"),
-]
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What answers now, and the pointer entry that says so. One object, so that both change at once."""
-
-    engine: Engine
-    pointer: Pointer
-    trust: str | None = None
-    """`Trust.fingerprint` when the pack's signatures were checked; None where none are asked for."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why the pointer's pack is not the one that answers. `reason` is for clients, the log has the whole error."""
-
-    number: int | None
-    reason: str
-    attempts: int
-    retry_at: float
-
-
-class ServedModel:
-    """One model name and the alias that it follows."""
-
-    def __init__(self, name: str, alias: str) -> None:
-        self.name, self.alias = name, alias
-        self.loaded: Loaded | None = None
-        self.newest: Pointer | None = None
-        """The newest entry that was loaded; what stands in the store may not be older. Forgotten at an unload."""
-        self.failure: Failure | None = None
-        self.unloaded = False
-        """Taken out by request: stays out until it is asked in again."""
-        self.kept: Pointer | None = None
-        """The entry that was kept on this machine last, or tried to."""
-        self.lost: datetime | None = None
-        """Since when the store has not answered what this model's pointer is; None where it did the last time."""
-        self.lock = threading.Lock()
-        """Held while it changes. Requests do not take it: they read `loaded` once."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether it answers, or was taken out on purpose."""
-        return self.unloaded or (self.loaded is not None and not self.loaded.engine.broken)
-
-    def answering(self, version: str | None = None) -> Loaded:
-        """What answers now, for any version or for a digest (whole, or its first 12 digits and more).
-
-        Raises:
-            NotReadyError: nothing is loaded, or it broke.
-            NotServedError: another version is.
-        """
-        loaded = self.loaded
-        if loaded is None:
-            reason = self.failure.reason if self.failure else "it is not loaded"
-            raise NotReadyError(f"model {self.name!r}", found=reason, expected="a loaded pack")
-        if loaded.engine.broken:
-            raise NotReadyError(f"model {self.name!r}", found=BROKEN, expected="a loaded pack")
-        pack = loaded.engine.pack
-        if version is not None and not (len(version) >= 12 and pack.startswith(version)):
-            raise NotServedError(f"model {self.name!r}: version", found=version[:80], expected=pack)
-        return loaded
 
 
 class Repository:
@@ -241,6 +166,49 @@ class Repository:
         if not self._discovers:
             self.model(name)
 
+    def hold(self, name: str, pack: str) -> Loaded:
+        """Load a pack beside the one that answers; it answers who asks for its digest, until it is released.
+
+        Args:
+            name: of a model that is served.
+            pack: whole digest of one of its packs.
+
+        Raises:
+            NotServedError: this server does not serve this name.
+            ConfigError: no digest, or `MAX_HELD` packs are held already.
+            ModelpressError: it can't be loaded.
+        """
+        model = self.model(name)
+        doing = f"holding a pack of {name} beside its champion"
+        if not keys.is_digest(pack):
+            raise ConfigError(doing, found=pack[:80], expected="a digest")
+        with model.lock:
+            kept = model.held.get(pack)
+            if kept is not None and not kept.engine.broken:
+                return kept
+            others = {digest: one for digest, one in model.held.items() if digest != pack}
+            if len(others) >= MAX_HELD:
+                raise ConfigError(doing, found=f"{len(others)} held", expected=f"at most {MAX_HELD}", fix="release one")
+            trust = self._fingerprint()
+            try:
+                made = Loaded(self._engine(model, pack, trust), None, trust)
+            except MemoryError as error:
+                raise ServingError(doing, found="not enough memory for both") from error
+            model.held = {**others, pack: made}
+        log.info("%s: pack %s is held", name, pack[:12])
+        return made
+
+    def release(self, name: str, pack: str) -> None:
+        """Let go of a pack that is held; requests that run are answered. Nothing happens where it is not held.
+
+        Raises:
+            NotServedError: this server does not serve this name.
+        """
+        model = self.model(name)
+        with model.lock:
+            model.held = {digest: one for digest, one in model.held.items() if digest != pack}
+        log.info("%s: pack %s is held no more", name, pack[:12])
+
     def unload(self, name: str) -> None:
         """Take a model out. Requests that run are answered.
 
@@ -250,6 +218,7 @@ class Repository:
         model = self.model(name)
         with model.lock:
             model.unloaded, model.loaded, model.newest, model.failure = True, None, None, None
+            model.held = {}
         log.info("unloaded %s", name)
 
     @property
@@ -268,8 +237,8 @@ class Repository:
         )
 
     def index(self) -> list[dict[str, Any]]:
-        """One row per model: name, version, state and, where something is wrong, the reason."""
-        return [_index_row(model) for model in self.models()]
+        """One row per model: name, version, state and, where something is wrong, the reason; and one per pack held."""
+        return [row for model in self.models() for row in (index_row(model), *held_rows(model))]
 
     def _discover(self) -> None:
         if not self._discovers:
@@ -304,13 +273,16 @@ class Repository:
             try:
                 entry = self._current(model)
                 number = entry.number
-                if not force and _waits(model.failure, number):
+                if not force and waits(model.failure, number):
                     return
-                _check_newer(model, entry)
+                check_newer(model, entry)
                 if model.loaded and model.loaded.engine.broken:
                     model.loaded = None  # its memory is needed for the next
-                trust = self._store.trust.fingerprint if self._store.trust else None
-                model.loaded = Loaded(self._engine(model, entry, trust), entry, trust)
+                before, trust = model.loaded, self._fingerprint()
+                model.loaded = Loaded(self._engine(model, entry.pack, trust), entry, trust)
+                if before is None or before.engine is not model.loaded.engine:
+                    which = f"{model.name}@{model.alias}"
+                    log.info("%s: pack %s answers from now on (pointer %d)", which, entry.pack, entry.number)
                 model.newest, model.failure, model.unloaded = entry, None, False
                 self._keep(model, entry)
             except MemoryError as error:
@@ -373,67 +345,30 @@ class Repository:
         log.warning(said, model.name, model.alias, entry.pack, entry.number)
         return True
 
-    def _engine(self, model: ServedModel, entry: Pointer, trust: str | None) -> Engine:
-        if model.loaded and model.loaded.engine.pack == entry.pack:  # and it is not broken: see `_update`
-            if model.loaded.trust != trust:  # a key was revoked, or expired: then this fails, and the index tells
-                load.check_trust(self._store, model.name, entry.pack)
-            return model.loaded.engine
-        if model.failure is None or model.failure.number != entry.number:
-            self._clear_up()  # of what the last failed loads fetched; a retry finds what it fetched
+    def _fingerprint(self) -> str | None:
+        return self._store.trust.fingerprint if self._store.trust else None
+
+    def _engine(self, model: ServedModel, pack: str, trust: str | None) -> Engine:
+        """The engine that has this pack already, or a new one."""
+        for loaded in ([model.loaded] if model.loaded else []) + list(model.held.values()):
+            if loaded.engine.pack == pack and not loaded.engine.broken:
+                if loaded.trust != trust:  # a key was revoked, or expired: then this fails, and the index tells
+                    load.check_trust(self._store, model.name, pack)
+                return loaded.engine
+        if model.tried != pack:
+            self._clear_up()  # of what failed loads of others fetched; a retry finds what it fetched
+            model.tried = pack
         cache = self._kept.cache if self._kept else None
-        engine = load_engine(self._store, model.name, entry.pack, self._provider, self._threads, cache)
-        log.info("%s@%s: pack %s answers from now on (pointer %d)", model.name, model.alias, entry.pack, entry.number)
-        return engine
+        return load_engine(self._store, model.name, pack, self._provider, self._threads, cache)
 
     def _failed(self, model: ServedModel, number: int | None, error: ModelpressError) -> None:
         before = model.failure
+        model.failed_loads += 1
         attempts = before.attempts + 1 if before and before.number == number else 1
         wait = min(MAX_RETRY_SECONDS, self._retry_seconds * 2.0 ** min(attempts - 1, 20))
         what = "the pointer can't be read" if number is None else f"pointer {number} can't be loaded"
-        reason = f"{what}: {_public_reason(error)}"
+        reason = f"{what}: {public_reason(error)}"
         model.failure = Failure(number, reason, attempts, time.monotonic() + wait)
         if before is None or before.reason != reason:
             kept = f"pack {model.loaded.engine.pack[:12]} goes on answering" if model.loaded else "nothing answers"
             log.error("%s@%s: %s; %s\n  %s", model.name, model.alias, what, kept, error)
-
-
-def _check_newer(model: ServedModel, entry: Pointer) -> None:
-    """A log only grows: one that was cut or overwritten must not swap packs.
-
-    Raises:
-        LogCutError: the entry is older than the one that was loaded, or another one of its number.
-    """
-    newest = model.newest
-    if newest and (entry.number < newest.number or (entry.number == newest.number and entry.digest != newest.digest)):
-        raise LogCutError(
-            f"following the log of {model.name}@{model.alias}",
-            found=f"entry {entry.number} (sha256 {entry.digest}) as the newest",
-            expected=f"entry {newest.number} (sha256 {newest.digest}), which was loaded, or a later one",
-            fix="restore the entry, or append a new one (modelpress promote, modelpress rollback); unloading and "
-            "loading the model, or a restart, takes the log as it is (with a trust file: `modelpress trust forget`)",
-        )
-
-
-def _waits(failure: Failure | None, number: int) -> bool:
-    return failure is not None and failure.number == number and time.monotonic() < failure.retry_at
-
-
-def _public_reason(error: ModelpressError) -> str:
-    """What a client may read: the errors' own texts name folders and endpoints."""
-    for kind, text in _PUBLIC_REASONS:
-        if isinstance(error, kind):
-            return text
-    return "the model does not run here"
-
-
-def _index_row(model: ServedModel) -> dict[str, Any]:
-    loaded, failure = model.loaded, model.failure
-    row: dict[str, Any] = {
-        "name": model.name,
-        "state": "READY" if loaded and not loaded.engine.broken else "UNAVAILABLE",
-    }
-    if loaded:
-        row["version"] = loaded.engine.pack
-    broken = BROKEN if loaded and loaded.engine.broken else ""
-    reason = failure.reason if failure else broken or ("unloaded by request" if model.unloaded else "")
-    return row | ({"reason": reason} if reason else {})

@@ -7,6 +7,7 @@ torch nor numpy, so that a deployment's form can be built where neither is insta
 from __future__ import annotations
 
 from modelpress.config.base import Alias, Bytes, Config, PackName
+from modelpress.config.canary import CanaryConfig, CanaryStep
 from modelpress.config.distill import DistillConfig
 from modelpress.config.gpu import GpuConfig
 from modelpress.config.housekeeping import RetentionConfig
@@ -21,6 +22,7 @@ from modelpress.config.recipes import (
     PlanRecipe,
     QuantizeRecipe,
     load_blockwise_recipe,
+    load_canary,
     load_config,
     load_plan_recipe,
     load_quantize_recipe,
@@ -33,6 +35,8 @@ __all__ = [
     "Alias",
     "BlockwiseRecipe",
     "Bytes",
+    "CanaryConfig",
+    "CanaryStep",
     "CompressConfig",
     "Config",
     "DistillConfig",
@@ -54,6 +58,7 @@ __all__ = [
     "UploadConfig",
     "WorkloadConfig",
     "load_blockwise_recipe",
+    "load_canary",
     "load_config",
     "load_plan_recipe",
     "load_quantize_recipe",

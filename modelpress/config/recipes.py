@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from modelpress.config.base import Bytes, Config, PackName
+from modelpress.config.canary import CanaryConfig
 from modelpress.config.distill import DistillConfig
 from modelpress.config.gpu import GpuConfig
 from modelpress.config.judge import EvaluateConfig, GateConfig
@@ -147,6 +148,15 @@ def load_blockwise_recipe(path: str | Path) -> BlockwiseRecipe:
         ConfigError: see `load_config`.
     """
     return _checked(BlockwiseRecipe, _read_yaml(path), str(path))
+
+
+def load_canary(path: str | Path) -> CanaryConfig:
+    """Read a `CanaryConfig` from a YAML file.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    return _checked(CanaryConfig, _read_yaml(path), str(path))
 
 
 def _read_yaml(path: str | Path) -> Any:

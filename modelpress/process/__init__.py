@@ -4,7 +4,7 @@ A pack that has it holds `processing.json` (`spec`) and the files that this name
 Nothing of it is code, and nothing is unpickled: what a description may say is what `spec` knows. `pipeline` does it.
 """
 
-from modelpress.process.pipeline import Feature, Pipeline
+from modelpress.process.pipeline import Pipeline
 from modelpress.process.spec import (
     PROCESSING_FILE,
     ImageInput,
@@ -15,6 +15,7 @@ from modelpress.process.spec import (
     TextInput,
     TopK,
 )
+from modelpress.process.steps import Feature
 
 __all__ = [
     "PROCESSING_FILE",

@@ -122,7 +122,8 @@ def check_names(
 def _mean(given: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     """(batch, length, width) to (batch, width) float32, over the tokens of the mask, (batch, length)."""
     if mask is None:
-        return given.mean(axis=1)
+        plain: np.ndarray = given.mean(axis=1)
+        return plain
     weights = mask.astype(np.float32)[..., None]
     mean: np.ndarray = (given * weights).sum(axis=1) / np.maximum(weights.sum(axis=1), np.float32(1))
     return mean

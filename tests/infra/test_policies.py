@@ -16,6 +16,7 @@ import pytest
 from botocore.config import Config
 
 from modelpress import keys, load, pointer
+from modelpress.canary import tally
 from modelpress.cipher import LocalKey, secrets
 from modelpress.config import RetentionConfig
 from modelpress.errors import AccessDeniedError
@@ -114,7 +115,7 @@ def test_a_policy_that_stood_there_stays_and_ours_is_replaced(place: Place) -> N
     before = place.policy()
     assert [statement["Sid"] for statement in before].count("Theirs") == 1
     assert place.apply().returncode == 0
-    assert len(place.policy()) == len(before) == 1 + 4 + 2 + 5
+    assert len(place.policy()) == len(before) == 1 + 4 + 3 + 5
 
 
 def test_a_publisher_publishes_large_objects_too_and_deletes_nothing(place: Place, pack: Pack, tmp_path: Path) -> None:
@@ -136,14 +137,17 @@ def test_a_publisher_publishes_large_objects_too_and_deletes_nothing(place: Plac
         publisher.get("work/secret")
 
 
-def test_a_server_reads_packs_and_nothing_else(place: Place, pack: Pack) -> None:
+def test_a_server_reads_packs_and_writes_what_it_counts_and_nothing_else(place: Place, pack: Pack) -> None:
     server = place.open("server")
     digest = load.resolve(server, "demo", "champion")
     assert digest == load.resolve(server, "demo", pack.digest[:16]) == pack.digest
     assert_same(load.load_checkpoint(server, "demo", digest)[1], pack.checkpoint)
     assert load.verify(server, "demo", "champion").pack == pack.digest
+    tally.write(server, "demo", tally.new("1" * 32, "2" * 32, "loading", []))
+    assert tally.read(place.open("publisher"), "demo", "1" * 32).servers == 1
     blob = keys.blob(pack.manifest.shards[0].sha256)
     refused: list[Callable[[], object]] = [
+        lambda: server.get(keys.tally("demo", "1" * 32, "2" * 32)),
         lambda: server.put(keys.blob("2" * 64), b"x"),
         lambda: server.put(blob, b"overwritten"),
         lambda: server.put(keys.manifest("demo", "3" * 64), b"{}", if_absent=True),

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from modelpress import __version__, graph
 from serving.app import create_app
+from serving.infer import Limits
 from serving.protocol import decode_response, encode_request
 from serving.repository import Repository
 from tests.serving.conftest import CLASSES, WIDTH, lookup_model, scale_model
@@ -36,7 +37,8 @@ def anyio_backend() -> str:
 async def client_of(
     repository: Repository, poll_seconds: float = 0.0, workers: int = 2, max_queue: int = 64
 ) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(repository, poll_seconds=poll_seconds, workers=workers, max_body_bytes=CAP, max_queue=max_queue)
+    limits = Limits(queue=max_queue, body_bytes=CAP)
+    app = create_app(repository, poll_seconds=poll_seconds, workers=workers, limits=limits)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
@@ -69,7 +71,7 @@ async def test_the_server_names_itself_and_is_well(client: httpx.AsyncClient) ->
     assert (await client.get("/v2")).json() == {
         "name": "modelpress",
         "version": __version__,
-        "extensions": ["model_repository"],
+        "extensions": ["model_repository", "binary_tensor_data"],
     }
     assert (await client.get("/v2/health/live")).json() == {"live": True}
     assert (await client.get("/v2/health/ready")).json() == {"ready": True}
@@ -149,11 +151,6 @@ async def test_values_that_the_model_refuses_are_the_client_s_fault(client: http
     check_error(await client.post("/v2/models/lookup/infer", content=encode_request(inputs)), 400, "length 1")
 
 
-async def test_binary_data_is_refused_and_says_so(client: httpx.AsyncClient) -> None:
-    answer = await client.post(INFER, content=b"{}", headers={"Inference-Header-Content-Length": "2"})
-    check_error(answer, 400, "extension is not served")
-
-
 async def test_a_body_without_a_length_is_capped_too(client: httpx.AsyncClient) -> None:
     async def endless() -> AsyncIterator[bytes]:
         sent = 0
@@ -182,7 +179,7 @@ async def test_an_unforeseen_error_shows_nothing(client: httpx.AsyncClient, monk
     def broken(*_: object) -> None:
         raise ZeroDivisionError("in /secret/place.py")
 
-    monkeypatch.setattr("serving.app.decode_request", broken)
+    monkeypatch.setattr("serving.infer.decode_request", broken)
     check_error(await client.post(INFER, content=encode_request(ones())), 500, "internal error")
 
 
@@ -238,7 +235,7 @@ async def test_a_request_too_many_is_refused_unread(press: Call, repository: Cal
                 while entered[0] < 2:
                     await asyncio.sleep(0.01)
             refused = await client.post(INFER, content=never())
-            check_error(refused, 503, "a later try")
+            check_error(refused, 429, "a later try")
             assert refused.headers["Retry-After"] == "1"
             assert read == []
             go_on.set()
@@ -250,7 +247,7 @@ async def test_a_body_that_does_not_come_gives_up_its_place(
     press: Call, repository: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     press(scale_model(2.0))
-    monkeypatch.setattr("serving.app.BODY_SECONDS", 0.05)
+    monkeypatch.setattr("serving.infer.BODY_SECONDS", 0.05)
 
     async def endless() -> AsyncIterator[bytes]:
         while True:

@@ -18,7 +18,7 @@ from modelpress.store import Store, open_store
 from serving import nudge as doors
 from serving.app import create_app
 from serving.nudge import Nudges, ReplayedNudgeError
-from serving.protocol import NotServedError
+from serving.refusals import NotServedError
 from serving.repository import Repository
 from tests.serving.conftest import Server, scale_model
 from tests.serving.test_app import check_error
@@ -55,7 +55,7 @@ def nudges(models: Repository) -> Iterator[Nudges]:
 
 @pytest.fixture
 async def client(models: Repository, nudges: Nudges) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(models, poll_seconds=0.0, workers=1, more=[nudges.route()])
+    app = create_app(models, poll_seconds=0.0, workers=1, routes=[nudges.route()])
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://t") as made:
         yield made

@@ -18,25 +18,30 @@ from serving.protocol import (
     InferRequest,
     RequestError,
     TensorSpec,
+    TooLargeError,
     datatype_of,
     decode_request,
     decode_response,
+    encode_mixed,
     encode_request,
     encode_response,
 )
+from serving.raw import as_strings, to_raw
 
 X = TensorSpec("x", "FP32", ("batch", 2))
 Y = TensorSpec("y", "FP32", ("batch",))
 
 
-def finite(dtype: np.dtype[Any]) -> st.SearchStrategy[Any]:
+def elements(dtype: np.dtype[Any]) -> st.SearchStrategy[Any]:
+    if dtype.kind == "O":
+        return st.text(max_size=8).map(str.encode)
     options = {"allow_nan": False, "allow_infinity": False} if dtype.kind == "f" else {}
     return hnp.from_dtype(dtype, **options)
 
 
 arrays = st.sampled_from(sorted(DATATYPES)).flatmap(
     lambda name: hnp.arrays(
-        DATATYPES[name], hnp.array_shapes(min_dims=0, max_dims=4, max_side=4), elements=finite(DATATYPES[name])
+        DATATYPES[name], hnp.array_shapes(min_dims=0, max_dims=4, max_side=4), elements=elements(DATATYPES[name])
     )
 )
 
@@ -50,7 +55,7 @@ def decode(document: Any, inputs: list[TensorSpec] | None = None) -> InferReques
 
 
 def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+    return one.dtype == other.dtype and one.shape == other.shape and to_raw(one) == to_raw(other)
 
 
 @given(arrays)
@@ -71,7 +76,8 @@ def test_every_datatype_returns_bit_for_bit(array: np.ndarray) -> None:
 @given(arrays)
 def test_nested_data_is_the_same_as_flat(array: np.ndarray) -> None:
     spec = TensorSpec("x", datatype_of(array.dtype), tuple(array.shape))
-    nested = array.tolist() if array.ndim else [array.tolist()]
+    texts = np.vectorize(bytes.decode, otypes=[object])(array) if array.dtype.kind == "O" else array
+    nested = texts.tolist() if array.ndim else [texts.tolist()]
     body = {"name": "x", "shape": list(array.shape), "datatype": spec.datatype, "data": nested}
     assert same_bits(decode({"inputs": [body]}, [spec]).inputs["x"], array)
 
@@ -105,7 +111,9 @@ def test_nested_data_is_the_same_as_flat(array: np.ndarray) -> None:
         ({"data": [[1, 2, 3, 4]]}, "nested as [2, 2]"),
         ({"data": [[1, 2], 3, 4]}, "nested as [2, 2]"),
         ({"data": [[[1], [2]], [[3], [4]]]}, "numbers"),
-        ({"parameters": {"binary_data_size": 16}}, "extension is not served"),
+        ({"parameters": {"binary_data_size": 16}}, "one of them"),
+        ({"parameters": {"classification": 3}}, "an extension that is not served"),
+        ({"parameters": {"shared_memory_region": "x"}}, "an extension that is not served"),
         ({"parameters": 3}, "an object"),
     ],
 )
@@ -192,7 +200,7 @@ def test_a_claimed_shape_allocates_nothing() -> None:
     body = json.dumps({"inputs": [tensor(datatype="FP64", shape=[2**40, 2**62], data=[1.0])]}).encode()
     tracemalloc.start()
     with pytest.raises(RequestError, match="1 elements"):
-        decode_request(body, [wide], [Y])
+        decode_request(body, [wide], [Y], max_tensor_bytes=2**200)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100_000
@@ -230,6 +238,131 @@ def test_what_json_cannot_say_is_refused(value: float) -> None:
         encode_response("m", "v", None, {"y": np.array([0, value], np.float32)})
 
 
-def test_strings_are_refused_by_name() -> None:
-    with pytest.raises(ServingError, match="object"):
-        datatype_of(np.dtype(object))
+def test_what_the_protocol_has_no_name_for_is_refused() -> None:
+    with pytest.raises(ServingError, match="complex64"):
+        datatype_of(np.dtype(np.complex64))
+
+
+def test_a_tensor_over_the_cap_is_refused_before_it_is_made() -> None:
+    body = json.dumps({"inputs": [tensor(shape=[3, 2], data=[1] * 6)]}).encode()
+    with pytest.raises(TooLargeError, match="24 bytes"):
+        decode_request(body, [X], [Y], max_tensor_bytes=23)
+    assert decode_request(body, [X], [Y], max_tensor_bytes=24).inputs["x"].nbytes == 24
+
+
+def binary(array: np.ndarray, **changes: Any) -> tuple[bytes, int]:
+    """A request whose one input lies behind its JSON, and the length of the JSON."""
+    data = to_raw(array)
+    size = {"binary_data_size": len(data)}
+    one = {"name": "x", "shape": list(array.shape), "datatype": datatype_of(array.dtype), "parameters": size} | changes
+    header = json.dumps({"inputs": [one]}).encode()
+    return header + data, len(header)
+
+
+@given(arrays)
+def test_every_datatype_returns_bit_for_bit_as_binary_data(array: np.ndarray) -> None:
+    spec = TensorSpec("x", datatype_of(array.dtype), (None,) * array.ndim)
+    body, header_bytes = binary(array)
+    assert same_bits(decode_request(body, [spec], [Y], header_bytes).inputs["x"], array)
+    answer, header_bytes = encode_mixed("m", "v", None, {"x": array}, {"x"})
+    assert header_bytes is not None
+    assert json.loads(answer[:header_bytes])["outputs"][0]["parameters"] == {"binary_data_size": len(to_raw(array))}
+    assert same_bits(decode_response(answer, header_bytes)["x"], array)
+
+
+def test_json_and_binary_tensors_go_together() -> None:
+    two = [TensorSpec("a", "FP32", (2,)), TensorSpec("b", "INT64", (1,)), TensorSpec("c", "FP16", (3,))]
+    a, c = np.array([1, np.nan], np.float32), np.array([1, 2, 3], np.float16)
+    header = json.dumps(
+        {
+            "inputs": [
+                {"name": "c", "shape": [3], "datatype": "FP16", "parameters": {"binary_data_size": 6}},
+                {"name": "b", "shape": [1], "datatype": "INT64", "data": [7]},
+                {"name": "a", "shape": [2], "datatype": "FP32", "parameters": {"binary_data_size": 8}},
+            ]
+        }
+    ).encode()
+    found = decode_request(header + c.tobytes() + a.tobytes(), two, [Y], len(header)).inputs
+    assert (found["a"].tobytes(), found["b"].tolist(), found["c"].tobytes()) == (a.tobytes(), [7], c.tobytes())
+    assert all(array.flags.aligned for array in found.values())
+    answer, length = encode_mixed("m", "v", None, {"a": a, "c": c}, {"a"})
+    assert length is not None
+    back = decode_response(answer, length)
+    assert same_bits(back["a"], a)
+    assert same_bits(back["c"], c)
+
+
+@pytest.mark.parametrize(
+    ("asked", "binary"),
+    [
+        ({}, set()),
+        ({"parameters": {"binary_data_output": True}}, {"y", "z"}),
+        ({"outputs": [{"name": "z", "parameters": {"binary_data": True}}, {"name": "y"}]}, {"z"}),
+        (
+            {
+                "parameters": {"binary_data_output": True},
+                "outputs": [{"name": "y", "parameters": {"binary_data": False}}, {"name": "z"}],
+            },
+            {"z"},
+        ),
+    ],
+)
+def test_which_outputs_are_asked_for_as_binary_data(asked: dict[str, Any], binary: set[str]) -> None:
+    both = [Y, TensorSpec("z", "FP32", ("batch",))]
+    found = decode_request(json.dumps({"inputs": [tensor()]} | asked).encode(), [X], both)
+    assert found.binary == binary
+
+
+ONE = np.ones((1, 2), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("body", "header_bytes", "said"),
+    [
+        (binary(ONE)[0], None, "JSON object"),
+        (binary(ONE)[0][: binary(ONE)[1]], None, "the bytes behind the JSON"),
+        (binary(ONE)[0], 10**9, "length of its JSON"),
+        (binary(ONE)[0], binary(ONE)[1] + 1, "JSON object"),
+        (binary(ONE)[0] + b"x", binary(ONE)[1], "1 bytes behind"),
+        (binary(ONE)[0][:-1], binary(ONE)[1], "bytes left"),
+        (*binary(ONE, parameters={"binary_data_size": 4}), "8 for FP32"),
+        (*binary(ONE, parameters={"binary_data_size": -1}), "a number of bytes"),
+        (*binary(ONE, parameters={"binary_data_size": True}), "a number of bytes"),
+        (*binary(ONE, parameters={"binary_data_size": 2**63}), "bytes left"),
+        (*binary(ONE, data=[1, 2]), "one of them"),
+        (*binary(ONE, shape=[2, 2]), "16 for FP32"),
+    ],
+    ids=str,
+)
+def test_binary_data_that_does_not_fit_is_named(body: bytes, header_bytes: int | None, said: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        decode_request(body, [X], [Y], header_bytes)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [3, "1", -1, True, 1.5])
+def test_a_timeout_is_a_number_of_microseconds(value: Any) -> None:
+    body = {"inputs": [tensor()], "parameters": {"timeout": value}}
+    if value == 3 and value is not True:
+        assert decode(body).timeout_seconds == pytest.approx(3e-6)
+    else:
+        with pytest.raises(RequestError, match="microseconds"):
+            decode(body)
+
+
+def test_bytes_that_are_no_text_ask_for_binary_data() -> None:
+    with pytest.raises(RequestError, match="as binary"):
+        encode_response("m", "v", None, {"y": as_strings([b"\xff"])})
+
+
+@given(st.binary(max_size=120), st.integers(-2, 130))
+@settings(max_examples=200)
+def test_any_bytes_behind_a_header_are_decoded_or_refused(data: bytes, size: int) -> None:
+    spec = TensorSpec("x", "BYTES", (None,))
+    one = {"name": "x", "shape": [2], "datatype": "BYTES", "parameters": {"binary_data_size": size}}
+    header = json.dumps({"inputs": [one]}).encode()
+    try:
+        found = decode_request(header + data, [spec], [Y], len(header)).inputs["x"]
+    except RequestError:
+        return
+    assert to_raw(found) == data
