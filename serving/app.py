@@ -27,6 +27,7 @@ from modelpress.store.threads import DaemonPool
 from serving import openapi
 from serving.engine import Engine
 from serving.infer import GoneError, InferDoor, Inference, Limits, read_body, target
+from serving.processed import SUFFIX, ProcessedEngine, ProcessedModel
 from serving.refusals import NotReadyError, RequestError, told
 from serving.repository import Loaded, Repository, ServedModel
 
@@ -187,8 +188,8 @@ class _Doors:
         await _in_thread(self._loading, lambda: self._repository.unload(name))
         return _json({})
 
-    def _model(self, request: Request) -> ServedModel:
-        return self._repository.model(request.path_params["name"])
+    def _model(self, request: Request) -> ServedModel | ProcessedModel:
+        return self._repository.asked(request.path_params["name"])
 
 
 class _Poller(threading.Thread):
@@ -219,7 +220,7 @@ async def _in_thread(pool: Executor, work: Callable[[], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(pool, work)
 
 
-def _metadata(model: ServedModel, loaded: Loaded) -> dict[str, Any]:
+def _metadata(model: ServedModel | ProcessedModel, loaded: Loaded) -> dict[str, Any]:
     engine, entry, failure = loaded.engine, loaded.pointer, model.failure
     identity: dict[str, Any] = {"pack": engine.pack}
     if entry is None:
@@ -229,6 +230,7 @@ def _metadata(model: ServedModel, loaded: Loaded) -> dict[str, Any]:
         identity |= since | ({"decision": _verdict(entry.decision)} if entry.decision else {})
     identity |= {"provider": engine.provider, "batching": engine.rows.to_json(), "lineage": engine.lineage}
     identity |= _tested(engine) | _store_state(model.lost)
+    identity |= {"processed": f"{model.name}{SUFFIX}"} if engine.front else {}
     return {
         "name": model.name,
         "versions": model.versions(),
@@ -244,7 +246,7 @@ def _store_state(lost: datetime | None) -> dict[str, Any]:
     return {} if lost is None else {"store": f"unreachable since {lost.isoformat(timespec='seconds')}"}
 
 
-def _tested(engine: Engine) -> dict[str, Any]:
+def _tested(engine: Engine | ProcessedEngine) -> dict[str, Any]:
     """How the pack answered its golden samples."""
     tested = engine.tested
     if tested is None:

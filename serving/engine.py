@@ -18,6 +18,7 @@ from modelpress.cache import BlobCache, open_cache
 from modelpress.errors import CorruptionError, SelfTestError, ServingError
 from modelpress.golden import GOLDEN_FILE, Golden, Outcome
 from modelpress.store import Store
+from serving.processed import Front
 from serving.refusals import NotReadyError, RequestError
 from serving.rows import UNTRIED, examine
 from serving.tensors import DATATYPES, TensorSpec
@@ -65,6 +66,8 @@ class Engine:
         """It does not even answer what it answered at its warm-up: it must be loaded again."""
         self.tested: Outcome | None = None
         """How it answered its golden samples; None where its pack has none."""
+        self.front: Front | None = None
+        """The processing that its pack brings, for who sends texts or images; None where it brings none."""
         self.lineage = dict(lineage or {})
         """Where the manifest says that it comes from."""
         self.rows = UNTRIED
@@ -212,6 +215,7 @@ def load_engine(
         engine = Engine(pack, graph.session(checkpoint, provider, threads, TUNING), manifest.lineage)
     except UnicodeDecodeError as error:
         raise CorruptionError(f"reading the signature of pack {pack}", found=str(error), expected="UTF-8") from error
+    engine.front = Front.of_files(checkpoint.files, engine.inputs, engine.outputs)
     if GOLDEN_FILE in checkpoint.files:
         engine.self_test(golden.read(checkpoint.files[GOLDEN_FILE]))
     engine.warm_up()

@@ -147,7 +147,7 @@ class Inference:
             RequestError: it can't be answered, and why.
         """
         # One look at what is loaded: the whole answer comes from one pack, whatever is swapped meanwhile.
-        loaded = self.repository.model(name).answering(version)
+        loaded = self.repository.asked(name).answering(version)
         engine = loaded.engine
         asked = await self.coded(size, lambda: decode(engine.inputs, engine.outputs))
         limits = [seconds for seconds in (timeout, asked.timeout_seconds) if seconds is not None]
@@ -188,7 +188,7 @@ class InferDoor:
         self, scope: Scope, receive: Receive, name: str, version: str | None
     ) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
         inference, received = self._inference, asyncio.get_running_loop().time()
-        inference.repository.model(name)
+        inference.repository.asked(name)
         asks = _Asks.read(scope["headers"])
         with inference.places.one(scope.get(TENANT, ANONYMOUS)):
             body = await _body_in_time(receive, asks.body_bytes, inference.limits.body_bytes)

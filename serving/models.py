@@ -27,6 +27,7 @@ from modelpress.errors import (
 )
 from modelpress.pointer import Pointer
 from serving.engine import Engine
+from serving.processed import SUFFIX, ProcessedEngine
 from serving.refusals import NotReadyError, NotServedError
 
 BROKEN = "its execution provider failed; it is loaded again at the next poll"
@@ -51,7 +52,7 @@ PUBLIC_REASONS: list[tuple[type[ModelpressError], str]] = [
 class Loaded:
     """A pack that answers, and the pointer entry that says so. One object, so that both change at once."""
 
-    engine: Engine
+    engine: Engine | ProcessedEngine
     pointer: Pointer | None
     """The entry; None for a pack that is held beside what the pointer names."""
     trust: str | None = None
@@ -178,3 +179,11 @@ def held_rows(model: ServedModel) -> list[dict[str, Any]]:
     others = [one.engine for pack, one in model.held.items() if pack != answering]
     states = {False: "READY", True: "UNAVAILABLE"}
     return [{"name": model.name, "state": states[one.broken], "version": one.pack, "held": True} for one in others]
+
+
+def processed_rows(model: ServedModel) -> list[dict[str, Any]]:
+    """A row for the model behind its processing, where the pack that answers brings one."""
+    loaded = model.loaded
+    if loaded is None or loaded.engine.front is None:
+        return []
+    return [index_row(model) | {"name": f"{model.name}{SUFFIX}"}]

@@ -98,6 +98,7 @@ SCHEMAS: dict[str, Schema] = {
                 {
                     "pack": TEXT | {"description": "sha256 of the manifest of the pack that answers."},
                     "provider": TEXT,
+                    "processed": TEXT | {"description": "Name of the model that takes texts or images."},
                     "golden": YES_NO | {"description": "Whether it was tested on golden samples of its own."},
                     "golden_difference": {"type": "number", "minimum": 0},
                     "golden_tolerance": {"type": "number", "minimum": 0},

@@ -29,9 +29,11 @@ from serving.models import (
     check_newer,
     held_rows,
     index_row,
+    processed_rows,
     public_reason,
     waits,
 )
+from serving.processed import SUFFIX, ProcessedModel
 from serving.refusals import NotServedError
 
 log = logging.getLogger("modelpress.serving")
@@ -136,6 +138,16 @@ class Repository:
             raise NotServedError("model", found=name[:80], expected=f"one of {sorted(self._models)}")
         return found
 
+    def asked(self, name: str) -> ServedModel | ProcessedModel:
+        """The model of this name, or the one behind its processing, as a request for an answer names it.
+
+        Raises:
+            NotServedError: none.
+        """
+        if name.endswith(SUFFIX):
+            return ProcessedModel(self.model(name.removesuffix(SUFFIX)))
+        return self.model(name)
+
     def load(self, name: str) -> None:
         """Look at the pointer now, load what it names, and take a model in again that was taken out.
 
@@ -237,8 +249,10 @@ class Repository:
         )
 
     def index(self) -> list[dict[str, Any]]:
-        """One row per model: name, version, state and, where something is wrong, the reason; and one per pack held."""
-        return [row for model in self.models() for row in (index_row(model), *held_rows(model))]
+        """One row per model: name, version, state and, where something is wrong, the reason; and one per pack held.
+
+        And one for each model that can be asked with texts or images."""
+        return [row for model in self.models() for row in (index_row(model), *held_rows(model), *processed_rows(model))]
 
     def _discover(self) -> None:
         if not self._discovers:

@@ -207,7 +207,19 @@ def _with_files(context: RunContext, coded: ArtifactRef, provenance: Provenance,
         scores.SCORES_FILE: scores.dump_scored(vectors),
         **(_golden(context, provenance.graph, samples) if samples else {}),
     }
-    return replace(found, files=files)
+    return replace(found, files=files | _processing(context, files))
+
+
+def _processing(context: RunContext, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The workload's description of what stands before and behind the graph, if it fits the graph and the files."""
+    from modelpress import graph, process
+    from modelpress.checkpoint import Checkpoint
+
+    spec = open_workload(context.workload, context.mlflow_run).processing()
+    if spec is None:
+        return {}
+    process.Pipeline(spec, files, *process.features_of(graph.parse(Checkpoint("onnx", {}, dict(files)))))
+    return {process.PROCESSING_FILE: spec.to_bytes()}
 
 
 def _golden(context: RunContext, graph: ArtifactRef, samples: int) -> dict[str, bytes]:

@@ -4,7 +4,7 @@ A pack that has it holds `processing.json` (`spec`) and the files that this name
 Nothing of it is code, and nothing is unpickled: what a description may say is what `spec` knows. `pipeline` does it.
 """
 
-from modelpress.process.pipeline import Pipeline
+from modelpress.process.pipeline import Pipeline, features_of
 from modelpress.process.spec import (
     PROCESSING_FILE,
     ImageInput,
@@ -28,4 +28,5 @@ __all__ = [
     "Softmax",
     "TextInput",
     "TopK",
+    "features_of",
 ]

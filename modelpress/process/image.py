@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 import struct
 import zlib
@@ -24,6 +26,8 @@ MAX_IMAGE_SIDE: Final = 2**14
 MAX_ARRAY_BYTES: Final = 2**28
 """Of what a call's images become."""
 FORMATS: Final = ("PNG", "JPEG")
+ENCODED: Final = (b"iVBOR", b"/9j/")
+"""How base64 of a PNG and of a JPEG begins, and no image does: JSON has no other way for bytes."""
 MODES: Final = ("1", "L", "LA", "P", "RGB", "RGBA")
 """Of Pillow: those that become 8 bits of grey or colour and lose nothing but transparency."""
 
@@ -88,6 +92,11 @@ class ImageReader:
 
         if len(data) > MAX_IMAGE_BYTES:
             raise InputError(doing, found=f"{len(data)} bytes", expected=f"at most {MAX_IMAGE_BYTES}")
+        if data.startswith(ENCODED):
+            try:
+                data = base64.b64decode(data, validate=True)
+            except binascii.Error as error:
+                raise InputError(doing, found="base64 that is broken", expected="a whole PNG or JPEG") from error
         refused: tuple[Any, ...] = (Image.DecompressionBombError, Image.DecompressionBombWarning)
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:

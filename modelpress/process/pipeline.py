@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from modelpress.process.image import ImageReader
 from modelpress.process.spec import PROCESSING_FILE, MeanPool, Processing, TextInput, TopK
 from modelpress.process.steps import FLOAT, TEXT, Arrays, Feature
 from modelpress.process.text import TextReader
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, ValueInfoProto
 
 INT = np.dtype(np.int64)
 
@@ -89,6 +93,29 @@ class Pipeline:
             labels = self._labels.get(step.labels) if isinstance(step, TopK) and step.labels is not None else None
             steps.run(arrays, step, mask if isinstance(step, MeanPool) else None, labels)
         return arrays
+
+
+def features_of(model: ModelProto) -> tuple[list[Feature], list[Feature]]:
+    """What an ONNX graph takes and what it gives.
+
+    Raises:
+        WorkloadError: something that is no tensor of numbers.
+    """
+    weights = {one.name for one in model.graph.initializer}
+    inputs = [_feature(one) for one in model.graph.input if one.name not in weights]
+    return inputs, [_feature(one) for one in model.graph.output]
+
+
+def _feature(value: ValueInfoProto) -> Feature:
+    from onnx import TensorProto
+    from onnx.helper import tensor_dtype_to_np_dtype
+
+    kind = value.type.tensor_type.elem_type
+    if kind in (TensorProto.UNDEFINED, TensorProto.STRING):
+        raise WorkloadError(f"setting up {PROCESSING_FILE}", found=f"{value.name!r}", expected="a tensor of numbers")
+    axes = value.type.tensor_type.shape.dim
+    shape = tuple(axis.dim_value if axis.HasField("dim_value") else axis.dim_param or None for axis in axes)
+    return Feature(value.name, np.dtype(tensor_dtype_to_np_dtype(kind)), shape)
 
 
 def _check_inputs(spec: Processing, inputs: Mapping[str, Feature]) -> None:
