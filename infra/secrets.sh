@@ -33,3 +33,14 @@ done
 write prefect_auth "modelpress:$(random 48)"
 write s3_writer "$(credentials)"
 write s3_reader "$(credentials)"
+# The key that clients send, for everything; the server has its digest. More of them: modelpress access create.
+if [ ! -e "$folder/serving_keys" ]; then
+  write serving_key "mpk_$(random 12)_$(random 64)"
+  key=$(cat "$folder/serving_key")
+  digest=$(printf '%s' "$key" | sha256sum | cut -d ' ' -f 1)
+  kept='{"id": "%s", "name": "compose", "scopes": ["infer", "admin", "promote", "metrics"], "sha256": "%s", '
+  kept="$kept"'"created": "%s", "expires": null, "revoked": null}'
+  # shellcheck disable=SC2059  # the format is ours
+  entry=$(printf "$kept" "$(printf '%s' "$key" | cut -d _ -f 2)" "$digest" "$(date -u +%Y-%m-%dT%H:%M:%SZ)")
+  write serving_keys "{\"format_version\": 1, \"keys\": [$entry]}"
+fi

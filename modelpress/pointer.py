@@ -75,7 +75,7 @@ class Pointer(BaseModel):
     created: datetime
     """When, UTC."""
     who: str
-    """User and host that appended it."""
+    """User and host that appended it; before them, who asked, where that is another."""
     token: str
     """Names the attempt: a retry that carries it meets its own earlier entry instead of adding one."""
     signature: EntrySignature | None = None
@@ -123,6 +123,7 @@ def append(
     after: int | None = None,
     token: str | None = None,
     accepted: Store | None = None,
+    by: str | None = None,
 ) -> Pointer:
     """Point `alias` at `pack` by one more entry, and tell the servers that the store's settings name.
 
@@ -138,6 +139,7 @@ def append(
         token: names the attempt over retries, also those of a restarted process; an entry with this token is returned
             as it is. By default each call is an attempt of its own.
         accepted: the same store, held to what counts as the log for this once: to leave entries of a revoked key.
+        by: who asked for it, where that is not who runs this process.
 
     Raises:
         NotFoundError: no manifest of this digest is published under `name`.
@@ -150,7 +152,7 @@ def append(
         check_pack(store, store.trust.policy(), name, pack)
     keys.pointer(name, alias, 1), keys.manifest(name, pack)  # legal names, or nothing is written
     with announced(store, name, pack) as announcement:  # so that retention keeps it
-        made = _append(store, name, alias, pack, reason, decision, after, token, accepted or store, announcement)
+        made = _append(store, name, alias, pack, reason, decision, after, token, accepted or store, announcement, by)
     if store.nudger is not None:
         store.nudger.tell(name, alias)
     return made
@@ -167,6 +169,7 @@ def _append(
     token: str | None,
     accepted: Store,
     announcement: Announcement,
+    by: str | None,
 ) -> Pointer:
     _check_published(store, name, alias, pack)
     if token is not None:
@@ -183,7 +186,7 @@ def _append(
                 expected=f"entry {after} to be the last one, as it was when this was decided",
                 fix="judge again against the champion that stands now",
             )
-        entry = _next(last, name, alias, pack, reason, decision, token).signed(store.signer)
+        entry = _next(last, name, alias, pack, reason, decision, token, by).signed(store.signer)
         while not announcement.holds():  # it lay asleep for days: the pack may have been removed
             announcement.announce()
             _check_published(store, name, alias, pack)
@@ -342,11 +345,13 @@ def rollback(
     *,
     token: str | None = None,
     accepted: Store | None = None,
+    by: str | None = None,
 ) -> Pointer:
     """Point `alias` back by one more entry: at pack `to`, or at the one that stood before the current pack.
 
     Rollbacks in a row go further back, not to and fro: after A, B, C, the first returns to B and the second to A. A
-    retry that carries the `token` of the first attempt meets its entry, and goes no further. `accepted`: see `append`.
+    retry that carries the `token` of the first attempt meets its entry, and goes no further. `accepted`, `by`: see
+    `append`.
 
     Raises:
         NotFoundError: there is nothing to go back to.
@@ -361,7 +366,7 @@ def rollback(
         found = f"only pack {back[0]}" if back else "an alias that was never set"
         raise NotFoundError(f"rolling back {name}@{alias}", found=found, expected="an earlier pack to go back to")
     pack = to or back[-2]
-    return append(store, name, alias, pack, ROLLBACK, after=len(entries), token=token, accepted=accepted)
+    return append(store, name, alias, pack, ROLLBACK, after=len(entries), token=token, accepted=accepted, by=by)
 
 
 def standing(entries: list[Pointer]) -> list[str]:
@@ -386,6 +391,7 @@ def _next(
     reason: str,
     decision: dict[str, Any] | None,
     token: str | None,
+    by: str | None,
 ) -> Pointer:
     return Pointer(
         name=name,
@@ -396,7 +402,7 @@ def _next(
         reason=reason,
         decision=decision,
         created=datetime.now(UTC),
-        who=who(),
+        who=f"{by} by {who()}" if by else who(),
         token=token or uuid.uuid4().hex,
     )
 

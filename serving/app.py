@@ -25,9 +25,10 @@ from modelpress import __version__
 from modelpress.errors import ModelpressError
 from modelpress.store.threads import DaemonPool
 from serving import openapi
+from serving.canary import Canaries
 from serving.engine import Engine
 from serving.infer import GoneError, InferDoor, Inference, Limits, read_body, target
-from serving.processed import SUFFIX, ProcessedEngine, ProcessedModel
+from serving.processed import SUFFIX, Processed, ProcessedEngine, ProcessedModel
 from serving.refusals import NotReadyError, RequestError, told
 from serving.repository import Loaded, Repository, ServedModel
 
@@ -72,6 +73,7 @@ def create_app(
     poll_seconds: float,
     workers: int,
     limits: Limits | None = None,
+    canaries: Canaries | None = None,
     routes: Sequence[BaseRoute] = (),
 ) -> App:
     """The application over a started repository.
@@ -81,20 +83,25 @@ def create_app(
         poll_seconds: how often the pointers are read; 0 never reads them.
         workers: inferences at a time.
         limits: of requests for inference; None takes the defaults.
+        canaries: of the models; None has none.
         routes: further ones, of other parts.
     """
     poller = _Poller(repository, poll_seconds)
-    inference = Inference(repository, workers, limits or Limits())
+    inference = Inference(repository, workers, limits or Limits(), canaries)
     door = InferDoor(inference)
-    doors = _Doors(repository, poller)
+    doors = _Doors(repository, poller, canaries)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         poller.start()
+        if canaries is not None:
+            canaries.start()
         try:
             yield
         finally:
             poller.stop()
+            if canaries is not None:
+                await asyncio.to_thread(canaries.stop)
             doors.close()
             inference.close()
 
@@ -113,8 +120,8 @@ def create_app(
 class _Doors:
     """The endpoints, but inference."""
 
-    def __init__(self, repository: Repository, poller: _Poller) -> None:
-        self._repository, self._poller = repository, poller
+    def __init__(self, repository: Repository, poller: _Poller, canaries: Canaries | None) -> None:
+        self._repository, self._poller, self._canaries = repository, poller, canaries
         # Loading takes seconds and must not hold the threads that answer; nor the end of the process.
         self._loading = DaemonPool(1, "load")
 
@@ -163,7 +170,10 @@ class _Doors:
 
     async def metadata(self, request: Request) -> Response:
         model = self._model(request)
-        return _json(_metadata(model, model.answering(request.path_params.get("version"))))
+        document = _metadata(model, model.answering(request.path_params.get("version")))
+        if self._canaries is not None and (canary := self._canaries.shown(model.name)) is not None:
+            document["parameters"]["canary"] = canary
+        return _json(document)
 
     async def index(self, request: Request) -> Response:
         announced = request.headers.get("content-length", "")
@@ -220,7 +230,7 @@ async def _in_thread(pool: Executor, work: Callable[[], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(pool, work)
 
 
-def _metadata(model: ServedModel | ProcessedModel, loaded: Loaded) -> dict[str, Any]:
+def _metadata(model: ServedModel | ProcessedModel, loaded: Loaded | Processed) -> dict[str, Any]:
     engine, entry, failure = loaded.engine, loaded.pointer, model.failure
     identity: dict[str, Any] = {"pack": engine.pack}
     if entry is None:

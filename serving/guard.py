@@ -1,62 +1,134 @@
-"""Who may ask: a bearer token that every request must bring, but those for health."""
+"""Before the application: who asks, whether they may, what is written down of it, and how long it took."""
 
 from __future__ import annotations
 
-import hmac
-from pathlib import Path
+import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import orjson
 from starlette.responses import Response
 
-from modelpress.errors import ConfigError
-from modelpress.nudge import PATH
+from modelpress.access import Principal
+from serving.infer import TENANT
+from serving.keyring import CHALLENGE, NOBODY, ForbiddenError, Keyring, UnauthenticatedError
+from serving.refusals import RequestError, one_line
+from serving.scopes import Door, Doors
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.applications import Starlette
+    from starlette.types import Message, Receive, Scope, Send
 
-OPEN = ("/v2/health/live", "/v2/health/ready", PATH)
-"""Nudges bring a signature of their own."""
-LEAST_CHARACTERS = 16
+    from serving.audit import Audit
+    from serving.metrics import Metrics
+    from serving.tracing import Traces
 
-
-def read_token(path: Path) -> str:
-    """The token in a file, without the white space around it.
-
-    Raises:
-        ConfigError: the file can't be read, others can read it, or it holds no token.
-    """
-    doing = f"reading the token that requests must bring, MODELPRESS_SERVING_TOKEN_FILE={path}"
-    try:
-        if path.stat().st_mode & 0o007:
-            raise ConfigError(doing, found="everybody can read it", fix=f"chmod o-rwx {path}")
-        token = path.read_bytes().decode("ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(doing, found=type(error).__name__, expected="a file of ASCII text") from error
-    if len(token) < LEAST_CHARACTERS or any(character.isspace() for character in token):
-        found = f"{len(token)} characters" if len(token) < LEAST_CHARACTERS else "white space in it"
-        raise ConfigError(
-            doing, found=found, expected=f"at least {LEAST_CHARACTERS} in one piece", fix="openssl rand -hex 24"
-        )
-    return token
+PRINCIPAL, AUDITED = "modelpress.principal", "modelpress.audited"
+"""Where the ASGI scope has who asks, and what a door adds to its line in the audit (a dictionary)."""
+CLOSED_BY_CLIENT = 499
+NOT_READ = {"Connection": "close"}
+"""A request that is refused is not read, so nothing can come behind it."""
+_NO_SPAN = nullcontext()
 
 
 class Guard:
-    """Answers 401 to a request without the token, before anything of it is read; as ASGI around the application."""
+    """The application with a door-keeper, as ASGI. Refusals come before anything of a request is read.
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self._app, self._expected = app, f"Bearer {token}".encode("ascii")
+    Args:
+        app: the application; each of its routes must be in `serving.scopes.NEEDS`.
+        keyring: who counts.
+        audit: what is written down, and where.
+        metrics: what is counted.
+        traces: where spans go; None: nowhere.
+    """
+
+    def __init__(
+        self, app: Starlette, keyring: Keyring, audit: Audit, metrics: Metrics, traces: Traces | None = None
+    ) -> None:
+        self._app, self._keyring = app, keyring
+        self._audit, self._metrics, self._traces = audit, metrics, traces
+        self._doors = Doors(app.routes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
-        if scope["type"] != "http" or scope["path"] in OPEN or self._may(scope):
-            await self._app(scope, receive, send)
-            return
-        text = "this server asks for a token: send the header `Authorization: Bearer TOKEN`"
-        headers = {"WWW-Authenticate": 'Bearer realm="modelpress"', "Connection": "close"}
-        answer = Response(orjson.dumps({"error": text}), 401, headers, media_type="application/json")
-        await answer(scope, receive, send)
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self._app(scope, receive, send)
+            return  # nothing else is spoken here
+        door, visit = self._doors.find(scope["path"]), Visit(send)
+        self._metrics.began(door.path)
+        try:
+            with self._span(scope, door, visit):
+                if (principal := await self._admitted(scope, receive, visit.send, door)) is not None:
+                    await self._let_in(scope, receive, visit, door, principal)
+        finally:
+            seconds = time.perf_counter() - visit.began
+            self._metrics.answered(door.path, door.parameters.get("name"), visit.status, seconds)
 
-    def _may(self, scope: Scope) -> bool:
+    async def _let_in(self, scope: Scope, receive: Receive, visit: Visit, door: Door, principal: Principal) -> None:
+        scope[PRINCIPAL], scope[TENANT], scope[AUDITED] = principal, principal.name, {}
+        try:
+            await self._app(scope, receive, visit.send)
+        finally:
+            if door.action:
+                model = door.parameters.get("name")
+                self._audit.done(principal, door.action, address(scope), model, visit.status, scope[AUDITED])
+
+    async def _admitted(self, scope: Scope, receive: Receive, send: Send, door: Door) -> Principal | None:
+        """Who asks; None: they were refused, and told."""
+        try:
+            return self._check(scope, door)
+        except RequestError as error:
+            headers = NOT_READ | ({"WWW-Authenticate": CHALLENGE} if isinstance(error, UnauthenticatedError) else {})
+            text, who = one_line(error), error.who if isinstance(error, ForbiddenError) else ""
+            self._audit.refused(address(scope), scope["method"], scope["path"], error.status, text, who)
+            answer = Response(orjson.dumps({"error": text}), error.status, headers, media_type="application/json")
+            await answer(scope, receive, send)
+            return None
+
+    def _check(self, scope: Scope, door: Door) -> Principal:
+        """
+        Raises:
+            UnauthenticatedError, ForbiddenError: they may not come in.
+        """
+        if door.needs is None:
+            return NOBODY
         given = [value for name, value in scope["headers"] if name == b"authorization"]
-        return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
+        if len(given) > 1 and not self._keyring.is_open:
+            raise UnauthenticatedError("this request brings several keys", expected="one")
+        if self._keyring.is_open and _from_another_page(scope):
+            raise ForbiddenError("a page of another site asks", expected="a key, on a server that others' pages reach")
+        return self._keyring.check(given[0].decode("latin-1") if given else None, *door.needs)
+
+    def _span(self, scope: Scope, door: Door, visit: Visit) -> AbstractContextManager[None]:
+        return _NO_SPAN if self._traces is None else self._traces.request(scope, door, visit)
+
+
+class Visit:
+    """How a request went."""
+
+    def __init__(self, send: Send) -> None:
+        self.began = time.perf_counter()
+        self.status = CLOSED_BY_CLIENT
+        """Until there is an answer."""
+        self._send = send
+
+    async def send(self, message: Message) -> None:
+        """Pass it on, and look at the status."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        await self._send(message)
+
+
+def address(scope: Scope) -> str:
+    """Where a request comes from, as far as the server knows (a proxy on loopback is believed)."""
+    client = scope.get("client")
+    return str(client[0]) if client else ""
+
+
+def _from_another_page(scope: Scope) -> bool:
+    """Whether a browser says that it asks for a page of elsewhere: where nobody brings a key, a page could act as the
+    one who looks at it."""
+    return any(
+        name == b"sec-fetch-site" and value.lower() not in (b"same-origin", b"none") for name, value in scope["headers"]
+    )

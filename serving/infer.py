@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ import orjson
 
 from modelpress.errors import ModelpressError
 from serving.batching import Batcher, Bounds
+from serving.models import Loaded, ServedModel
 from serving.protocol import (
     BusyError,
     EncodingError,
@@ -36,7 +37,10 @@ if TYPE_CHECKING:
     import numpy as np
     from starlette.types import Message, Receive, Scope, Send
 
-    from serving.repository import Loaded, Repository
+    from serving.canary import Canaries
+    from serving.engine import Engine
+    from serving.processed import Processed
+    from serving.repository import Repository
 
 log = logging.getLogger("modelpress.serving")
 
@@ -50,6 +54,8 @@ TENANT = "modelpress.tenant"
 """Key of an ASGI scope: who asks, as whoever checked the request's key has put it there."""
 ANONYMOUS = "anonymous"
 CLOSED_BY_CLIENT = 499
+PACK_HEADER = b"modelpress-pack"
+"""Of each answer: digest of the pack that gave it."""
 
 T = TypeVar("T")
 
@@ -104,7 +110,7 @@ class Places:
 class Answer:
     """What a request is answered with: all of it from one pack."""
 
-    loaded: Loaded
+    loaded: Loaded | Processed
     asked: InferRequest
     outputs: dict[str, np.ndarray]
 
@@ -112,8 +118,8 @@ class Answer:
 class Inference:
     """Answers requests for inference; belongs to one event loop."""
 
-    def __init__(self, repository: Repository, workers: int, limits: Limits) -> None:
-        self.repository, self.limits = repository, limits
+    def __init__(self, repository: Repository, workers: int, limits: Limits, canaries: Canaries | None = None) -> None:
+        self.repository, self.limits, self.canaries = repository, limits, canaries
         self.batcher = Batcher(workers, limits.bounds)
         self.places = Places(workers + limits.queue, limits.tenant_share)
         self._coding = ThreadPoolExecutor(workers, thread_name_prefix="code")
@@ -132,6 +138,7 @@ class Inference:
         received: float,
         timeout: float | None = None,
         size: int = 0,
+        canary_key: str | None = None,
     ) -> Answer:
         """Answer a request that has a place, and whose bytes are here.
 
@@ -142,18 +149,29 @@ class Inference:
             received: time of the loop when the request came; deadlines count from here.
             timeout: seconds that the client waits, beside what the request itself says.
             size: bytes that decoding has to go through: much is done in a thread.
+            canary_key: of a client that wants always the same model of a canary; see `serving.canary`.
 
         Raises:
             RequestError: it can't be answered, and why.
         """
         # One look at what is loaded: the whole answer comes from one pack, whatever is swapped meanwhile.
-        loaded = self.repository.asked(name).answering(version)
+        model = self.repository.asked(name)
+        loaded = model.answering(version)
         engine = loaded.engine
         asked = await self.coded(size, lambda: decode(engine.inputs, engine.outputs))
         limits = [seconds for seconds in (timeout, asked.timeout_seconds) if seconds is not None]
         deadline = received + min(limits) if limits else None
-        outputs = await self.batcher.run(engine, asked.inputs, asked.outputs, deadline)
-        return Answer(loaded, asked, outputs)
+        turn = None
+        if self.canaries and version is None and isinstance(model, ServedModel) and isinstance(loaded, Loaded):
+            turn = self.canaries.turn(model, loaded, canary_key)  # texts and images take no part
+        if turn is None:
+            return Answer(loaded, asked, await self.batcher.run(engine, asked.inputs, asked.outputs, deadline))
+
+        def run(engine: Engine) -> Awaitable[dict[str, np.ndarray]]:
+            return self.batcher.run(engine, asked.inputs, asked.outputs, deadline)
+
+        answering, outputs = await turn.run(run, asked.inputs, asked.outputs)
+        return Answer(answering, asked, outputs)
 
     async def coded(self, size: int, work: Callable[[], T]) -> T:
         """Decode or encode `size` bytes: here, or in a thread where that takes longer than the way there."""
@@ -199,17 +217,24 @@ class InferDoor:
 
             size = len(body) if asks.header_bytes is None else asks.header_bytes
             found = await inference.answer(
-                name, version, decode, received=received, timeout=asks.timeout_seconds, size=size
+                name,
+                version,
+                decode,
+                received=received,
+                timeout=asks.timeout_seconds,
+                size=size,
+                canary_key=asks.canary_key,
             )
             asked, pack = found.asked, found.loaded.engine.pack
             size = sum(array.nbytes for output, array in found.outputs.items() if output not in asked.binary)
             encoded, header_bytes = await inference.coded(
                 size, lambda: encode_mixed(name, pack, asked.id, found.outputs, asked.binary)
             )
+        by = (PACK_HEADER, pack.encode())
         if header_bytes is None:
-            return 200, [(b"content-type", b"application/json")], encoded
+            return 200, [(b"content-type", b"application/json"), by], encoded
         length = (b"inference-header-content-length", b"%d" % header_bytes)
-        return 200, [(b"content-type", b"application/octet-stream"), length], encoded
+        return 200, [(b"content-type", b"application/octet-stream"), length, by], encoded
 
 
 def target(path: str) -> tuple[str, str | None] | None:
@@ -232,10 +257,12 @@ class _Asks:
     """Announced length; 0 where there is none."""
     header_bytes: int | None = None
     timeout_seconds: float | None = None
+    canary_key: str | None = None
+    """For a client that wants always the same model of a canary."""
 
     @classmethod
     def read(cls, headers: list[tuple[bytes, bytes]]) -> _Asks:
-        body_bytes, header_bytes, timeout = 0, None, None
+        body_bytes, header_bytes, timeout, key = 0, None, None, None
         for name, value in headers:
             if name == b"content-length":
                 body_bytes = int(value) if value.isdigit() else 0
@@ -243,9 +270,11 @@ class _Asks:
                 header_bytes = _whole(name, value, "the length of the JSON, in bytes")
             elif name == b"x-request-timeout":
                 timeout = _whole(name, value, "milliseconds, an integer") / 1e3
+            elif name == b"modelpress-canary-key":
+                key = value.decode("latin-1")
             elif name == b"content-encoding" and value.lower() not in (b"", b"identity"):
                 raise EncodingError("body", found=f"Content-Encoding {short(value.decode('latin-1'))}", expected="none")
-        return cls(body_bytes, header_bytes, timeout)
+        return cls(body_bytes, header_bytes, timeout, key)
 
 
 def _whole(name: bytes, value: bytes, expected: str) -> int:

@@ -9,13 +9,14 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import uvicorn
 from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
+from starlette.routing import Route
 
 from modelpress import settings
 from modelpress.cores import usable_cores
@@ -24,24 +25,30 @@ from modelpress.errors import ConfigError, ModelpressError, SetupError
 from modelpress.nudge import read_secrets
 from modelpress.settings import Settings
 from modelpress.store import open_store
+from serving import rollback
+from serving.access_settings import AccessSettings
 from serving.app import create_app
+from serving.audit import Audit
 from serving.batching import Bounds
-from serving.guard import Guard, read_token
+from serving.canary import Canaries
+from serving.guard import Guard
 from serving.infer import MAX_BODY_BYTES, MAX_QUEUE, Limits
 from serving.kept import Kept
+from serving.keyring import Keyring
+from serving.metrics import Metrics
 from serving.nudge import Nudges
 from serving.repository import Repository
+from serving.status import Status
 from serving.tensors import MAX_TENSOR_BYTES
-
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp
+from serving.tls import Certificate, Refresher
+from serving.tracing import Traces
 
 log = logging.getLogger("modelpress.serving")
 
 BACKLOG = 2048
 
 
-class ServingSettings(BaseSettings):
+class ServingSettings(AccessSettings):
     """Read from ``MODELPRESS_SERVING_*`` variables; `modelpress serve` has an option for most."""
 
     model_config = SettingsConfigDict(
@@ -51,12 +58,9 @@ class ServingSettings(BaseSettings):
     models: str = ""
     """Comma-separated `NAME` or `NAME@ALIAS`. Empty: every pack that has a champion, also those to come."""
     host: str = "127.0.0.1"
-    """Address to listen on. What is sent is in clear, and without a `token_file` everybody is answered: put a proxy in
-    front before you open it to others."""
+    """Address to listen on; beyond this machine only with keys, or with `open`."""
     port: int = Field(default=8080, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
-    token_file: Path | None = None
-    """File with a token that every request but those for health must bring (`Authorization: Bearer`). Unset: none."""
     poll_seconds: float = Field(default=2.0, ge=0)
     """How often the pointers are read; 0 never: then only `load` requests bring a new pack."""
     provider: Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"] = (
@@ -116,10 +120,13 @@ def run(base: Settings, serving: ServingSettings) -> None:
 
     Raises:
         SetupError: the port is in use, the execution provider is not, or the folder for copies can't be used.
-        ConfigError: the file of the token, or that of the nudges' secret, holds none.
+        ConfigError: a file of keys, of a certificate or of the nudges' secret can't be used, or everybody would be
+            answered, unasked.
         ModelpressError: a named model can't be loaded.
     """
-    token = read_token(serving.token_file) if serving.token_file else None
+    sources = serving.sources()
+    serving.check_reach(serving.host, sources)
+    keyring, certificate = Keyring(sources), serving.certificate()
     secret_file = serving.nudge_secret_file
     secrets = read_secrets(secret_file, "MODELPRESS_SERVING_NUDGE_SECRET_FILE") if secret_file else []
     check_provider(serving.provider)
@@ -135,32 +142,92 @@ def run(base: Settings, serving: ServingSettings) -> None:
         kept=kept,
         offline_seconds=serving.offline_seconds,
     )
-    nudges = Nudges(repository, secrets) if secrets else None
-    with contextlib.closing(store), kept or contextlib.nullcontext(), _bound(serving.host, serving.port) as listener:
+    nudges = Nudges(repository, secrets)
+    with (
+        contextlib.closing(store),
+        kept or contextlib.nullcontext(),
+        contextlib.closing(Audit(serving.audit_file)) as audit,
+        _bound(serving.host, serving.port) as listener,
+    ):
         repository.start()
-        app: ASGIApp = create_app(
-            repository,
-            poll_seconds=serving.poll_seconds,
-            workers=serving.workers or usable_cores(),
-            limits=_limits(serving),
-            routes=[nudges.route()] if nudges else [],
-        )
-        if token is not None:
-            app = Guard(app, token)
-        # Our own handlers and log; uvicorn's access log costs more than a small inference.
-        config = uvicorn.Config(
-            app,
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            limit_concurrency=serving.max_connections + 1,  # uvicorn refuses the last one
-            timeout_graceful_shutdown=serving.drain_seconds,
-        )
-        listener.listen(BACKLOG)
-        log.info("listening on http://%s:%d/v2", *listener.getsockname()[:2])
-        with _graceful_signals(), nudges or contextlib.nullcontext():
-            uvicorn.Server(config).run(sockets=[listener])
+        traces = Traces.wanted()
+        app = application(repository, serving, keyring, audit, traces, [nudges.route()])
+        with nudges:
+            _serve(app, serving, listener, certificate)
+        if traces is not None:
+            traces.close()
     log.info("stopped")
+
+
+def application(
+    repository: Repository,
+    serving: ServingSettings,
+    keyring: Keyring,
+    audit: Audit,
+    traces: Traces | None = None,
+    routes: Sequence[Route] = (),
+) -> Guard:
+    """All of the server but its sockets.
+
+    Args:
+        repository: what is served; `Repository.start` has run.
+        serving: limits, and what is switched on.
+        keyring: who may ask.
+        audit: where it is written down.
+        traces: where spans go; None: nowhere.
+        routes: further ones.
+    """
+    workers = serving.workers or usable_cores()
+    metrics = Metrics(repository, keyring, workers)
+    canaries = Canaries(repository.store, repository, serving.poll_seconds)
+    app = create_app(
+        repository,
+        poll_seconds=serving.poll_seconds,
+        workers=workers,
+        limits=_limits(serving),
+        canaries=canaries,
+        routes=[
+            Route("/metrics", metrics.endpoint),
+            *Status(repository, metrics, keyring, canaries, rollback=serving.rollback).routes(),
+            Route(rollback.PATH, rollback.Rollback(repository, serving.rollback).endpoint, methods=["POST"]),
+            *routes,
+        ],
+    )
+    return Guard(app, keyring, audit, metrics, traces)
+
+
+def _serve(app: Guard, serving: ServingSettings, listener: socket.socket, certificate: Certificate | None) -> None:
+    # Our own handlers and log; uvicorn's access log costs more than a small inference.
+    config = uvicorn.Config(
+        app,
+        lifespan="on",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=serving.max_connections + 1,  # uvicorn refuses the last one
+        timeout_graceful_shutdown=serving.drain_seconds,
+    )
+    config.load()
+    config.ssl = certificate.context if certificate else None
+    listener.listen(BACKLOG)
+    scheme = "https" if certificate else "http"
+    log.info("listening on %s://%s:%d/v2", scheme, *listener.getsockname()[:2])
+    with _graceful_signals(), _refreshed(certificate):
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+@contextlib.contextmanager
+def _refreshed(certificate: Certificate | None) -> Iterator[None]:
+    """Its files are looked at meanwhile."""
+    refresher = Refresher(certificate) if certificate else None
+    if refresher is not None:
+        refresher.start()
+    try:
+        yield
+    finally:
+        if refresher is not None:
+            refresher.stop()
 
 
 def _limits(serving: ServingSettings) -> Limits:

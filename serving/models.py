@@ -27,7 +27,7 @@ from modelpress.errors import (
 )
 from modelpress.pointer import Pointer
 from serving.engine import Engine
-from serving.processed import SUFFIX, ProcessedEngine
+from serving.processed import SUFFIX
 from serving.refusals import NotReadyError, NotServedError
 
 BROKEN = "its execution provider failed; it is loaded again at the next poll"
@@ -52,7 +52,7 @@ PUBLIC_REASONS: list[tuple[type[ModelpressError], str]] = [
 class Loaded:
     """A pack that answers, and the pointer entry that says so. One object, so that both change at once."""
 
-    engine: Engine | ProcessedEngine
+    engine: Engine
     pointer: Pointer | None
     """The entry; None for a pack that is held beside what the pointer names."""
     trust: str | None = None

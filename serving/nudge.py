@@ -56,7 +56,7 @@ class Nudges:
 
     Args:
         repository: what is served.
-        secrets: any of them may have signed.
+        secrets: any of them may have signed; none refuses all.
         listeners: told of each nudge.
         clock: seconds since 1970.
         round_seconds: see `ROUND_SECONDS`.

@@ -189,6 +189,12 @@ _HEADER_LENGTH: Schema = {
     "description": "Length of the JSON, where binary tensor data stands behind it.",
     "schema": {"type": "integer", "minimum": 0, "maximum": 999_999_999_999},
 }
+_CANARY_KEY: Schema = {
+    "name": "modelpress-canary-key",
+    "in": "header",
+    "description": "During a canary: requests with the same key get the same model.",
+    "schema": {"type": "string"},
+}
 
 
 def _signed(name: str) -> Schema:
@@ -199,7 +205,7 @@ _MODEL, _VERSION = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
 
 
 def _infer(path: str, name: str, summary: str) -> Operation:
-    options: Any = {"body": "InferRequest", "binary": True, "parameters": [_TIMEOUT, _HEADER_LENGTH]}
+    options: Any = {"body": "InferRequest", "binary": True, "parameters": [_TIMEOUT, _HEADER_LENGTH, _CANARY_KEY]}
     return Operation("POST", f"{path}/infer", name, summary, {200: "InferAnswer"}, **options)
 
 

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from modelpress.golden import Outcome
+    from modelpress.pointer import Pointer
     from serving.engine import Engine
-    from serving.models import Failure, Loaded, ServedModel
+    from serving.models import Failure, ServedModel
 
 SUFFIX = ":processed"
 APART = Rows(False, "texts and images of several requests are prepared, and answered, apart")
@@ -92,6 +93,15 @@ class ProcessedEngine:
         return {name: finished[name] for name in outputs}
 
 
+@dataclass(frozen=True)
+class Processed:
+    """What answers now, behind its front; like `models.Loaded`."""
+
+    engine: ProcessedEngine
+    pointer: Pointer | None
+    """The entry that says so; None for a pack that is held beside what the pointer names."""
+
+
 class ProcessedModel:
     """A served model, as who sends texts or images sees it."""
 
@@ -113,23 +123,21 @@ class ProcessedModel:
         """The model's."""
         return self._model.versions()
 
-    def answering(self, version: str | None = None) -> Loaded:
+    def answering(self, version: str | None = None) -> Processed:
         """What answers now.
 
         Raises:
             NotReadyError, NotServedError: see `ServedModel.answering`; or the pack brings no processing.
         """
-        from serving.models import Loaded
-
         loaded = self._model.answering(version)
         engine = loaded.engine
-        if engine.front is None or isinstance(engine, ProcessedEngine):
+        if engine.front is None:
             raise NotServedError(
                 f"model {self.name!r}",
                 found=f"a pack without processing ({engine.pack[:12]})",
                 expected=f"tensors, for {self._model.name!r}",
             )
-        return Loaded(ProcessedEngine(engine, engine.front), loaded.pointer, loaded.trust)
+        return Processed(ProcessedEngine(engine, engine.front), loaded.pointer)
 
 
 def _feature(spec: TensorSpec) -> Feature:

@@ -72,11 +72,12 @@ class DeadlineError(RequestError):
 def told(error: ModelpressError, model: str) -> tuple[int, str, str]:
     """HTTP status, name of gRPC's status, and the text for the client of a request for `model`."""
     if isinstance(error, RequestError):
-        return error.status, error.code, _one_line(error)
+        return error.status, error.code, one_line(error)
     text = f"model {model!r} can't be loaded ({type(error).__name__}); see /v2/repository/index"
     return 503, "UNAVAILABLE", text
 
 
-def _one_line(error: RequestError) -> str:
+def one_line(error: RequestError) -> str:
+    """What the client reads."""
     text = f"{error.doing}: found {error.found}" if error.found else error.doing
     return f"{text}; expected {error.expected}" if error.expected else text

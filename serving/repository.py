@@ -10,6 +10,7 @@ from typing import Any
 
 from modelpress import keys, load, pointer
 from modelpress.errors import (
+    AccessDeniedError,
     ConfigError,
     ModelpressError,
     NotFoundError,
@@ -76,6 +77,8 @@ class Repository:
         self._lost: datetime | None = None
         """Since when the store has not answered what packs there are."""
         self._discovers = not models
+        self.store_answers = True
+        """Whether the store did when a pointer was read last."""
         self._models: dict[str, ServedModel] = {}
         for model in models:
             name, _, alias = model.partition("@")
@@ -122,6 +125,15 @@ class Repository:
                 self._update(model)
             except ModelpressError:
                 continue  # kept in model.failure and logged there
+
+    @property
+    def store(self) -> Store:
+        """The publication store."""
+        return self._store
+
+    def serves(self, name: str) -> bool:
+        """Whether this server serves this name."""
+        return name in self._models
 
     def models(self) -> list[ServedModel]:
         """All models, by name."""
@@ -305,17 +317,20 @@ class Repository:
                 raise known from error
             except StoreUnavailableError as error:
                 model.lost = model.lost or datetime.now(UTC)
+                self.store_answers = False
                 self._failed(model, number, error)
                 if model.loaded is not None or not self._answer_kept(model):
                     raise
             except ModelpressError as error:
+                if number is None and isinstance(error, AccessDeniedError):
+                    self.store_answers = False
                 self._failed(model, number, error)
                 raise
 
     def _current(self, model: ServedModel) -> Pointer:
         """The newest entry of a model's pointer, as the store has it."""
         entry = pointer.current(self._store, model.name, model.alias)
-        model.lost = None
+        model.lost, self.store_answers = None, True
         if entry is None:
             raise NotFoundError(
                 f"loading {model.name}@{model.alias} from {self._store.uri}",
@@ -376,8 +391,8 @@ class Repository:
         return load_engine(self._store, model.name, pack, self._provider, self._threads, cache)
 
     def _failed(self, model: ServedModel, number: int | None, error: ModelpressError) -> None:
-        before = model.failure
         model.failed_loads += 1
+        before = model.failure
         attempts = before.attempts + 1 if before and before.number == number else 1
         wait = min(MAX_RETRY_SECONDS, self._retry_seconds * 2.0 ** min(attempts - 1, 20))
         what = "the pointer can't be read" if number is None else f"pointer {number} can't be loaded"

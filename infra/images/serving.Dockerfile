@@ -2,6 +2,9 @@
 #
 #   docker build -f infra/images/serving.Dockerfile -t modelpress-serving:0.2.0 .
 #
+# It listens for others, so it needs keys: mount the file that `modelpress access create` writes, and name it in
+# MODELPRESS_SERVING_KEYS_FILE. Without keys it does not start (docs/access.md).
+#
 # On a GPU take the worker's image: `modelpress serve --provider CUDAExecutionProvider`. Never built here.
 FROM python:3.11.14-slim-bookworm AS build
 WORKDIR /build
@@ -21,9 +24,11 @@ RUN pip install --no-cache-dir --constraint constraints.txt \
     onnxruntime \
     orjson \
     packaging \
+    prometheus-client \
     psutil \
     pydantic \
     pydantic-settings \
+    pyjwt \
     pyyaml \
     rich \
     safetensors \

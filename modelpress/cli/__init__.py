@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from modelpress.cli import (
+    access,
     caches,
     folders,
     hooks,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = [
+    "access",
     "app",
     "caches",
     "folders",

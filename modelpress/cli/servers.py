@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,6 +24,10 @@ def serve(
     provider: Annotated[str | None, typer.Option(help="ONNX Runtime execution provider.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads per inference; 0 takes all cores.")] = None,
     workers: Annotated[int | None, typer.Option(help="Inferences at a time; 0 takes all cores.")] = None,
+    keys_file: Annotated[Path | None, typer.Option(help="File of hashed keys; see `modelpress access`.")] = None,
+    open_to_all: Annotated[
+        bool | None, typer.Option("--open", help="Answer everybody without a key, also beyond this machine.")
+    ] = None,
     store: StoreOption = None,
 ) -> None:
     """Serve packs over the Open Inference Protocol v2, and follow their pointers."""
@@ -37,6 +42,8 @@ def serve(
         provider=provider,
         threads=threads,
         workers=workers,
+        keys_file=keys_file,
+        open=open_to_all or None,
     )
     serving.run(store_settings(store), settings)
 

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from modelpress.settings import Settings
+from serving.keyring import Keyring, Sources
 from serving.main import ServingSettings
 from tests.conftest import ROOT
 
@@ -117,6 +118,7 @@ def test_each_secret_goes_no_further_than_it_must() -> None:
         "mlflow_session_key": {"mlflow"},
         "s3_writer": {"s3", "mlflow", *workers},
         "s3_reader": {"s3", "serving"},
+        "serving_keys": {"serving"},
     }
 
 
@@ -157,7 +159,11 @@ def test_the_secrets_are_made_once_and_not_shown(tmp_path: Path) -> None:
 
     said = make()
     made = {path.name: path.read_text() for path in (tmp_path / "secrets").iterdir()}
-    assert set(made) == set(STACK["secrets"])
+    assert set(made) == {*STACK["secrets"], "serving_key"}, "the clients' own is mounted nowhere"
+    assert (
+        Keyring(Sources(tmp_path / "secrets" / "serving_keys")).check(f"Bearer {made['serving_key']}", "promote").name
+        == "compose"
+    )
     assert len(set(made.values())) == len(made)
     assert (tmp_path / "secrets").stat().st_mode & 0o777 == 0o700
     assert all(re.fullmatch("[0-9a-f]{48}", made[name]) for name in made if name.endswith("password"))

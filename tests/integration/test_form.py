@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,34 +15,20 @@ from prefect.client.orchestration import get_client
 from modelpress import pointer
 from modelpress.config import OptimizeConfig
 from modelpress.store.base import open_store
-from tests import apt
+from tests.browsers import PATIENCE_MILLISECONDS, chromium
 from tests.conftest import ROOT
 from tests.integration.deploying import at_home, deploy, make_pools, prefect
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-OPTIONS = (
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update"),
-)
 NAME = "formed"
-PATIENCE_MILLISECONDS = 30_000
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Debian's Chromium, without a window."""
-    if importlib.util.find_spec("playwright") is None:
-        pytest.skip("playwright is not installed; the dev extra brings it")
-    if shutil.which("chromium") is None and (why := apt.install("chromium")):
-        pytest.skip(f"Chromium is not installed, and can't be: {why}")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=OPTIONS)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

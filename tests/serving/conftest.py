@@ -111,7 +111,7 @@ class Server:
         assert self.process.stderr
         for line in self.process.stderr:
             self.lines.append(line)
-            if found := re.search(r"listening on (http://\S+?)/v2", line):
+            if found := re.search(r"listening on (https?://\S+?)/v2", line):
                 self.url = found[1]
                 self._listening.set()
         self._listening.set()

@@ -90,10 +90,11 @@ async def test_a_nudge_for_another_model_is_refused(client: httpx.AsyncClient) -
     check_error(await client.post(PATH, content=other, headers=headers(1, other)), 404, "scale")
 
 
-async def test_there_is_no_such_door_without_a_secret(models: Repository) -> None:
-    app = create_app(models, poll_seconds=0.0, workers=1)
+async def test_without_a_secret_nobody_can_nudge(models: Repository) -> None:
+    app = create_app(models, poll_seconds=0.0, workers=1, routes=[Nudges(models, []).route()])
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
-        assert (await client.post(PATH, content=BODY, headers=headers(1))).status_code == 404
+        check_error(await client.post(PATH, content=BODY, headers=headers(1)), 401)
+        check_error(await client.post(PATH, content=BODY, headers=headers(1, secret=b"")), 401)
 
 
 def test_a_server_of_all_packs_finds_a_new_one(store: Store, press: Call) -> None:

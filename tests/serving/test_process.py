@@ -145,6 +145,29 @@ def test_sigterm_answers_what_runs(press: Call, serve: Call) -> None:
     assert server.process.wait(30) == 0
 
 
+def test_sigterm_answers_all_of_many_that_run(press: Call, serve: Call) -> None:
+    """Requests that have begun, most of them with a body that still comes: each is answered, and no new one let in."""
+    press(scale_model(2.0))
+    server: Server = serve("scale", MODELPRESS_SERVING_WORKERS="2", MODELPRESS_SERVING_MAX_QUEUE="64")
+    bodies = [encode_request({"x": np.full((1, WIDTH), number, np.float32)}) for number in range(16)]
+    lines = [HTTPConnection(server.url.removeprefix("http://"), timeout=30) for _ in bodies]
+    for number, (line, body) in enumerate(zip(lines, bodies, strict=True)):
+        line.putrequest("POST", INFER)
+        line.putheader("Content-Length", str(len(body)))
+        line.endheaders()
+        line.send(body[: number * len(body) // 16])
+    server.client.get("/v2/health/live")  # by its answer the others were read as well
+    server.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: not listens(lines[0].host, lines[0].port))
+    for number, (line, body) in enumerate(zip(lines, bodies, strict=True)):
+        line.send(body[number * len(body) // 16 :])
+    answers = [line.getresponse() for line in lines]
+    assert [answer.status for answer in answers] == [200] * len(lines)
+    found = [decode_response(answer.read())["y"][0, 0] for answer in answers]
+    assert found == [2.0 * WIDTH * number for number in range(16)]
+    assert server.process.wait(30) == 0
+
+
 class Gateway:
     """Passes bytes to a real S3 server, until it falls silent: then it takes all and answers nothing."""
 
@@ -282,7 +305,15 @@ def test_a_missing_provider_is_refused_even_without_a_model(store: Store, provid
         (["--provider", "GpuPlease"], {}, 2, "MODELPRESS_SERVING_PROVIDER"),
         ([], {"MODELPRESS_SERVING_WORKERS": "many"}, 2, "MODELPRESS_SERVING_WORKERS"),
         (["--host", "no.such.host.invalid"], {}, 3, "no.such.host.invalid"),
-        (["--host", "203.0.113.1"], {}, 3, "203.0.113.1"),
+        (["--host", "203.0.113.1", "--open"], {}, 3, "203.0.113.1"),
+        (["--host", "203.0.113.1"], {}, 2, "modelpress access create"),
+        (["--host", "0.0.0.0"], {}, 2, "everybody who reaches it"),
+        (["--host", "::"], {}, 2, "everybody who reaches it"),
+        (["--keys-file", "/nowhere/keys.json"], {}, 2, "/nowhere/keys.json"),
+        ([], {"MODELPRESS_SERVING_JWT_ISSUER": "https://i"}, 2, "MODELPRESS_SERVING_JWT_KEYS_FILE"),
+        ([], {"MODELPRESS_SERVING_TLS_CERT_FILE": "/nowhere"}, 2, "MODELPRESS_SERVING_TLS_KEY_FILE"),
+        (["--open", "--keys-file", "/nowhere"], {}, 2, "keys, or everybody"),
+        ([], {"MODELPRESS_SERVING_AUDIT_FILE": "/nowhere/audit"}, 2, "MODELPRESS_SERVING_AUDIT_FILE"),
     ],
     ids=str,
 )

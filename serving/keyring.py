@@ -1,0 +1,201 @@
+"""Who a request comes from, by what it brings, and whether that may do what it asks.
+
+One plain function for every way in: `Keyring.check(authorization, scope)`. HTTP gives it the header `Authorization`,
+gRPC the metadata of the same name.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from modelpress.access import SCOPES, Key, Principal, digest, read_keys
+from modelpress.errors import ConfigError
+from serving.refusals import RequestError
+from serving.tls import fingerprint
+from serving.tokens import Issuer, Tokens, read_verify_keys
+
+log = logging.getLogger("modelpress.serving")
+
+LEAST_CHARACTERS = 16
+LOOK_SECONDS = 1.0
+"""How often, at most, the files are looked at: a key that was revoked counts no longer than that."""
+NOBODY = Principal("anonymous", frozenset(SCOPES), "nobody")
+"""Who asks where nobody is asked who they are."""
+CHALLENGE = 'Bearer realm="modelpress"'
+"""For the header `WWW-Authenticate` of a 401."""
+
+
+class UnauthenticatedError(RequestError):
+    """No key, one that does not count, or nothing that is one. It is never said which."""
+
+    status = 401
+
+
+class ForbiddenError(RequestError):
+    """The key counts, and is not for this."""
+
+    status = 403
+    who = ""
+    """Whose key it is."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files that say who counts; none of them: everybody is answered."""
+
+    keys_file: Path | None = None
+    """Of hashed keys; see `modelpress.access`."""
+    token_file: Path | None = None
+    """Of one token with all scopes."""
+    jwt_keys_file: Path | None = None
+    """Of an identity provider's public keys; see `serving.tokens`."""
+    issuer: Issuer | None = None
+    """Must stand beside `jwt_keys_file`."""
+
+    @property
+    def files(self) -> list[Path]:
+        """Those that are named."""
+        return [path for path in (self.keys_file, self.token_file, self.jwt_keys_file) if path is not None]
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What the files said when they were read last; replaced as a whole."""
+
+    keys: dict[bytes, Key] = field(default_factory=dict)
+    token: bytes | None = None
+    tokens: Tokens | None = None
+
+
+class Keyring:
+    """Who counts, as the files say it. Safe to call from threads.
+
+    Args:
+        sources: the files.
+        now: the clock.
+
+    Raises:
+        ConfigError: one can't be read, or says something illegal.
+    """
+
+    def __init__(self, sources: Sources, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        if (sources.jwt_keys_file is None) != (sources.issuer is None):
+            found = "one without the other"
+            raise ConfigError("reading who may sign tokens", found=found, expected="keys, issuer and audience, or none")
+        self._sources, self._now = sources, now
+        self._seen = self._look()
+        self._known = self._read()
+        self._next_look = time.monotonic() + LOOK_SECONDS
+        self.stale: str | None = None
+        """Why the files that stand now are not what counts; None: they are."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody is asked who they are."""
+        return not self._sources.files
+
+    def check(self, authorization: str | None, *scopes: str) -> Principal:
+        """Who asks, if they may.
+
+        Args:
+            authorization: `Bearer KEY`, as the request brought it; None: it brought none.
+            scopes: one of these is needed; none given: any key that counts.
+
+        Raises:
+            UnauthenticatedError: nothing that counts was brought.
+            ForbiddenError: it lacks the scope, which is named.
+        """
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + LOOK_SECONDS
+            self.refresh()
+        found = NOBODY if self.is_open else self._principal(authorization)
+        if found is None:
+            raise UnauthenticatedError(
+                "this server asks who you are",
+                expected="the header `Authorization: Bearer KEY`, with a key that counts",
+            )
+        if scopes and found.scopes.isdisjoint(scopes):
+            needed = " or ".join(scopes)
+            had = ", ".join(sorted(found.scopes)) or "none"
+            refused = ForbiddenError("scope of the key", found=had, expected=needed)
+            refused.who = found.name
+            raise refused
+        return found
+
+    def refresh(self) -> None:
+        """Read the files again if they changed. What can't be read changes nothing, and is logged: who counted, counts.
+
+        So a file that was written badly locks nobody out; that it did not work is in the log, in `stale`, in the
+        metrics and on the status page.
+        """
+        seen = self._look()
+        if seen == self._seen and self.stale is None:
+            return
+        self._seen = seen
+        try:
+            self._known = self._read()
+        except ConfigError as error:
+            if self.stale != str(error):
+                log.error("who may ask is as it was before: %s", error)
+            self.stale = str(error)
+            return
+        self.stale = None
+        log.info("read again who may ask: %s", ", ".join(map(str, self._sources.files)))
+
+    def _principal(self, authorization: str | None) -> Principal | None:
+        scheme, _, text = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not text:
+            return None
+        known, name = self._known, digest(text)
+        # A dictionary may tell by its time how a digest begins; that is no step towards a text that has this digest.
+        key = known.keys.get(name)
+        if key is not None and hmac.compare_digest(bytes.fromhex(key.sha256), name):
+            counts = key.revoked is None and (key.expires is None or self._now() < key.expires)
+            return Principal(key.name, frozenset(key.scopes), "key", key.id) if counts else None
+        if known.token is not None and hmac.compare_digest(known.token, name):
+            return Principal("token", frozenset(SCOPES), "token")
+        if known.tokens is not None and text.count(".") == 2:
+            return known.tokens.principal(text)
+        return None
+
+    def _read(self) -> _Known:
+        sources = self._sources
+        keys = read_keys(sources.keys_file).keys if sources.keys_file else ()
+        tokens = None
+        if sources.jwt_keys_file and sources.issuer:
+            tokens = Tokens(read_verify_keys(sources.jwt_keys_file), sources.issuer)
+        return _Known(
+            keys={bytes.fromhex(key.sha256): key for key in keys},
+            token=digest(read_token(sources.token_file)) if sources.token_file else None,
+            tokens=tokens,
+        )
+
+    def _look(self) -> list[tuple[int, int, int] | None]:
+        return [fingerprint(path) for path in self._sources.files]
+
+
+def read_token(path: Path) -> str:
+    """The token in a file, without the white space around it.
+
+    Raises:
+        ConfigError: the file can't be read, others can read it, or it holds no token.
+    """
+    doing = f"reading the token that requests must bring, MODELPRESS_SERVING_TOKEN_FILE={path}"
+    try:
+        if path.stat().st_mode & 0o007:
+            raise ConfigError(doing, found="everybody can read it", fix=f"chmod o-rwx {path}")
+        token = path.read_bytes().decode("ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(doing, found=type(error).__name__, expected="a file of ASCII text") from error
+    if len(token) < LEAST_CHARACTERS or any(character.isspace() for character in token):
+        found = f"{len(token)} characters" if len(token) < LEAST_CHARACTERS else "white space in it"
+        raise ConfigError(
+            doing, found=found, expected=f"at least {LEAST_CHARACTERS} in one piece", fix="openssl rand -hex 24"
+        )
+    return token
