@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,8 +151,8 @@ def run(base: Settings, serving: ServingSettings) -> None:
     ):
         repository.start()
         traces = Traces.wanted()
-        app = application(repository, serving, keyring, audit, traces, [nudges.route()])
         with nudges:
+            app = application(repository, serving, keyring, audit, traces, nudges)
             _serve(app, serving, listener, certificate)
         if traces is not None:
             traces.close()
@@ -165,7 +165,7 @@ def application(
     keyring: Keyring,
     audit: Audit,
     traces: Traces | None = None,
-    routes: Sequence[Route] = (),
+    nudges: Nudges | None = None,
 ) -> Guard:
     """All of the server but its sockets.
 
@@ -175,7 +175,7 @@ def application(
         keyring: who may ask.
         audit: where it is written down.
         traces: where spans go; None: nowhere.
-        routes: further ones.
+        nudges: who takes them; None: nobody does.
     """
     workers = serving.workers or usable_cores()
     metrics = Metrics(repository, keyring, workers)
@@ -190,7 +190,7 @@ def application(
             Route("/metrics", metrics.endpoint),
             *Status(repository, metrics, keyring, canaries, rollback=serving.rollback).routes(),
             Route(rollback.PATH, rollback.Rollback(repository, serving.rollback).endpoint, methods=["POST"]),
-            *routes,
+            (nudges or Nudges(repository, [])).route(),
         ],
     )
     return Guard(app, keyring, audit, metrics, traces)

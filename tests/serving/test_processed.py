@@ -23,7 +23,7 @@ from modelpress import graph
 from modelpress.checkpoint import Checkpoint
 from modelpress.process import PROCESSING_FILE, ImageInput, MeanPool, Normalize, Processing, Softmax, TextInput, TopK
 from serving.app import create_app
-from tests.serving.conftest import lookup_model, scale_model
+from tests.serving.conftest import Server, lookup_model, scale_model
 from tests.serving.test_app import check_error, client_of
 
 Call = Callable[..., Any]
@@ -249,3 +249,25 @@ async def test_an_engine_goes_with_its_last_request_also_behind_its_front(press:
         assert engine() is None
     finally:
         gc.enable()
+
+
+def test_tritons_client_sends_texts_and_images(press: Call, serve: Call) -> None:
+    """A client that nobody here wrote, over a socket, to a process of its own."""
+    import tritonclient.http as triton
+
+    press(words(), "words")
+    press(squares(), "squares")
+    server: Server = serve()
+    client = triton.InferenceServerClient(server.url.removeprefix("http://"))
+    assert client.is_model_ready("words:processed")
+    assert client.get_model_metadata("words:processed")["inputs"][0]["datatype"] == "BYTES"
+    text = triton.InferInput("text", [2], "BYTES")
+    text.set_data_from_numpy(np.array([b"cat dog", "ä".encode()], dtype=object))
+    found = client.infer("words:processed", [text]).as_numpy("embedding")
+    assert found.shape == (2, 8)
+    assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    image = triton.InferInput("image", [1], "BYTES")
+    image.set_data_from_numpy(np.array([picture()], dtype=object))
+    assert set(client.infer("squares:processed", [image]).as_numpy("labels")[0]) < {b"red", b"green", b"blue"}
+    client.close()
+    assert server.stop() == 0
