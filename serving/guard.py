@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import orjson
@@ -13,7 +12,7 @@ from modelpress.access import Principal
 from serving.infer import TENANT
 from serving.keyring import CHALLENGE, NOBODY, ForbiddenError, Keyring, UnauthenticatedError
 from serving.refusals import RequestError, one_line
-from serving.scopes import Door, Doors
+from serving.scopes import ACTIONS, Door, Doors
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -28,7 +27,6 @@ PRINCIPAL, AUDITED = "modelpress.principal", "modelpress.audited"
 CLOSED_BY_CLIENT = 499
 NOT_READ = {"Connection": "close"}
 """A request that is refused is not read, so nothing can come behind it."""
-_NO_SPAN = nullcontext()
 
 
 class Guard:
@@ -58,33 +56,35 @@ class Guard:
         door, visit = self._doors.find(scope["path"]), Visit(send)
         self._metrics.began(door.path)
         try:
-            with self._span(scope, door, visit):
-                if (principal := await self._admitted(scope, receive, visit.send, door)) is not None:
-                    await self._let_in(scope, receive, visit, door, principal)
+            if self._traces is None:
+                await self._answer(scope, receive, visit, door)
+            else:
+                with self._traces.request(scope, door, visit):
+                    await self._answer(scope, receive, visit, door)
         finally:
             seconds = time.perf_counter() - visit.began
             self._metrics.answered(door.path, door.parameters.get("name"), visit.status, seconds)
 
-    async def _let_in(self, scope: Scope, receive: Receive, visit: Visit, door: Door, principal: Principal) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, visit: Visit, door: Door) -> None:
+        try:
+            principal = self._check(scope, door)
+        except RequestError as error:
+            await self._refuse(scope, receive, visit.send, error)
+            return
         scope[PRINCIPAL], scope[TENANT], scope[AUDITED] = principal, principal.name, {}
         try:
             await self._app(scope, receive, visit.send)
         finally:
-            if door.action:
+            if door.path in ACTIONS:
                 model = door.parameters.get("name")
-                self._audit.done(principal, door.action, address(scope), model, visit.status, scope[AUDITED])
+                self._audit.done(principal, ACTIONS[door.path], address(scope), model, visit.status, scope[AUDITED])
 
-    async def _admitted(self, scope: Scope, receive: Receive, send: Send, door: Door) -> Principal | None:
-        """Who asks; None: they were refused, and told."""
-        try:
-            return self._check(scope, door)
-        except RequestError as error:
-            headers = NOT_READ | ({"WWW-Authenticate": CHALLENGE} if isinstance(error, UnauthenticatedError) else {})
-            text, who = one_line(error), error.who if isinstance(error, ForbiddenError) else ""
-            self._audit.refused(address(scope), scope["method"], scope["path"], error.status, text, who)
-            answer = Response(orjson.dumps({"error": text}), error.status, headers, media_type="application/json")
-            await answer(scope, receive, send)
-            return None
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send, error: RequestError) -> None:
+        headers = NOT_READ | ({"WWW-Authenticate": CHALLENGE} if isinstance(error, UnauthenticatedError) else {})
+        text, who = one_line(error), error.who if isinstance(error, ForbiddenError) else ""
+        self._audit.refused(address(scope), scope["method"], scope["path"], error.status, text, who)
+        answer = Response(orjson.dumps({"error": text}), error.status, headers, media_type="application/json")
+        await answer(scope, receive, send)
 
     def _check(self, scope: Scope, door: Door) -> Principal:
         """
@@ -99,9 +99,6 @@ class Guard:
         if self._keyring.is_open and _from_another_page(scope):
             raise ForbiddenError("a page of another site asks", expected="a key, on a server that others' pages reach")
         return self._keyring.check(given[0].decode("latin-1") if given else None, *door.needs)
-
-    def _span(self, scope: Scope, door: Door, visit: Visit) -> AbstractContextManager[None]:
-        return _NO_SPAN if self._traces is None else self._traces.request(scope, door, visit)
 
 
 class Visit:

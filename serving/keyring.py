@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hmac
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from modelpress.access import SCOPES, Key, Principal, digest, read_keys
 from modelpress.errors import ConfigError
@@ -64,11 +65,20 @@ class Sources:
         return [path for path in (self.keys_file, self.token_file, self.jwt_keys_file) if path is not None]
 
 
+class _Counts(NamedTuple):
+    """A key that was not revoked."""
+
+    digest: bytes
+    principal: Principal
+    until: float
+    """Seconds since the epoch."""
+
+
 @dataclass(frozen=True)
 class _Known:
     """What the files said when they were read last; replaced as a whole."""
 
-    keys: dict[bytes, Key] = field(default_factory=dict)
+    keys: dict[bytes, _Counts] = field(default_factory=dict)
     token: bytes | None = None
     tokens: Tokens | None = None
 
@@ -78,13 +88,13 @@ class Keyring:
 
     Args:
         sources: the files.
-        now: the clock.
+        now: the clock, in seconds since the epoch.
 
     Raises:
         ConfigError: one can't be read, or says something illegal.
     """
 
-    def __init__(self, sources: Sources, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+    def __init__(self, sources: Sources, now: Callable[[], float] = time.time) -> None:
         if (sources.jwt_keys_file is None) != (sources.issuer is None):
             found = "one without the other"
             raise ConfigError("reading who may sign tokens", found=found, expected="keys, issuer and audience, or none")
@@ -155,9 +165,8 @@ class Keyring:
         known, name = self._known, digest(text)
         # A dictionary may tell by its time how a digest begins; that is no step towards a text that has this digest.
         key = known.keys.get(name)
-        if key is not None and hmac.compare_digest(bytes.fromhex(key.sha256), name):
-            counts = key.revoked is None and (key.expires is None or self._now() < key.expires)
-            return Principal(key.name, frozenset(key.scopes), "key", key.id) if counts else None
+        if key is not None and hmac.compare_digest(key.digest, name):
+            return key.principal if self._now() < key.until else None
         if known.token is not None and hmac.compare_digest(known.token, name):
             return Principal("token", frozenset(SCOPES), "token")
         if known.tokens is not None and text.count(".") == 2:
@@ -171,13 +180,20 @@ class Keyring:
         if sources.jwt_keys_file and sources.issuer:
             tokens = Tokens(read_verify_keys(sources.jwt_keys_file), sources.issuer)
         return _Known(
-            keys={bytes.fromhex(key.sha256): key for key in keys},
+            keys={one.digest: one for one in map(_counts, keys) if one is not None},
             token=digest(read_token(sources.token_file)) if sources.token_file else None,
             tokens=tokens,
         )
 
     def _look(self) -> list[tuple[int, int, int] | None]:
         return [fingerprint(path) for path in self._sources.files]
+
+
+def _counts(key: Key) -> _Counts | None:
+    if key.revoked is not None:
+        return None
+    until = key.expires.timestamp() if key.expires is not None else math.inf
+    return _Counts(bytes.fromhex(key.sha256), Principal(key.name, frozenset(key.scopes), "key", key.id), until)
 
 
 def read_token(path: Path) -> str:

@@ -5,14 +5,17 @@ A model's name stands in a label only where this server serves it: names that cl
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
+from bisect import bisect_left
 from collections import Counter as Counts
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
@@ -24,12 +27,26 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds."""
 LAST = 2048
-"""Inferences whose latencies are kept, by model."""
+"""Answers whose latencies are kept, by model and route."""
 INFER = "/infer"
+
+
+@dataclass
+class _Series:
+    """Requests of one model by one route."""
+
+    codes: Counts[int] = field(default_factory=Counts)
+    buckets: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS) + 1))
+    """How many took at most so long, and longer than the bound before; the last: longer than all."""
+    seconds: float = 0.0
+    last: deque[float] = field(default_factory=lambda: deque(maxlen=LAST))
 
 
 class Metrics:
     """Counts what is asked. Safe to call from threads.
+
+    A request costs a lock and some additions: a histogram of `prometheus_client`'s goes through all its buckets, so
+    counts are put into its form only when somebody asks for them.
 
     Args:
         repository: what is served; looked at when somebody asks for the numbers.
@@ -40,20 +57,9 @@ class Metrics:
     def __init__(self, repository: Repository, keyring: Keyring, workers: int) -> None:
         self._repository, self._workers = repository, workers
         self._registry = CollectorRegistry()
-        self._requests = Counter(
-            "modelpress_requests", "Requests that were answered.", ["model", "route", "code"], registry=self._registry
-        )
-        self._seconds = Histogram(
-            "modelpress_request_seconds",
-            "From the first byte of a request to the last of its answer.",
-            ["model", "route"],
-            buckets=BUCKETS,
-            registry=self._registry,
-        )
         self._lock = threading.Lock()
         self._inside = 0
-        self._last: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=LAST))
-        self._outcomes: defaultdict[str, Counts[str]] = defaultdict(Counts)
+        self._series: dict[tuple[str, str], _Series] = {}
         ProcessCollector(registry=self._registry)
         self._registry.register(_State(self, repository, keyring))
 
@@ -73,17 +79,37 @@ class Metrics:
             seconds: how long it took.
         """
         known = model if model is not None and self._repository.serves(model) else ""
-        self._requests.labels(known, route, str(status)).inc()
-        self._seconds.labels(known, route).observe(seconds)
-        if not route.endswith(INFER):
-            return
         with self._lock:
-            self._inside -= 1
-            if known:
-                outcome = "answered" if status < 400 else "refused" if status < 500 else "failed"
-                self._outcomes[known][outcome] += 1
+            series = self._series.get((known, route))
+            if series is None:
+                series = self._series[known, route] = _Series()
+            series.codes[status] += 1
+            series.buckets[bisect_left(BUCKETS, seconds)] += 1
+            series.seconds += seconds
+            if route.endswith(INFER):
+                self._inside -= 1
                 if status < 400:
-                    self._last[known].append(seconds)
+                    series.last.append(seconds)
+
+    def counted(self) -> Iterator[Metric]:
+        """Requests by model, route and status, and how long they took."""
+        requests = CounterMetricFamily(
+            "modelpress_requests", "Requests that were answered.", labels=["model", "route", "code"]
+        )
+        seconds = HistogramMetricFamily(
+            "modelpress_request_seconds",
+            "From the head of a request to the end of its answer.",
+            labels=["model", "route"],
+        )
+        with self._lock:
+            for (model, route), series in self._series.items():
+                for code, count in series.codes.items():
+                    requests.add_metric([model, route, str(code)], count)
+                bounds = [*map(str, BUCKETS), "+Inf"]
+                sums = zip(bounds, itertools.accumulate(series.buckets), strict=True)
+                seconds.add_metric([model, route], [(bound, float(count)) for bound, count in sums], series.seconds)
+        yield requests
+        yield seconds
 
     @property
     def in_flight(self) -> int:
@@ -96,16 +122,21 @@ class Metrics:
         return max(0, self._inside - self._workers)
 
     def latency(self, model: str) -> dict[str, float | int | None]:
-        """Of the last `LAST` answers of a model: `p50_seconds` and `p99_seconds` (None: there were none), `samples`."""
+        """Of the last answers of a model: `p50_seconds` and `p99_seconds` (None: there were none), `samples`."""
         with self._lock:
-            seconds = sorted(self._last.get(model, ()))
+            seconds = sorted(one for series in self._inferences(model) for one in series.last)
         return {"p50_seconds": quantile(seconds, 0.5), "p99_seconds": quantile(seconds, 0.99), "samples": len(seconds)}
 
     def outcomes(self, model: str) -> dict[str, int]:
         """Requests for inference since the start: `answered`, `refused` (the client's fault), `failed` (ours)."""
+        found = {"answered": 0, "refused": 0, "failed": 0}
         with self._lock:
-            counts = self._outcomes.get(model, Counts())
-            return {name: counts[name] for name in ("answered", "refused", "failed")}
+            for code, count in ((code, count) for one in self._inferences(model) for code, count in one.codes.items()):
+                found["answered" if code < 400 else "refused" if code < 500 else "failed"] += count
+        return found
+
+    def _inferences(self, model: str) -> list[_Series]:
+        return [one for (name, route), one in self._series.items() if name == model and route.endswith(INFER)]
 
     def text(self) -> bytes:
         """Everything, in Prometheus' text format 0.0.4."""
@@ -129,6 +160,7 @@ class _State(Collector):
 
     def collect(self) -> Iterator[Metric]:
         models = self._repository.models()
+        yield from self._metrics.counted()
         yield _gauge("requests_in_flight", "Requests for inference that are inside.", self._metrics.in_flight)
         yield _gauge("queue_length", "Requests for inference that wait.", self._metrics.waiting)
         yield _gauge("ready", "Whether every model answers.", float(self._repository.ready))

@@ -51,6 +51,10 @@ ACTIONS: dict[str, str] = {
 """Doors behind which something is changed, and what the audit calls it."""
 
 
+MAX_KNOWN, MAX_KNOWN_CHARACTERS = 1024, 256
+"""Paths whose door is remembered; all are forgotten when there are more."""
+
+
 class Door(NamedTuple):
     """Where a request goes, before anything of it is read."""
 
@@ -60,11 +64,6 @@ class Door(NamedTuple):
     """Scopes of which one is needed; None: no key."""
     parameters: dict[str, str]
     """Of the path."""
-
-    @property
-    def action(self) -> str | None:
-        """What the audit calls it, where something is changed."""
-        return ACTIONS.get(self.path)
 
 
 NOWHERE = Door("", ANY, {})
@@ -90,6 +89,7 @@ class Doors:
 
     def __init__(self, routes: Iterable[BaseRoute]) -> None:
         self._ways: list[_Way] = []
+        self._known: dict[str, Door] = {}
         for route in routes:
             if not isinstance(route, Route) or route.path not in NEEDS:
                 raise ValueError(f"{route!r} has no scope: add it to serving.scopes.NEEDS")
@@ -98,7 +98,15 @@ class Doors:
 
     def find(self, path: str) -> Door:
         """The door of a path."""
+        door = self._known.get(path)
+        if door is not None:
+            return door
         for way in self._ways:
             if match := way.pattern.match(path):
-                return Door(way.path, way.needs, match.groupdict())
+                door = Door(way.path, way.needs, match.groupdict())
+                if len(path) <= MAX_KNOWN_CHARACTERS:  # those that are asked for again and again
+                    if len(self._known) >= MAX_KNOWN:
+                        self._known.clear()
+                    self._known[path] = door
+                return door
         return NOWHERE

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import jwt
@@ -217,7 +218,7 @@ def test_what_is_taken_for_inference_needs_its_scope(house: House, parts: list[s
 def test_only_the_app_s_own_patterns_find_a_door(house: House) -> None:
     doors = house.guard._doors
     assert doors.find("/v2/models/a/infer").parameters == {"name": "a"}
-    assert doors.find("/v2/repository/models/a/load").action == "load"
+    assert doors.find("/v2/repository/models/a/load").needs == ("admin",)
     for path in ("", "/", "/v2/", "/v2/models", "/v2/models//infer", "/v2/models/a/infer/", "/x/v2/health/live"):
         assert doors.find(path) == NOWHERE
 
@@ -294,3 +295,43 @@ def test_without_keys_no_page_of_others_may_ask(house: House, site: str, status:
     answer = client.post("/v2/repository/index", headers={"Sec-Fetch-Site": site})
     assert answer.status_code == status
     assert client.get("/v2/health/live", headers={"Sec-Fetch-Site": site}).status_code == 200
+
+
+BODIES = [b"", b"{", b"[]", b"\xff", b'{"inputs": 1}', b"x" * 5000, b'{"to": "../../etc/passwd"}']
+NAMES = ["scale", "nobody", "..", "%2e%2e%2f", "a" * 300, "\r\nx: y", "<script>", "\udcff", "Traceback"]
+
+
+def test_whatever_is_asked_shows_no_traceback_and_no_path(house: House) -> None:
+    for method, template in routes(house):
+        needs = NEEDS[template]
+        key = f"Bearer {house.keys[needs[0] if needs else 'infer']}"
+        for name in NAMES:
+            path = template.replace("{name}", quote(name, errors="surrogateescape")).replace("{version}", house.pack)
+            for content in BODIES if method == "POST" else [b""]:
+                answer = house.client.request(method, path, headers={"Authorization": key}, content=content)
+                assert answer.status_code != 500, (method, path, content)
+                if template != "/status":
+                    assert not [secret for secret in SECRETS if secret in answer.text.replace(name, "")]
+    house.ask("POST", "/v2/repository/models/scale/load", f"Bearer {house.keys['admin']}")
+
+
+def test_an_unforeseen_error_behind_any_door_shows_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> Any:
+        raise ZeroDivisionError("in /secret/place.py")
+
+    for name in ("model", "models", "load", "unload", "index"):
+        monkeypatch.setattr(Repository, name, broken)
+    monkeypatch.setattr(Repository, "ready", property(broken))
+    client = TestClient(house.guard, raise_server_exceptions=False)
+    found = set()
+    for method, template in routes(house):
+        needs = NEEDS[template]
+        headers = {"Authorization": f"Bearer {house.keys[needs[0] if needs else 'infer']}"}
+        answer = client.request(method, house.path(template), headers=headers)
+        assert "secret" not in answer.text
+        assert "ZeroDivision" not in answer.text
+        if answer.status_code == 500:
+            found.add(template)
+    assert len(found) > 8, "it does reach what is broken"
+    last = house.lines()[-1]
+    assert (last["outcome"], last["status"]) == ("failed", 500)

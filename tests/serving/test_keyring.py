@@ -70,7 +70,7 @@ def test_all_that_does_not_count_gets_one_answer(path: Path) -> None:
         taken[1].model_copy(update={"revoked": NOW + DAY}),
     ]
     path.write_bytes(KeyFile(keys=tuple(kept)).to_bytes())
-    keyring = Keyring(Sources(path, private(path.with_name("token"), TOKEN)), now=lambda: NOW)
+    keyring = Keyring(Sources(path, private(path.with_name("token"), TOKEN)), now=NOW.timestamp)
     assert keyring.check(f"Bearer {good[0]}").name == "team"
     told = {
         refused(keyring, one, "infer")

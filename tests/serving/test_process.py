@@ -24,6 +24,7 @@ import pytest
 import torch
 
 from modelpress import keys, load, pointer
+from modelpress.access import add_key, revoke_keys
 from modelpress.store import Store
 from serving.protocol import decode_response, encode_request
 from tests.conftest import OpenS3, S3Server
@@ -166,6 +167,24 @@ def test_sigterm_answers_all_of_many_that_run(press: Call, serve: Call) -> None:
     found = [decode_response(answer.read())["y"][0, 0] for answer in answers]
     assert found == [2.0 * WIDTH * number for number in range(16)]
     assert server.process.wait(30) == 0
+
+
+def test_a_key_that_is_revoked_is_refused_by_a_server_that_runs(press: Call, serve: Call, tmp_path: Path) -> None:
+    press(scale_model(2.0))
+    path = tmp_path / "keys.json"
+    first = add_key(path, "team", ["infer"], None)
+    server: Server = serve("scale", "--host", "0.0.0.0", MODELPRESS_SERVING_KEYS_FILE=str(path))
+    url = f"http://127.0.0.1:{server.url.rpartition(':')[2]}/v2/models/scale"
+
+    def status(key: str) -> int:
+        return httpx.get(url, headers={"Authorization": f"Bearer {key}"}, timeout=30).status_code
+
+    assert status(first) == 200
+    second = add_key(path, "team", ["infer"], None)
+    wait_for(lambda: status(second) == 200)
+    revoke_keys(path, first.split("_")[1])
+    wait_for(lambda: status(first) == 401)
+    assert status(second) == 200
 
 
 class Gateway:

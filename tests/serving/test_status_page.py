@@ -12,8 +12,10 @@ import pytest
 
 from modelpress import pointer
 from modelpress.access import add_key
+from modelpress.canary import log as canary
 from modelpress.store import Store, open_store
 from tests.browsers import PATIENCE_MILLISECONDS, chromium
+from tests.canary.states import config, state
 from tests.serving.conftest import Server, publish_pack, scale_model
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 Call = Callable[..., Any]
 HOSTILE = "<img src=x onerror='window.hacked=1'><script>window.hacked=2</script>\u202e\"'&"
 LONG = "a-model-with-a-name-as-long-as-names-may-be-in-a-store-0123456"
+HALF = {"mode": "canary", "share": 0.5}
 DECISION = {
     "promote": True,
     "verdict": "pass",
@@ -76,9 +79,9 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     packs = [publish_pack(store, folder / str(i), scale_model(float(i)), "scale", alias=None) for i in (1, 2, 3)]
     for pack in packs:
         pointer.append(store, "scale", "champion", pack, "promote", DECISION, by=HOSTILE)
-    publish_pack(
-        store, folder / "other", scale_model(4.0), "a-model-with-a-name-as-long-as-names-may-be-in-a-store-0123456"
-    )
+    first, second = (publish_pack(store, folder / str(i), scale_model(float(i)), LONG, alias=None) for i in (4, 5))
+    pointer.append(store, LONG, "champion", first, "promote")
+    canary.write(store, LONG, state(0, config(HALF), candidate=second, champion=first), 0, first)
     keys = {scope: add_key(folder / "keys.json", scope, [scope], None) for scope in ("metrics", "promote", "infer")}
     environment = {"MODELPRESS_SERVING_KEYS_FILE": str(folder / "keys.json"), "MODELPRESS_SERVING_ROLLBACK": "true"}
     server = Server(store, **environment)
@@ -132,6 +135,7 @@ def test_a_watcher_sees_everything_and_moves_nothing(page: Page, house: House) -
     assert card.get_by_text("READY").is_visible()
     assert card.get_by_text("pass", exact=True).first.is_visible()
     assert page.get_by_text("store answers").is_visible()
+    page.locator(f"li[data-model={LONG}]").get_by_text("50.0 % of requests, step 1 of 1").wait_for()
     assert page.get_by_role("button", name="Roll back").count() == 0
     kept = page.evaluate("() => [localStorage.length, sessionStorage.length, document.cookie, location.href]")
     assert kept == [0, 0, "", f"{house.server.url}/status"]
