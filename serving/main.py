@@ -189,8 +189,8 @@ def application(
         routes=[
             Route("/metrics", metrics.endpoint),
             *Status(repository, metrics, keyring, canaries, rollback=serving.rollback).routes(),
-            Route(rollback.PATH, rollback.Rollback(repository, serving.rollback).endpoint, methods=["POST"]),
             (nudges or Nudges(repository, [])).route(),
+            Route(rollback.PATH, rollback.Rollback(repository, serving.rollback).endpoint, methods=["POST"]),
         ],
     )
     return Guard(app, keyring, audit, metrics, traces)
