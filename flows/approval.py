@@ -20,6 +20,7 @@ from prefect.settings import PREFECT_API_URL
 from pydantic import Field
 
 from modelpress.config import GateConfig
+from modelpress.reports import Override
 from registry import gates
 from registry.gates import Approval, Decision
 from tasks import release
@@ -36,7 +37,9 @@ class Answer(RunInput):
     reason: str = Field(min_length=1, max_length=1000, description="Why; it is kept as well.")
 
 
-def approved(name: str, pack: str, gate: GateConfig | None, decision: Decision) -> Decision:
+def approved(
+    name: str, pack: str, gate: GateConfig | None, decision: Decision, override: Override | None = None
+) -> Decision:
     """The decision, with a person's answer where nothing else is missing.
 
     Args:
@@ -44,12 +47,13 @@ def approved(name: str, pack: str, gate: GateConfig | None, decision: Decision) 
         pack: digest of the candidate.
         gate: what it was judged by; None: the pack's own.
         decision: of the gate.
+        override: what a person said against it, to be judged with again.
 
     Returns:
         A decision that waits for nobody, unless there is no server where anybody could answer.
     """
     while gates.waits(decision) and PREFECT_API_URL.value():
-        decision = release.promote(name, pack, gate, _ask(name, pack, decision))
+        decision = release.promote(name, pack, gate, _ask(name, pack, decision), override)
     return decision
 
 
@@ -73,7 +77,8 @@ def describe(name: str, pack: str, decision: Decision) -> str:
     """What the form shows above its fields, as markdown."""
     rows = [f"| {check.name} | {check.verdict} | {_cell(check.reason)} |" for check in decision.checks]
     head = f"Shall pack `{pack}` of **{name}** be served?"
-    return "\n".join([head, "", "| check | verdict | numbers |", "|---|---|---|", *rows])
+    against = ["", f"The gate is {_cell(decision.override.line())}"] if decision.override else []
+    return "\n".join([head, *against, "", "| check | verdict | numbers |", "|---|---|---|", *rows])
 
 
 def _cell(text: str) -> str:

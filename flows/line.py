@@ -35,6 +35,7 @@ from modelpress.reports import (
 )
 from modelpress.settings import Settings, read_settings
 from modelpress.store.local import local_errors
+from registry import figures as registered_figures
 from registry import leftovers, runs, sources
 from registry.gates import Decision
 from registry.lineage import Lineage
@@ -156,6 +157,10 @@ class Line:
             "speedup": f"{throughput(served) / throughput(source):.4f}",
             **_reasons(served),
         }
+
+    def of_hardware(self) -> dict[str, str]:
+        """What was measured of the served graph, by the class of the machine: text by tag."""
+        return registered_figures.tags(self.evaluations[self._served])
 
     def delivered(self, published: UploadReport, registered: Registered, decision: Decision | None) -> OptimizeResult:
         """The result, told to MLflow and to the log."""

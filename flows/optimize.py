@@ -32,7 +32,7 @@ def optimize(config: OptimizeConfig) -> OptimizeResult:
         shards = line.passed("shard", shard(run, coded.output, config.shard))
         check_wanted()
         published = line.passed("upload", upload(run, coded.output, shards.outputs, config, line.provenance()))
-        version = register(run, published.report, line.lineage(), line.headline())
+        version = register(run, published.report, line.lineage(), line.headline(), line.of_hardware())
         decision = promote(config.name, published.report.pack, config.gate) if config.promote else None
         result = line.delivered(published.report, version, decision)
     if decision is None:

@@ -8,12 +8,15 @@ from flows.approval import approved
 from flows.watch import watched
 from modelpress.config import Alias, GateConfig, PackName
 from modelpress.errors import GateError
+from modelpress.reports import Override
 from registry.gates import Decision
 from tasks import release
 
 
 @flow(name="promote", flow_run_name="promote-{name}-{candidate}")
-def promote(name: PackName, candidate: str = "challenger", gate: GateConfig | None = None) -> Decision:
+def promote(
+    name: PackName, candidate: str = "challenger", gate: GateConfig | None = None, override: Override | None = None
+) -> Decision:
     """Judge a published pack on its own bytes, and make it champion if it is no worse.
 
     Where the gate asks for approval, the run waits for a person's answer.
@@ -22,20 +25,21 @@ def promote(name: PackName, candidate: str = "challenger", gate: GateConfig | No
         name: Name of the pack and of the registered model.
         candidate: What is judged: an alias, a model version's number, or a pack's digest.
         gate: The conditions; left out, the ones in the pack's own config.
+        override: Who promotes it although it does not pass, and why: kept in the decision, the pointer's log, MLflow.
 
     Raises:
         GateError: the gate refused; the champion is who it was.
     """
     with watched(name):
         pack = release.find_pack(name, candidate)
-        decision = approved(name, pack, gate, release.promote(name, pack, gate))
+        decision = approved(name, pack, gate, release.promote(name, pack, gate, override=override), override)
     if not decision.promote:
         raise GateError(
             f"promoting {name} {pack}",
             found="; ".join(decision.reasons),
             expected="every check to pass",
             fix="the champion is unchanged; better the candidate, or bring more evaluation samples where the gate is "
-            "inconclusive",
+            f"inconclusive (`modelpress decisions {name}` shows it again; docs/gate.md says how a person overrides it)",
         )
     return decision
 

@@ -24,7 +24,8 @@ from modelpress.cores import usable_cores
 from modelpress.errors import BudgetExceededError, WorkloadError
 from modelpress.progress import Progress, silent
 from modelpress.reports import EvaluationReport, LatencyReport, QualityReport, Stage
-from modelpress.workload import Workload
+from modelpress.scores import Mask, Scored
+from modelpress.workload import Workload, samples_digest
 
 Runner = Callable[[Mapping[str, Tensor]], np.ndarray]
 """Named inputs in, the model's output out: (samples, …), on the CPU."""
@@ -40,11 +41,11 @@ def evaluate(
     workload: Workload,
     config: EvaluateConfig,
     stage: Stage,
-    baseline_scores: np.ndarray | None,
+    baseline: Scored | None,
     size_bytes: int,
     progress: Progress = silent,
     original: Checkpoint | None = None,
-) -> tuple[EvaluationReport, np.ndarray]:
+) -> tuple[EvaluationReport, Scored]:
     """Measure a checkpoint on the evaluation split.
 
     Args:
@@ -52,35 +53,40 @@ def evaluate(
         workload: data and metric.
         config: what is measured and how.
         stage: whose output this is.
-        baseline_scores: (samples,), the source model's scores from an earlier call, or None for the source itself.
+        baseline: the source model's scores from an earlier call, or None for the source itself.
         size_bytes: bytes of the artifact on disk.
         progress: told of each batch and each measured batch size.
         original: the source model in the same runtime; where `attribution_samples` asks for it, the reasons for the
             answers are compared with its own.
 
     Returns:
-        The report, and the per-sample scores: (samples,), float64.
+        The report, and the per-sample scores.
 
     Raises:
         SetupError: the asked execution provider is not in use.
-        WorkloadError: the metric's scores are no finite vector, or are not as many as the baseline's.
+        WorkloadError: a metric's scores are no finite vector, or not as many as the baseline's, a slice does not say
+            of each sample whether it is in it, or the samples are not the baseline's.
     """
     total = 1 + len(config.batch_sizes)
     with _PeakMemory() as memory, _runner(checkpoint, workload, config) as run:
         outputs = _outputs(run, workload, lambda samples: progress(0, total, f"{workload.metric}: {samples} samples"))
         scores = _finite(workload.metric, workload.score(outputs))
         further = {name: _finite(name, found) for name, found in workload.further_scores(outputs).items()}
+        slices = _slices(workload, scores.size)
         latency = []
         for done, batch_size in enumerate(config.batch_sizes, start=1):
             progress(done, total, f"latency at batch {batch_size}")
             latency.append(measure_latency(run, workload.example(batch_size), batch_size, config.latency_seconds))
-    judged = quality(workload.metric, scores, baseline_scores, config.confidence)
+    scored = Scored(scores, samples_digest(workload), workload.metric, further, slices)
+    _check_same_samples(scored, baseline)
+    judged = quality(workload.metric, scores, baseline.scores if baseline else None, config.confidence)
+    before = baseline.further if baseline else {}
     report = EvaluationReport(
         stage=stage,
         runtime="torch" if checkpoint.kind == "torch" else "onnxruntime",
         provider=config.provider if checkpoint.kind == "onnx" else None,
         quality=judged.model_copy(update={"shown": workload.shown(judged.value)}),
-        further=[quality(name, found, None, config.confidence) for name, found in further.items()],
+        further=[quality(name, found, before.get(name), config.confidence) for name, found in further.items()],
         size_bytes=size_bytes,
         latency=latency,
         peak_memory_bytes=memory.peak_bytes,
@@ -91,7 +97,7 @@ def evaluate(
         progress(total, total, "comparing attributions")
         report = report.model_copy(update={"attribution": attribution.compare(original, checkpoint, workload, config)})
     progress(total, total, f"{workload.metric} {report.quality.value:.4f}")
-    return report, scores
+    return report, scored
 
 
 def compare_modules(
@@ -231,6 +237,32 @@ def _finite(metric: str, found: np.ndarray) -> np.ndarray:
             fix="return one float per evaluation sample from Workload.score",
         )
     return scores
+
+
+def _slices(workload: Workload, samples: int) -> dict[str, Mask]:
+    """The workload's groups of samples, checked."""
+    found = {name: np.asarray(mask) for name, mask in workload.slices().items()}
+    for name, mask in found.items():
+        if mask.dtype != np.bool_ or mask.shape != (samples,) or not name:
+            raise WorkloadError(
+                f"reading slice {name!r} of the evaluation split",
+                found=f"{mask.dtype}, shape {list(mask.shape)}",
+                expected=f"bool, shape [{samples}]: of each sample, whether it is in the slice",
+                fix="return one bool per evaluation sample from Workload.slices, in the order of `batches`",
+            )
+    return found
+
+
+def _check_same_samples(scored: Scored, baseline: Scored | None) -> None:
+    """Refuse to pair scores of other samples, however many they are."""
+    if baseline is None or (baseline.scores is not None and scored.samples == baseline.samples):
+        return
+    raise WorkloadError(
+        f"pairing {scored.metric} with the source model's",
+        found="scores of other samples" if baseline.scores is not None else "no scores",
+        expected="the source model's on the same samples in the same order",
+        fix="the evaluation split must be the same in the whole run",
+    )
 
 
 class _PeakMemory:

@@ -6,6 +6,7 @@
     packs/<name>/<digest>.json                  a manifest, named by its content
     packs/<name>/<digest>.sigs/<keyid>.json     the signature of a manifest by one key
     packs/<name>/refs/<alias>/<number>.json     one entry of a pointer's log
+    packs/<name>/decisions/<digest>/<id>.json   what a gate decided of a pack, named by its content
     packs/<name>/secrets/<number>.json          one entry of the log of the model's wrapped secrets
     uploads/<name>/<id>.json                    an intent: what an upload under way needs
     collections/<number>.json                   a collector's turn; <number>.ended: it is over
@@ -34,6 +35,7 @@ _TOKEN = re.compile(r"[0-9a-f]{32}")
 _HEX = "32 hex digits"
 _PLACE = re.compile(
     rf"{PACKS}(?P<name>{_NAME.pattern})/(?:(?P<digest>{_DIGEST.pattern})\.json"
+    rf"|decisions/(?P<judged>{_DIGEST.pattern})/(?P<decision>{_DIGEST.pattern})\.json"
     rf"|secrets/(?P<secret>[0-9]{{{NUMBER_DIGITS}}})\.json"
     rf"|(?P<signed>{_DIGEST.pattern})\.sigs/(?P<key>{_DIGEST.pattern})\.json"
     rf"|refs/(?P<alias>{_ALIAS.pattern})/(?P<number>[0-9]{{{NUMBER_DIGITS}}})\.json)"
@@ -86,6 +88,18 @@ def secret(name: str, number: int) -> str:
     return f"{secrets(name)}{number:0{NUMBER_DIGITS}d}.json"
 
 
+def decisions(name: str, digest: str = "") -> str:
+    """Prefix of what gates decided of a pack; of all packs of the name without its digest."""
+    legal = _checked(_DIGEST, digest, "a pack digest", "64 hex digits") + "/" if digest else ""
+    return f"{manifests(name)}decisions/{legal}"
+
+
+def decision(name: str, digest: str, record: str) -> str:
+    """Key of one such decision; `record` is the sha256 of its bytes."""
+    _checked(_DIGEST, digest, "a pack digest", "64 hex digits")
+    return f"{decisions(name, digest)}{_checked(_DIGEST, record, 'the id of a decision', '64 hex digits')}.json"
+
+
 def pointer_number(key: str) -> int | None:
     """The number in the key of an entry, of a pointer or of secrets; None for a key that is none."""
     found = place(key)
@@ -96,13 +110,15 @@ def pointer_number(key: str) -> int | None:
 class Place:
     """What a key below `packs/` is the key of."""
 
-    kind: Literal["manifest", "signature", "pointer", "secret"]
+    kind: Literal["manifest", "signature", "pointer", "secret", "decision"]
     name: str
     digest: str = ""
-    """Of the manifest, or of the manifest that is signed."""
+    """Of the manifest, or of the manifest that is signed, or judged."""
     key_id: str = ""
     alias: str = ""
     number: int = 0
+    record: str = ""
+    """Of a decision: its own digest."""
 
 
 def place(key: str) -> Place | None:
@@ -115,6 +131,8 @@ def place(key: str) -> Place | None:
             return Place("signature", name, signed, key_id)
         if match["secret"]:
             return Place("secret", name, number=int(match["secret"]))
+        if match["judged"]:
+            return Place("decision", name, match["judged"], record=match["decision"])
         return Place("pointer", name, alias=alias, number=int(number))
     return None
 

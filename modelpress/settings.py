@@ -75,6 +75,9 @@ class Settings(BaseSettings):
     so many seconds at the earliest, and so that keeping takes at most a twentieth of its time; 0: after each update."""
     gpu_lease_seconds: float = Field(default=120.0, ge=60, le=86_400)
     """How long a GPU stays taken when the process that held it dies; renewed at three quarters of it."""
+    hardware: str = Field(default="", pattern=r"^([a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?)?$")
+    """Class of this machine, a name of your own such as `c7i-2xlarge`: what is measured here counts for it in the gate
+    (`gate.hardware`). Empty: figures have no class."""
     log: Literal["text", "json"] = "text"
     """How flows log to the terminal: Prefect's lines, or a JSON object in each line."""
     metrics: Path | None = None

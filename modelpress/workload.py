@@ -107,7 +107,16 @@ class Workload(abc.ABC):
         return outputs
 
     def further_scores(self, outputs: np.ndarray) -> dict[str, np.ndarray]:  # noqa: ARG002
-        """Per-sample scores of further metrics, by name: reported beside `metric`, judged by nobody."""
+        """Per-sample scores of further metrics, by name, higher is better: reported beside `metric`, and judged where
+        `gate.further_margins` names them."""
+        return {}
+
+    def slices(self) -> dict[str, np.ndarray]:
+        """Groups of the evaluation samples, by name, such as a language or a class that must not suffer.
+
+        Each is a vector of bool, (samples of the split,), in fixed order; a sample may be in several groups or in none.
+        They are judged where `gate.slice_margin` or `gate.slice_floors` asks. `identity` changes with them.
+        """
         return {}
 
     def shown(self, value: float) -> dict[str, float]:  # noqa: ARG002
@@ -177,6 +186,17 @@ class Workload(abc.ABC):
     def licence(self) -> str:
         """SPDX identifier or text of the source model's licence, for the manifest."""
         return "unknown"
+
+
+def samples_digest(workload: Workload) -> str:
+    """sha256 (hex) of the evaluation samples and targets in their order: scores pair only where it is the same."""
+    digest = hashlib.sha256()
+    for batch in workload.batches("evaluation", 256):
+        tensors = dict(batch.inputs) if batch.targets is None else {**batch.inputs, "": batch.targets}
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)};".encode())
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def row_digests(batch: Batch) -> list[str]:

@@ -17,22 +17,27 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from modelpress import intervals, load, pointer
+from modelpress import decisions, intervals, keys, load, pointer, scores
 from modelpress.config import GateConfig, parse_config
 from modelpress.errors import ModelpressError, NotFoundError, SetupError
 from modelpress.manifest import Manifest
 from modelpress.pack_files import read_reports
 from modelpress.progress import Progress, silent
+from modelpress.reports import Override, VerifyReport
+from modelpress.scores import UNMEASURED, Scored
 from modelpress.store.base import Store
-from registry import runs, scores, versions
-from registry.gates import Approval, Decision, Evidence, Scored, decide, with_approval
+from registry import figures, runs, versions
+from registry.gates import Approval, Decision, Evidence, Origin, Published, decide, with_approval, with_override
 from registry.versions import Version
 
 CHALLENGER = "challenger"
 """Alias of the version that was judged last."""
 PROMOTE = "promote"
 """Reason of a pointer's entry that a passed gate wrote."""
-UNMEASURED = Scored(None, samples="", metric="quality")
+OVERRIDE = "override"
+"""The same of one that a person asked for although the gate did not let it through."""
+TAG_OVERRIDE = "gate.override"
+"""Tag of a version: who overrode the gate at the last judgement, and why."""
 log = logging.getLogger(__name__)
 
 
@@ -55,6 +60,7 @@ def promote(
     progress: Progress = silent,
     *,
     approval: Approval | None = None,
+    override: Override | None = None,
 ) -> Decision:
     """Judge a published pack and, if it passes, make it champion in MLflow and in the store.
 
@@ -66,9 +72,11 @@ def promote(
         gate: the conditions; None takes those of the pack's own config.
         progress: told while the published bytes are read.
         approval: what a person answered, where the gate asks for it.
+        override: a person's word for a candidate that does not pass; see `gates.BINDING` for what it is no match for.
 
     Returns:
-        The decision. A refusal moves nothing but the alias `challenger`, and nor does one that waits for a person.
+        The decision, as it is kept beside the pack and in MLflow. A refusal moves nothing but the alias `challenger`,
+        and nor does one that waits for a person.
 
     Raises:
         NotFoundError: no such pack, or no model version carries it.
@@ -78,7 +86,7 @@ def promote(
         TrustError: the pack lacks a signature, or there is no key that may move the alias; nothing is moved.
         SetupError: MLflow does not answer.
     """
-    judged = judge(store, client, name, pack, gate, progress, approval=approval)
+    judged = judge(store, client, name, pack, gate, progress, approval=approval, override=override)
     if judged.decision.promote:
         put_in_service(store, client, judged)
     return judged.decision
@@ -95,6 +103,8 @@ class Judged:
     decision: Decision
     standing: pointer.Pointer | None
     """The entry that stood when it was made; None: an empty log."""
+    record: decisions.Record
+    """The decision as it is kept beside the pack."""
 
     @property
     def champion(self) -> str | None:
@@ -117,27 +127,38 @@ def judge(
     *,
     alias: str | None = None,
     approval: Approval | None = None,
+    override: Override | None = None,
 ) -> Judged:
     """Judge a published pack and write down what was decided. Nothing moves but the alias `challenger`.
 
     Args:
-        store, client, name, pack, gate, progress, approval: see `promote`.
+        store, client, name, pack, gate, progress, approval, override: see `promote`.
         alias: what is at stake; None takes the gate's.
     """
     runs.check_server(client.tracking_uri)
     version = versions.carrying(client, name, pack)
-    load.verify(store, name, pack, progress)  # the published bytes themselves, every one of them
+    read = load.verify(store, name, pack, progress)  # the published bytes themselves, every one of them
     manifest = load.load_manifest(store, name, pack)
     gate = gate or parse_config(manifest.config, origin=f"the config of pack {pack}").gate
     gate = gate if alias is None else gate.model_copy(update={"alias": alias})
     pointer.check_may_append(store, name, gate.alias)
     standing = pointer.current(store, name, gate.alias)
     champion = standing.pack if standing else None
-    evidence = _gather(store, manifest, version, champion if champion != pack else None)
-    decision = decide(evidence, gate)
+    evidence = _gather(store, manifest, version, champion if champion != pack else None, read)
+    decision = with_override(decide(evidence, gate), override)
     if gate.approval and champion != pack:
         decision = with_approval(pack, decision, approval, gate)
-    judged = Judged(version, gate, decision, standing)
+    record = decisions.keep(
+        store,
+        name,
+        pack,
+        gate.alias,
+        decision,
+        champion=champion,
+        after=standing.number if standing else 0,
+        gate=gate.model_dump(mode="json"),
+    )
+    judged = Judged(version, gate, decision, standing, record)
     _record(client, judged)
     versions.set_alias(client, version, CHALLENGER)
     return judged
@@ -157,8 +178,9 @@ def put_in_service(store: Store, client: MlflowClient, judged: Judged) -> None:
 
 
 def append(store: Store, judged: Judged, reason: str = PROMOTE) -> pointer.Pointer:
-    """Move the pointer to what was judged, if nobody moved it since."""
-    version, decision = judged.version, judged.decision.model_dump(mode="json")
+    """Move the pointer to what was judged, if nobody moved it since; the entry names the kept decision."""
+    version, reason = judged.version, OVERRIDE if judged.decision.override else reason
+    decision = judged.decision.model_dump(mode="json") | {decisions.RECORD: judged.record.digest}
     return pointer.append(store, version.name, judged.gate.alias, version.pack, reason, decision, after=judged.after)
 
 
@@ -212,11 +234,16 @@ def _record(client: MlflowClient, judged: Judged) -> None:
         {
             "gate.verdict": decision.verdict,
             "gate.promote": str(decision.promote).lower(),
+            "gate.decision": judged.record.digest,
             versions.TAG_GATE_ALIAS: gate.alias,
+            **({TAG_OVERRIDE: decision.override.line()[: versions.MAX_TAG]} if decision.override else {}),
         },
     )
+    if decision.override is None and TAG_OVERRIDE in version.tags:
+        client.delete_model_version_tag(version.name, version.number, TAG_OVERRIDE)
     document = {
         "pack": version.pack,
+        "record": judged.record.digest,
         "champion": judged.champion,
         "gate": gate.model_dump(mode="json"),
         "decision": decision.model_dump(mode="json"),
@@ -224,10 +251,11 @@ def _record(client: MlflowClient, judged: Judged) -> None:
     client.log_dict(version.run_id, document, f"gate/version-{version.number}.json")
 
 
-def _gather(store: Store, manifest: Manifest, version: Version, champion: str | None) -> Evidence:
+def _gather(store: Store, manifest: Manifest, version: Version, champion: str | None, read: VerifyReport) -> Evidence:
     """What is known of the candidate: from its pack, and the speed, which is no part of its identity, from MLflow."""
-    reports = read_reports(manifest, load.fetcher(store, manifest))
-    candidate = scores.of_pack(store, manifest)
+    fetch = load.fetcher(store, manifest)
+    reports = read_reports(manifest, fetch)
+    candidate = scores.of_pack(manifest, fetch)
     return Evidence(
         candidate=candidate.get("candidate", UNMEASURED),
         source=candidate.get("source", UNMEASURED),
@@ -237,7 +265,23 @@ def _gather(store: Store, manifest: Manifest, version: Version, champion: str | 
         attribution=_attribution(version),
         coverage=(reports.get("quantize") or reports.get("plan") or {}).get("coverage"),
         quantized=any(manifest.config.get(stage) is not None for stage in ("quantize", "plan")),
+        pruning_coverage=(reports.get("prune") or {}).get("coverage"),
+        pruned=manifest.config.get("prune") is not None,
+        published=Published(read.uri, read.read_bytes, manifest.published_bytes, read.signed_by),
+        figures=figures.of_version(version),
+        origin=_origin(manifest),
     )
+
+
+def _origin(manifest: Manifest) -> Origin:
+    """The licence, and what of the lineage is not there."""
+    source = manifest.lineage.get("source")
+    there = {
+        "source": isinstance(source, str) and keys.is_digest(source),
+        "config": bool(manifest.config),
+        "versions": "modelpress" in manifest.versions,
+    }
+    return Origin(manifest.licence, tuple(what for what, found in there.items() if not found))
 
 
 def _attribution(version: Version) -> intervals.Interval | None:
@@ -246,7 +290,8 @@ def _attribution(version: Version) -> intervals.Interval | None:
 
 
 def _champion(store: Store, name: str, pack: str) -> Scored:
-    return scores.of_pack(store, load.load_manifest(store, name, pack)).get("candidate", UNMEASURED)
+    manifest = load.load_manifest(store, name, pack)
+    return scores.of_pack(manifest, load.fetcher(store, manifest)).get("candidate", UNMEASURED)
 
 
 def _compression_ratio(manifest: Manifest, reports: Mapping[str, Any]) -> float | None:

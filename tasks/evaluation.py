@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -16,12 +14,10 @@ from modelpress.config import EvaluateConfig, GpuConfig
 from modelpress.cores import usable_cores
 from modelpress.progress import Progress
 from modelpress.reports import ArtifactRef, EvaluationReport, Stage
+from modelpress.settings import read_settings
 from modelpress.store.artifacts import load_artifact
 from tasks.records import Finished
 from tasks.runner import RunContext, fetch_checkpoint, open_workload, run_stage
-
-if TYPE_CHECKING:
-    from modelpress.workload import Workload
 
 
 @task(name="evaluate", task_run_name="evaluate-{label}", cache_policy=NO_CACHE)
@@ -36,17 +32,18 @@ def evaluate(
 ) -> Finished[EvaluationReport]:
     """Measure the output of `stage`, paired with the `baseline` scores; compare its reasons with the `original`'s."""
 
+    hardware = read_settings().hardware or None
+
     def work(progress: Progress) -> tuple[Mapping[str, bytes], EvaluationReport]:
+        from modelpress import scores
         from modelpress.evaluate import evaluate as run
-        from registry import scores as files
 
         workload = open_workload(context.workload, context.mlflow_run)
-        before = files.load(load_artifact(baseline))["scores"].scores if baseline else None
+        before = scores.load(load_artifact(baseline))["scores"] if baseline else None
         checkpoint = fetch_checkpoint(model)
         source = fetch_checkpoint(original) if original and config.attribution_samples else None
-        report, scores = run(checkpoint, workload, config, stage, before, model.size_bytes, progress, source)
-        samples = samples_digest(workload)
-        return {"scores": files.dump({"scores": scores}, samples=samples, metric=workload.metric)}, report
+        report, scored = run(checkpoint, workload, config, stage, before, model.size_bytes, progress, source)
+        return {"scores": scores.dump({"scores": scored})}, report.model_copy(update={"hardware": hardware})
 
     # Torch modules are measured on the CPU; a graph where its provider computes, and never beside somebody unasked.
     on_gpu = label not in ("source", "distill", "prune") and config.provider != "CPUExecutionProvider"
@@ -58,7 +55,7 @@ def evaluate(
         inputs=[model, *(ref for ref in (baseline, original) if ref)],
         config=config,
         label=f"evaluate-{label}",
-        extra={"stage": stage, "host": host_fingerprint()},
+        extra={"stage": stage, "host": host_fingerprint(), **({"hardware": hardware} if hardware else {})},
         splits=["evaluation"],
         gpu=(context.gpu or GpuConfig()) if on_gpu else None,
     )
@@ -86,14 +83,3 @@ def _processor() -> str:
         lines = []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(models, "") or platform.processor() or platform.machine()
-
-
-def samples_digest(workload: Workload) -> str:
-    """sha256 (hex) of the evaluation samples and targets in their order: scores pair only where it is the same."""
-    digest = hashlib.sha256()
-    for batch in workload.batches("evaluation", 256):
-        tensors = dict(batch.inputs) if batch.targets is None else {**batch.inputs, "": batch.targets}
-        for name, tensor in sorted(tensors.items()):
-            digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)};".encode())
-            digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()

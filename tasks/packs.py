@@ -193,8 +193,8 @@ def _shard_files(shards: Mapping[str, ArtifactRef], folder: Path) -> list[ShardF
 
 def _with_files(context: RunContext, coded: ArtifactRef, provenance: Provenance, samples: int) -> Coded:
     """The coded tensors with the files that travel in the pack: graph, the workload's own, scores, golden samples."""
+    from modelpress import scores
     from modelpress.container import Coded
-    from registry import scores
 
     found = Coded.from_bytes(load_artifact(coded))
     vectors = {
@@ -204,7 +204,7 @@ def _with_files(context: RunContext, coded: ArtifactRef, provenance: Provenance,
     files = {
         **found.files,
         **open_workload(context.workload, context.mlflow_run).files(),
-        scores.SCORES_FILE: scores.dump_scored(vectors),
+        scores.SCORES_FILE: scores.dump(vectors),
         **(_golden(context, provenance.graph, samples) if samples else {}),
     }
     return replace(found, files=files | _processing(context, files))

@@ -17,12 +17,12 @@ from modelpress.errors import ModelpressError
 from modelpress.manifest import Manifest
 from modelpress.progress import Progress
 from modelpress.reports import EvaluationReport, Report
+from modelpress.scores import Scored
 from modelpress.settings import read_settings
 from modelpress.store.base import Store, open_store
-from registry import gates, runs, versions
-from registry.gates import Decision, Scored
+from registry import figures, gates, runs, versions
+from registry.gates import Decision
 from registry.versions import Version
-from tasks.evaluation import samples_digest
 from tasks.progress import StageProgress
 from tasks.runner import open_workload
 
@@ -78,6 +78,7 @@ def recheck(name: str, alias: str, pack: str, gate: GateConfig | None, tags: Map
             data = _as_then(config.workload, origin)
             try:
                 report, found, published = _measure(store, manifest, pack, config, data, run.id, progress)
+                report = report.model_copy(update={"hardware": settings.hardware or None})
             except ModelpressError:
                 _tell(client, version, run, "error", {})  # nobody may take an earlier verdict for today's
                 raise
@@ -86,7 +87,7 @@ def recheck(name: str, alias: str, pack: str, gate: GateConfig | None, tags: Map
             run.json("report.json", report.model_dump(mode="json"))
             run.json("decision.json", decision.model_dump(mode="json"))
             numbers = {f"evaluated.{report.quality.metric}": f"{report.quality.value:.6f}"}
-            _tell(client, version, run, decision.verdict, numbers)
+            _tell(client, version, run, decision.verdict, {**numbers, **figures.tags(report)})
     get_run_logger().info("recheck: %s: %s", decision.verdict, "; ".join(decision.reasons), extra={"stage": "recheck"})
     return Rechecked(
         name=name,
@@ -130,20 +131,19 @@ def _measure(
     progress: Progress,
 ) -> tuple[EvaluationReport, Scored, Mapping[str, Scored]]:
     """The report, today's scores, and those that the pack was published with."""
-    from modelpress import load
+    from modelpress import load, scores
     from modelpress.evaluate import evaluate
-    from registry import scores
+    from modelpress.workload import samples_digest
 
-    published = scores.of_pack(store, manifest)
+    published = scores.of_pack(manifest, load.fetcher(store, manifest))
     _, checkpoint = load.load_checkpoint(store, manifest.name, pack, progress)
     workload = open_workload(data, run)
-    samples = samples_digest(workload)
     source = published.get("source")
-    before = source.scores if source is not None and source.samples == samples else None
-    report, vector = evaluate(
+    before = source if source is not None and source.samples == samples_digest(workload) else None
+    report, found = evaluate(
         checkpoint, workload, config.evaluate, "upload", before, manifest.published_bytes, progress
     )
-    return report, Scored(vector, samples, workload.metric), published
+    return report, found, published
 
 
 def _tell(client: MlflowClient, version: Version, run: runs.Run, verdict: str, numbers: Mapping[str, str]) -> None:

@@ -14,7 +14,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from modelpress.config import GateConfig
-from modelpress.reports import Report, UploadReport
+from modelpress.reports import Override, Report, UploadReport
 from modelpress.settings import read_settings
 from modelpress.store.base import open_store
 from registry import datasets, runs, versions
@@ -34,9 +34,15 @@ class Registered(Report):
 
 
 @task(name="register", task_run_name="register", cache_policy=NO_CACHE)
-def register(context: RunContext, published: UploadReport, lineage: Lineage, measured: Mapping[str, str]) -> Registered:
+def register(
+    context: RunContext,
+    published: UploadReport,
+    lineage: Lineage,
+    measured: Mapping[str, str],
+    of_hardware: Mapping[str, str] | None = None,
+) -> Registered:
     """Register the pack as a model version that MLflow can load; one that carries it already keeps its origin and takes
-    the numbers."""
+    the numbers, and what was measured on which class of machines (`registry.figures`)."""
     from registry.loadable import log_pack
     from registry.pack_model import PackConfig
 
@@ -57,7 +63,7 @@ def register(context: RunContext, published: UploadReport, lineage: Lineage, mea
             uri=published.uri,
             run_id=context.mlflow_run,
             tags={**lineage.tags(), "compression_ratio": f"{published.compression_ratio:.4f}"},
-            measured=measured,
+            measured={**measured, **(of_hardware or {})},
             description=lineage.describe(published),
             log=log,
         )
@@ -91,15 +97,21 @@ def _log_measured(child: runs.Run, run_id: str, model_id: str, measured: Mapping
 
 
 @task(name="promote", task_run_name="promote-{name}", cache_policy=NO_CACHE)
-def promote(name: str, pack: str, config: GateConfig | None = None, approval: Approval | None = None) -> Decision:
-    """Judge a published pack on its own bytes, freshly read, and move the alias if it passes."""
+def promote(
+    name: str,
+    pack: str,
+    config: GateConfig | None = None,
+    approval: Approval | None = None,
+    override: Override | None = None,
+) -> Decision:
+    """Judge a published pack on its own bytes, freshly read, and move the alias if it passes, or a person overrides."""
     from registry import promotion
 
     settings = read_settings()
     store = open_store(settings.store_uri, settings)
     with StageProgress("gate") as progress, runs.named_errors(settings.mlflow_uri, runs.right_to_edit(name)):
         client = runs.open_client(settings)
-        decision = promotion.promote(store, client, name, pack, config, progress, approval=approval)
+        decision = promotion.promote(store, client, name, pack, config, progress, approval=approval, override=override)
     get_run_logger().info("gate: %s", decision.line(), extra={"stage": "gate"})
     return decision
 

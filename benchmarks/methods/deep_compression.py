@@ -45,6 +45,7 @@ from modelpress.prune.masks import Masks
 from modelpress.publish import publish
 from modelpress.quantize.from_module import quantize_module
 from modelpress.reports import EvaluationReport, Report, UploadReport
+from modelpress.scores import Scored
 from modelpress.shard import draft_manifest, write_shards
 from modelpress.store.local import LocalStore
 from modelpress.train import train_
@@ -82,7 +83,7 @@ class Run:
     workload: Workload
     dense: nn.Module
     source_bytes: int
-    scores: np.ndarray
+    scores: Scored
     """Per held-out sample, the dense network's."""
 
 
@@ -172,9 +173,7 @@ def _sizes(case: str, system: str, sent: UploadReport, weights: int) -> Iterator
     yield Row(case, system, "weights", "B", float(weights))
 
 
-def _judged(
-    checkpoint: Checkpoint, workload: Workload, baseline: np.ndarray | None
-) -> tuple[EvaluationReport, np.ndarray]:
+def _judged(checkpoint: Checkpoint, workload: Workload, baseline: Scored | None) -> tuple[EvaluationReport, Scored]:
     config = EvaluateConfig(batch_sizes=[32], latency_seconds=0.2)
     return evaluate(checkpoint, workload, config, "quantize", baseline, 0)
 

@@ -11,6 +11,7 @@ import typer
 from modelpress.cli import (
     access,
     caches,
+    comparing,
     folders,
     hooks,
     housekeeping,
@@ -33,6 +34,7 @@ __all__ = [
     "access",
     "app",
     "caches",
+    "comparing",
     "folders",
     "hooks",
     "housekeeping",

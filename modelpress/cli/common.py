@@ -29,6 +29,9 @@ app = typer.Typer(
 )
 
 PackArgument = Annotated[str, typer.Argument(metavar="NAME[@REF]", help="Pack name; REF is an alias or a digest.")]
+PackOrNameArgument = Annotated[
+    str, typer.Argument(metavar="NAME[@REF]", help="Pack name; with REF, an alias or a digest, this pack alone.")
+]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Pack name.")]
 StoreOption = Annotated[str | None, typer.Option("--store", help="s3://bucket/prefix or a folder [MODELPRESS_STORE].")]
 AliasOption = Annotated[str, typer.Option("--alias", help="The pointer.")]

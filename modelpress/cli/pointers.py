@@ -1,9 +1,9 @@
-"""Commands on what is served: `promote`, `rollback`, `history`."""
+"""Commands on what is served, and why: `promote`, `rollback`, `history`, `decisions`."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ from modelpress.cli.common import (
     AliasOption,
     JsonOption,
     NameArgument,
+    PackOrNameArgument,
     StoreOption,
     app,
     echo,
@@ -20,22 +21,55 @@ from modelpress.cli.common import (
     rows_table,
 )
 
+if TYPE_CHECKING:
+    from modelpress.decisions import Kept
+    from modelpress.reports import Override
+
+MAX_NAME, MAX_REASON = 100, 1000
+
 
 @app.command()
 def promote(
     name: NameArgument,
     candidate: Annotated[str, typer.Argument(help="An alias, a model version's number or a digest.")] = "challenger",
+    override: Annotated[
+        str | None,
+        typer.Option(metavar="REASON", help="Promote it although it does not pass, for this reason; it is kept."),
+    ] = None,
+    by: Annotated[str | None, typer.Option(metavar="WHO", help="Who overrides; it is kept.")] = None,
     store: StoreOption = None,
 ) -> None:
     """Judge a published pack on its own bytes, and move the alias if it passes."""
+    against = _override(override, by)
     export_store(store)
     from flows.console import terminal
 
     with terminal():
         from flows.promote import promote as flow
 
-        decision = flow(name, candidate)
-    echo(f"{name}: promoted; " + "; ".join(decision.reasons))
+        decision = flow(name, candidate, override=against)
+    echo(f"{name}: promoted ({decision.outcome()}); " + "; ".join(decision.reasons))
+
+
+def _override(reason: str | None, by: str | None) -> Override | None:
+    """What was given for an override, both or neither.
+
+    Raises:
+        ConfigError: half of it, or an empty text.
+    """
+    if reason is None and by is None:
+        return None
+    from modelpress.errors import ConfigError
+    from modelpress.reports import Override
+
+    if not (reason and reason.strip() and by and by.strip()):
+        found = "no name of who does" if reason and reason.strip() else "no reason"
+        raise ConfigError("overriding the gate", found=found, expected='--override "REASON" --by WHO')
+    if len(reason) > MAX_REASON or len(by) > MAX_NAME:
+        found = f"{len(reason)} and {len(by)} characters"
+        expected = f"a reason of at most {MAX_REASON} and a name of at most {MAX_NAME}"
+        raise ConfigError("overriding the gate", found=found, expected=expected)
+    return Override(by=by.strip(), reason=reason.strip())
 
 
 @app.command()
@@ -80,7 +114,7 @@ def rollback(
 def history(
     name: NameArgument, alias: AliasOption = CHAMPION, store: StoreOption = None, as_json: JsonOption = False
 ) -> None:
-    """Show the log of an alias: when, who, why, which pack."""
+    """Show the log of an alias: when, who, why, what the gate said, which pack."""
     from modelpress import pointer
     from modelpress.errors import NotFoundError
 
@@ -97,8 +131,78 @@ def history(
             "when": entry.created.isoformat(" ", "seconds"),
             "who": entry.who,
             "why": entry.reason,
+            "gate": _outcome(entry.decision),
             "pack": entry.pack,
         }
         for entry in entries
     ]
     echo(rows_table(rows))
+
+
+@app.command()
+def decisions(target: PackOrNameArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Show what gates decided of a pack, or of all packs of a name: promotions, refusals, overrides.
+
+    Of a single pack (NAME@REF), with the reasons.
+    """
+    from modelpress import decisions as kept
+    from modelpress.errors import NotFoundError
+
+    opened, pack = opened_store(store), ""
+    name, _, ref = target.partition("@")
+    if ref:
+        from modelpress import load  # pulls in torch
+
+        pack = load.resolve(opened, name, ref)
+    found = kept.kept(opened, name, pack)
+    if as_json:
+        typer.echo(json.dumps([_described(one) for one in found], indent=2))
+        return
+    if not found:
+        raise NotFoundError(f"looking for decisions on {target} in {opened.uri}", found="none is kept")
+    echo(rows_table([_row(one, signatures=opened.trust is not None) for one in found]))
+    for one in found if ref else ():
+        if one.record is not None:
+            echo(f"\n{one.record.created.isoformat(' ', 'seconds')} {one.record.decision.outcome()}")
+            for reason in one.record.decision.reasons:
+                echo(f"  {reason}")
+
+
+def _outcome(decision: dict[str, Any] | None) -> str:
+    """What the gate said by a pointer's entry; a dash where no gate was asked."""
+    from pydantic import ValidationError
+
+    from modelpress.decisions import RECORD
+    from modelpress.reports import Decision
+
+    if decision is None:
+        return "–"
+    try:
+        return Decision.model_validate({key: value for key, value in decision.items() if key != RECORD}).outcome()
+    except ValidationError:  # the caller's own words, or a newer release's
+        return "?"
+
+
+def _described(one: Kept) -> dict[str, Any]:
+    """For programs."""
+    record = one.record.model_dump(mode="json") if one.record is not None else None
+    return {"key": one.key, "record": record, "problem": one.problem.found if one.problem is not None else None}
+
+
+def _row(one: Kept, *, signatures: bool) -> dict[str, str]:
+    """For people."""
+    record = one.record
+    if record is None:
+        found = (one.problem.found if one.problem is not None else None) or "unreadable"
+        row = {"when": "–", "who": "–", "alias": "–", "gate": found, "moved": "–", "pack": one.key.split("/")[-2]}
+    else:
+        row = {
+            "when": record.created.isoformat(" ", "seconds"),
+            "who": record.who,
+            "alias": record.alias,
+            "gate": record.decision.outcome(),
+            "moved": "yes" if record.decision.promote else "no",
+            "pack": record.pack,
+        }
+    vouched = "counts" if one.problem is None else (one.problem.found or "does not count")
+    return row | ({"signature": vouched} if signatures else {})

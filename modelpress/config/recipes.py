@@ -63,6 +63,8 @@ class OptimizeConfig(Config):
             raise ValueError("plan and quantize exclude each other: a plan takes the float graph; leave one out")
         if self.gate.min_attribution_agreement and not self.evaluate.attribution_samples:
             raise ValueError("gate.min_attribution_agreement needs evaluate.attribution_samples")
+        if self.gate.provider not in (None, self.evaluate.provider):
+            raise ValueError(f"gate.provider needs evaluate.provider {self.gate.provider}: it is what is measured on")
         return self
 
 

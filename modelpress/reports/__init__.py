@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from modelpress.reports.base import ArtifactRef, Report, Stage
 from modelpress.reports.folder import FolderReport
+from modelpress.reports.gate import Check, Decision, Override, Verdict
 from modelpress.reports.graph import (
     CodebookReport,
     ExportReport,
@@ -45,11 +46,13 @@ from modelpress.reports.quality import AttributionReport, EvaluationReport, Late
 __all__ = [
     "ArtifactRef",
     "AttributionReport",
+    "Check",
     "CodebookReport",
     "CodedTensor",
     "CollectReport",
     "CompressReport",
     "Counted",
+    "Decision",
     "DeltaReport",
     "DistillReport",
     "EvaluationReport",
@@ -61,6 +64,7 @@ __all__ = [
     "GarbageItem",
     "LatencyReport",
     "LayersReport",
+    "Override",
     "PlanOutline",
     "PlanPoint",
     "PlanReport",
@@ -82,6 +86,7 @@ __all__ = [
     "TrainReport",
     "UploadReport",
     "UsageReport",
+    "Verdict",
     "VerifyReport",
     "VersionUsage",
     "trainings",

@@ -81,10 +81,12 @@ class EvaluationReport(Report):
     """`torch` or `onnxruntime`."""
     provider: str | None = None
     """ONNX Runtime execution provider in use."""
+    hardware: str | None = None
+    """Class of the machine that measured, as MODELPRESS_HARDWARE there has it; None where it has none."""
     quality: QualityReport
     """On the evaluation split."""
     further: list[QualityReport] = Field(default_factory=list)
-    """Further metrics of the same samples, judged by nobody."""
+    """Further metrics of the same samples."""
     size_bytes: int
     """Bytes of the artifact on disk."""
     latency: list[LatencyReport]

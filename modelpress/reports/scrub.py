@@ -77,6 +77,8 @@ class ScrubReport(Report):
     """Aliases, each with its whole log followed."""
     signatures: int
     """Signatures."""
+    decisions: int
+    """What gates decided of packs, also of packs that are gone."""
     trusted: bool
     """Whether signatures were held to a trust file."""
     blobs: int

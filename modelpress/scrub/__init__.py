@@ -62,6 +62,7 @@ def scrub(
         packs=tuple(found.packs),
         aliases=len(found.aliases),
         signatures=found.signatures,
+        decisions=found.decisions,
         trusted=store.trust is not None,
         blobs=counted.blobs,
         blob_bytes=counted.blob_bytes,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from modelpress import keys, load, pointer
-from modelpress.errors import FormatError, KeyRefusedError, NotFoundError, TrustError
+from modelpress import decisions, keys, load, pointer
+from modelpress.errors import FormatError, KeyRefusedError, NotFoundError, TrustError, UnsignedError
 from modelpress.keys import Place
 from modelpress.reports.scrub import Finding, PackRow
 from modelpress.store.base import Store
@@ -22,6 +22,7 @@ class Survey:
     aliases: dict[tuple[str, str], None] = field(default_factory=dict)
     """Name and alias of each pointer."""
     signatures: int = 0
+    decisions: int = 0
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -44,6 +45,8 @@ def survey(store: Store) -> Survey:
             signed.append(place)
         elif place.kind == "pointer":
             found.aliases[place.name, place.alias] = None
+        elif place.kind == "decision":
+            _decision(store, place, found)
     there = {(row.name, row.digest) for row in found.packs}
     for place in signed:
         _signature(store, place, (place.name, place.digest) in there, found)
@@ -101,6 +104,22 @@ def _signature(store: Store, place: Place, has_pack: bool, found: Survey) -> Non
         found.findings.append(Finding(kind="unreferenced", key=key, pack=of(place), problem=problem))
 
 
+def _decision(store: Store, place: Place, found: Survey) -> None:
+    """What a gate decided. One that nobody signed, or by a key that does not count any more, is in order: nothing is
+    served by it."""
+    key = keys.decision(place.name, place.digest, place.record)
+    try:
+        decisions.read(store, place.name, place.digest, place.record)
+    except NotFoundError:  # deleted since it was listed
+        return
+    except (UnsignedError, KeyRefusedError):
+        pass
+    except (FormatError, TrustError) as error:
+        found.findings.append(Finding(kind="damaged", key=key, pack=of(place), problem=_told(error)))
+        return
+    found.decisions += 1
+
+
 def _pointer(store: Store, name: str, alias: str, found: Survey) -> None:
     """A whole log, and that its newest entry leads to a pack."""
     try:
@@ -113,10 +132,23 @@ def _pointer(store: Store, name: str, alias: str, found: Survey) -> None:
         key = keys.pointers(name, alias)
         found.findings.append(Finding(kind="damaged", key=key, pack=f"{name}@{alias}", problem=_told(error)))
         return
+    _kept_decisions(store, name, alias, entries, found)
     if entries and store.info(keys.manifest(name, entries[-1].pack)) is None:
         key = keys.manifest(name, entries[-1].pack)
         lost = f"no such manifest, and entry {entries[-1].number} of {name}@{alias} points at it"
         found.findings.append(Finding(kind="missing", key=key, pack=f"{name}@{alias}", problem=lost))
+
+
+def _kept_decisions(store: Store, name: str, alias: str, entries: list[pointer.Pointer], found: Survey) -> None:
+    """That each decision that an entry names is there; whether it is in order is seen where it is listed."""
+    for entry in entries:
+        record = (entry.decision or {}).get(decisions.RECORD)
+        if not isinstance(record, str) or not keys.is_digest(record):
+            continue
+        key = keys.decision(name, entry.pack, record)
+        if store.info(key) is None:
+            lost = f"no such decision, and entry {entry.number} of {name}@{alias} rests on it"
+            found.findings.append(Finding(kind="missing", key=key, pack=f"{name}@{alias}", problem=lost))
 
 
 def _told(error: FormatError | TrustError) -> str:

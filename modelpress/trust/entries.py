@@ -1,4 +1,4 @@
-"""Signatures of pointer entries: inside the entry, over everything else in it."""
+"""Signatures of pointer entries, and of decisions: inside the entry, over everything else in it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from modelpress.trust.signer import Signer, holds
 
 PAYLOAD_TYPE = "application/vnd.modelpress.pointer+json"
 """Binds what is signed to what it is: no signature of anything else is one of an entry."""
+DECISION_TYPE = "application/vnd.modelpress.decision+json"
+"""The same of what a gate decided."""
 
 
 class EntrySignature(BaseModel):
@@ -28,13 +30,20 @@ class EntrySignature(BaseModel):
     """Base64 of the Ed25519 signature over DSSE's encoding of the payload type and the entry without `signature`."""
 
 
-def sign(signer: Signer, entry: bytes) -> EntrySignature:
+def sign(signer: Signer, entry: bytes, payload_type: str = PAYLOAD_TYPE) -> EntrySignature:
     """The signature of an entry's bytes without signature."""
-    envelope = signer.envelope(PAYLOAD_TYPE, entry)
+    envelope = signer.envelope(payload_type, entry)
     return EntrySignature(keyid=envelope.key_id, sig=base64.b64encode(envelope.signature).decode())
 
 
-def check(policy: Policy, signature: EntrySignature | None, entry: bytes, name: str, doing: str) -> None:
+def check(
+    policy: Policy,
+    signature: EntrySignature | None,
+    entry: bytes,
+    name: str,
+    doing: str,
+    payload_type: str = PAYLOAD_TYPE,
+) -> None:
     """Refuse an entry that no key vouches for.
 
     Args:
@@ -43,6 +52,7 @@ def check(policy: Policy, signature: EntrySignature | None, entry: bytes, name: 
         entry: its bytes without signature.
         name: of the pack.
         doing: how errors begin.
+        payload_type: what kind of entry it is.
 
     Raises:
         UnsignedError: it has no signature.
@@ -63,7 +73,7 @@ def check(policy: Policy, signature: EntrySignature | None, entry: bytes, name: 
         raise KeyRefusedError(doing, found=found, expected=expected, fix=fix)
     raw = base64.b64decode(signature.sig)
     one_spelling = base64.b64encode(raw).decode() == signature.sig
-    if not one_spelling or not holds(key.verifier(), Envelope(PAYLOAD_TYPE, entry, signature.keyid, raw)):
+    if not one_spelling or not holds(key.verifier(), Envelope(payload_type, entry, signature.keyid, raw)):
         found = f"a signature that key {key.id[:12]} of {key.owner} did not make of this entry"
         raise SignatureError(doing, found=found, expected=expected)
 

@@ -222,7 +222,7 @@ def test_history_and_rollback(packs: list[str], store: Store, run: Run) -> None:
     code, out, _ = run("history", "scale")
     assert code == 0
     lines = [line.split() for line in out.splitlines()[1:]]
-    assert [(line[0], line[-2], line[-1]) for line in lines] == [
+    assert [(line[0], line[-3], line[-1]) for line in lines] == [
         ("1", "promote", packs[0]),
         ("2", "promote", packs[1]),
         ("3", "rollback", packs[0]),

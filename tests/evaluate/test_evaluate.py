@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,8 @@ from modelpress.errors import BudgetExceededError, SetupError, WorkloadError
 from modelpress.evaluate import check_budget, evaluate, quality
 from modelpress.export import export
 from modelpress.reports import EvaluationReport, QualityReport
+from modelpress.scores import Scored
+from modelpress.workload import samples_digest
 from tests.toys import ImageToy
 
 QUICK = EvaluateConfig(batch_sizes=[1, 8], latency_seconds=0.02)
@@ -29,7 +33,8 @@ def exported(workload: ImageToy) -> Checkpoint:
 def test_torch_and_onnx_get_the_same_quality(workload: ImageToy, exported: Checkpoint) -> None:
     source, scores = evaluate(from_module(workload.module), workload, QUICK, "source", None, 1000)
     after, again = evaluate(exported, workload, QUICK, "export", scores, 900)
-    np.testing.assert_array_equal(scores, again)
+    np.testing.assert_array_equal(scores.scores, again.scores)
+    assert scores.samples == again.samples
     assert (source.runtime, source.provider) == ("torch", None)
     assert (after.runtime, after.provider) == ("onnxruntime", "CPUExecutionProvider")
     assert (source.size_bytes, after.size_bytes) == (1000, 900)
@@ -43,7 +48,7 @@ def test_the_quality_is_the_metrics_own(workload: ImageToy) -> None:
         outputs = torch.cat([workload.module(**batch.inputs) for batch in workload.batches("evaluation", 150)])
     expected = workload.score(outputs.numpy())
     report, scores = evaluate(from_module(workload.module), workload, QUICK, "source", None, 1)
-    np.testing.assert_array_equal(scores, expected)
+    np.testing.assert_array_equal(scores.scores, expected)
     interval = intervals.wilson(int(expected.sum()), 150, 0.95)
     found = report.quality
     assert (found.value, found.low, found.high) == (interval.value, interval.low, interval.high)
@@ -110,8 +115,44 @@ def test_scores_that_are_no_finite_vector_are_refused(workload: ImageToy, scores
 
 
 def test_scores_that_cannot_be_paired_are_refused(workload: ImageToy, exported: Checkpoint) -> None:
+    samples = samples_digest(workload)
     with pytest.raises(WorkloadError, match="150 scores"):
-        evaluate(exported, workload, QUICK, "export", np.ones(149), 1)
+        evaluate(exported, workload, QUICK, "export", Scored(np.ones(149), samples, "accuracy"), 1)
+    with pytest.raises(WorkloadError, match="scores of other samples"):
+        evaluate(exported, workload, QUICK, "export", Scored(np.ones(150), "others", "accuracy"), 1)
+    with pytest.raises(WorkloadError, match="no scores"):
+        evaluate(exported, workload, QUICK, "export", Scored(None, samples, "accuracy"), 1)
+
+
+class Sliced(ImageToy):
+    """Two groups that overlap, and a second metric."""
+
+    masks: Any = None
+
+    def slices(self) -> dict[str, np.ndarray]:
+        return self.masks or {"first": np.arange(150) < 50, "even": np.arange(150) % 2 == 0}
+
+    def further_scores(self, outputs: np.ndarray) -> dict[str, np.ndarray]:
+        return {"margin": outputs.max(1)}
+
+
+def test_slices_and_further_metrics_travel_with_the_scores(workload: ImageToy, exported: Checkpoint) -> None:
+    _, source = evaluate(from_module(workload.module), Sliced(samples=150), QUICK, "source", None, 1)
+    report, found = evaluate(exported, Sliced(samples=150), QUICK, "export", source, 1)
+    assert {name: int(mask.sum()) for name, mask in found.slices.items()} == {"first": 50, "even": 75}
+    assert set(found.further) == {"margin"}
+    assert report.further[0].baseline == pytest.approx(float(source.further["margin"].mean()))
+    assert report.further[0].difference == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "masks", [{"a": np.ones(150)}, {"a": np.ones(149, dtype=bool)}, {"": np.ones(150, dtype=bool)}], ids=str
+)
+def test_a_slice_that_does_not_say_of_each_sample_is_refused(workload: ImageToy, masks: dict[str, np.ndarray]) -> None:
+    sliced = Sliced(samples=150)
+    sliced.masks = masks
+    with pytest.raises(WorkloadError, match="reading slice"):
+        evaluate(from_module(workload.module), sliced, QUICK, "source", None, 1)
 
 
 def report_with(found: QualityReport) -> EvaluationReport:

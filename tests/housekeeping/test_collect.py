@@ -151,7 +151,15 @@ def test_parts_that_nobody_comes_back_for_are_freed(store: MemoryStore) -> None:
 
 
 def test_signatures_go_with_their_pack_and_foreign_keys_are_never_touched(store: MemoryStore) -> None:
-    foreign = ["packs/demo/secrets/x", f"packs/demo/{'a' * 64}.txt", "other/thing", "blobs/sha256/readme", "blobs/x"]
+    decided = keys.decision("demo", "b" * 64, "e" * 64)  # history outlives its pack
+    foreign = [
+        decided,
+        "packs/demo/secrets/x",
+        f"packs/demo/{'a' * 64}.txt",
+        "other/thing",
+        "blobs/sha256/readme",
+        "blobs/x",
+    ]
     signed = [keys.signature("demo", digest, "d" * 64) for digest in (ONE.digest, "b" * 64)]
     for key in foreign + signed:
         store.put(key, b"x")

@@ -118,6 +118,16 @@ def test_signatures_go_with_their_manifest(store: MemoryStore) -> None:
     assert [key for key in store.objects if ".sigs/" in key] == [keys.signature("demo", packs[1].digest, "d" * 64)]
 
 
+def test_decisions_outlive_their_pack(store: MemoryStore) -> None:
+    packs = versions(store, 2)
+    decided = [keys.decision("demo", pack.digest, "e" * 64) for pack in packs]
+    for key in decided:
+        store.put(key, b"{}")
+    kept(store, SHORT, delete=True)
+    assert keys.manifest("demo", packs[0].digest) not in store.objects
+    assert set(decided) <= set(store.objects)
+
+
 def test_a_damaged_log_stops_retention(store: MemoryStore) -> None:
     packs = versions(store, 3)
     for pack in packs:

@@ -184,6 +184,7 @@ def test_a_collector_deletes_blobs_and_reads_none(place: Place, pack: Pack) -> N
         lambda: collector.delete("work/secret"),
         lambda: collector.delete(keys.pointer("demo", "champion", 1)),
         lambda: collector.delete(keys.secret("demo", 1)),
+        lambda: collector.delete(keys.decision("demo", pack.digest, "6" * 64)),
     ):
         with pytest.raises(AccessDeniedError):
             attempt()

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 from mlflow import MlflowClient
 
-from modelpress import pointer
+from modelpress import pointer, scores
 from modelpress.checkpoint import Checkpoint
 from modelpress.config import GateConfig, OptimizeConfig
+from modelpress.scores import Scored
 from modelpress.store.base import Store
-from registry import reconcile, scores, versions
+from registry import reconcile, versions
 from registry.reconcile import CHAMPION, Outcome
 from tests.packs import Pack, make_pack, torch_checkpoint
 
@@ -42,7 +43,8 @@ class Shelf:
         self.made += 1
         checkpoint = self._checkpoint(self.made)
         vectors = {"candidate": np.full(50, quality), "source": np.ones(50)}
-        file = {scores.SCORES_FILE: scores.dump(vectors, samples="the same", metric="accuracy")}
+        scored = {who: Scored(vector, "the same", "accuracy") for who, vector in vectors.items()}
+        file = {scores.SCORES_FILE: scores.dump(scored)}
         pack = make_pack(
             self.folder / str(self.made), replace(checkpoint, files=checkpoint.files | file), name=self.name
         )

@@ -12,10 +12,24 @@ from hypothesis import strategies as st
 
 from modelpress.config import GateConfig
 from modelpress.intervals import Interval
-from registry.gates import Approval, Decision, Evidence, Scored, decide, fingerprint, recheck, waits, with_approval
+from registry.gates import (
+    Approval,
+    Decision,
+    Evidence,
+    Override,
+    Published,
+    Scored,
+    decide,
+    fingerprint,
+    recheck,
+    waits,
+    with_approval,
+    with_override,
+)
 
 SAMPLES = 2_000
 SOURCE, CHAMPION = "quality against the source", "quality against the champion"
+PUBLISHED = Published("s3://bucket/packs/demo/a.json", read_bytes=1_000, size_bytes=900, signed_by=None)
 GATE = GateConfig(margin=0.01, confidence=0.95, min_compression_ratio=4.0, min_speedup=2.0)
 
 
@@ -37,6 +51,7 @@ def evidence(**changes: object) -> Evidence:
         attribution=None,
         coverage=0.9,
         quantized=True,
+        published=PUBLISHED,
     )
     return replace(passing, **changes)  # type: ignore[arg-type]
 
@@ -71,6 +86,7 @@ def test_all_conditions_met_promotes() -> None:
         "compression ratio",
         "speed-up",
         "quantization coverage",
+        "published bytes",
     ]
     assert decision.line().startswith(
         "promote (pass): quality against the source: pass, accuracy 0.9800 against 0.9800"
@@ -90,6 +106,7 @@ def test_all_conditions_met_promotes() -> None:
         pytest.param({"speedup": float("nan")}, "speed-up", "fail", id="speed is NaN"),
         pytest.param({"coverage": 0.0}, "quantization coverage", "fail", id="quantized nothing"),
         pytest.param({"coverage": None}, "quantization coverage", "fail", id="coverage not measured"),
+        pytest.param({"published": None}, "published bytes", "fail", id="published bytes not read again"),
         pytest.param(
             {"candidate": Scored(None, "same samples", "accuracy")}, SOURCE, "fail", id="candidate not scored"
         ),
@@ -271,3 +288,48 @@ def test_an_answer_holds_for_the_pack_and_the_numbers_that_were_shown() -> None:
 def test_no_yes_promotes_what_did_not_pass() -> None:
     failed = decide(evidence(compression_ratio=1.0), ASKING)
     assert with_approval(PACK, failed, answer(failed), ASKING) == failed
+
+
+AGAINST = Override(by="Anna", reason="the old one is worse for our customers")
+
+
+def test_an_override_promotes_what_did_not_pass_and_says_whose_it_is() -> None:
+    refused = decide(evidence(compression_ratio=1.0), GATE)
+    overridden = with_override(refused, AGAINST)
+    assert (overridden.promote, overridden.verdict, overridden.checks) == (True, "fail", refused.checks)
+    said = "promote (fail, overridden by Anna: the old one is worse for our customers): quality against the source"
+    assert overridden.line().startswith(said)
+    assert overridden.outcome() == "fail, overridden by Anna: the old one is worse for our customers"
+
+
+def test_what_passed_needs_no_override_and_names_nobody() -> None:
+    passed = decide(evidence(), GATE)
+    assert with_override(passed, AGAINST) == passed
+    assert with_override(passed, None) == passed
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"published": None},
+        {"published": None, "compression_ratio": 1.0},
+        {"published": replace(PUBLISHED, signed_by=())},
+    ],
+    ids=["bytes", "bytes and more", "signature"],
+)
+def test_nobody_overrides_that_the_bytes_are_the_judged_ones(changes: dict[str, object]) -> None:
+    gate = GATE.model_copy(update={"require_signature": "signed_by" in str(changes.get("published"))})
+    refused = with_override(decide(evidence(**changes), gate), AGAINST)
+    assert not refused.promote
+    assert refused.line().startswith("refuse (fail)")
+    assert "nobody overrides this" in refused.line()
+
+
+def test_an_override_is_no_approval() -> None:
+    overridden = with_override(decide(evidence(compression_ratio=1.0), ASKING), AGAINST)
+    waiting = with_approval(PACK, overridden, None, ASKING)
+    assert (waiting.promote, waits(waiting), waiting.override) == (False, True, AGAINST)
+    assert with_approval(PACK, overridden, answer(waiting), ASKING).promote
+    assert not with_approval(PACK, overridden, answer(waiting, approved=False), ASKING).promote
+    other = with_override(decide(evidence(compression_ratio=1.0), ASKING), AGAINST.model_copy(update={"by": "Ben"}))
+    assert waits(with_approval(PACK, other, answer(waiting), ASKING)), "the answer was to another override"

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from modelpress import pointer
+from modelpress import decisions, pointer, scores
 from modelpress.config import GateConfig
 from modelpress.errors import AccessDeniedError, CorruptionError, SetupError, StoreUnavailableError
+from modelpress.reports import EvaluationReport, LatencyReport, Override, QualityReport
+from modelpress.scores import Scored
 from modelpress.settings import Settings
 from modelpress.store import Store
 from modelpress.store.local import LocalStore
-from registry import promotion, runs, scores, versions
+from registry import figures, promotion, runs, versions
 from tests.conftest import OpenS3
 from tests.packs import make_pack, torch_checkpoint
 
@@ -48,8 +50,8 @@ def store(tmp_path: Path) -> Store:
 def publish(store: Store, client: MlflowClient, folder: Path, seed: int, samples: str = "the same") -> str:
     """A registered pack that passes `GATE` where the champion was scored on the same samples."""
     checkpoint = torch_checkpoint(seed)
-    equal = {who: np.ones(50) for who in ("candidate", "source")}
-    file = {scores.SCORES_FILE: scores.dump(equal, samples=samples, metric="accuracy")}
+    equal = {who: Scored(np.ones(50), samples, "accuracy") for who in ("candidate", "source")}
+    file = {scores.SCORES_FILE: scores.dump(equal)}
     pack = make_pack(folder / str(seed), replace(checkpoint, files=checkpoint.files | file))
     pack.publish(store)
     register(client, pack.digest)
@@ -198,6 +200,85 @@ def test_registering_again_brings_the_numbers_up_to_date_and_keeps_the_origin(cl
     assert {**first.tags, "speedup": "1.5"} == stored.tags
     assert versions.measured_number(stored, "speedup") == 1.5
     assert versions.measured_number(stored, "unmeasured") is None
+
+
+HARD = GATE.model_copy(update={"min_compression_ratio": 100_000.0})
+BECAUSE = Override(by="Anna", reason="the champion leaks")
+
+
+def test_each_judgement_is_kept_beside_the_pack_it_is_of(packs: list[str], store: Store, client: MlflowClient) -> None:
+    refused = promotion.promote(store, client, NAME, packs[0], HARD)
+    kept = [one.record for one in decisions.kept(store, NAME, packs[0])]
+    assert [record.decision.promote for record in kept if record] == [True, False]
+    last = kept[1]
+    assert last is not None
+    assert (last.decision, last.champion, last.after, last.alias) == (refused, packs[2], 3, "champion")
+    assert last.gate["min_compression_ratio"] == 100_000
+    version = versions.carrying(client, NAME, packs[0])
+    assert version.tags["gate.decision"] == last.digest
+    for number, entry in enumerate(pointer.history(store, NAME, "champion")):
+        record = decisions.of_entry(store, NAME, entry.pack, entry.decision)
+        assert record is not None
+        assert (record.pack, record.after, record.decision.promote) == (packs[number], number, True)
+
+
+def test_an_override_moves_the_alias_with_its_name_on_it_and_a_later_judgement_takes_the_name_off(
+    packs: list[str], store: Store, client: MlflowClient
+) -> None:
+    decision = promotion.promote(store, client, NAME, packs[0], HARD, override=BECAUSE)
+    assert (decision.promote, decision.verdict, decision.override) == (True, "fail", BECAUSE)
+    entry = pointer.current(store, NAME, "champion")
+    assert entry is not None
+    assert (entry.pack, entry.reason) == (packs[0], "override")
+    assert named(client) == packs[0]
+    assert versions.carrying(client, NAME, packs[0]).tags["gate.override"] == BECAUSE.line()
+    assert promotion.promote(store, client, NAME, packs[0], GATE, override=BECAUSE).override is None
+    tags = versions.carrying(client, NAME, packs[0]).tags
+    assert "gate.override" not in tags
+    assert tags["gate.verdict"] == "pass"
+
+
+def test_no_override_promotes_damaged_bytes(packs: list[str], store: Store, client: MlflowClient) -> None:
+    from modelpress import keys, load
+
+    before = len(decisions.kept(store, NAME))
+    key = keys.blob(load.load_manifest(store, NAME, packs[0]).shards[0].sha256)
+    data = store.get(key)
+    store.put(key, data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(CorruptionError):
+        promotion.promote(store, client, NAME, packs[0], HARD, override=BECAUSE)
+    assert named(client) == packs[2]
+    assert len(decisions.kept(store, NAME)) == before
+
+
+@pytest.mark.parametrize("hardware", [None, "c7i.2xlarge"])
+def test_figures_count_for_the_class_that_measured_them(
+    packs: list[str], store: Store, client: MlflowClient, hardware: str | None
+) -> None:
+    quality = QualityReport(metric="accuracy", samples=1, value=1, low=0, high=1)
+    rows = [(1, 0.002, 400.0), (32, 0.020, 900.0)]
+    report = EvaluationReport(
+        stage="quantize",
+        runtime="onnxruntime",
+        provider="CPUExecutionProvider",
+        hardware=hardware,
+        quality=quality,
+        size_bytes=1,
+        latency=[
+            LatencyReport(batch_size=size, calls=9, p50_seconds=p99 / 2, p99_seconds=p99, throughput_per_second=rate)
+            for size, p99, rate in rows
+        ],
+    )
+    version = versions.carrying(client, NAME, packs[1])
+    versions.annotate(client, version, figures.tags(report))
+    asked = {"hardware": "c7i.2xlarge", "max_p99_seconds": 0.002, "min_throughput_per_second": 900.0}
+    gate = GateConfig.model_validate(GATE.model_dump() | asked | {"provider": "CPUExecutionProvider"})
+    decision = promotion.promote(store, client, NAME, packs[1], gate)
+    assert decision.verdict == ("pass" if hardware else "inconclusive"), decision.line()
+    if hardware:
+        assert named(client) == packs[1]
+        slower = gate.model_copy(update={"max_p99_seconds": 0.0019})
+        assert "p99: fail, 2.000 ms on c7i.2xlarge" in promotion.promote(store, client, NAME, packs[1], slower).line()
 
 
 def test_a_tag_that_is_no_number_is_an_error_with_the_way_out(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from modelpress import keys, pointer
+from modelpress import decisions, keys, pointer
 from modelpress.errors import ConflictError, CorruptionError, StoreUnavailableError
 from modelpress.settings import Settings
 from modelpress.store.local import LocalStore
@@ -51,7 +51,10 @@ def test_a_click_that_passes_is_served_and_the_second_look_finds_nothing(shelf: 
     assert shelf.served() == shelf.named() == second
     entries = pointer.history(shelf.store, shelf.name, CHAMPION)
     assert [(entry.pack, entry.reason) for entry in entries] == [(first, "promote"), (second, reconcile.BY_ALIAS)]
-    assert entries[-1].decision == found.decision.model_dump(mode="json")
+    kept = decisions.of_entry(shelf.store, shelf.name, second, entries[-1].decision)
+    assert kept is not None
+    assert kept.decision == found.decision
+    assert entries[-1].decision == found.decision.model_dump(mode="json") | {decisions.RECORD: kept.digest}
     assert shelf.differing() == []
     assert shelf.settle().action == "agrees"
     assert len(pointer.history(shelf.store, shelf.name, CHAMPION)) == 2

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from modelpress import keys, pointer, scrub
+from modelpress import decisions, keys, pointer, scrub
 from modelpress.errors import CorruptionError, ModelpressError, NotFoundError, StoreUnavailableError, TrustError
+from modelpress.reports import Decision
 from modelpress.reports.scrub import ScrubReport, ScrubState
 from modelpress.store import ObjectInfo, Store
 from modelpress.store.local import LocalStore
@@ -51,8 +52,16 @@ def filled(tmp_path_factory: pytest.TempPathFactory, pressed: list[Pack]) -> Pla
     store = team.store("farm")
     for pack in pressed:
         pack.publish(store)
-        pointer.append(store, "demo", "champion", pack.digest, "promote")
+        record = keep(store, pack.digest)
+        said = record.decision.model_dump(mode="json") | {decisions.RECORD: record.digest}
+        pointer.append(store, "demo", "champion", pack.digest, "promote", said)
     return Place(team, pressed)
+
+
+def keep(store: Store, pack: str, after: int = 1) -> decisions.Record:
+    """A decision on a pack, signed where the store has a key."""
+    decision = Decision(promote=True, verdict="pass", reasons=[], checks=[])
+    return decisions.keep(store, "demo", pack, "champion", decision, champion=None, after=after, gate={})
 
 
 @pytest.fixture
@@ -73,7 +82,7 @@ def test_a_store_in_order(place: Place) -> None:
     assert report.findings == ()
     assert {row.digest for row in report.packs} == {pack.digest for pack in place.packs}
     assert all("publisher farm" in row.signed_by for row in report.packs)
-    assert (report.aliases, report.signatures, report.trusted) == (1, 2, True)
+    assert (report.aliases, report.signatures, report.decisions, report.trusted) == (1, 2, 2, True)
     blobs = {**place.packs[0].manifest.blobs(), **place.packs[1].manifest.blobs()}
     assert (report.blobs, report.blob_bytes) == (len(blobs), sum(blobs.values()))
     assert (report.read_blobs, report.read_bytes) == (report.blobs, report.blob_bytes)
@@ -156,6 +165,27 @@ def champion_gone(place: Place) -> str:
     return key
 
 
+def decision_changed(place: Place) -> str:
+    (found,) = decisions.kept(place.store, "demo", place.packs[0].digest)
+    place.store.put(found.key, place.store.get(found.key).replace(b'"after":1', b'"after":2'))
+    return found.key
+
+
+def decision_forged(place: Place) -> str:
+    (found,) = decisions.kept(place.store, "demo", place.packs[0].digest)
+    assert found.record is not None
+    forged = found.record.model_copy(update={"after": 7})
+    key = keys.decision("demo", forged.pack, forged.digest)
+    place.store.put(key, forged.to_bytes())
+    return key
+
+
+def decision_gone(place: Place) -> str:
+    (found,) = decisions.kept(place.store, "demo", place.packs[1].digest)
+    place.store.delete(found.key)
+    return found.key
+
+
 @pytest.mark.parametrize(
     ("harm", "kind", "error"),
     [
@@ -172,6 +202,9 @@ def champion_gone(place: Place) -> str:
         (entry_removed, "damaged", CorruptionError),
         (entry_unsigned, "untrusted", TrustError),
         (champion_gone, "missing", NotFoundError),
+        (decision_changed, "damaged", CorruptionError),
+        (decision_forged, "damaged", CorruptionError),
+        (decision_gone, "missing", NotFoundError),
     ],
 )
 def test_what_is_wrong_is_found_and_named(
@@ -207,6 +240,13 @@ def test_the_signature_of_a_revoked_key_is_no_damage(place: Place) -> None:
     assert {(finding.kind, finding.key) for finding in report.findings} == {
         ("untrusted", keys.pointers("demo", "champion"))
     }
+
+
+def test_decisions_from_before_there_was_trust_and_of_packs_that_are_gone_are_in_order(place: Place) -> None:
+    keep(place.team.store(trusting=False), place.packs[0].digest, after=5)
+    keep(place.team.store("farm"), "9" * 64)
+    report = place.scrub()
+    assert (report.findings, report.decisions) == ((), 4)
 
 
 class Cut(LocalStore):

@@ -90,7 +90,7 @@ def test_perplexity_and_accuracy_are_those_counted_by_hand(tiny: CausalLM, train
             assert batch.targets is not None
             losses.append([-math.log(row[int(t)]) for row, t in zip(probabilities, batch.targets[0], strict=True)])
             right.append((probabilities.argmax(dim=-1) == batch.targets[0]).tolist())
-    np.testing.assert_allclose(scores, -np.mean(losses, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(scores.scores, -np.mean(losses, axis=1), rtol=1e-5)
     assert report.quality.shown["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
     assert report.metrics()["quality.perplexity"] == report.quality.shown["perplexity"]
     assert report.further[0].metric == "next_token_accuracy"
@@ -111,7 +111,7 @@ def test_logits_of_the_split_are_never_held_together(tiny: CausalLM, trained: to
     _, scores = evaluate(from_module(trained), watched, QUICK, "source", None, 1)
     _, whole = evaluate(from_module(trained), tiny, QUICK, "source", None, 1)
     assert [block.shape for block in kept] == [(5, 2)] * 4 + [(4, 2)]
-    np.testing.assert_allclose(scores, whole, rtol=1e-6)
+    np.testing.assert_allclose(scores.scores, whole.scores, rtol=1e-6)
 
 
 def test_a_large_vocabulary_is_judged_in_small_batches(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

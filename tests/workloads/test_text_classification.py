@@ -87,7 +87,8 @@ def test_an_encoder_gets_a_head_and_both_learn(folder: Path) -> None:
         for one in workload.texts["evaluation"]:
             logits = module(**tokenized(workload.tokenizer, [one.text]))
             by_hand.append(float(workload.labels[int(logits.argmax())] == one.label))
-    assert scores.tolist() == by_hand
+    assert scores.scores is not None
+    assert scores.scores.tolist() == by_hand
     first, again = (workload_of(folder, train_epochs=1).source().state_dict() for _ in range(2))
     assert all(torch.equal(value, again[name]) for name, value in first.items())
 
