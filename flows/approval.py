@@ -53,11 +53,11 @@ def approved(
         A decision that waits for nobody, unless there is no server where anybody could answer.
     """
     while gates.waits(decision) and PREFECT_API_URL.value():
-        decision = release.promote(name, pack, gate, _ask(name, pack, decision), override)
+        decision = release.promote(name, pack, gate, ask(name, pack, decision), override)
     return decision
 
 
-def _ask(name: str, pack: str, decision: Decision) -> Approval:
+def ask(name: str, pack: str, decision: Decision) -> Approval:
     """Wait for the answer to one decision."""
     shown, hours = gates.fingerprint(pack, decision), decision.wait_hours or 0.0
     form, seconds = Answer.with_initial_data(description=describe(name, pack, decision)), int(hours * 3600)

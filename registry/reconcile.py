@@ -21,6 +21,7 @@ the alias names another pack                    a person's wish: judged by the p
                                                 no pointer), and the version says when and why
 the alias names a version without a pack, or    the same
 of one that is damaged, gone or not vouched for
+the alias is a canary's                         the same: a canary begins with `modelpress promote --canary`
 no version carries the pointer's pack           nothing can follow: told each time, until the pack is registered again
 ==============================================  ====================================================================
 
@@ -45,6 +46,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
 from modelpress import keys, pointer
+from modelpress.canary.log import of_canaries
 from modelpress.config import GateConfig
 from modelpress.errors import ConflictError, FormatError, NotFoundError, TrustError
 from modelpress.progress import Progress, silent
@@ -297,6 +299,9 @@ def _answer(store: Store, client: MlflowClient, seen: Seen, version: Version, pr
 
     if not keys.is_digest(version.pack):
         return _undo(store, client, seen, version, "this version carries no pack of modelpress")
+    if seen.entry is not None and of_canaries([seen.entry]):
+        why = f"a canary begins with `modelpress promote {seen.name} {version.number} --canary default`"
+        return _undo(store, client, seen, version, why)
     pointer.check_may_append(store, seen.name, seen.alias)  # a refusal here is not the candidate's
     try:
         judged = promotion.judge(store, client, seen.name, version.pack, None, progress, alias=seen.alias)

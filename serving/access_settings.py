@@ -44,6 +44,8 @@ class AccessSettings(BaseSettings):
     """Its key, PEM, without a passphrase."""
     tls_client_ca_file: Path | None = None
     """Issuers of clients' certificates, PEM: with it, every client needs one."""
+    head_seconds: float = Field(default=10.0, gt=0)
+    """How long a client may take for the head of a request, and how long a connection may say nothing at first."""
     audit_file: Path | None = None
     """File that says, a JSON object a line, who changed what and who was refused. Unset: the log."""
 

@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,18 +29,20 @@ from serving.canary import Canaries
 from serving.engine import Engine
 from serving.infer import GoneError, InferDoor, Inference, Limits, read_body, target
 from serving.processed import SUFFIX, Processed, ProcessedEngine, ProcessedModel
-from serving.refusals import NotReadyError, RequestError, told
+from serving.refusals import UNFORESEEN, NotReadyError, RequestError, told
 from serving.repository import Loaded, Repository, ServedModel
+from serving.tensors import short
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
+
+    from serving.rpc.service import Door
 
 log = logging.getLogger("modelpress.serving")
 
 MODEL, VERSION = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
 INFER_PATHS = (f"{MODEL}/infer", f"{VERSION}/infer")
 EXTENSIONS = ["model_repository", "binary_tensor_data"]
-UNFORESEEN = "internal error; the server's log has the details"
 CLOSED_BY_CLIENT = 499
 SMALL_BODY_BYTES = 2**16
 """Cap for requests that carry no tensors."""
@@ -75,6 +77,7 @@ def create_app(
     limits: Limits | None = None,
     canaries: Canaries | None = None,
     routes: Sequence[BaseRoute] = (),
+    rpc: Door | None = None,
 ) -> App:
     """The application over a started repository.
 
@@ -85,6 +88,7 @@ def create_app(
         limits: of requests for inference; None takes the defaults.
         canaries: of the models; None has none.
         routes: further ones, of other parts.
+        rpc: where gRPC listens beside; None: nowhere.
     """
     poller = _Poller(repository, poll_seconds)
     inference = Inference(repository, workers, limits or Limits(), canaries)
@@ -93,11 +97,12 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        poller.start()
-        if canaries is not None:
-            canaries.start()
         try:
-            yield
+            async with _listening(rpc, inference, doors) if rpc else nullcontext():
+                poller.start()
+                if canaries is not None:
+                    canaries.start()
+                yield
         finally:
             poller.stop()
             if canaries is not None:
@@ -117,13 +122,26 @@ def create_app(
     return app
 
 
+@asynccontextmanager
+async def _listening(rpc: Door, inference: Inference, doors: _Doors) -> AsyncIterator[None]:
+    from serving.rpc.service import House, Listener  # grpcio is imported where it is asked for
+
+    listener = Listener(rpc, House(inference, doors.loading, doors.alive))
+    await listener.start()
+    log.info("listening on grpc://%s", rpc.address)
+    try:
+        yield
+    finally:
+        await listener.stop()
+
+
 class _Doors:
     """The endpoints, but inference."""
 
     def __init__(self, repository: Repository, poller: _Poller, canaries: Canaries | None) -> None:
         self._repository, self._poller, self._canaries = repository, poller, canaries
         # Loading takes seconds and must not hold the threads that answer; nor the end of the process.
-        self._loading = DaemonPool(1, "load")
+        self.loading = DaemonPool(1, "load")
 
     def routes(self) -> list[Route]:
         model, version, repository = MODEL, VERSION, "/v2/repository/models/{name}"
@@ -141,9 +159,14 @@ class _Doors:
             Route(f"{repository}/unload", self.unload, methods=["POST"]),
         ]
 
+    def alive(self) -> bool:
+        """Whether the process works as it should."""
+        # A dead poller would serve old packs in silence; whoever watches this starts the process again.
+        return not self._poller.died
+
     def close(self) -> None:
         """Wait for nothing that waits on the store."""
-        self._loading.shutdown(wait=False, cancel_futures=True)
+        self.loading.shutdown(wait=False, cancel_futures=True)
 
     async def server(self, _request: Request) -> Response:
         return _json({"name": "modelpress", "version": __version__, "extensions": EXTENSIONS})
@@ -152,8 +175,7 @@ class _Doors:
         return _json(openapi.document())
 
     async def live(self, _request: Request) -> Response:
-        # A dead poller would serve old packs in silence; whoever watches this starts the process again.
-        live = not self._poller.died
+        live = self.alive()
         return _json({"live": live}, 200 if live else 503)
 
     async def ready(self, _request: Request) -> Response:
@@ -176,26 +198,25 @@ class _Doors:
         return _json(document)
 
     async def index(self, request: Request) -> Response:
-        announced = request.headers.get("content-length", "")
-        size = int(announced) if announced.isdecimal() else 0
-        body = await read_body(request.receive, size, SMALL_BODY_BYTES)
-        try:
-            asked = orjson.loads(body) if body.strip() else {}
-        except orjson.JSONDecodeError as error:
-            raise RequestError("body", found=str(error), expected="a JSON object, or nothing") from error
-        if not isinstance(asked, dict) or not isinstance(asked.get("ready", False), bool):
-            raise RequestError("body", found="another value", expected='{"ready": true}, {"ready": false} or nothing')
+        asked = await _small_json(request)
+        if not isinstance(asked.get("ready", False), bool):
+            raise RequestError("ready", found=short(asked["ready"]), expected="true or false")
         rows = self._repository.index()
         return _json([row for row in rows if row["state"] == "READY" or not asked.get("ready", False)])
 
     async def load(self, request: Request) -> Response:
+        asked = await _small_json(request)
+        if asked.get("parameters"):
+            found, expected = short(asked["parameters"]), "none: what a model is, its pack says"
+            raise RequestError("parameters", found=found, expected=expected)
         name = request.path_params["name"]
-        await _in_thread(self._loading, lambda: self._repository.load(name))
+        await _in_thread(self.loading, lambda: self._repository.load(name))
         return _json({})
 
     async def unload(self, request: Request) -> Response:
+        await _small_json(request)
         name = request.path_params["name"]
-        await _in_thread(self._loading, lambda: self._repository.unload(name))
+        await _in_thread(self.loading, lambda: self._repository.unload(name))
         return _json({})
 
     def _model(self, request: Request) -> ServedModel | ProcessedModel:
@@ -224,6 +245,19 @@ class _Poller(threading.Thread):
     def stop(self) -> None:
         """Ask it to end; a load that hangs in the store does not hold up the end of the process."""
         self._stopped.set()
+
+
+async def _small_json(request: Request) -> dict[str, Any]:
+    """The object that a request without tensors carries; an empty one where it carries nothing."""
+    announced = request.headers.get("content-length", "")
+    body = await read_body(request.receive, int(announced) if announced.isdecimal() else 0, SMALL_BODY_BYTES)
+    try:
+        found = orjson.loads(body) if body.strip() else {}
+    except orjson.JSONDecodeError as error:
+        raise RequestError("body", found=str(error), expected="a JSON object, or nothing") from error
+    if not isinstance(found, dict):
+        raise RequestError("body", found=short(found), expected="a JSON object, or nothing")
+    return found
 
 
 async def _in_thread(pool: Executor, work: Callable[[], T]) -> T:

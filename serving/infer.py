@@ -54,6 +54,8 @@ TENANT = "modelpress.tenant"
 """Key of an ASGI scope: who asks, as whoever checked the request's key has put it there."""
 ANONYMOUS = "anonymous"
 CLOSED_BY_CLIENT = 499
+CANARY_KEY = "modelpress-canary-key"
+"""Header, or metadatum of gRPC, of a client that wants always the same model of a canary."""
 PACK_HEADER = b"modelpress-pack"
 """Of each answer: digest of the pack that gave it."""
 
@@ -80,6 +82,7 @@ class Places:
     """How many requests may be here at once, and how many of one tenant; belongs to one event loop."""
 
     def __init__(self, total: int, tenant_share: float) -> None:
+        self.total = total
         self._free, self._most = total, max(1, math.ceil(total * tenant_share))
         self._held: dict[str, int] = {}
 
@@ -270,7 +273,7 @@ class _Asks:
                 header_bytes = _whole(name, value, "the length of the JSON, in bytes")
             elif name == b"x-request-timeout":
                 timeout = _whole(name, value, "milliseconds, an integer") / 1e3
-            elif name == b"modelpress-canary-key":
+            elif name == CANARY_KEY.encode():
                 key = value.decode("latin-1")
             elif name == b"content-encoding" and value.lower() not in (b"", b"identity"):
                 raise EncodingError("body", found=f"Content-Encoding {short(value.decode('latin-1'))}", expected="none")

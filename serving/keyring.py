@@ -36,12 +36,14 @@ class UnauthenticatedError(RequestError):
     """No key, one that does not count, or nothing that is one. It is never said which."""
 
     status = 401
+    code = "UNAUTHENTICATED"
 
 
 class ForbiddenError(RequestError):
     """The key counts, and is not for this."""
 
     status = 403
+    code = "PERMISSION_DENIED"
     who = ""
     """Whose key it is."""
 

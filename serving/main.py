@@ -11,7 +11,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import uvicorn
 from pydantic import Field, ValidationError
@@ -32,6 +32,7 @@ from serving.audit import Audit
 from serving.batching import Bounds
 from serving.canary import Canaries
 from serving.guard import Guard
+from serving.heads import heads_within
 from serving.infer import MAX_BODY_BYTES, MAX_QUEUE, Limits
 from serving.kept import Kept
 from serving.keyring import Keyring
@@ -42,6 +43,10 @@ from serving.status import Status
 from serving.tensors import MAX_TENSOR_BYTES
 from serving.tls import Certificate, Refresher
 from serving.tracing import Traces
+from serving.watch import Watch
+
+if TYPE_CHECKING:
+    from serving.rpc.service import Door
 
 log = logging.getLogger("modelpress.serving")
 
@@ -61,6 +66,8 @@ class ServingSettings(AccessSettings):
     """Address to listen on; beyond this machine only with keys, or with `open`."""
     port: int = Field(default=8080, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
+    grpc_port: int = Field(default=0, ge=0, le=65535)
+    """Port for gRPC on the same host, with the same keys and certificate; 0: no gRPC."""
     poll_seconds: float = Field(default=2.0, ge=0)
     """How often the pointers are read; 0 never: then only `load` requests bring a new pack."""
     provider: Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"] = (
@@ -143,6 +150,9 @@ def run(base: Settings, serving: ServingSettings) -> None:
         offline_seconds=serving.offline_seconds,
     )
     nudges = Nudges(repository, secrets)
+    if serving.grpc_port:
+        with _bound(serving.host, serving.grpc_port):
+            pass  # said now, and not after seconds of loading
     with (
         contextlib.closing(store),
         kept or contextlib.nullcontext(),
@@ -152,7 +162,7 @@ def run(base: Settings, serving: ServingSettings) -> None:
         repository.start()
         traces = Traces.wanted()
         with nudges:
-            app = application(repository, serving, keyring, audit, traces, nudges)
+            app = application(repository, serving, keyring, audit, traces, certificate, nudges)
             _serve(app, serving, listener, certificate)
         if traces is not None:
             traces.close()
@@ -165,6 +175,7 @@ def application(
     keyring: Keyring,
     audit: Audit,
     traces: Traces | None = None,
+    certificate: Certificate | None = None,
     nudges: Nudges | None = None,
 ) -> Guard:
     """All of the server but its sockets.
@@ -175,6 +186,7 @@ def application(
         keyring: who may ask.
         audit: where it is written down.
         traces: where spans go; None: nowhere.
+        certificate: for gRPC; None speaks it in clear.
         nudges: who takes them; None: nobody does.
     """
     workers = serving.workers or usable_cores()
@@ -192,6 +204,7 @@ def application(
             (nudges or Nudges(repository, [])).route(),
             Route(rollback.PATH, rollback.Rollback(repository, serving.rollback).endpoint, methods=["POST"]),
         ],
+        rpc=_rpc(serving, Watch(keyring, audit, metrics, traces), certificate),
     )
     return Guard(app, keyring, audit, metrics, traces)
 
@@ -202,6 +215,7 @@ def _serve(app: Guard, serving: ServingSettings, listener: socket.socket, certif
         app,
         lifespan="on",
         ws="none",
+        http=heads_within(serving.head_seconds),
         log_config=None,
         access_log=False,
         server_header=False,
@@ -214,7 +228,10 @@ def _serve(app: Guard, serving: ServingSettings, listener: socket.socket, certif
     scheme = "https" if certificate else "http"
     log.info("listening on %s://%s:%d/v2", scheme, *listener.getsockname()[:2])
     with _graceful_signals(), _refreshed(certificate):
-        uvicorn.Server(config).run(sockets=[listener])
+        server = uvicorn.Server(config)
+        server.run(sockets=[listener])
+    if not server.started:
+        raise SetupError("starting the server", found="an error at its start", fix="see the log above")
 
 
 @contextlib.contextmanager
@@ -237,6 +254,15 @@ def _limits(serving: ServingSettings) -> Limits:
     return Limits(
         serving.max_queue, serving.max_body_bytes, serving.max_tensor_bytes, serving.tenant_share, bounds=bounds
     )
+
+
+def _rpc(serving: ServingSettings, watch: Watch, certificate: Certificate | None) -> Door | None:
+    if not serving.grpc_port:
+        return None
+    from serving.rpc.service import Door  # grpcio is imported where it is asked for
+
+    host = f"[{serving.host}]" if ":" in serving.host else serving.host
+    return Door(f"{host}:{serving.grpc_port}", watch, certificate, serving.drain_seconds)
 
 
 def main() -> None:

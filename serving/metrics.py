@@ -28,7 +28,7 @@ BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.
 """Seconds."""
 LAST = 2048
 """Answers whose latencies are kept, by model and route."""
-INFER = "/infer"
+INFER = ("/infer", "/ModelInfer")
 
 
 @dataclass

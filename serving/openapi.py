@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modelpress import __version__
+from serving.scopes import NEEDS
 from serving.tensors import DATATYPES
 
 JSON = "application/json"
@@ -39,8 +40,6 @@ class Operation:
     """Whether request and answer may carry binary tensor data behind their JSON."""
     parameters: list[Schema] = field(default_factory=list)
     """Headers and query parameters, as OpenAPI spells them."""
-    open: bool = False
-    """Whether it is answered without a key."""
     media: str = JSON
     """Type of its answers that are no errors."""
 
@@ -57,6 +56,13 @@ def _object(properties: Schema, required: list[str], **more: Any) -> Schema:
 TEXT: Schema = {"type": "string"}
 YES_NO: Schema = {"type": "boolean"}
 COUNT: Schema = {"type": "integer", "minimum": 0}
+_DIGEST: Schema = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+_TOKEN: Schema = {
+    "type": "string",
+    "pattern": "^[A-Za-z0-9_-]{8,64}$",
+    "description": "Names the attempt, for a retry.",
+}
+_MAYBE: Schema = {"type": ["string", "null"]}
 _SHAPE: Schema = {"type": "array", "items": {"type": "integer", "minimum": 1}, "maxItems": 32}
 _DATA: Schema = {
     "type": "array",
@@ -70,6 +76,22 @@ _BINARY_SIZE: Schema = {
 SCHEMAS: dict[str, Schema] = {
     "Error": _object({"error": TEXT}, ["error"], additionalProperties=False),
     "Empty": {"type": "object"},
+    "Text": TEXT,
+    "Rollback": _object({"to": _DIGEST, "from": _DIGEST, "token": _TOKEN}, [], additionalProperties=False),
+    "RolledBack": _object(
+        {"name": TEXT, "alias": TEXT, "pack": TEXT, "pointer": COUNT, "before": _MAYBE, "answers": _MAYBE},
+        ["name", "alias", "pack", "pointer"],
+    ),
+    "Status": _object(
+        {
+            "you": {"type": "object"},
+            "server": {"type": "object"},
+            "store": {"type": "object"},
+            "requests": {"type": "object"},
+            "models": {"type": "array", "items": {"type": "object"}},
+        },
+        ["you", "server", "models"],
+    ),
     "Server": _object(
         {"name": TEXT, "version": TEXT, "extensions": {"type": "array", "items": TEXT}},
         ["name", "version", "extensions"],
@@ -190,10 +212,10 @@ _HEADER_LENGTH: Schema = {
     "schema": {"type": "integer", "minimum": 0, "maximum": 999_999_999_999},
 }
 _CANARY_KEY: Schema = {
-    "name": "modelpress-canary-key",
+    "name": "Modelpress-Canary-Key",
     "in": "header",
-    "description": "During a canary: requests with the same key get the same model.",
-    "schema": {"type": "string"},
+    "description": "While a canary runs, requests with the same key get the same model.",
+    "schema": TEXT,
 }
 
 
@@ -212,8 +234,8 @@ def _infer(path: str, name: str, summary: str) -> Operation:
 OPERATIONS = [
     Operation("GET", "/v2", "server", "Name, version and extensions of the server", {200: "Server"}),
     Operation("GET", "/v2/openapi.json", "openapi", "This document", {200: "Empty"}),
-    Operation("GET", "/v2/health/live", "live", "Whether the process works", {200: "Live", 503: "Live"}, open=True),
-    Operation("GET", "/v2/health/ready", "ready", "Whether all models answer", {200: "Ready", 503: "Ready"}, open=True),
+    Operation("GET", "/v2/health/live", "live", "Whether the process works", {200: "Live", 503: "Live"}),
+    Operation("GET", "/v2/health/ready", "ready", "Whether all models answer", {200: "Ready", 503: "Ready"}),
     Operation("GET", _MODEL, "model", "What a model takes and gives, and which pack answers", {200: "Model"}),
     Operation("GET", _VERSION, "model_version", "The same of one pack that is loaded", {200: "Model"}),
     Operation(
@@ -267,6 +289,18 @@ OPERATIONS = [
         ],
         open=True,
     ),
+    Operation(
+        "POST",
+        "/v2/repository/models/{name}/rollback",
+        "rollback",
+        "Move the pointer back to an earlier pack, where the operator allows it",
+        {200: "RolledBack"},
+        body="Rollback",
+        body_required=False,
+    ),
+    Operation("GET", "/v2/status", "status", "Models, gates, canaries, latencies", {200: "Status"}),
+    Operation("GET", "/status", "status_page", "The status page", {200: "Text"}, media="text/html"),
+    Operation("GET", "/metrics", "metrics", "Counts and times for Prometheus", {200: "Text"}, media="text/plain"),
 ]
 """Every route."""
 
@@ -299,7 +333,11 @@ def _operation(one: Operation) -> Schema:
     }
     if one.binary:
         answers["200"]["content"][OCTETS] = {"schema": {"type": "string", "format": "binary"}}
+        answers["200"]["headers"] = {
+            "Modelpress-Pack": {"description": "Digest of the pack that answered.", "schema": TEXT}
+        }
     answers["default"] = {"description": "What is wrong", "content": {JSON: {"schema": ref("Error")}}}
+    needs = NEEDS[one.path]
     names = re.findall(r"{(\w+)}", one.path)
     places = [{"name": name, "in": "path", "required": True, "schema": TEXT} for name in names]
     found: Schema = {
@@ -307,8 +345,8 @@ def _operation(one: Operation) -> Schema:
         "summary": one.summary,
         "parameters": places + one.parameters,
         "responses": answers,
-        # Without a key the server asks for none, so both are true: which, the operator has decided.
-        "security": [] if one.open else [{}, {"bearer": []}],
+        # A server without keys asks for none; which keys open a door, `serving.scopes` says.
+        "security": [] if needs is None else [{}, {"bearer": list(needs)}],
     }
     if one.body is not None:
         content: Schema = {JSON: {"schema": ref(one.body)}}

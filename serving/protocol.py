@@ -8,8 +8,9 @@ that does not fit its data are refused before an array is made.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -52,6 +53,8 @@ __all__ = [
     "SlowBodyError",
     "TensorSpec",
     "TooLargeError",
+    "checked_inputs",
+    "checked_outputs",
     "datatype_of",
     "decode_request",
     "decode_response",
@@ -111,20 +114,46 @@ def decode_request(
     request_id = document.get("id")
     if request_id is not None and not isinstance(request_id, str):
         raise RequestError("id", found=kind(request_id), expected="a string")
-    arrays: dict[str, np.ndarray] = {}
-    specs = {spec.name: spec for spec in inputs}
-    for tensor in _objects(document, "inputs"):
-        name = _name(tensor, "inputs", specs)
-        if name in arrays:
-            raise RequestError(f"input {name!r}", found="twice", expected="once")
-        arrays[name] = _decode_tensor(tensor, f"input {name!r}", specs[name], blobs, max_tensor_bytes)
-    missing = sorted(set(specs) - set(arrays))
-    if missing:
-        raise RequestError("inputs", found=f"{sorted(arrays)}", expected=f"also {missing}")
+    named = [
+        (tensor.get("name"), partial(_decode_tensor, tensor, blobs, max_tensor_bytes))
+        for tensor in _objects(document, "inputs")
+    ]
+    arrays = checked_inputs(named, inputs)
     blobs.check_end()
-    check_named_axes(arrays, inputs)
     asked, binary = _asked_outputs(document, outputs)
     return InferRequest(request_id, arrays, asked, binary, _timeout(_parameters(document, "request")))
+
+
+def checked_inputs(
+    named: Iterable[tuple[Any, Callable[[TensorSpec], np.ndarray]]], specs: Sequence[TensorSpec]
+) -> dict[str, np.ndarray]:
+    """All inputs of a model, each once; what makes an array is called when its name is known.
+
+    Raises:
+        RequestError: one is missing, there twice, not known, or their sizes don't go together.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    known = {spec.name: spec for spec in specs}
+    for found, make in named:
+        name = _known(found, "inputs", known)
+        if name in arrays:
+            raise RequestError(f"input {name!r}", found="twice", expected="once")
+        arrays[name] = make(known[name])
+    missing = sorted(set(known) - set(arrays))
+    if missing:
+        raise RequestError("inputs", found=f"{sorted(arrays)}", expected=f"also {missing}")
+    check_named_axes(arrays, specs)
+    return arrays
+
+
+def checked_outputs(asked: Iterable[Any] | None, specs: Sequence[TensorSpec]) -> list[str]:
+    """Names of the outputs asked for, each once; all where None are.
+
+    Raises:
+        RequestError: one is not known.
+    """
+    known = [spec.name for spec in specs]
+    return known if asked is None else list(dict.fromkeys(_known(name, "outputs", known) for name in asked))
 
 
 def encode_response(model: str, version: str, request_id: str | None, outputs: Mapping[str, np.ndarray]) -> bytes:
@@ -185,7 +214,7 @@ def decode_response(body: bytes, header_bytes: int | None = None) -> dict[str, n
         if datatype not in DATATYPES:
             raise RequestError("outputs", found=short(datatype), expected=f"one of {', '.join(DATATYPES)}")
         spec = TensorSpec(name, datatype, (None,) * len(shape))
-        arrays[name] = _decode_tensor(tensor, f"output {name!r}", spec, blobs, MAX_TENSOR_BYTES)
+        arrays[name] = _decode_tensor(tensor, blobs, MAX_TENSOR_BYTES, spec, "output")
     blobs.check_end()
     return arrays
 
@@ -240,8 +269,7 @@ def _objects(document: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     return found
 
 
-def _name(tensor: Mapping[str, Any], where: str, known: Iterable[str]) -> str:
-    name = tensor.get("name")
+def _known(name: Any, where: str, known: Collection[str]) -> str:
     if not isinstance(name, str) or name not in known:
         raise RequestError(f"{where}: name", found=short(name), expected=f"one of {sorted(known)}")
     return name
@@ -277,21 +305,25 @@ def _timeout(parameters: Mapping[str, Any]) -> float | None:
 
 def _asked_outputs(document: Mapping[str, Any], outputs: Sequence[TensorSpec]) -> tuple[list[str], frozenset[str]]:
     """Names of the outputs asked for, and of those that are asked for as binary data."""
-    known = [spec.name for spec in outputs]
     all_binary = _flag(_parameters(document, "request"), "binary_data_output", "request", False)
     if document.get("outputs") is None:
+        known = checked_outputs(None, outputs)
         return known, frozenset(known if all_binary else ())
-    asked: dict[str, bool] = {}
-    for tensor in _objects(document, "outputs"):
-        name = _name(tensor, "outputs", known)
-        asked[name] = _flag(_parameters(tensor, f"output {name!r}"), "binary_data", f"output {name!r}", all_binary)
-    return list(asked), frozenset(name for name, binary in asked.items() if binary)
+    tensors = _objects(document, "outputs")
+    asked = checked_outputs([tensor.get("name") for tensor in tensors], outputs)
+    binary = set()
+    for tensor in tensors:
+        where = f"output {tensor['name']!r}"
+        if _flag(_parameters(tensor, where), "binary_data", where, all_binary):
+            binary.add(tensor["name"])
+    return asked, frozenset(binary)
 
 
 def _decode_tensor(
-    tensor: Mapping[str, Any], where: str, spec: TensorSpec, blobs: _Blobs, max_tensor_bytes: int
+    tensor: Mapping[str, Any], blobs: _Blobs, max_tensor_bytes: int, spec: TensorSpec, side: str = "input"
 ) -> np.ndarray:
     """Nothing is allocated before shape, datatype and number of elements are known to agree."""
+    where = f"{side} {spec.name!r}"
     if tensor.get("datatype") != spec.datatype:
         raise RequestError(f"{where}: datatype", found=short(tensor.get("datatype")), expected=spec.datatype)
     shape = check_shape(tensor.get("shape"), where, spec, max_tensor_bytes)

@@ -11,6 +11,8 @@ from modelpress.errors import ModelpressError, ServingError
 
 RETRY_SECONDS = 1
 """What Retry-After says."""
+UNFORESEEN = "internal error; the server's log has the details"
+"""All that a client learns of an error that nobody foresaw."""
 
 
 class RequestError(ServingError):

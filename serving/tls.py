@@ -6,6 +6,7 @@ import logging
 import os
 import ssl
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 from modelpress.errors import ConfigError
@@ -13,6 +14,15 @@ from modelpress.errors import ConfigError
 log = logging.getLogger("modelpress.serving")
 
 LOOK_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Pem:
+    """Files as they were read, for who does not take Python's context of TLS."""
+
+    certificate: bytes
+    key: bytes
+    client_ca: bytes | None
 
 
 class Certificate:
@@ -32,6 +42,8 @@ class Certificate:
         self._seen = self._look()
         self.context = self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
         """New connections take from it what it has then."""
+        self.pem = self._bytes()
+        """The same for gRPC."""
 
     def refresh(self) -> None:
         """Take the certificate that stands in the files now, for connections from now on.
@@ -46,6 +58,7 @@ class Certificate:
         try:
             self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))  # on trial: a failed load may leave half of it behind
             self.context.load_cert_chain(self._certificate, self._key, password="")
+            self.pem = self._bytes()
         except (ConfigError, OSError) as error:  # ssl.SSLError is an OSError
             log.error("the certificate is as it was before: %s", error)
             return
@@ -67,6 +80,10 @@ class Certificate:
             expected = "PEM: a certificate and the key that it is of, without a passphrase"
             raise ConfigError(doing, found=error.strerror or str(error), expected=expected) from error
         return context
+
+    def _bytes(self) -> Pem:
+        client_ca = self._client_ca.read_bytes() if self._client_ca is not None else None
+        return Pem(self._certificate.read_bytes(), self._key.read_bytes(), client_ca)
 
     def _look(self) -> list[tuple[int, int, int] | None]:
         return [fingerprint(path) for path in (self._certificate, self._key)]

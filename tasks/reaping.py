@@ -47,7 +47,7 @@ from tasks.trainings import clear_finished
 
 FLOWS = [
     *("optimize", "optimize-part", "optimize-in-jobs", "promote", "rollback", "reconcile", "report-failure"),
-    *("evaluate-published", "collect", "scrub", "reap"),
+    *("evaluate-published", "collect", "scrub", "reap", "promote-canary", "canary"),
 ]
 """Whose runs are looked at: ours. Another team's flows on the same server are theirs."""
 HEARTBEAT = "prefect.flow-run.heartbeat"

@@ -16,6 +16,7 @@ RUN pip install --no-cache-dir --constraint constraints.txt \
 RUN pip install --no-cache-dir --constraint constraints.txt \
     boto3 \
     cryptography \
+    grpcio \
     httptools \
     httpx \
     numba \
@@ -24,6 +25,7 @@ RUN pip install --no-cache-dir --constraint constraints.txt \
     onnxruntime \
     orjson \
     packaging \
+    protobuf \
     prometheus-client \
     psutil \
     pydantic \
@@ -58,7 +60,7 @@ ENV PATH=/opt/modelpress/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 USER 10001:10001
-EXPOSE 8080
+EXPOSE 8080 8081
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/v2/health/live', timeout=4)"]
 ENTRYPOINT []

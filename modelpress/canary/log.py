@@ -8,6 +8,7 @@ does it; the state lies in their `decision`. An entry without a state (a rollbac
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -16,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from modelpress import pointer
 from modelpress.config import CanaryConfig, CanaryStep
-from modelpress.errors import ConfigError, CorruptionError, UnsupportedFormatError
+from modelpress.errors import ConfigError, CorruptionError, NotFoundError, UnsupportedFormatError
+from modelpress.housekeeping.turns import who
 from modelpress.manifest import Sha256
 from modelpress.pointer import Pointer
 from modelpress.store.base import Store
@@ -106,8 +108,13 @@ def at_stake(alias: str) -> str:
 
 
 def is_canary_alias(alias: str) -> bool:
-    """Whether an alias is one that canaries alone move."""
+    """Whether canaries may have their log under this alias; `of_canaries` says whether they have."""
     return alias == KEY or alias.startswith(f"{KEY}-")
+
+
+def of_canaries(entries: Iterable[Pointer]) -> bool:
+    """Whether these entries are of a log of canaries: somebody may have an alias `canary` of their own."""
+    return any(is_canary_alias(entry.alias) and KEY in (entry.decision or {}) for entry in entries)
 
 
 def current(store: Store, name: str, alias: str) -> Standing | None:
@@ -179,6 +186,19 @@ def write(store: Store, name: str, state: CanaryState, after: int, who_stands: s
     written = read(entry, state.alias)
     assert written is not None
     return Standing(entry, written)
+
+
+def abort(store: Store, name: str, standing: Standing, reason: str) -> Standing:
+    """End a canary by a person's word.
+
+    Raises:
+        NotFoundError: the alias at stake names nothing.
+        ConfigError, ConflictError: see `end`.
+    """
+    entry = pointer.current(store, name, standing.state.alias)
+    if entry is None:
+        raise NotFoundError(f"looking up {name}", found="an alias that was never set")
+    return end(store, name, standing, "aborted", [f"by {who()}: {reason}"], entry.pack)
 
 
 def end(store: Store, name: str, standing: Standing, phase: Phase, reasons: list[str], who_stands: str) -> Standing:

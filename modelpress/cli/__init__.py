@@ -11,6 +11,7 @@ import typer
 from modelpress.cli import (
     access,
     caches,
+    canaries,
     comparing,
     folders,
     hooks,
@@ -34,6 +35,7 @@ __all__ = [
     "access",
     "app",
     "caches",
+    "canaries",
     "comparing",
     "folders",
     "hooks",

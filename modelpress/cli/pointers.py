@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modelpress.cli.canaries import begin
 from modelpress.cli.common import (
     CHAMPION,
     AliasOption,
@@ -37,10 +38,21 @@ def promote(
         typer.Option(metavar="REASON", help="Promote it although it does not pass, for this reason; it is kept."),
     ] = None,
     by: Annotated[str | None, typer.Option(metavar="WHO", help="Who overrides; it is kept.")] = None,
+    canary: Annotated[
+        str | None,
+        typer.Option(metavar="CONFIG", help="Step by step, watched by tests: a YAML file of steps, or `default`."),
+    ] = None,
     store: StoreOption = None,
 ) -> None:
     """Judge a published pack on its own bytes, and move the alias if it passes."""
     against = _override(override, by)
+    if canary is not None:
+        if against is not None:
+            from modelpress.errors import ConfigError
+
+            raise ConfigError("beginning a canary", found="--override", expected="a candidate that passes the gate")
+        begin(name, candidate, canary, store)
+        return
     export_store(store)
     from flows.console import terminal
 

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 
 from modelpress import keys, pointer
-from modelpress.canary.log import is_canary_alias
+from modelpress.canary.log import of_canaries
 from modelpress.config import RetentionConfig
 from modelpress.errors import NotFoundError
 from modelpress.housekeeping.collect import MAX_FRUITLESS, delete_all, no_time
@@ -127,7 +127,7 @@ def _by_aliases(keep: dict[PackId, list[str]], store: Store, name: str, rules: R
         log = pointer.history(store, name, alias)
         if not log:
             continue
-        back = [] if is_canary_alias(alias) else pointer.standing(log)[:-1]  # nothing goes back to a candidate
+        back = [] if of_canaries(log) else pointer.standing(log)[:-1]  # nothing goes back to a candidate
         back = back if rules.rollbacks is None else back[len(back) - min(len(back), rules.rollbacks) :]
         reasons = [
             (log[-1].pack, f"{alias} points at it"),

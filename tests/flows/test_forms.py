@@ -12,6 +12,7 @@ from prefect import Flow
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import import_object
 
+from flows.canary import canary, promote_canary
 from flows.collect import collect
 from flows.evaluate import evaluate_published
 from flows.jobs import optimize_in_jobs, optimize_part
@@ -19,12 +20,23 @@ from flows.optimize import optimize
 from flows.promote import promote, rollback
 from flows.reconcile import reconcile
 from flows.scrub import scrub
-from modelpress.config import OptimizeConfig, load_config
+from modelpress.config import OptimizeConfig, load_canary, load_config
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "optimize_schema.json"
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
-OTHERS = (promote, rollback, reconcile, scrub, evaluate_published, optimize_part, optimize_in_jobs)
+CANARIES = sorted((ROOT / "configs" / "canary").glob("*.yaml"))
+OTHERS = (
+    promote,
+    promote_canary,
+    canary,
+    rollback,
+    reconcile,
+    scrub,
+    evaluate_published,
+    optimize_part,
+    optimize_in_jobs,
+)
 DEPLOYMENTS = yaml.safe_load((ROOT / "infra" / "prefect.yaml").read_text())["deployments"]
 
 
@@ -58,6 +70,8 @@ def test_every_field_of_the_form_has_help() -> None:
 def test_the_other_forms_are_typed() -> None:
     fields = {flow.name: schema(flow)["properties"] for flow in OTHERS}
     assert set(fields["promote"]) == {"name", "candidate", "gate", "override"}
+    assert set(fields["promote-canary"]) == {"name", "candidate", "canary", "gate"}
+    assert set(fields["canary"]) == {"name"}
     assert set(fields["rollback"]) == {"name", "alias", "to"}
     assert set(fields["reconcile"]) == {"name"}
     assert set(fields["evaluate-published"]) == {"name", "alias", "gate"}
@@ -95,6 +109,11 @@ def test_a_deployment_leads_to_its_flow(deployment: dict[str, Any], monkeypatch:
 def test_a_shipped_recipe_is_legal_and_named_like_its_file(path: Path) -> None:
     config = load_config(path)
     assert config.name == path.stem
+
+
+@pytest.mark.parametrize("path", CANARIES, ids=lambda path: path.name)
+def test_a_shipped_canary_is_legal(path: Path) -> None:
+    assert load_canary(path).steps
 
 
 def test_a_recipe_and_the_form_are_the_same_thing() -> None:

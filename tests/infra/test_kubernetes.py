@@ -269,7 +269,7 @@ def test_the_network_is_closed_but_for_what_each_needs(overlay: str) -> None:
     }
     inside = {role: allowed(stack, labels, "Ingress") for role, labels in roles.items()}
     assert inside["worker"] == inside["run"] == inside["prefect-services"] == set()
-    assert inside["serving"] == (set() if overlay == "local" else {4200, 5000, 8080})
+    assert inside["serving"] == (set() if overlay == "local" else {4200, 5000, 8080, 8081})
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

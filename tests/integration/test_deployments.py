@@ -34,7 +34,7 @@ from tests.integration.deploying import at_home, deploy, make_pools, prefect
 from tests.integration.small_workloads import WIDTH, Net
 
 NAME = "deployed"
-SCHEDULED = {"evaluate-published", "collect", "scrub", "reconcile-poll", "reap"}
+SCHEDULED = {"evaluate-published", "collect", "scrub", "reconcile-poll", "reap", "canary"}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,9 @@ def deployed(home: Path) -> dict[str, DeploymentResponse]:
 
 def test_the_server_holds_every_deployment_whole(deployed: dict[str, DeploymentResponse]) -> None:
     by_hand = {"optimize", "optimize-gpu", "optimize-in-jobs", "optimize-part", "optimize-part-gpu"}
-    assert set(deployed) == by_hand | {"promote", "rollback", "reconcile", "report-failure"} | SCHEDULED
+    assert (
+        set(deployed) == by_hand | {"promote", "promote-canary", "rollback", "reconcile", "report-failure"} | SCHEDULED
+    )
     for name, found in deployed.items():
         assert found.version == __version__
         assert found.description

@@ -19,6 +19,7 @@ from serving.protocol import decode_response, encode_request
 from serving.tls import Certificate
 from tests.serving.authority import Authority
 from tests.serving.conftest import WIDTH, Server, scale_model
+from tests.serving.test_process import wait_for
 
 Call = Callable[..., Any]
 
@@ -164,4 +165,15 @@ def test_a_server_speaks_tls_alone_and_follows_its_files(
     with httpx.Client(base_url=server.url, verify=trusting(authority)) as client:
         assert client.get("/v2").status_code == 401
         assert client.get("/v2/health/live").status_code == 200
+    for found, target in zip(authority.issue("next"), (certificate, key), strict=True):
+        os.replace(found, target)
+    host, port = server.url.removeprefix("https://").split(":")
+    wait_for(lambda: subject(host, int(port), trusting(authority)) == "next")
     assert server.stop() == 0
+
+
+def subject(host: str, port: int, client: ssl.SSLContext) -> str:
+    line = socket.create_connection((host, port), timeout=30)
+    with line, client.wrap_socket(line, server_hostname=host) as tls:
+        found: Any = tls.getpeercert()
+    return str(dict(pair for group in found["subject"] for pair in group)["commonName"])
