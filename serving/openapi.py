@@ -287,7 +287,6 @@ OPERATIONS = [
         parameters=[
             _signed(name) for name in ("X-Modelpress-Nudge", "X-Modelpress-Timestamp", "X-Modelpress-Signature")
         ],
-        open=True,
     ),
     Operation(
         "POST",
