@@ -9,6 +9,8 @@ import numpy as np
 
 from modelpress.errors import WorkloadError
 
+MOST_CLASSES = 5
+"""How many classes a server names for a text or an image."""
 SHOWN = 5
 """Classes that an error names."""
 
