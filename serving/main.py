@@ -181,7 +181,7 @@ def application(
             *Status(repository, metrics, keyring, canaries, rollback=serving.rollback).routes(),
             Route(rollback.PATH, rollback.Rollback(repository, serving.rollback).endpoint, methods=["POST"]),
         ],
-        rpc=_rpc(serving, Watch(keyring, audit, metrics), certificate),
+        rpc=_rpc(serving, Watch(keyring, audit, metrics, traces), certificate),
     )
     return Guard(app, keyring, audit, metrics, traces)
 

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from modelpress import otel
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import Span
     from starlette.types import Scope
 
-    from serving.guard import Visit
     from serving.scopes import Door
 
 log = logging.getLogger("modelpress.serving")
-CARRIED = (b"traceparent", b"tracestate")
+
+CARRIED = ("traceparent", "tracestate")
+MAX_MODEL_CHARACTERS = 64
+
+
+class Ending(Protocol):
+    """What says how a request ended."""
+
+    status: int
+    """HTTP's, also of what came another way."""
 
 
 class Traces:
-    """Makes spans, named as OpenTelemetry's conventions for HTTP have it."""
+    """Makes spans, named as OpenTelemetry's conventions have it. What a client made up stands in no name."""
 
     @staticmethod
     def wanted() -> Traces | None:
@@ -28,23 +37,44 @@ class Traces:
         return Traces() if otel.wanted() and otel.provide("modelpress-serving", log.warning) else None
 
     @contextmanager
-    def request(self, scope: Scope, door: Door, visit: Visit) -> Iterator[None]:
-        """The span of one request. What a client made up stands in no name: a route's does."""
-        from opentelemetry.trace import SpanKind, Status, StatusCode
-        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
-        brought = {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in CARRIED}
-        parent = TraceContextTextMapPropagator().extract(brought)
+    def request(self, scope: Scope, door: Door, ending: Ending) -> Iterator[None]:
+        """The span of a request over HTTP."""
+        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+        brought = {name: value for name, value in headers if name in CARRIED}
         attributes = {"http.request.method": scope["method"], "url.scheme": scope.get("scheme", "http")}
         attributes |= {"http.route": door.path} if door.path else {}
-        attributes |= {"modelpress.model": door.parameters["name"][:64]} if "name" in door.parameters else {}
-        name = f"{scope['method']} {door.path}".rstrip()
-        with otel.tracer().start_as_current_span(name, parent, SpanKind.SERVER, attributes=attributes) as span:
+        with self._span(f"{scope['method']} {door.path}".rstrip(), brought, attributes, ending) as span:
+            if model := door.parameters.get("name"):
+                span.set_attribute("modelpress.model", model[:MAX_MODEL_CHARACTERS])
             try:
                 yield
             finally:
-                span.set_attribute("http.response.status_code", visit.status)
-                if visit.status >= 500:
+                span.set_attribute("http.response.status_code", ending.status)
+
+    @contextmanager
+    def call(self, route: str, model: str, metadata: Mapping[str, str], ending: Ending) -> Iterator[None]:
+        """The span of a call over gRPC; `route` is `/SERVICE/METHOD`."""
+        service, _, method = route.strip("/").partition("/")
+        attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method}
+        brought = {name: value for name, value in metadata.items() if name in CARRIED}
+        with self._span(route.strip("/"), brought, attributes, ending) as span:
+            if model:
+                span.set_attribute("modelpress.model", model[:MAX_MODEL_CHARACTERS])
+            yield
+
+    @contextmanager
+    def _span(
+        self, name: str, brought: Mapping[str, str], attributes: Mapping[str, str], ending: Ending
+    ) -> Iterator[Span]:
+        from opentelemetry.trace import SpanKind, Status, StatusCode
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        parent = TraceContextTextMapPropagator().extract(brought)
+        with otel.tracer().start_as_current_span(name, parent, SpanKind.SERVER, attributes=attributes) as span:
+            try:
+                yield span
+            finally:
+                if ending.status >= 500:
                     span.set_status(Status(StatusCode.ERROR))
 
     def close(self) -> None:

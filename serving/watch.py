@@ -9,12 +9,15 @@ if TYPE_CHECKING:
     from serving.audit import Audit
     from serving.keyring import Keyring
     from serving.metrics import Metrics
+    from serving.tracing import Traces
 
 
 @dataclass(frozen=True)
 class Watch:
-    """The same three that `serving.guard.Guard` has for HTTP."""
+    """The same that `serving.guard.Guard` has for HTTP."""
 
     keyring: Keyring
     audit: Audit
     metrics: Metrics
+    traces: Traces | None = None
+    """None: spans go nowhere."""

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from serving.rpc import tensors
 from serving.rpc.messages import METHODS, SERVICE
 from serving.rpc.tls import credentials
 from serving.scopes import ANY, EVERYBODY, USERS, Needs
+from serving.tracing import CARRIED
 
 if TYPE_CHECKING:
     from modelpress.access import Principal
@@ -218,17 +220,18 @@ def _bounded(
     async def call(request: Any, context: Any) -> Any:
         model = getattr(request, "model_name", "") or getattr(request, "name", "")
         visit = Visit(name, model, context, watch)
-        try:
-            found = await method(request, context, visit.enter())
-            visit.status = 200
-            return answered(**found) if isinstance(found, dict) else found
-        except ModelpressError as error:
-            visit.status, code, text = told(error, model)
-        except Exception:
-            log.exception("answering %s", name)
-            visit.status, code, text = 500, "INTERNAL", UNFORESEEN
-        finally:
-            visit.leave()
+        with visit.span():
+            try:
+                found = await method(request, context, visit.enter())
+                visit.status = 200
+                return answered(**found) if isinstance(found, dict) else found
+            except ModelpressError as error:
+                visit.status, code, text = told(error, model)
+            except Exception:
+                log.exception("answering %s", name)
+                visit.status, code, text = 500, "INTERNAL", UNFORESEEN
+            finally:
+                visit.leave()
         if code == "RESOURCE_EXHAUSTED":
             context.set_trailing_metadata((("grpc-retry-pushback-ms", str(RETRY_SECONDS * 1000)),))
         await context.abort(grpc.StatusCode[code], text)
@@ -252,6 +255,14 @@ class Visit:
     @property
     def _route(self) -> str:
         return f"/{SERVICE}/{self._method}"
+
+    def span(self) -> AbstractContextManager[None]:
+        """The call in its sender's trace, where traces are wanted."""
+        if self._watch is None or self._watch.traces is None:
+            return nullcontext()
+        found = {name: metadatum(self._context, name) for name in CARRIED}
+        brought = {name: value for name, value in found.items() if value is not None}
+        return self._watch.traces.call(self._route, self._model, brought, self)
 
     def enter(self) -> str:
         """The tenant's name.

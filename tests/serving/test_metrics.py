@@ -21,6 +21,7 @@ from serving.main import ServingSettings, application
 from serving.metrics import quantile
 from serving.protocol import encode_request
 from serving.repository import Repository
+from serving.rpc.messages import SERVICE
 from tests.serving.conftest import WIDTH, scale_model
 
 Call = Callable[..., Any]
@@ -127,6 +128,16 @@ def test_latencies_of_the_last_answers(client: TestClient) -> None:
     assert metrics.latency("scale") == {"p50_seconds": 0.05, "p99_seconds": 0.099, "samples": 100}
     assert metrics.outcomes("scale") == {"answered": 100, "refused": 1, "failed": 1}
     assert metrics.outcomes("made-up") == {"answered": 0, "refused": 0, "failed": 0}
+    assert metrics.in_flight == 0
+
+
+def test_calls_over_grpc_count_as_inference(client: TestClient) -> None:
+    metrics = client.app._metrics  # type: ignore[attr-defined]
+    for route in (ROUTE, f"/{SERVICE}/ModelInfer", f"/{SERVICE}/ModelMetadata"):
+        metrics.began(route)
+        metrics.answered(route, "scale", 200, 0.25)
+    assert metrics.latency("scale")["samples"] == 2
+    assert metrics.outcomes("scale")["answered"] == 2
     assert metrics.in_flight == 0
 
 
