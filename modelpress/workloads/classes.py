@@ -7,6 +7,8 @@ from itertools import islice
 
 from modelpress.errors import WorkloadError
 
+MOST_CLASSES = 5
+"""How many classes a server names for a text or an image."""
 SHOWN = 5
 """Classes that an error names."""
 

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from modelpress.config import TrainConfig, WorkloadConfig
 from modelpress.errors import WorkloadError
+from modelpress.process import Processing, Softmax, TopK
 from modelpress.progress import Progress, silent
 from modelpress.workload import SPLITS, Batch, Split, Workload
-from modelpress.workloads.classes import check_numbers, check_trained
+from modelpress.workloads.classes import MOST_CLASSES, check_numbers, check_trained
 from modelpress.workloads.encoder_folder import (
     input_digests,
     masked,
     mean_of_tokens,
     read_max_length,
+    text_input,
     tokenized,
     without_pooler,
 )
@@ -242,6 +244,11 @@ class TextClassification(Workload):
             "labels.json": json.dumps(self.labels).encode(),
             "encoder.json": json.dumps({"max_length": self.max_length}).encode(),
         }
+
+    def processing(self) -> Processing:
+        """Texts in, the likeliest classes out, by name."""
+        steps = (Softmax(of=self.output_name), TopK(of="probabilities", k=min(MOST_CLASSES, len(self.labels))))
+        return Processing(input=text_input(self.tokenizer, self.max_length), steps=steps)
 
     def licence(self) -> str:
         """The `license` line of the folder's model card."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import httpx
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
@@ -28,6 +30,8 @@ from modelpress.errors import BudgetExceededError, CorruptionError, GateError, N
 from modelpress.settings import Settings
 from modelpress.store.base import Store, open_store
 from modelpress.workload import check_disjoint, load_workload
+from serving.engine import load_engine
+from serving.processed import ProcessedEngine
 from tests.integration.conftest import free_port, serving
 
 QUICK = load_config(Path(__file__).parents[2] / "configs" / "digits-quick.yaml")
@@ -112,6 +116,21 @@ def test_a_first_run_delivers_a_verified_promoted_pack(first: OptimizeResult, st
     assert rows["quantize"].quality is not None
     assert rows["quantize"].quality.baseline == rows["source"].quality.value
     assert rows["quantize"].runtime == "onnxruntime"
+
+
+def test_the_pack_answers_its_golden_samples_and_reads_images(first: OptimizeResult, store: Store) -> None:
+    engine = load_engine(store, QUICK.name, first.pack, "CPUExecutionProvider", 1)
+    assert engine.tested is not None
+    assert (engine.tested.samples, engine.tested.agreement) == (4, 1.0)
+    assert engine.front is not None
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    images = {"image": np.array([buffer.getvalue()], dtype=object)}
+    found = ProcessedEngine(engine, engine.front).infer(images, ["labels", "output"])
+    logits = engine.infer({"image": pixels[None, None].astype(np.float32) / np.float32(255)}, ["output"])["output"]
+    assert (found["output"] == logits).all()
+    assert found["labels"][0, 0] == str(logits.argmax()).encode()
 
 
 def test_a_second_run_recomputes_nothing_and_says_so(
