@@ -15,6 +15,7 @@ here, so no update is repeated; with the default setting, up to a minute's worth
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -117,7 +118,7 @@ def _finish(client: SyncPrefectClient, run: UUID) -> None:
 
 
 def _times(client: SyncPrefectClient, mlflow: str, place: Place, run: UUID, kills: int) -> Iterator[list[float]]:
-    """For each kill of a run: seconds to Crashed, to Running, and to the resumed stage."""
+    """For each kill of a run: seconds to Crashed, to Running, and to the resumed stage; NaN where none was left."""
     deaths = [float(line.split()[0]) for line in (place.home / "deaths.log").read_text().splitlines()][-kills:]
     states = sorted(client.read_flow_run_states(run), key=lambda state: state.timestamp)
     api = MlflowClient(mlflow, mlflow)
@@ -131,12 +132,13 @@ def _times(client: SyncPrefectClient, mlflow: str, place: Place, run: UUID, kill
     for death, start in zip(deaths, starts[1:], strict=True):
         parent = f"tags.`mlflow.parentRunId` = '{start.info.run_id}'"
         stages = api.search_runs([experiment.experiment_id], parent, order_by=["attributes.start_time ASC"])
-        resumed = next(one for one in stages if one.data.tags.get("reused") != "true")
+        # Behind the last record nothing is left to run.
+        resumed = next((one.info.start_time / 1000 for one in stages if one.data.tags.get("reused") != "true"), math.nan)
         later = [(state.type, state.timestamp.timestamp()) for state in states if state.timestamp.timestamp() > death]
         yield [
             next(at for kind, at in later if kind == StateType.CRASHED) - death,
             next(at for kind, at in later if kind == StateType.RUNNING) - death,
-            resumed.info.start_time / 1000 - death,
+            resumed - death,
         ]
 
 
@@ -152,7 +154,8 @@ def _rows(found: list[tuple[Kill, list[float]]]) -> Iterator[Row]:
         cases.setdefault(case, []).append(times)
     for case, rows in cases.items():
         yield Row("seconds from kill -9", case, "kills", "", len(rows))
-        for name, values in zip(("noticed", "running", "resumed"), zip(*rows, strict=True), strict=True):
+        for name, column in zip(("noticed", "running", "resumed"), zip(*rows, strict=True), strict=True):
+            values = [value for value in column if not math.isnan(value)]
             yield Row("seconds from kill -9", case, f"{name}, median", "s", statistics.median(values))
             yield Row("seconds from kill -9", case, f"{name}, max", "s", max(values))
 
