@@ -133,7 +133,9 @@ def _times(client: SyncPrefectClient, mlflow: str, place: Place, run: UUID, kill
         parent = f"tags.`mlflow.parentRunId` = '{start.info.run_id}'"
         stages = api.search_runs([experiment.experiment_id], parent, order_by=["attributes.start_time ASC"])
         # Behind the last record nothing is left to run.
-        resumed = next((one.info.start_time / 1000 for one in stages if one.data.tags.get("reused") != "true"), math.nan)
+        resumed = next(
+            (one.info.start_time / 1000 for one in stages if one.data.tags.get("reused") != "true"), math.nan
+        )
         later = [(state.type, state.timestamp.timestamp()) for state in states if state.timestamp.timestamp() > death]
         yield [
             next(at for kind, at in later if kind == StateType.CRASHED) - death,
