@@ -178,7 +178,12 @@ def of_entry(store: Store, name: str, pack: str, decision: dict[str, Any] | None
         see `read`.
     """
     record = (decision or {}).get(RECORD)
-    return read(store, name, pack, record) if isinstance(record, str) else None
+    if record is None:
+        return None
+    if not isinstance(record, str) or not keys.is_digest(record):
+        doing = f"finding the decision that {name}@{pack[:12]} was promoted by"
+        raise CorruptionError(doing, found=repr(record)[:80], expected="the digest of a decision")
+    return read(store, name, pack, record)
 
 
 _EVER = datetime.min.replace(tzinfo=UTC)

@@ -299,8 +299,9 @@ def _tested(engine: Engine | ProcessedEngine) -> dict[str, Any]:
 
 
 def _verdict(decision: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a decision of the gate, what everybody may read."""
-    return {key: decision[key] for key in ("promote", "verdict", "reasons") if key in decision}
+    """Of a decision of the gate, what everybody may read: that a person overrode it, and not who."""
+    told = {key: decision[key] for key in ("promote", "verdict", "reasons", "record") if key in decision}
+    return told | ({"overridden": True} if decision.get("override") else {})
 
 
 async def _answer_known(request: Request, error: ModelpressError) -> Response:

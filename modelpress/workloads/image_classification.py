@@ -18,7 +18,7 @@ from modelpress.process import ImageInput, Processing, Softmax, TopK
 from modelpress.process.spec import MAX_SIDE
 from modelpress.progress import Progress, silent
 from modelpress.workload import Batch, Split, Workload
-from modelpress.workloads.classes import MOST_CLASSES, check_numbers, check_trained
+from modelpress.workloads.classes import MOST_CLASSES, by_class, check_numbers, check_trained
 from modelpress.workloads.digits_cnn import DigitsCNN
 from modelpress.workloads.image_files import Images, read_images
 from modelpress.workloads.image_models import build_named, is_named, load_weights
@@ -136,6 +136,12 @@ class ImageClassification(Workload):
         """1 where the largest logit is the label's, else 0. Outputs: (evaluation samples, classes)."""
         labels = self.labels[self.rows["evaluation"]].numpy()
         return np.asarray(outputs.argmax(axis=1) == labels, dtype=np.float64)
+
+    def slices(self) -> dict[str, np.ndarray]:
+        """The samples of each class, where the config asks for them."""
+        if not self.config.slice_by_class:
+            return {}
+        return by_class(self.names, self.labels[self.rows["evaluation"]].tolist())
 
     def identity(self) -> str:
         """The config and the digest of the distinct samples, their names and the weights."""

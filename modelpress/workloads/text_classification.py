@@ -16,7 +16,7 @@ from modelpress.errors import WorkloadError
 from modelpress.process import Processing, Softmax, TopK
 from modelpress.progress import Progress, silent
 from modelpress.workload import SPLITS, Batch, Split, Workload
-from modelpress.workloads.classes import MOST_CLASSES, check_numbers, check_trained
+from modelpress.workloads.classes import MOST_CLASSES, by_class, check_numbers, check_trained
 from modelpress.workloads.encoder_folder import (
     input_digests,
     masked,
@@ -215,6 +215,12 @@ class TextClassification(Workload):
         """1 where the largest logit is the label's, else 0. Outputs: (evaluation samples, classes)."""
         labels = np.array([self._number(one.label) for one in self.texts["evaluation"]])
         return np.asarray(outputs.argmax(axis=1) == labels, dtype=np.float64)
+
+    def slices(self) -> dict[str, np.ndarray]:
+        """The texts of each class, where the config asks for them."""
+        if not self.config.slice_by_class:
+            return {}
+        return by_class(self.labels, [self._number(one.label) for one in self.texts["evaluation"]])
 
     def identity(self) -> str:
         """The config, and digests of the folder's files that count, of the texts and of the names of the classes."""

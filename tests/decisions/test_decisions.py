@@ -238,6 +238,9 @@ def test_an_entry_leads_to_its_decision_and_misses_one_that_was_deleted(team: Te
     assert decisions.of_entry(team.store(), NAME, pack, entry.decision) == record
     assert decisions.of_entry(team.store(), NAME, pack, None) is None
     assert decisions.of_entry(team.store(), NAME, pack, {"promote": True}) is None
+    for odd in (7, "../../x", ["a"]):
+        with pytest.raises(CorruptionError, match="the digest of a decision"):
+            decisions.of_entry(team.store(), NAME, pack, {decisions.RECORD: odd})
     store.delete(keys.decision(NAME, pack, record.digest))
     with pytest.raises(NotFoundError):
         decisions.of_entry(team.store(), NAME, pack, entry.decision)

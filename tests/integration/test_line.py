@@ -35,6 +35,7 @@ from serving.processed import ProcessedEngine
 from tests.integration.conftest import free_port, serving
 
 QUICK = load_config(Path(__file__).parents[2] / "configs" / "digits-quick.yaml")
+HARDWARE = "tests"
 STAGES = {
     "source",
     "export-source",
@@ -62,6 +63,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, prefect_server: str, mlflow_s
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MODELPRESS_HOME", str(home))
         patch.setenv("MODELPRESS_TRACKING_URI", mlflow_server)
+        patch.setenv("MODELPRESS_HARDWARE", HARDWARE)
         patch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
         for name in ("MODELPRESS_STORE", "MODELPRESS_WORK"):
             patch.delenv(name, raising=False)
@@ -180,6 +182,10 @@ def test_the_model_version_carries_the_packs_identity(first: OptimizeResult, cli
     assert version.tags["pack_uri"] == first.uri
     assert version.tags["flow_run_url"] == first.flow_run_url
     assert version.tags["gate.verdict"] == "pass"
+    served = next(row for row in first.stages if row.stage == "quantize")
+    figures = f"figures.{HARDWARE}"
+    assert version.tags[f"{figures}.provider"] == "CPUExecutionProvider"
+    assert float(version.tags[f"{figures}.p99_seconds"]) == pytest.approx(served.latency[0].p99_seconds, rel=1e-4)
     assert version.run_id == first.mlflow_run
     for alias in ("challenger", "champion"):
         assert client.get_model_version_by_alias(QUICK.name, alias).version == version.version
