@@ -183,7 +183,7 @@ async def test_a_pack_without_processing_has_no_second_model(client: httpx.Async
 @pytest.mark.parametrize(
     ("url", "body", "said"),
     [
-        (TEXT, asked("text", ["cat " * 70_000]), "at most 262144"),
+        (TEXT, asked("text", ["cat " * 70_000]), "at most 131072"),
         (TEXT, asked("image", ["cat"]), "text"),
         (TEXT, asked("text", []), "[-1]"),
         (TEXT, {"inputs": [{"name": "text", "datatype": "FP32", "shape": [1], "data": [1.0]}]}, "BYTES"),
