@@ -78,7 +78,8 @@ class Metrics:
             status: HTTP's.
             seconds: how long it took.
         """
-        known = model if model is not None and self._repository.serves(model) else ""
+        name = (model or "").partition(":")[0]  # NAME:processed is the same model, asked in another way
+        known = name if self._repository.serves(name) else ""
         with self._lock:
             series = self._series.get((known, route))
             if series is None:
