@@ -171,21 +171,6 @@ def kept(store: Store, name: str, pack: str = "") -> list[Kept]:
     return sorted(found, key=lambda one: (one.record is None, one.record.created if one.record else _EVER, one.key))
 
 
-def of_entry(store: Store, name: str, pack: str, decision: dict[str, Any] | None) -> Record | None:
-    """The kept decision that a pointer's entry names; None where a gate wrote none, or kept none (older releases).
-
-    Raises:
-        see `read`.
-    """
-    record = (decision or {}).get(RECORD)
-    if record is None:
-        return None
-    if not isinstance(record, str) or not keys.is_digest(record):
-        doing = f"finding the decision that {name}@{pack[:12]} was promoted by"
-        raise CorruptionError(doing, found=repr(record)[:80], expected="the digest of a decision")
-    return read(store, name, pack, record)
-
-
 _EVER = datetime.min.replace(tzinfo=UTC)
 
 

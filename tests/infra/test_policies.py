@@ -22,7 +22,9 @@ from modelpress.config import RetentionConfig
 from modelpress.errors import AccessDeniedError
 from modelpress.housekeeping.collect import collect
 from modelpress.housekeeping.retention import retain
+from modelpress.stack.prepare import READER
 from modelpress.store.s3 import S3Store
+from modelpress.store.s3_buckets import let_count, make_bucket
 from tests.conftest import ROOT, S3Server
 from tests.packs import Pack, assert_same, make_pack
 
@@ -224,3 +226,37 @@ def test_the_shown_policy_is_whole_and_names_whom_it_is_for() -> None:
     assert {statement["Principal"]["AWS"][0] for statement in document["Statement"]} == {"arn:aws:iam::1:role/s"}
     assert document["Statement"][0]["Condition"] == {"StringLike": {"s3:prefix": ["packs/*"]}}
     assert call("policies.py", "show", "--bucket", "b").returncode == 2
+
+
+def test_the_stack_lets_its_reading_key_count_and_nothing_more(
+    s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if s3_server.folder is None:
+        pytest.skip("the server is not the session's own: nothing is known of its users")
+    bucket = f"modelpress-counts-{uuid.uuid4().hex[:8]}"
+
+    def opened(role: str) -> S3Store:
+        for name, value in s3_server.environment(role).items():
+            monkeypatch.setenv(name, value)
+        store = S3Store(f"s3://{bucket}/store", s3_server.settings())
+        list(store.list("packs/"))  # credentials are read at the first request
+        return store
+
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    assert make_bucket(bucket, s3_server.settings())
+    mine = tally.new("1" * 32, "2" * 32, "loading", [])
+    with pytest.raises(AccessDeniedError):
+        tally.write(opened("reader"), "demo", mine)
+    writer = opened("writer")
+    assert let_count(bucket, "store", READER, s3_server.settings())
+    assert not let_count(bucket, "store", READER, s3_server.settings()), "a policy that stands there is left alone"
+    reader = opened("reader")
+    tally.write(reader, "demo", mine)
+    tally.write(reader, "demo", mine)
+    assert tally.read(writer, "demo", "1" * 32).servers == 1
+    for key in (keys.blob("0" * 64), keys.pointer("demo", "champion", 1), "canaries"):
+        with pytest.raises(AccessDeniedError):
+            reader.put(key, b"x")
+    with pytest.raises(AccessDeniedError):
+        reader.delete(keys.tally("demo", "1" * 32, "2" * 32))
