@@ -131,6 +131,7 @@ class Line:
             },
             scores=self.scores[self._served],
             source_scores=self.scores["source"],
+            graph=self.outputs[self._served],
             source_bytes=self.outputs["source"].size_bytes,
         )
 

@@ -171,16 +171,6 @@ def kept(store: Store, name: str, pack: str = "") -> list[Kept]:
     return sorted(found, key=lambda one: (one.record is None, one.record.created if one.record else _EVER, one.key))
 
 
-def of_entry(store: Store, name: str, pack: str, decision: dict[str, Any] | None) -> Record | None:
-    """The kept decision that a pointer's entry names; None where a gate wrote none, or kept none (older releases).
-
-    Raises:
-        see `read`.
-    """
-    record = (decision or {}).get(RECORD)
-    return read(store, name, pack, record) if isinstance(record, str) else None
-
-
 _EVER = datetime.min.replace(tzinfo=UTC)
 
 

@@ -29,8 +29,10 @@
     │   ├── SignatureError          a signature is malformed, wrong, or of something else
     │   └── KeyRefusedError         the key is unknown, revoked, expired or not for this pack
     ├── EncryptionKeyError          the key that opens a secret or a pack is not here, or is another
+    ├── InputError                  what somebody sent can't be made into what the model takes
     ├── GateError                   the gate refused the promotion
     └── ServingError                the server cannot load or answer
+        └── SelfTestError           a loaded pack does not answer what it answered when it was published
 
 A message is built from its parts, so that each says what was being done, what was found, what was expected and
 the way out; a reader in a terminal and a program that reads the attributes see the same.
@@ -189,6 +191,12 @@ class KeyRefusedError(TrustError):
     """The key is unknown, revoked, expired or not for this pack."""
 
 
+class InputError(ModelpressError):
+    """What somebody sent, a text or an image, can't be made into what the model takes."""
+
+    exit_code = 4
+
+
 class GateError(ModelpressError):
     """The gate refused the promotion."""
 
@@ -199,3 +207,7 @@ class ServingError(ModelpressError):
     """The server cannot load or answer."""
 
     exit_code = 10
+
+
+class SelfTestError(ServingError):
+    """A loaded pack does not answer what it answered when it was published."""

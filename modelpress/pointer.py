@@ -125,7 +125,7 @@ def append(
     accepted: Store | None = None,
     by: str | None = None,
 ) -> Pointer:
-    """Point `alias` at `pack` by one more entry.
+    """Point `alias` at `pack` by one more entry, and tell the servers that the store's settings name.
 
     Args:
         store: the publication store.
@@ -152,7 +152,10 @@ def append(
         check_pack(store, store.trust.policy(), name, pack)
     keys.pointer(name, alias, 1), keys.manifest(name, pack)  # legal names, or nothing is written
     with announced(store, name, pack) as announcement:  # so that retention keeps it
-        return _append(store, name, alias, pack, reason, decision, after, token, accepted or store, announcement, by)
+        made = _append(store, name, alias, pack, reason, decision, after, token, accepted or store, announcement, by)
+    if store.nudger is not None:
+        store.nudger.tell(name, alias)
+    return made
 
 
 def _append(
@@ -290,6 +293,20 @@ def _check_goes_on(store: Store, entry: Pointer | None, mark: Mark) -> None:
 
 def _doing(store: Store, entry: Pointer) -> str:
     return f"checking the signature of {store.uri}/{keys.pointer(entry.name, entry.alias, entry.number)}"
+
+
+def entry(store: Store, name: str, alias: str, number: int) -> Pointer:
+    """One entry, its signature checked where the store has a trust file. Its place in the log is not looked at.
+
+    Raises:
+        NotFoundError: there is none of this number.
+        CorruptionError: it is not what its key says.
+        TrustError: the store has a trust file, and no key of it vouches for the entry.
+    """
+    found = _read(store, name, alias, number)
+    if store.trust is not None:
+        trusted.check(store.trust.policy(), found.signature, found.unsigned_bytes(), name, _doing(store, found))
+    return found
 
 
 def history(store: Store, name: str, alias: str) -> list[Pointer]:

@@ -66,6 +66,10 @@ class Settings(BaseSettings):
     """The private key, PEM, that signs what is published and promoted. Unset: nothing is signed."""
     signing_key_passphrase: SecretStr = SecretStr("")
     """Its passphrase, where it has one."""
+    nudge_urls: str = ""
+    """Addresses of servers, parted by commas, that are told at once when this process moves an alias. Empty: none."""
+    nudge_secret_file: Path | None = None
+    """File with the secret that nudges are signed with, which the servers have as well."""
     training_seconds: float = Field(default=60.0, ge=0)
     """How often a training keeps its state in the work store, so that it goes on from there when it was killed: after
     so many seconds at the earliest, and so that keeping takes at most a twentieth of its time; 0: after each update."""

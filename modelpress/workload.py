@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from modelpress.config import WorkloadConfig
 from modelpress.errors import OverlapError, WorkloadError
 from modelpress.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from modelpress.process import Processing
 
 Split = Literal["train", "calibration", "evaluation"]
 Outputs = Literal["logits", "embeddings"]
@@ -167,6 +170,11 @@ class Workload(abc.ABC):
     def files(self) -> dict[str, bytes]:
         """Files that belong to the served model (tokenizer, labels), published with it."""
         return {}
+
+    def processing(self) -> Processing | None:
+        """How texts or images become the model's inputs, and its outputs what clients want; published with the model,
+        as data, for a server to do. Files that it names are those of `files`. None: clients send tensors."""
+        return None
 
     def weights(self) -> tuple[Path, str] | None:
         """The Hugging Face folder that `source` reads as it is, and what a name in its state dict has before that in

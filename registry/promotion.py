@@ -267,7 +267,7 @@ def _gather(store: Store, manifest: Manifest, version: Version, champion: str | 
         quantized=any(manifest.config.get(stage) is not None for stage in ("quantize", "plan")),
         pruning_coverage=(reports.get("prune") or {}).get("coverage"),
         pruned=manifest.config.get("prune") is not None,
-        published=Published(read.uri, read.read_bytes, manifest.published_bytes, read.signed_by),
+        published=Published(read.read_bytes, manifest.published_bytes, read.signed_by),
         figures=figures.of_version(version),
         origin=_origin(manifest),
     )

@@ -11,6 +11,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, nullcontext
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
@@ -25,7 +26,9 @@ from modelpress.errors import ModelpressError
 from modelpress.store.threads import DaemonPool
 from serving import openapi
 from serving.canary import Canaries
+from serving.engine import Engine
 from serving.infer import GoneError, InferDoor, Inference, Limits, read_body, target
+from serving.processed import SUFFIX, Processed, ProcessedEngine, ProcessedModel
 from serving.refusals import UNFORESEEN, NotReadyError, RequestError, told
 from serving.repository import Loaded, Repository, ServedModel
 from serving.tensors import short
@@ -177,7 +180,7 @@ class _Doors:
 
     async def ready(self, _request: Request) -> Response:
         ready = self._repository.ready
-        return _json({"ready": ready}, 200 if ready else 503)
+        return _json({"ready": ready, **_store_state(self._repository.lost)}, 200 if ready else 503)
 
     async def model_ready(self, request: Request) -> Response:
         model = self._model(request)
@@ -216,8 +219,8 @@ class _Doors:
         await _in_thread(self.loading, lambda: self._repository.unload(name))
         return _json({})
 
-    def _model(self, request: Request) -> ServedModel:
-        return self._repository.model(request.path_params["name"])
+    def _model(self, request: Request) -> ServedModel | ProcessedModel:
+        return self._repository.asked(request.path_params["name"])
 
 
 class _Poller(threading.Thread):
@@ -261,7 +264,7 @@ async def _in_thread(pool: Executor, work: Callable[[], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(pool, work)
 
 
-def _metadata(model: ServedModel, loaded: Loaded) -> dict[str, Any]:
+def _metadata(model: ServedModel | ProcessedModel, loaded: Loaded | Processed) -> dict[str, Any]:
     engine, entry, failure = loaded.engine, loaded.pointer, model.failure
     identity: dict[str, Any] = {"pack": engine.pack}
     if entry is None:
@@ -270,6 +273,8 @@ def _metadata(model: ServedModel, loaded: Loaded) -> dict[str, Any]:
         since = {"alias": entry.alias, "pointer": entry.number, "since": entry.created.isoformat()}
         identity |= since | ({"decision": _verdict(entry.decision)} if entry.decision else {})
     identity |= {"provider": engine.provider, "batching": engine.rows.to_json(), "lineage": engine.lineage}
+    identity |= _tested(engine) | _store_state(model.lost)
+    identity |= {"processed": f"{model.name}{SUFFIX}"} if engine.front else {}
     return {
         "name": model.name,
         "versions": model.versions(),
@@ -280,9 +285,23 @@ def _metadata(model: ServedModel, loaded: Loaded) -> dict[str, Any]:
     }
 
 
+def _store_state(lost: datetime | None) -> dict[str, Any]:
+    """That the store does not answer, where it does not: what answers then may be older than what was promoted."""
+    return {} if lost is None else {"store": f"unreachable since {lost.isoformat(timespec='seconds')}"}
+
+
+def _tested(engine: Engine | ProcessedEngine) -> dict[str, Any]:
+    """How the pack answered its golden samples."""
+    tested = engine.tested
+    if tested is None:
+        return {"golden": False}
+    return {"golden": True, "golden_difference": tested.difference, "golden_tolerance": tested.tolerance}
+
+
 def _verdict(decision: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a decision of the gate, what everybody may read."""
-    return {key: decision[key] for key in ("promote", "verdict", "reasons") if key in decision}
+    """Of a decision of the gate, what everybody may read: that a person overrode it, and not who."""
+    told = {key: decision[key] for key in ("promote", "verdict", "reasons", "record") if key in decision}
+    return told | ({"overridden": True} if decision.get("override") else {})
 
 
 async def _answer_known(request: Request, error: ModelpressError) -> Response:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from modelpress.canary import decide, tally
+from modelpress.canary.decide import Test
 from modelpress.canary.log import CanaryState
 from modelpress.canary.tally import ArmTally, StepTally
 from modelpress.config import CanaryConfig
@@ -42,7 +43,7 @@ class Counter:
     """Counts of one canary on one server. Safe to call from threads."""
 
     def __init__(self, config: CanaryConfig) -> None:
-        self._config, self._alpha = config, decide.levels(config)[1]
+        self._config, self._tests, self._alpha = config, decide.tests(config), decide.levels(config)[1]
         self._lock = threading.Lock()
         self._steps: dict[int, _Step] = {}
         self._learning: list[float] = []
@@ -68,7 +69,9 @@ class Counter:
             elif not candidate:
                 self._learn(seconds)
             # Evidence against the candidate grows with what it does wrong, and with nothing else.
-            return self._reason() if candidate and (slow or seconds is None) else None
+            if not candidate or not (slow or seconds is None):
+                return None
+            return self._reason("errors" if seconds is None else "latency")
 
     def mirrored(self, step: int, disagreement: float) -> str | None:
         """Count a mirrored request; the reason to stop, where there is one now."""
@@ -77,7 +80,7 @@ class Counter:
             found = self._steps.setdefault(step, _Step())
             found.mirrored += 1
             found.disagreement += disagreement
-            return self._reason() if disagreement else None
+            return self._reason("disagreement") if disagreement else None
 
     def dropped(self, step: int) -> None:
         """Count a request that was to be mirrored and was not."""
@@ -108,10 +111,13 @@ class Counter:
         if len(self._learning) == CALIBRATION:
             self.slow_seconds = float(np.quantile(self._learning, QUANTILE))
 
-    def _reason(self) -> str | None:
+    def _reason(self, test: Test) -> str | None:
+        """Why this server stops, where the test says so; only this one can have changed."""
+        if test not in self._tests:
+            return None
         seen = tally.Tallies({one.step: one for one in self._tallies()}, servers=1)
-        alarms = [one for one in decide.findings(self._config, seen, self._alpha) if one.verdict == "alarm"]
-        return "; ".join(one.line() for one in alarms) or None
+        found = decide.alarm(test, self._config, seen, self._alpha)
+        return found.line() if found is not None else None
 
 
 def shown(state: CanaryState, stopped: str | None) -> dict[str, object]:

@@ -13,10 +13,12 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
-from modelpress import graph, load
-from modelpress.cache import open_cache
-from modelpress.errors import CorruptionError, ServingError
+from modelpress import golden, graph, load
+from modelpress.cache import BlobCache, open_cache
+from modelpress.errors import CorruptionError, SelfTestError, ServingError
+from modelpress.golden import GOLDEN_FILE, Golden, Outcome
 from modelpress.store import Store
+from serving.processed import Front
 from serving.refusals import NotReadyError, RequestError
 from serving.rows import UNTRIED, examine
 from serving.tensors import DATATYPES, TensorSpec
@@ -62,6 +64,10 @@ class Engine:
         self.outputs = [_spec(node) for node in session.get_outputs()]
         self.broken = False
         """It does not even answer what it answered at its warm-up: it must be loaded again."""
+        self.tested: Outcome | None = None
+        """How it answered its golden samples; None where its pack has none."""
+        self.front: Front | None = None
+        """The processing that its pack brings, for who sends texts or images; None where it brings none."""
         self.lineage = dict(lineage or {})
         """Where the manifest says that it comes from."""
         self.rows = UNTRIED
@@ -94,12 +100,37 @@ class Engine:
             raise _refused() from error
         return dict(zip(outputs, answers, strict=True))
 
+    def self_test(self, samples: Golden) -> None:
+        """Ask what was asked when the pack was published, and compare.
+
+        Raises:
+            SelfTestError: it does not run on the samples, or answers otherwise; see `golden.check`.
+        """
+        doing = f"testing pack {self.pack} on its golden samples"
+        names = {spec.name for spec in self.inputs}
+        if set(samples.inputs) != names:
+            raise SelfTestError(doing, found=f"samples of {sorted(samples.inputs)}", expected=f"of {sorted(names)}")
+        try:
+            answers = self._run([spec.name for spec in self.outputs], samples.inputs)
+        except (native.InvalidArgument, *_FAILURES, MemoryError) as error:
+            raise SelfTestError(doing, found=str(error) or type(error).__name__, expected="an answer") from error
+        found = dict(zip((spec.name for spec in self.outputs), answers, strict=True))
+        self.tested, self._known = golden.check(samples, found, doing), samples.inputs
+
     def warm_up(self) -> None:
-        """Run once on ones: first calls are slow, and a model that never runs must not become the one that answers.
+        """Run once, on the golden samples or on ones: first calls are slow, and a model that never runs must not become
+        the one that answers.
 
         Raises:
             ServingError: it gives finite numbers for none of the sizes tried.
         """
+        if self._known:
+            failure = self._failure()
+            if failure is not None:
+                raise ServingError(
+                    f"warming up pack {self.pack}", found=failure, expected="an answer of finite numbers"
+                )
+            return
         problem = f"inputs of more than {MAX_WARM_UP_BYTES} bytes"
         for size in WARM_UP_SIZES:
             if sum(_ones_bytes(spec, size) for spec in self.inputs) > MAX_WARM_UP_BYTES:
@@ -165,22 +196,33 @@ class Engine:
         log.warning("pack %s refused a request: %s", self.pack[:12], error)
 
 
-def load_engine(store: Store, name: str, pack: str, provider: str, threads: int) -> Engine:
-    """Fetch a pack, from this machine's cache where it has one, check every digest, make a session, run it once.
+def load_engine(
+    store: Store, name: str, pack: str, provider: str, threads: int, cache: BlobCache | None = None
+) -> Engine:
+    """Fetch a pack, check every digest, make a session, test it on the pack's golden samples, run it once more.
+
+    Nothing of it is left where it raises. Blobs come from `cache` where it has them, and are kept there; None takes the
+    one that MODELPRESS_CACHE names, if any.
 
     Raises:
-        ModelpressError: whatever is wrong with the store, the bytes, the graph or the provider; see `modelpress.load`
-            and `modelpress.graph.session`.
+        SelfTestError: it does not answer what it answered when it was published.
+        ModelpressError: whatever is wrong with the store, the bytes, the graph or the provider; see
+            `load.load_checkpoint` and `graph.session`.
     """
     started = time.perf_counter()
+    manifest, checkpoint = load.load_checkpoint(store, name, pack, cache=cache or open_cache())
     try:
-        manifest, checkpoint = load.load_checkpoint(store, name, pack, cache=open_cache())
         engine = Engine(pack, graph.session(checkpoint, provider, threads, TUNING), manifest.lineage)
     except UnicodeDecodeError as error:
         raise CorruptionError(f"reading the signature of pack {pack}", found=str(error), expected="UTF-8") from error
+    engine.front = Front.of_files(checkpoint.files, engine.inputs, engine.outputs)
+    if GOLDEN_FILE in checkpoint.files:
+        engine.self_test(golden.read(checkpoint.files[GOLDEN_FILE]))
     engine.warm_up()
     engine.learn_rows()
-    log.info("loaded %s, pack %s, in %.2f s", name, pack[:12], time.perf_counter() - started)
+    tested = engine.tested
+    said = f"golden samples differ by {tested.difference:.1e} at most" if tested else "it has no golden samples"
+    log.info("loaded %s, pack %s, in %.2f s; %s", name, pack[:12], time.perf_counter() - started, said)
     return engine
 
 

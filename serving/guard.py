@@ -76,8 +76,15 @@ class Guard:
             await self._app(scope, receive, visit.send)
         finally:
             if door.path in ACTIONS:
-                model = door.parameters.get("name")
-                self._audit.done(principal, ACTIONS[door.path], address(scope), model, visit.status, scope[AUDITED])
+                self._write_down(scope, visit, door, principal)
+
+    def _write_down(self, scope: Scope, visit: Visit, door: Door, principal: Principal) -> None:
+        if door.needs is None and visit.status >= 400:  # whoever comes along may ask: they must not fill the disk
+            why = "refused behind a door that is open"
+            self._audit.refused(address(scope), scope["method"], scope["path"], visit.status, why)
+            return
+        model = door.parameters.get("name")
+        self._audit.done(principal, ACTIONS[door.path], address(scope), model, visit.status, scope[AUDITED])
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send, error: RequestError) -> None:
         headers = NOT_READ | ({"WWW-Authenticate": CHALLENGE} if isinstance(error, UnauthenticatedError) else {})

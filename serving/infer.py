@@ -19,6 +19,7 @@ import orjson
 
 from modelpress.errors import ModelpressError
 from serving.batching import Batcher, Bounds
+from serving.models import Loaded, ServedModel
 from serving.protocol import (
     BusyError,
     EncodingError,
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 
     from serving.canary import Canaries
     from serving.engine import Engine
-    from serving.repository import Loaded, Repository
+    from serving.processed import Processed
+    from serving.repository import Repository
 
 log = logging.getLogger("modelpress.serving")
 
@@ -111,7 +113,7 @@ class Places:
 class Answer:
     """What a request is answered with: all of it from one pack."""
 
-    loaded: Loaded
+    loaded: Loaded | Processed
     asked: InferRequest
     outputs: dict[str, np.ndarray]
 
@@ -156,13 +158,15 @@ class Inference:
             RequestError: it can't be answered, and why.
         """
         # One look at what is loaded: the whole answer comes from one pack, whatever is swapped meanwhile.
-        model = self.repository.model(name)
+        model = self.repository.asked(name)
         loaded = model.answering(version)
         engine = loaded.engine
         asked = await self.coded(size, lambda: decode(engine.inputs, engine.outputs))
         limits = [seconds for seconds in (timeout, asked.timeout_seconds) if seconds is not None]
         deadline = received + min(limits) if limits else None
-        turn = self.canaries.turn(model, loaded, canary_key) if self.canaries and version is None else None
+        turn = None
+        if self.canaries and version is None and isinstance(model, ServedModel) and isinstance(loaded, Loaded):
+            turn = self.canaries.turn(model, loaded, canary_key)  # texts and images take no part
         if turn is None:
             return Answer(loaded, asked, await self.batcher.run(engine, asked.inputs, asked.outputs, deadline))
 
@@ -205,7 +209,7 @@ class InferDoor:
         self, scope: Scope, receive: Receive, name: str, version: str | None
     ) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
         inference, received = self._inference, asyncio.get_running_loop().time()
-        inference.repository.model(name)
+        inference.repository.asked(name)
         asks = _Asks.read(scope["headers"])
         with inference.places.one(scope.get(TENANT, ANONYMOUS)):
             body = await _body_in_time(receive, asks.body_bytes, inference.limits.body_bytes)

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import uvicorn
@@ -21,6 +22,7 @@ from modelpress import settings
 from modelpress.cores import usable_cores
 from modelpress.doctor import check_provider
 from modelpress.errors import ConfigError, ModelpressError, SetupError
+from modelpress.nudge import read_secrets
 from modelpress.settings import Settings
 from modelpress.store import open_store
 from serving import rollback
@@ -32,8 +34,10 @@ from serving.canary import Canaries
 from serving.guard import Guard
 from serving.heads import heads_within
 from serving.infer import MAX_BODY_BYTES, MAX_QUEUE, Limits
+from serving.kept import Kept
 from serving.keyring import Keyring
 from serving.metrics import Metrics
+from serving.nudge import Nudges
 from serving.repository import Repository
 from serving.status import Status
 from serving.tensors import MAX_TENSOR_BYTES
@@ -91,6 +95,13 @@ class ServingSettings(AccessSettings):
     """How long a request may wait for company though a worker is free."""
     max_connections: int = Field(default=1024, ge=1)
     """Connections at a time; more get 503."""
+    nudge_secret_file: Path | None = None
+    """File with the secret that nudges must be signed with, one a line. Unset: nobody can nudge."""
+    keep_folder: Path | None = None
+    """Folder for a verified copy of what is served, of this server alone: it starts with that where the store does not
+    answer. Unset: none."""
+    offline_seconds: float = Field(default=0.0, ge=0)
+    """How long the server counts as ready while the store does not answer; 0: for ever."""
     drain_seconds: int = Field(default=30, ge=1)
     """On SIGTERM, how long running requests may take to end. Then inferences that run are finished; nothing that waits
     on the store is."""
@@ -115,35 +126,44 @@ def run(base: Settings, serving: ServingSettings) -> None:
     A load that a silent store holds up is abandoned: it is in daemon threads, which the interpreter does not wait for.
 
     Raises:
-        SetupError: the port is in use, or the execution provider is not.
-        ConfigError: a file of keys or of a certificate can't be used, or everybody would be answered, unasked.
+        SetupError: the port is in use, the execution provider is not, or the folder for copies can't be used.
+        ConfigError: a file of keys, of a certificate or of the nudges' secret can't be used, or everybody would be
+            answered, unasked.
         ModelpressError: a named model can't be loaded.
     """
     sources = serving.sources()
     serving.check_reach(serving.host, sources)
     keyring, certificate = Keyring(sources), serving.certificate()
+    secret_file = serving.nudge_secret_file
+    secrets = read_secrets(secret_file, "MODELPRESS_SERVING_NUDGE_SECRET_FILE") if secret_file else []
     check_provider(serving.provider)
     names = [name.strip() for name in serving.models.split(",") if name.strip()]
     store = open_store(base.store_uri, base)
+    kept = Kept(serving.keep_folder, store) if serving.keep_folder else None
     repository = Repository(
         store,
         names,
         provider=serving.provider,
         threads=serving.threads,
         retry_seconds=max(serving.poll_seconds, 1.0),
+        kept=kept,
+        offline_seconds=serving.offline_seconds,
     )
+    nudges = Nudges(repository, secrets)
     if serving.grpc_port:
         with _bound(serving.host, serving.grpc_port):
             pass  # said now, and not after seconds of loading
     with (
         contextlib.closing(store),
+        kept or contextlib.nullcontext(),
         contextlib.closing(Audit(serving.audit_file)) as audit,
         _bound(serving.host, serving.port) as listener,
     ):
         repository.start()
         traces = Traces.wanted()
-        app = application(repository, serving, keyring, audit, traces, certificate)
-        _serve(app, serving, listener, certificate)
+        with nudges:
+            app = application(repository, serving, keyring, audit, traces, certificate, nudges)
+            _serve(app, serving, listener, certificate)
         if traces is not None:
             traces.close()
     log.info("stopped")
@@ -156,6 +176,7 @@ def application(
     audit: Audit,
     traces: Traces | None = None,
     certificate: Certificate | None = None,
+    nudges: Nudges | None = None,
 ) -> Guard:
     """All of the server but its sockets.
 
@@ -166,6 +187,7 @@ def application(
         audit: where it is written down.
         traces: where spans go; None: nowhere.
         certificate: for gRPC; None speaks it in clear.
+        nudges: who takes them; None: nobody does.
     """
     workers = serving.workers or usable_cores()
     metrics = Metrics(repository, keyring, workers)
@@ -179,6 +201,7 @@ def application(
         routes=[
             Route("/metrics", metrics.endpoint),
             *Status(repository, metrics, keyring, canaries, rollback=serving.rollback).routes(),
+            (nudges or Nudges(repository, [])).route(),
             Route(rollback.PATH, rollback.Rollback(repository, serving.rollback).endpoint, methods=["POST"]),
         ],
         rpc=_rpc(serving, Watch(keyring, audit, metrics, traces), certificate),

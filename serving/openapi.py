@@ -97,7 +97,9 @@ SCHEMAS: dict[str, Schema] = {
         ["name", "version", "extensions"],
     ),
     "Live": _object({"live": YES_NO}, ["live"]),
-    "Ready": _object({"ready": YES_NO}, ["ready"]),
+    "Ready": _object(
+        {"ready": YES_NO, "store": TEXT | {"description": "That the store does not answer, and since when."}}, ["ready"]
+    ),
     "ModelReady": _object({"name": TEXT, "ready": YES_NO}, ["name", "ready"]),
     "Tensor": _object(
         {
@@ -118,6 +120,11 @@ SCHEMAS: dict[str, Schema] = {
                 {
                     "pack": TEXT | {"description": "sha256 of the manifest of the pack that answers."},
                     "provider": TEXT,
+                    "processed": TEXT | {"description": "Name of the model that takes texts or images."},
+                    "golden": YES_NO | {"description": "Whether it was tested on golden samples of its own."},
+                    "golden_difference": {"type": "number", "minimum": 0},
+                    "golden_tolerance": {"type": "number", "minimum": 0},
+                    "store": TEXT | {"description": "That the store does not answer, and since when."},
                     "batching": _object({"joined": YES_NO, "reason": TEXT}, ["joined", "reason"]),
                     "lineage": {"type": "object"},
                     "decision": {"type": "object", "description": "What the gate decided, where one did."},
@@ -174,6 +181,8 @@ SCHEMAS: dict[str, Schema] = {
         },
         ["model_name", "model_version", "outputs"],
     ),
+    "Nudge": _object({"name": TEXT, "alias": TEXT, "canary": {"type": "object"}}, ["name", "alias"]),
+    "Nudged": _object({"look": TEXT}, ["look"]),
     "IndexRequest": {"type": "object", "properties": {"ready": YES_NO}},
     "Index": {
         "type": "array",
@@ -208,6 +217,12 @@ _CANARY_KEY: Schema = {
     "description": "While a canary runs, requests with the same key get the same model.",
     "schema": TEXT,
 }
+
+
+def _signed(name: str) -> Schema:
+    return {"name": name, "in": "header", "required": True, "schema": TEXT}
+
+
 _MODEL, _VERSION = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
 
 
@@ -261,6 +276,17 @@ OPERATIONS = [
         {200: "Empty"},
         body="Empty",
         body_required=False,
+    ),
+    Operation(
+        "POST",
+        "/v2/repository/nudge",
+        "nudge",
+        "Look at a pointer now: signed, by whoever moved it",
+        {202: "Nudged"},
+        body="Nudge",
+        parameters=[
+            _signed(name) for name in ("X-Modelpress-Nudge", "X-Modelpress-Timestamp", "X-Modelpress-Signature")
+        ],
     ),
     Operation(
         "POST",
@@ -329,4 +355,4 @@ def _operation(one: Operation) -> Schema:
     return found
 
 
-_STATUS = {200: "Done", 503: "Not now"}
+_STATUS = {200: "Done", 202: "Taken", 503: "Not now"}

@@ -3,132 +3,49 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from modelpress import keys, load, pointer
 from modelpress.errors import (
     AccessDeniedError,
     ConfigError,
-    CorruptionError,
-    KeyRefusedError,
-    LogCutError,
     ModelpressError,
     NotFoundError,
     ServingError,
     SetupError,
-    SignatureError,
     StoreUnavailableError,
-    TrustFileError,
-    UnsignedError,
-    UnsupportedFormatError,
 )
 from modelpress.pointer import Pointer
 from modelpress.store import Store
 from serving.engine import Engine, load_engine
-from serving.protocol import NotReadyError, NotServedError
+from serving.kept import Kept
+from serving.models import (
+    BROKEN,
+    Failure,
+    Loaded,
+    ServedModel,
+    check_newer,
+    held_rows,
+    index_row,
+    processed_rows,
+    public_reason,
+    waits,
+)
+from serving.processed import SUFFIX, ProcessedModel
+from serving.refusals import NotServedError
 
 log = logging.getLogger("modelpress.serving")
 
+__all__ = ["BROKEN", "CHAMPION", "MAX_HELD", "Failure", "Loaded", "Repository", "ServedModel", "index_row"]
+
 CHAMPION = "champion"
-BROKEN = "its execution provider failed; it is loaded again at the next poll"
 MAX_HELD = 4
 """Packs of one model that may be held beside the one that answers: each takes its memory."""
 MAX_RETRY_SECONDS = 300.0
 """Longest wait before a pack that could not be loaded is fetched again."""
-
-
-_PUBLIC_REASONS: list[tuple[type[ModelpressError], str]] = [
-    (LogCutError, "the pointer's log lost or changed an entry that was loaded"),
-    (UnsignedError, "a signature is missing"),
-    (SignatureError, "a signature is not what it should be"),
-    (KeyRefusedError, "it is signed by a key that does not count"),
-    (TrustFileError, "the server's trust file can't be used"),
-    (CorruptionError, "its bytes are not what the manifest says"),
-    (UnsupportedFormatError, "it was written by a newer modelpress"),
-    (NotFoundError, "the pointer, or an object of the pack, is missing"),
-    (AccessDeniedError, "the store refused access"),
-    (StoreUnavailableError, "the store does not answer"),
-    (SetupError, "the execution provider did not start"),
-]
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A pack that answers, and the pointer entry that says so. One object, so that both change at once."""
-
-    engine: Engine
-    pointer: Pointer | None
-    """The entry; None for a pack that is held beside what the pointer names."""
-    trust: str | None = None
-    """`Trust.fingerprint` when the pack's signatures were checked; None where none are asked for."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why the pointer's pack is not the one that answers. `reason` is for clients, the log has the whole error."""
-
-    number: int | None
-    reason: str
-    attempts: int
-    retry_at: float
-
-
-class ServedModel:
-    """One model name and the alias that it follows."""
-
-    def __init__(self, name: str, alias: str) -> None:
-        self.name, self.alias = name, alias
-        self.loaded: Loaded | None = None
-        self.held: Mapping[str, Loaded] = {}
-        """Packs beside it, by digest (a canary's); they answer who asks for their digest. Never changed in place."""
-        self.newest: Pointer | None = None
-        """The newest entry that was loaded; what stands in the store may not be older. Forgotten at an unload."""
-        self.failure: Failure | None = None
-        self.failed_loads = 0
-        """Since the start."""
-        self.unloaded = False
-        """Taken out by request: stays out until it is asked in again."""
-        self.lock = threading.Lock()
-        """Held while it changes. Requests do not take it: they read `loaded` once."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether it answers, or was taken out on purpose."""
-        return self.unloaded or (self.loaded is not None and not self.loaded.engine.broken)
-
-    def answering(self, version: str | None = None) -> Loaded:
-        """What answers now, for any version or for a digest (whole, or its first 12 digits and more).
-
-        Raises:
-            NotReadyError: nothing is loaded, or it broke.
-            NotServedError: another version is.
-        """
-        loaded = self._of_version(version)
-        if loaded is None:
-            reason = self.failure.reason if self.failure else "it is not loaded"
-            raise NotReadyError(f"model {self.name!r}", found=reason, expected="a loaded pack")
-        if loaded.engine.broken:
-            raise NotReadyError(f"model {self.name!r}", found=BROKEN, expected="a loaded pack")
-        return loaded
-
-    def versions(self) -> list[str]:
-        """Digests of the packs that answer, the one that answers everybody first."""
-        loaded = self.loaded
-        return list(dict.fromkeys(([loaded.engine.pack] if loaded else []) + list(self.held)))
-
-    def _of_version(self, version: str | None) -> Loaded | None:
-        loaded, held = self.loaded, self.held
-        if version is None or loaded is None:
-            return loaded
-        there = {loaded.engine.pack: loaded} | {pack: one for pack, one in held.items() if pack != loaded.engine.pack}
-        fits = [one for pack, one in there.items() if len(version) >= load.MIN_PREFIX and pack.startswith(version)]
-        if len(fits) != 1:
-            raise NotServedError(f"model {self.name!r}: version", found=version[:80], expected=" or ".join(there))
-        return fits[0]
 
 
 class Repository:
@@ -142,6 +59,8 @@ class Repository:
         provider: str = "CPUExecutionProvider",
         threads: int = 0,
         retry_seconds: float = 1.0,
+        kept: Kept | None = None,
+        offline_seconds: float = 0.0,
     ) -> None:
         """
         Args:
@@ -150,9 +69,13 @@ class Repository:
             provider: execution provider that must be in use.
             threads: intra-operator threads per session; 0 takes the cores that this process may use.
             retry_seconds: wait after the first failed load of a pack; doubles with each.
+            kept: where copies of what is served lie, to start with when the store does not answer; None: nowhere.
+            offline_seconds: how long the server counts as ready while the store does not answer; 0: for ever.
         """
         self._store, self._provider, self._threads = store, provider, threads
-        self._retry_seconds = retry_seconds
+        self._retry_seconds, self._kept, self._offline_seconds = retry_seconds, kept, offline_seconds
+        self._lost: datetime | None = None
+        """Since when the store has not answered what packs there are."""
         self._discovers = not models
         self.store_answers = True
         """Whether the store did when a pointer was read last."""
@@ -167,18 +90,29 @@ class Repository:
     def start(self) -> None:
         """Load everything. A model that was named must load; one that was only found may be shown as unavailable.
 
+        What is kept on this machine is loaded where the store does not answer.
+
         Raises:
             ModelpressError: a named model can't be loaded, or the store can't be listed.
         """
-        self._discover()
+        try:
+            self._discover()
+        except StoreUnavailableError:
+            kept = [name for name, alias in self._kept.aliases() if alias == CHAMPION] if self._kept else []
+            if not kept:
+                raise
+            self._models |= {name: ServedModel(name, CHAMPION) for name in kept}
+        silent = self._lost is not None
         for model in self.models():
             try:
-                self._update(model, force=True)
+                if not (silent and self._load_kept(model)):  # each question to a silent store takes minutes
+                    self._update(model, force=True)
             except SetupError:
                 raise
             except ModelpressError:
                 if not self._discovers:
                     raise
+            silent = silent or model.lost is not None
 
     def poll(self) -> None:
         """Look at every pointer once, and load what moved. What fails is logged and shown, never raised."""
@@ -216,6 +150,16 @@ class Repository:
             raise NotServedError("model", found=name[:80], expected=f"one of {sorted(self._models)}")
         return found
 
+    def asked(self, name: str) -> ServedModel | ProcessedModel:
+        """The model of this name, or the one behind its processing, as a request for an answer names it.
+
+        Raises:
+            NotServedError: none.
+        """
+        if name.endswith(SUFFIX):
+            return ProcessedModel(self.model(name.removesuffix(SUFFIX)))
+        return self.model(name)
+
     def load(self, name: str) -> None:
         """Look at the pointer now, load what it names, and take a model in again that was taken out.
 
@@ -226,6 +170,25 @@ class Repository:
         if name not in self._models and self._discovers:
             self._discover()
         self._update(self.model(name), force=True)
+
+    def look(self, name: str) -> None:
+        """Look at one pointer now, and load what moved. What fails is logged and shown, never raised."""
+        try:
+            if name not in self._models:
+                self._discover()
+            if name in self._models:
+                self._update(self._models[name])
+        except ModelpressError as error:
+            log.warning("looking at %s: %s", name, error)
+
+    def check_may_serve(self, name: str) -> None:
+        """Refuse a name that this server neither serves nor would find.
+
+        Raises:
+            NotServedError: it is such a one.
+        """
+        if not self._discovers:
+            self.model(name)
 
     def hold(self, name: str, pack: str) -> Loaded:
         """Load a pack beside the one that answers; it answers who asks for its digest, until it is released.
@@ -284,19 +247,37 @@ class Repository:
 
     @property
     def ready(self) -> bool:
-        """Whether every model answers, except those taken out on purpose."""
+        """Whether every model answers, except those taken out on purpose, and the store was not away for too long."""
+        lost = self.lost
+        if lost is not None and 0 < self._offline_seconds < (datetime.now(UTC) - lost).total_seconds():
+            return False
         return all(model.ready for model in self.models())
 
+    @property
+    def lost(self) -> datetime | None:
+        """Since when the store has not answered; None where it did the last time, or was not asked yet."""
+        return min(
+            (at for at in (self._lost, *(model.lost for model in self.models())) if at is not None), default=None
+        )
+
     def index(self) -> list[dict[str, Any]]:
-        """One row per model: name, version, state and, where something is wrong, the reason; and one per pack held."""
-        return [row for model in self.models() for row in (index_row(model), *_held_rows(model))]
+        """One row per model: name, version, state and, where something is wrong, the reason; and one per pack held.
+
+        And one for each model that can be asked with texts or images."""
+        return [row for model in self.models() for row in (index_row(model), *held_rows(model), *processed_rows(model))]
 
     def _discover(self) -> None:
         if not self._discovers:
             return
-        for name in self._store.folders(keys.PACKS):
-            if name not in self._models and self._has_champion(name):
-                self._models.setdefault(name, ServedModel(name, CHAMPION))
+        try:
+            found = [name for name in self._store.folders(keys.PACKS) if name not in self._models]
+            for name in found:
+                if self._has_champion(name):
+                    self._models.setdefault(name, ServedModel(name, CHAMPION))
+        except StoreUnavailableError:
+            self._lost = self._lost or datetime.now(UTC)
+            raise
+        self._lost = None
 
     def _has_champion(self, name: str) -> bool:
         try:
@@ -316,18 +297,11 @@ class Repository:
                 return
             number: int | None = None
             try:
-                entry = pointer.current(self._store, model.name, model.alias)
-                if entry is None:
-                    raise NotFoundError(
-                        f"loading {model.name}@{model.alias} from {self._store.uri}",
-                        found="an alias that was never set",
-                        fix=f"publish and promote a pack first: modelpress run, modelpress promote {model.name}",
-                    )
-                self.store_answers = True
+                entry = self._current(model)
                 number = entry.number
-                if not force and _waits(model.failure, number):
+                if not force and waits(model.failure, number):
                     return
-                _check_newer(model, entry)
+                check_newer(model, entry)
                 if model.loaded and model.loaded.engine.broken:
                     model.loaded = None  # its memory is needed for the next
                 before, trust = model.loaded, self._fingerprint()
@@ -336,15 +310,69 @@ class Repository:
                     which = f"{model.name}@{model.alias}"
                     log.info("%s: pack %s answers from now on (pointer %d)", which, entry.pack, entry.number)
                 model.newest, model.failure, model.unloaded = entry, None, False
+                self._keep(model, entry)
             except MemoryError as error:
                 known = ServingError(f"loading {model.name}@{model.alias}", found="not enough memory")
                 self._failed(model, number, known)
                 raise known from error
+            except StoreUnavailableError as error:
+                model.lost = model.lost or datetime.now(UTC)
+                self.store_answers = False
+                self._failed(model, number, error)
+                if model.loaded is not None or not self._answer_kept(model):
+                    raise
             except ModelpressError as error:
-                if number is None and isinstance(error, StoreUnavailableError | AccessDeniedError):
+                if number is None and isinstance(error, AccessDeniedError):
                     self.store_answers = False
                 self._failed(model, number, error)
                 raise
+
+    def _current(self, model: ServedModel) -> Pointer:
+        """The newest entry of a model's pointer, as the store has it."""
+        entry = pointer.current(self._store, model.name, model.alias)
+        model.lost, self.store_answers = None, True
+        if entry is None:
+            raise NotFoundError(
+                f"loading {model.name}@{model.alias} from {self._store.uri}",
+                found="an alias that was never set",
+                fix=f"publish and promote a pack first: modelpress run, modelpress promote {model.name}",
+            )
+        return entry
+
+    def _keep(self, model: ServedModel, entry: Pointer) -> None:
+        """Keep what answers on this machine; once for each entry, whether the disk takes it or not."""
+        if self._kept is not None and (model.kept is None or model.kept.digest != entry.digest):
+            model.kept = entry
+            self._kept.keep(entry)
+            self._clear_up()
+
+    def _clear_up(self) -> None:
+        if self._kept is not None:
+            self._kept.sweep({(model.name, model.alias) for model in self.models()})
+
+    def _load_kept(self, model: ServedModel) -> bool:
+        """Let what is kept on this machine answer, without asking the store. False: it can't."""
+        with model.lock:
+            model.lost = model.lost or datetime.now(UTC)
+            return self._answer_kept(model)
+
+    def _answer_kept(self, model: ServedModel) -> bool:
+        if self._kept is None:
+            return False
+        try:
+            entry = self._kept.entry(model.name, model.alias)
+            if entry is None:
+                return False
+            store, cache = self._kept.store, self._kept.cache
+            trust = store.trust.fingerprint if store.trust else None
+            engine = load_engine(store, model.name, entry.pack, self._provider, self._threads, cache)
+        except (ModelpressError, MemoryError) as error:
+            log.error("%s@%s: what is kept on this machine is not served: %s", model.name, model.alias, error)
+            return False
+        model.loaded, model.newest, model.kept, model.unloaded = Loaded(engine, entry, trust), entry, entry, False
+        said = "%s@%s: the store does not answer; pack %s, kept on this machine, answers (pointer %d)"
+        log.warning(said, model.name, model.alias, entry.pack, entry.number)
+        return True
 
     def _fingerprint(self) -> str | None:
         return self._store.trust.fingerprint if self._store.trust else None
@@ -356,7 +384,11 @@ class Repository:
                 if loaded.trust != trust:  # a key was revoked, or expired: then this fails, and the index tells
                     load.check_trust(self._store, model.name, pack)
                 return loaded.engine
-        return load_engine(self._store, model.name, pack, self._provider, self._threads)
+        if model.tried != pack:
+            self._clear_up()  # of what failed loads of others fetched; a retry finds what it fetched
+            model.tried = pack
+        cache = self._kept.cache if self._kept else None
+        return load_engine(self._store, model.name, pack, self._provider, self._threads, cache)
 
     def _failed(self, model: ServedModel, number: int | None, error: ModelpressError) -> None:
         model.failed_loads += 1
@@ -364,58 +396,8 @@ class Repository:
         attempts = before.attempts + 1 if before and before.number == number else 1
         wait = min(MAX_RETRY_SECONDS, self._retry_seconds * 2.0 ** min(attempts - 1, 20))
         what = "the pointer can't be read" if number is None else f"pointer {number} can't be loaded"
-        reason = f"{what}: {_public_reason(error)}"
+        reason = f"{what}: {public_reason(error)}"
         model.failure = Failure(number, reason, attempts, time.monotonic() + wait)
         if before is None or before.reason != reason:
             kept = f"pack {model.loaded.engine.pack[:12]} goes on answering" if model.loaded else "nothing answers"
             log.error("%s@%s: %s; %s\n  %s", model.name, model.alias, what, kept, error)
-
-
-def _check_newer(model: ServedModel, entry: Pointer) -> None:
-    """A log only grows: one that was cut or overwritten must not swap packs.
-
-    Raises:
-        LogCutError: the entry is older than the one that was loaded, or another one of its number.
-    """
-    newest = model.newest
-    if newest and (entry.number < newest.number or (entry.number == newest.number and entry.digest != newest.digest)):
-        raise LogCutError(
-            f"following the log of {model.name}@{model.alias}",
-            found=f"entry {entry.number} (sha256 {entry.digest}) as the newest",
-            expected=f"entry {newest.number} (sha256 {newest.digest}), which was loaded, or a later one",
-            fix="restore the entry, or append a new one (modelpress promote, modelpress rollback); unloading and "
-            "loading the model, or a restart, takes the log as it is (with a trust file: `modelpress trust forget`)",
-        )
-
-
-def _waits(failure: Failure | None, number: int) -> bool:
-    return failure is not None and failure.number == number and time.monotonic() < failure.retry_at
-
-
-def _public_reason(error: ModelpressError) -> str:
-    """What a client may read: the errors' own texts name folders and endpoints."""
-    for kind, text in _PUBLIC_REASONS:
-        if isinstance(error, kind):
-            return text
-    return "the model does not run here"
-
-
-def index_row(model: ServedModel) -> dict[str, Any]:
-    """A model as the index has it."""
-    loaded, failure = model.loaded, model.failure
-    row: dict[str, Any] = {
-        "name": model.name,
-        "state": "READY" if loaded and not loaded.engine.broken else "UNAVAILABLE",
-    }
-    if loaded:
-        row["version"] = loaded.engine.pack
-    broken = BROKEN if loaded and loaded.engine.broken else ""
-    reason = failure.reason if failure else broken or ("unloaded by request" if model.unloaded else "")
-    return row | ({"reason": reason} if reason else {})
-
-
-def _held_rows(model: ServedModel) -> list[dict[str, Any]]:
-    answering = model.loaded.engine.pack if model.loaded else None
-    others = [one.engine for pack, one in model.held.items() if pack != answering]
-    states = {False: "READY", True: "UNAVAILABLE"}
-    return [{"name": model.name, "state": states[one.broken], "version": one.pack, "held": True} for one in others]

@@ -14,7 +14,8 @@ from modelpress.access import SCOPES
 Needs = tuple[str, ...] | None
 
 EVERYBODY: Needs = None
-"""Health, for those who watch the process, and the status page, which is a form without data."""
+"""Health, for those who watch the process, the status page, which is a form without data, and nudges, which bring a
+signature of their own and make the server look at a pointer."""
 ANY: Needs = SCOPES
 USERS: Needs = ("infer", "admin", "promote")
 WATCHERS: Needs = ("metrics", "admin", "promote")
@@ -34,6 +35,7 @@ NEEDS: dict[str, Needs] = {
     "/v2/repository/models/{name}/load": ("admin",),
     "/v2/repository/models/{name}/unload": ("admin",),
     "/v2/repository/models/{name}/rollback": ("promote",),
+    "/v2/repository/nudge": EVERYBODY,
     "/metrics": ("metrics",),
     "/v2/status": WATCHERS,
     "/status": EVERYBODY,
@@ -44,6 +46,7 @@ ACTIONS: dict[str, str] = {
     "/v2/repository/models/{name}/load": "load",
     "/v2/repository/models/{name}/unload": "unload",
     "/v2/repository/models/{name}/rollback": "rollback",
+    "/v2/repository/nudge": "nudge",
 }
 """Doors behind which something is changed, and what the audit calls it."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
 
 from modelpress import keys
 from modelpress.config import CompressConfig, OptimizeConfig, ShardConfig
@@ -46,6 +47,8 @@ class Provenance(Report):
     """Per-sample scores of the served graph."""
     source_scores: ArtifactRef
     """Per-sample scores of the source model."""
+    graph: ArtifactRef
+    """The served graph, which golden answers are asked of."""
     source_bytes: int
     """The source model's checkpoint."""
 
@@ -135,7 +138,7 @@ def upload(
             files = _shard_files(shards, Path(folder))
             manifest, blobs = draft_manifest(
                 config.name,
-                _with_files(context, coded, provenance),
+                _with_files(context, coded, provenance, config.upload.golden_samples),
                 files,
                 config=config.model_dump(mode="json", exclude={"gpu"}),  # where it was made does not make another pack
                 lineage=provenance.lineage,
@@ -155,7 +158,7 @@ def upload(
             return False  # published before there was this key: publishing again signs, and sends nothing
         return store.info(keys.manifest(config.name, report.pack)) is not None
 
-    refs = [coded, *shards.values(), provenance.scores, provenance.source_scores]
+    refs = [coded, *shards.values(), provenance.scores, provenance.source_scores, provenance.graph]
     extra = {
         "store": store.uri,
         "reports": provenance.reports,
@@ -188,8 +191,8 @@ def _shard_files(shards: Mapping[str, ArtifactRef], folder: Path) -> list[ShardF
     return files
 
 
-def _with_files(context: RunContext, coded: ArtifactRef, provenance: Provenance) -> Coded:
-    """The coded tensors with the files that travel in the pack: the graph, the workload's own, the scores."""
+def _with_files(context: RunContext, coded: ArtifactRef, provenance: Provenance, samples: int) -> Coded:
+    """The coded tensors with the files that travel in the pack: graph, the workload's own, scores, golden samples."""
     from modelpress import scores
     from modelpress.container import Coded
 
@@ -202,5 +205,32 @@ def _with_files(context: RunContext, coded: ArtifactRef, provenance: Provenance)
         **found.files,
         **open_workload(context.workload, context.mlflow_run).files(),
         scores.SCORES_FILE: scores.dump(vectors),
+        **(_golden(context, provenance.graph, samples) if samples else {}),
     }
-    return replace(found, files=files)
+    return replace(found, files=files | _processing(context, files))
+
+
+def _processing(context: RunContext, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The workload's description of what stands before and behind the graph, if it fits the graph and the files."""
+    from modelpress import graph, process
+    from modelpress.checkpoint import Checkpoint
+
+    spec = open_workload(context.workload, context.mlflow_run).processing()
+    if spec is None:
+        return {}
+    process.Pipeline(spec, files, *process.features_of(graph.parse(Checkpoint("onnx", {}, dict(files)))))
+    return {process.PROCESSING_FILE: spec.to_bytes()}
+
+
+def _golden(context: RunContext, graph: ArtifactRef, samples: int) -> dict[str, bytes]:
+    """A few inputs and the graph's answers, as a file by name; nothing where a single input is too large for it."""
+    from modelpress import golden
+
+    workload = open_workload(context.workload, context.mlflow_run)
+    inputs = {name: tensor.numpy() for name, tensor in workload.example(samples).items()}
+    made = golden.make(fetch_checkpoint(graph), inputs, classes=workload.outputs == "logits")
+    if made is None:
+        text = "upload: no golden samples, one input takes more than %d bytes; servers can't test the pack"
+        get_run_logger().warning(text, golden.MAX_INPUT_BYTES, extra={"stage": "upload"})
+        return {}
+    return {golden.GOLDEN_FILE: made.to_bytes()}

@@ -5,6 +5,8 @@
     python infra/s3/policies.py show  --bucket B --prefix models --server arn:aws:iam::111122223333:role/serving
     python infra/s3/policies.py apply --bucket B --prefix models --publisher ARN --server ARN --collector ARN
 
+`--rollback ARN` beside `--server ARN` lets a server append to pointers, for MODELPRESS_SERVING_ROLLBACK.
+
 `show` prints the policy, `apply` puts it on the bucket, with the rights of whoever runs it (the owner of the bucket).
 Statements of the bucket's policy that are not modelpress's stay; its own are replaced. A role can be given several
 times. A principal of Ceph RGW is `arn:aws:iam:::user/NAME`. The templates in policies/ are also good without their
@@ -26,7 +28,13 @@ from typing import Any
 import boto3
 from botocore.exceptions import BotoCoreError, ClientError
 
-ROLES = ("publisher", "server", "collector")
+ROLES = ("publisher", "server", "rollback", "collector")
+HELP = {
+    "publisher": "who publishes and promotes",
+    "server": "who serves",
+    "rollback": "which server may also move pointers back",
+    "collector": "who collects garbage",
+}
 FOLDER = Path(__file__).parent / "policies"
 OURS = "Modelpress"
 
@@ -66,11 +74,11 @@ def main() -> int:
     parser.add_argument("--bucket", required=True)
     parser.add_argument("--prefix", default="", help="of the store in the bucket")
     for role in ROLES:
-        parser.add_argument(f"--{role}", action="append", default=[], metavar="ARN", help=f"who is a {role}")
+        parser.add_argument(f"--{role}", action="append", default=[], metavar="ARN", help=HELP[role])
     arguments = parser.parse_args()
     users = {role: getattr(arguments, role) for role in ROLES}
     if not any(users.values()):
-        parser.error("give --publisher, --server or --collector")
+        parser.error("give " + ", ".join(f"--{role}" for role in ROLES))
     place = (arguments.bucket, arguments.prefix.strip("/"))
     if arguments.command == "show":
         print(json.dumps(policy(users, *place, []), indent=2))

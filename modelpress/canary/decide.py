@@ -101,6 +101,16 @@ def findings(config: CanaryConfig, seen: Tallies, alpha: float) -> list[Finding]
     return [_finding(test, config, seen, alpha) for test in tests(config)]
 
 
+def alarm(test: Test, config: CanaryConfig, seen: Tallies, alpha: float) -> Finding | None:
+    """How a test stands that raises an alarm; None while it does not. Cheap where it does not: servers ask at each hit.
+
+    Args:
+        test: which.
+        config, seen, alpha: see `findings`.
+    """
+    return _finding(test, config, seen, alpha) if _evidence(test, config, seen).alarms(alpha) else None
+
+
 def advance(state: CanaryState, seen: Tallies, elapsed_seconds: float) -> Action:
     """What to do with a canary that runs.
 
@@ -141,17 +151,21 @@ def _lacking(state: CanaryState, seen: Tallies, found: list[Finding], elapsed: f
     return lacking
 
 
-def _finding(test: Test, config: CanaryConfig, seen: Tallies, alpha: float) -> Finding:
+def _evidence(test: Test, config: CanaryConfig, seen: Tallies) -> Evidence:
     if test == "disagreement":
-        counts, champion = sum((one.disagreement_counts for one in seen.steps.values()), Counts()), None
-        evidence = sequential.rate(counts, config.max_disagreement)
+        return sequential.rate(_disagreement(seen), config.max_disagreement)
+    return sequential.excess(_arms(test, config, seen), *_bounds(test, config))
+
+
+def _finding(test: Test, config: CanaryConfig, seen: Tallies, alpha: float) -> Finding:
+    evidence = _evidence(test, config, seen)
+    if test == "disagreement":
+        counts, champion = _disagreement(seen), None
         bound = f"at most {config.max_disagreement:g} of the samples"
     else:
-        arms = _arms(test, config, seen)
+        arms, (ratio, floor) = _arms(test, config, seen), _bounds(test, config)
         counts = sum((one.candidate for one in arms), Counts())
         champion = sum((one.champion for one in arms), Counts()).rate
-        ratio, floor = _bounds(test, config)
-        evidence = sequential.excess(arms, ratio, floor)
         bound = f"at most {ratio:g} times the champion's, or {floor:g}"
     low, high = sequential.interval(counts, alpha)
     return Finding(
@@ -168,6 +182,10 @@ def _finding(test: Test, config: CanaryConfig, seen: Tallies, alpha: float) -> F
         champion_rate=champion,
         bound=bound,
     )
+
+
+def _disagreement(seen: Tallies) -> Counts:
+    return sum((one.disagreement_counts for one in seen.steps.values()), Counts())
 
 
 def _bounds(test: Test, config: CanaryConfig) -> tuple[float, float]:

@@ -43,11 +43,11 @@ class GateConfig(Config):
     equivalence: bool = False
     """Against the source model, ask that the candidate is not better by more than the margin either: two one-sided
     tests. What differs from its source, for better or worse, is another model."""
-    further_margins: dict[str, Annotated[float, Field(gt=0)]] = {}
+    further_margins: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
     """Non-inferiority margins of the workload's further metrics, by name; the named ones are judged as the first is."""
     slice_margin: float = Field(default=0.0, ge=0)
     """Non-inferiority margin within each slice of the evaluation samples; 0 does not ask."""
-    slice_floors: dict[str, float] = {}
+    slice_floors: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
     """Least value of the metric within a slice, by the slice's name."""
     min_compression_ratio: float = Field(default=1.0, ge=0)
     """Least source bytes ÷ published bytes."""

@@ -53,3 +53,6 @@ class UploadConfig(Config):
     encrypt: bool = False
     """Encrypt every shard, file and report with the model's secret, which a key of the settings opens. The manifest
     stays readable."""
+    golden_samples: int = Field(default=4, ge=0, le=64)
+    """Samples of the calibration data that are published with the answers to them: a server asks the same before it
+    lets a pack answer. They can be read by who reads the pack. 0: none."""

@@ -63,6 +63,11 @@ class OptimizeConfig(Config):
             raise ValueError("plan and quantize exclude each other: a plan takes the float graph; leave one out")
         if self.gate.min_attribution_agreement and not self.evaluate.attribution_samples:
             raise ValueError("gate.min_attribution_agreement needs evaluate.attribution_samples")
+        sliced = self.workload.kind == "custom" or self.workload.slice_by_class
+        if (self.gate.slice_margin or self.gate.slice_floors) and not sliced:
+            raise ValueError(
+                "gate.slice_margin and gate.slice_floors need workload.slice_by_class, or a workload of yours"
+            )
         if self.gate.provider not in (None, self.evaluate.provider):
             raise ValueError(f"gate.provider needs evaluate.provider {self.gate.provider}: it is what is measured on")
         return self

@@ -44,6 +44,9 @@ class WorkloadConfig(Config):
     """Samples held apart for calibration and sensitivity."""
     evaluation_samples: int = Field(default=0, ge=0)
     """At most this many evaluation samples; 0 takes all."""
+    slice_by_class: bool = False
+    """For `image-classification` and `text-classification`: the evaluation samples of each class are a slice, `class
+    NAME`, for `gate.slice_margin` and `gate.slice_floors`."""
     train_epochs: int = Field(default=30, ge=1, le=10_000)
     """Epochs for a source model that is trained in the run."""
     seed: int = Field(default=0, ge=0)
@@ -64,6 +67,8 @@ class WorkloadConfig(Config):
             unread["image_size"] = "workload.kind 'image-classification'"
         if self.kind not in ("causal-lm", "text-classification", "custom"):
             unread["length"] = "workload.kind 'causal-lm' or 'text-classification'"
+        if self.kind not in ("image-classification", "text-classification"):
+            unread["slice_by_class"] = "workload.kind 'image-classification' or 'text-classification'"
         refuse_unread(self, "workload", unread)
         if self.kind != "custom" and not (self.model and self.data):
             raise ValueError(f"workload.model and workload.data are needed when workload.kind is {self.kind!r}")

@@ -27,9 +27,9 @@ class Check(Report):
 class Override(Report):
     """A person's word that a candidate is to be served although the gate did not let it through."""
 
-    by: str = Field(min_length=1, max_length=100)
+    by: str = Field(max_length=100, pattern=r"\S")
     """Who takes it upon themselves; kept in the decision, in the pointer's log and in MLflow."""
-    reason: str = Field(min_length=1, max_length=1000)
+    reason: str = Field(max_length=1000, pattern=r"\S")
     """Why; kept as well."""
 
     def line(self) -> str:

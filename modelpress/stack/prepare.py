@@ -17,9 +17,11 @@ import httpx
 from modelpress import __version__
 from modelpress.errors import ModelpressError, SetupError
 from modelpress.settings import read_settings
-from modelpress.stack.credentials import BUCKETS, MLFLOW_ADMIN, USER, Credentials, address, make_credentials
+from modelpress.stack.credentials import BUCKETS, MLFLOW_ADMIN, STORE, USER, Credentials, address, make_credentials
 from modelpress.stack.layout import Chosen, Folder, write
 
+READER = "arn:aws:iam:::user/modelpress:reader"
+"""The user of the key that only reads; `infra/s3/server.py` makes it."""
 POOLS = ("cpu", "gpu")
 CONFLICT = 409
 
@@ -45,12 +47,15 @@ def main() -> None:
 
 
 def make_buckets() -> None:
-    """The buckets of the stack's own S3 server."""
-    from modelpress.store.s3_buckets import make_bucket
+    """The buckets of the stack's own S3 server, and the one right to write that its reading key has."""
+    from modelpress.store.s3_buckets import let_count, make_bucket
 
     for name in BUCKETS:
         if make_bucket(name, read_settings()):
             print(f"made bucket {name}")
+    bucket, _, prefix = STORE.removeprefix("s3://").partition("/")
+    if let_count(bucket, prefix, READER, read_settings()):
+        print(f"the server's key may write what it counts of canaries in {bucket}")
 
 
 def make_user(mlflow: str, keys: Credentials) -> None:

@@ -21,6 +21,7 @@ from modelpress.store import observe
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from modelpress.nudge import Nudger
     from modelpress.trust import Signer, Trust
 
 MAX_KEY_BYTES = 1024
@@ -72,6 +73,8 @@ class Store(abc.ABC):
     """Whose signatures packs and pointers need that are read through it; None asks for none."""
     signer: Signer | None
     """Who signs what is published and pointed at through it; None signs nothing."""
+    nudger: Nudger | None
+    """Who tells servers of an alias that was moved through it; None tells nobody."""
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -80,7 +83,7 @@ class Store(abc.ABC):
                 setattr(cls, name, observe.watched(cls.__dict__[name]))
 
     def __init__(self, uri: str) -> None:
-        self.uri, self.trust, self.signer = uri, None, None
+        self.uri, self.trust, self.signer, self.nudger = uri, None, None, None
         self._fit = False
         self._fit_lock = threading.Lock()
 
@@ -301,13 +304,13 @@ def check_digest(doing: str, found: str, expected: str | None) -> None:
 
 
 def open_store(uri: str, settings: Settings | None = None) -> Store:
-    """Open a store, with the trust and the key of the settings.
+    """Open a store, with the trust and the key of the settings, and with those to tell when an alias moves.
 
     It is `s3://bucket/prefix`, a local folder (a path or `file://`), or a file of links (`links+file://`, only
     read).
 
     Raises:
-        ConfigError: neither, or the trust file or the signing key can't be used.
+        ConfigError: neither, or the trust file, the signing key or the secret of nudges can't be used.
     """
     settings = settings or read_settings()
     store = _opened(uri, settings)
@@ -321,6 +324,10 @@ def open_store(uri: str, settings: Settings | None = None) -> Store:
         from modelpress.trust import Signer
 
         store.signer = Signer.load(settings.signing_key_file, settings.signing_key_passphrase.get_secret_value())
+    if settings.nudge_urls:
+        from modelpress.nudge import open_nudger
+
+        store.nudger = open_nudger(settings)
     return store
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from itertools import islice
 
+import numpy as np
+
 from modelpress.errors import WorkloadError
 
+MOST_CLASSES = 5
+"""How many classes a server names for a text or an image."""
 SHOWN = 5
 """Classes that an error names."""
 
@@ -26,6 +30,17 @@ def check_numbers(found: Collection[int], data: str) -> None:
             expected="samples of every class from 0 up",
             fix="number the classes 0, 1, 2, … without a gap, or label the samples by name",
         )
+
+
+def by_class(names: Sequence[str], numbers: Sequence[int]) -> dict[str, np.ndarray]:
+    """The samples of each class, by `class NAME`: (samples,) bool each.
+
+    Args:
+        names: of the classes, in the order of their numbers.
+        numbers: the class of each sample.
+    """
+    of = np.asarray(numbers)
+    return {f"class {name}": of == number for number, name in enumerate(names)}
 
 
 def check_trained(names: Sequence[str], trained: Collection[int], data: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modelpress.errors import WorkloadError
+from modelpress.process import TextInput
 from modelpress.workloads.hf_folder import read_json, read_number, read_object
 
 DEFAULT_MAX_LENGTH = 256
@@ -122,6 +123,14 @@ def tokenized(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> dict[str, Te
         "input_ids": torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64),
         "attention_mask": torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.int64),
     }
+
+
+def text_input(tokenizer: tokenizers.Tokenizer, max_length: int) -> TextInput:
+    """How a server makes the tokens that `tokenized` makes; `tokenizer` pads and truncates as it does for the model."""
+    padding = tokenizer.padding or {}
+    return TextInput(
+        max_length=max_length, pad_id=padding.get("pad_id", 0), pad_token=padding.get("pad_token", "[PAD]")
+    )
 
 
 def input_digests(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> list[str]:

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from modelpress.config import TrainConfig, WorkloadConfig
 from modelpress.errors import WorkloadError
+from modelpress.process import ImageInput, Processing, Softmax, TopK
+from modelpress.process.spec import MAX_SIDE
 from modelpress.progress import Progress, silent
 from modelpress.workload import Batch, Split, Workload
-from modelpress.workloads.classes import check_numbers, check_trained
+from modelpress.workloads.classes import MOST_CLASSES, by_class, check_numbers, check_trained
 from modelpress.workloads.digits_cnn import DigitsCNN
 from modelpress.workloads.image_files import Images, read_images
 from modelpress.workloads.image_models import build_named, is_named, load_weights
@@ -135,6 +137,12 @@ class ImageClassification(Workload):
         labels = self.labels[self.rows["evaluation"]].numpy()
         return np.asarray(outputs.argmax(axis=1) == labels, dtype=np.float64)
 
+    def slices(self) -> dict[str, np.ndarray]:
+        """The samples of each class, where the config asks for them."""
+        if not self.config.slice_by_class:
+            return {}
+        return by_class(self.names, self.labels[self.rows["evaluation"]].tolist())
+
     def identity(self) -> str:
         """The config and the digest of the distinct samples, their names and the weights."""
         weights = Path(self.config.weights).read_bytes() if self.config.weights else b""
@@ -145,6 +153,16 @@ class ImageClassification(Workload):
     def files(self) -> dict[str, bytes]:
         """`labels.json`: the names of the classes in the order of the logits."""
         return {"labels.json": json.dumps(self.names).encode()}
+
+    def processing(self) -> Processing | None:
+        """Images in, the likeliest classes out, by name: read as files of images are read for training. None for images
+        that are neither grey nor RGB, which no PNG or JPEG holds."""
+        channels, height, width = self.images.shape[1:]
+        if channels not in (1, 3) or max(height, width) > MAX_SIDE:
+            return None
+        image = ImageInput(pixels="image", mode="L" if channels == 1 else "RGB", height=height, width=width)
+        steps = (Softmax(of=self.output_name), TopK(of="probabilities", k=min(MOST_CLASSES, self.classes)))
+        return Processing(input=image, steps=steps)
 
     def licence(self) -> str:
         """The network is trained here, on UCI's digits (CC BY 4.0) or on the user's own images."""

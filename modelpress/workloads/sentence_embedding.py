@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modelpress.config import WorkloadConfig
 from modelpress.errors import WorkloadError
+from modelpress.process import Processing
 from modelpress.progress import Progress, silent
 from modelpress.workload import SPLITS, Batch, Outputs, Split, Workload
 from modelpress.workloads.encoder_folder import (
@@ -20,6 +21,7 @@ from modelpress.workloads.encoder_folder import (
     masked,
     mean_of_tokens,
     read_max_length,
+    text_input,
     tokenized,
     without_pooler,
 )
@@ -174,6 +176,10 @@ class SentenceEmbedding(Workload):
         facts = {"max_length": self.max_length, "pooling": "mean", "normalized": True}
         tokenizer = (self.folder / "tokenizer.json").read_bytes()
         return {"tokenizer.json": tokenizer, "encoder.json": json.dumps(facts, sort_keys=True).encode()}
+
+    def processing(self) -> Processing:
+        """Texts in, embeddings out: the tokens of `tokenize`; the graph itself pools and normalises."""
+        return Processing(input=text_input(self.tokenizer, self.max_length))
 
     def licence(self) -> str:
         """The `license` line of the folder's model card."""

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from modelpress.config import TrainConfig, WorkloadConfig
 from modelpress.errors import WorkloadError
+from modelpress.process import Processing, Softmax, TopK
 from modelpress.progress import Progress, silent
 from modelpress.workload import SPLITS, Batch, Split, Workload
-from modelpress.workloads.classes import check_numbers, check_trained
+from modelpress.workloads.classes import MOST_CLASSES, by_class, check_numbers, check_trained
 from modelpress.workloads.encoder_folder import (
     input_digests,
     masked,
     mean_of_tokens,
     read_max_length,
+    text_input,
     tokenized,
     without_pooler,
 )
@@ -214,6 +216,12 @@ class TextClassification(Workload):
         labels = np.array([self._number(one.label) for one in self.texts["evaluation"]])
         return np.asarray(outputs.argmax(axis=1) == labels, dtype=np.float64)
 
+    def slices(self) -> dict[str, np.ndarray]:
+        """The texts of each class, where the config asks for them."""
+        if not self.config.slice_by_class:
+            return {}
+        return by_class(self.labels, [self._number(one.label) for one in self.texts["evaluation"]])
+
     def identity(self) -> str:
         """The config, and digests of the folder's files that count, of the texts and of the names of the classes."""
         digest = hashlib.sha256(folder_digest(self.folder).encode())
@@ -242,6 +250,11 @@ class TextClassification(Workload):
             "labels.json": json.dumps(self.labels).encode(),
             "encoder.json": json.dumps({"max_length": self.max_length}).encode(),
         }
+
+    def processing(self) -> Processing:
+        """Texts in, the likeliest classes out, by name."""
+        steps = (Softmax(of=self.output_name), TopK(of="probabilities", k=min(MOST_CLASSES, len(self.labels))))
+        return Processing(input=text_input(self.tokenizer, self.max_length), steps=steps)
 
     def licence(self) -> str:
         """The `license` line of the folder's model card."""

@@ -14,8 +14,6 @@ class Published:
     """What a fresh download of the published bytes found: every one of them was read from the store for this judgement,
     and each digest held."""
 
-    uri: str
-    """Where the manifest lies."""
     read_bytes: int
     """Bytes that were read, the base's of a difference included."""
     size_bytes: int

@@ -129,7 +129,7 @@ class _Calls:
 
     async def ModelReady(self, request: Any, _context: Any, _tenant: str) -> dict[str, Any]:  # noqa: N802
         try:
-            self._repository.model(request.name).answering(request.version or None)
+            self._repository.asked(request.name).answering(request.version or None)
         except NotReadyError:
             return {"ready": False}
         return {"ready": True}
@@ -138,7 +138,7 @@ class _Calls:
         return {"name": "modelpress", "version": __version__, "extensions": EXTENSIONS}
 
     async def ModelMetadata(self, request: Any, _context: Any, _tenant: str) -> dict[str, Any]:  # noqa: N802
-        model = self._repository.model(request.name)
+        model = self._repository.asked(request.name)
         engine = model.answering(request.version or None).engine
         return {
             "name": model.name,

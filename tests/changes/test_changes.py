@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import torch
 
 from modelpress import changes, pointer, scores
 from modelpress.checkpoint import Checkpoint
+from modelpress.cipher import LocalKey, seal_pack, secrets
 from modelpress.errors import NotFoundError
 from modelpress.scores import Scored
 from modelpress.store import Store
 from modelpress.store.local import LocalStore
-from tests.packs import make_pack, torch_checkpoint
+from tests.packs import Pack, make_pack, torch_checkpoint
 
 WEIGHT = "layer.0.weight"
 
@@ -154,6 +156,26 @@ def test_metrics_that_cannot_be_compared_are_named(
     assert found.quality == []
     assert found.unmeasured is not None
     assert said in found.unmeasured
+
+
+def test_an_encrypted_pack_without_its_key_is_compared_by_its_manifest(
+    store: Store, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = secrets.current(store, "demo", [LocalKey(b"K" * 32)])
+    scored = Scored(np.ones(100), "these", "accuracy")
+    file = {scores.SCORES_FILE: scores.dump({"candidate": scored})}
+    checkpoint = torch_checkpoint()
+    pack = make_pack(tmp_path / "shards", replace(checkpoint, files=checkpoint.files | file))
+    manifest, shards, blobs = seal_pack(pack.manifest, pack.shards, pack.blobs, secret, tmp_path / "sealed")
+    sealed = Pack(manifest, shards, blobs, pack.checkpoint)
+    sealed.publish(store)
+    found = against(store, base, sealed.digest)
+    assert found.unmeasured is not None
+    assert f"demo@{sealed.digest[:12]} can't be opened" in found.unmeasured
+    assert "encryption" in {one.field for one in found.about}
+    monkeypatch.setenv("MODELPRESS_KEY", base64.b64encode(b"K" * 32).decode())
+    (quality,) = against(store, base, sealed.digest).quality
+    assert quality.difference == pytest.approx(0.1)
 
 
 def test_a_pack_that_is_not_there_is_named(store: Store, base: str) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from modelpress import decisions, keys, pointer
+from modelpress import decisions, keys
 from modelpress.decisions import MAX_RECORD_BYTES, Record
 from modelpress.errors import (
     ConfigError,
@@ -25,13 +26,12 @@ from modelpress.errors import (
     UnsupportedFormatError,
 )
 from modelpress.manifest import canonical_json
-from modelpress.publish import publish
 from modelpress.reports import Check, Decision, Override
 from modelpress.store import Store
 from modelpress.store.local import LocalStore
 from modelpress.trust import entries as trusted
 from tests.trust.conftest import team
-from tests.trust.teams import NAME, Team, manifest
+from tests.trust.teams import NAME, Team
 
 __all__ = ["team"]
 
@@ -229,15 +229,16 @@ def test_a_decision_beyond_any_use_is_not_written(team: Team) -> None:
     assert decisions.kept(team.store(), NAME) == []
 
 
-def test_an_entry_leads_to_its_decision_and_misses_one_that_was_deleted(team: Team) -> None:
-    store = team.store("farm")
-    pack = publish(store, manifest(), [], {}, source_bytes=1).pack
-    record = keep(store, FORCED, pack)
-    said = record.decision.model_dump(mode="json") | {decisions.RECORD: record.digest}
-    entry = pointer.append(store, NAME, "champion", pack, "override", said)
-    assert decisions.of_entry(team.store(), NAME, pack, entry.decision) == record
-    assert decisions.of_entry(team.store(), NAME, pack, None) is None
-    assert decisions.of_entry(team.store(), NAME, pack, {"promote": True}) is None
-    store.delete(keys.decision(NAME, pack, record.digest))
+def test_one_that_was_deleted_is_not_found(team: Team) -> None:
+    record = keep(team.store("farm"))
+    team.store().delete(keys.decision(NAME, PACK, record.digest))
     with pytest.raises(NotFoundError):
-        decisions.of_entry(team.store(), NAME, pack, entry.decision)
+        read(team.store(), record)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"by": " ", "reason": "x"}, {"by": "x", "reason": "\n"}, {"by": "x" * 101, "reason": "x"}]
+)
+def test_an_override_without_a_name_or_a_reason_is_none(fields: dict[str, str]) -> None:
+    with pytest.raises(ValidationError):
+        Override.model_validate(fields)

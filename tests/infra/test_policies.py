@@ -22,7 +22,9 @@ from modelpress.config import RetentionConfig
 from modelpress.errors import AccessDeniedError
 from modelpress.housekeeping.collect import collect
 from modelpress.housekeeping.retention import retain
+from modelpress.stack.prepare import READER
 from modelpress.store.s3 import S3Store
+from modelpress.store.s3_buckets import let_count, make_bucket
 from tests.conftest import ROOT, S3Server
 from tests.packs import Pack, assert_same, make_pack
 
@@ -42,7 +44,7 @@ class Place:
 
     bucket: str
     open: Callable[[str], S3Store]
-    """The store as `owner`, `publisher`, `server` or `collector`."""
+    """The store as `owner`, `publisher`, `server`, `rollback` (a server, too) or `collector`."""
     policy: Callable[[], list[dict[str, object]]]
     apply: Callable[[], subprocess.CompletedProcess[str]]
 
@@ -54,12 +56,12 @@ def call(script: str, *arguments: str, **environment: str) -> subprocess.Complet
 
 @pytest.fixture(scope="module")
 def place(s3_server: S3Server) -> Iterator[Place]:
-    """A bucket of its own, three users, and the shipped policies for the prefix `models/a`."""
+    """A bucket of its own, four users, and the shipped policies for the prefix `models/a`."""
     if s3_server.folder is None:
         pytest.skip("the server is not the session's own: no users can be made on it")
     access = {"owner": s3_server.writer}
     bucket, tag = f"modelpress-policies-{uuid.uuid4().hex[:8]}", uuid.uuid4().hex[:8]
-    roles = ("publisher", "server", "collector")
+    roles = ("publisher", "server", "rollback", "collector")
     for role in roles:
         made = call("server.py", "user", f"{role}-{tag}", "--folder", str(s3_server.folder))
         assert made.returncode == 0, made.stderr
@@ -73,6 +75,7 @@ def place(s3_server: S3Server) -> Iterator[Place]:
 
     def apply() -> subprocess.CompletedProcess[str]:
         users = [part for role in roles for part in (f"--{role}", f"arn:aws:iam:::user/{role}-{tag}")]
+        users += ["--server", f"arn:aws:iam:::user/rollback-{tag}"]
         return call(
             "policies.py", "apply", "--bucket", bucket, "--prefix", "models/a", *users, **s3_server.environment()
         )
@@ -115,7 +118,7 @@ def test_a_policy_that_stood_there_stays_and_ours_is_replaced(place: Place) -> N
     before = place.policy()
     assert [statement["Sid"] for statement in before].count("Theirs") == 1
     assert place.apply().returncode == 0
-    assert len(place.policy()) == len(before) == 1 + 4 + 3 + 5
+    assert len(place.policy()) == len(before) == 1 + 4 + 3 + 4 + 5
 
 
 def test_a_publisher_publishes_large_objects_too_and_deletes_nothing(place: Place, pack: Pack, tmp_path: Path) -> None:
@@ -147,7 +150,6 @@ def test_a_server_reads_packs_and_writes_what_it_counts_and_nothing_else(place: 
     assert tally.read(place.open("publisher"), "demo", "1" * 32).servers == 1
     blob = keys.blob(pack.manifest.shards[0].sha256)
     refused: list[Callable[[], object]] = [
-        lambda: server.get(keys.tally("demo", "1" * 32, "2" * 32)),
         lambda: server.put(keys.blob("2" * 64), b"x"),
         lambda: server.put(blob, b"overwritten"),
         lambda: server.put(keys.manifest("demo", "3" * 64), b"{}", if_absent=True),
@@ -170,6 +172,26 @@ def test_a_server_reads_packs_and_writes_what_it_counts_and_nothing_else(place: 
     with pytest.raises(AccessDeniedError):
         beside.get("private.txt")
     assert load.verify(server, "demo", "champion").pack == pack.digest
+
+
+def test_a_server_that_may_go_back_appends_to_pointers_and_writes_nothing_else(place: Place, pack: Pack) -> None:
+    server = place.open("rollback")
+    before = pointer.current(server, "demo", "champion")
+    assert before is not None
+    made = pointer.append(server, "demo", "champion", pack.digest, "rollback", after=before.number, by="anna")
+    assert pointer.current(place.open("server"), "demo", "champion") == made
+    assert load.verify(server, "demo", "champion").pack == pack.digest
+    for attempt in (
+        lambda: server.put(keys.blob("7" * 64), b"x"),
+        lambda: server.put(keys.manifest("demo", "7" * 64), b"{}", if_absent=True),
+        lambda: server.delete(keys.pointer("demo", "champion", made.number)),
+        lambda: server.delete(keys.manifest("demo", pack.digest)),
+        lambda: server.put(keys.secret("demo", 9), b"x"),
+        lambda: server.get("work/secret"),
+        lambda: list(server.list("")),
+    ):
+        with pytest.raises(AccessDeniedError):
+            attempt()
 
 
 def test_a_collector_deletes_blobs_and_reads_none(place: Place, pack: Pack) -> None:
@@ -204,3 +226,37 @@ def test_the_shown_policy_is_whole_and_names_whom_it_is_for() -> None:
     assert {statement["Principal"]["AWS"][0] for statement in document["Statement"]} == {"arn:aws:iam::1:role/s"}
     assert document["Statement"][0]["Condition"] == {"StringLike": {"s3:prefix": ["packs/*"]}}
     assert call("policies.py", "show", "--bucket", "b").returncode == 2
+
+
+def test_the_stack_lets_its_reading_key_count_and_nothing_more(
+    s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if s3_server.folder is None:
+        pytest.skip("the server is not the session's own: nothing is known of its users")
+    bucket = f"modelpress-counts-{uuid.uuid4().hex[:8]}"
+
+    def opened(role: str) -> S3Store:
+        for name, value in s3_server.environment(role).items():
+            monkeypatch.setenv(name, value)
+        store = S3Store(f"s3://{bucket}/store", s3_server.settings())
+        list(store.list("packs/"))  # credentials are read at the first request
+        return store
+
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    assert make_bucket(bucket, s3_server.settings())
+    mine = tally.new("1" * 32, "2" * 32, "loading", [])
+    with pytest.raises(AccessDeniedError):
+        tally.write(opened("reader"), "demo", mine)
+    writer = opened("writer")
+    assert let_count(bucket, "store", READER, s3_server.settings())
+    assert not let_count(bucket, "store", READER, s3_server.settings()), "a policy that stands there is left alone"
+    reader = opened("reader")
+    tally.write(reader, "demo", mine)
+    tally.write(reader, "demo", mine)
+    assert tally.read(writer, "demo", "1" * 32).servers == 1
+    for key in (keys.blob("0" * 64), keys.pointer("demo", "champion", 1), "canaries"):
+        with pytest.raises(AccessDeniedError):
+            reader.put(key, b"x")
+    with pytest.raises(AccessDeniedError):
+        reader.delete(keys.tally("demo", "1" * 32, "2" * 32))

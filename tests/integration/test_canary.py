@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
 
 from flows.canary import canary, promote_canary
-from modelpress.canary import log
+from modelpress.canary import log, tally
 from modelpress.checkpoint import Checkpoint
 from modelpress.config import CanaryConfig
 from modelpress.errors import GateError
@@ -111,14 +111,16 @@ def over(standing: log.Standing) -> bool:
     return not standing.running
 
 
-def test_a_candidate_takes_over_and_the_next_one_goes_back(shelf: Shelf, home: Path) -> None:
+def test_a_candidate_takes_over_while_a_server_dies_and_the_next_one_goes_back(shelf: Shelf, home: Path) -> None:
     first = shelf.publish()
     assert promotion.promote(shelf.store, shelf.client, NAME, first, None).promote
     second = shelf.publish()
-    server = Server(shelf.store, NAME)
+    server, dying = (Server(shelf.store, NAME) for _ in range(2))
     try:
         with Traffic(server) as traffic:
             assert promote_canary(NAME, second, CONFIG).promote
+            eventually(lambda: servers(shelf) == 2)
+            dying.process.kill()
             done = looked_until(over, shelf)
             assert set(done) == {"wait", "step", "promote"} or done == ["step", "promote"]
             assert shelf.served() == shelf.named() == second
@@ -132,12 +134,19 @@ def test_a_candidate_takes_over_and_the_next_one_goes_back(shelf: Shelf, home: P
         assert shelf.tags(third)["canary.phase"] == "rolled back"
         assert "disagreement" in shelf.tags(third)["canary.why"]
     finally:
+        dying.process.kill()
         server.stop()
     with pytest.raises(GateError, match="quality"):
         promote_canary(NAME, shelf_bad(shelf), CONFIG)
     with get_client(sync_client=True) as client:
         artifacts: list[Any] = client.read_artifacts()
     assert f"{NAME}-champion-canary" in {one.key for one in artifacts}
+
+
+def servers(shelf: Shelf) -> int:
+    """How many have written what they count."""
+    standing = log.current(shelf.store, NAME, "champion")
+    return tally.read(shelf.store, NAME, standing.state.id).servers if standing is not None else 0
 
 
 def shelf_bad(shelf: Shelf) -> str:

@@ -27,6 +27,7 @@ from modelpress import __version__, keys, load, pointer
 from modelpress.config import OptimizeConfig
 from modelpress.errors import ConfigError, CorruptionError, GateError
 from modelpress.store.base import open_store
+from registry import figures, versions
 from tasks.alarm import Failure, notify
 from tasks.reaping import FLOWS
 from tests.conftest import ROOT
@@ -250,10 +251,14 @@ def test_a_worker_runs_a_deployment_from_its_own_clone(
 
 
 def test_quality_that_left_the_gates_bound_fails_by_name_and_moves_nothing(
-    champion: OptimizeResult, data: Path, mlflow_server: str
+    champion: OptimizeResult, data: Path, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("MODELPRESS_HARDWARE", "bench.2")
     found = evaluate_published(NAME)
     assert found.decision.promote
+    measured = figures.of_version(versions.carrying(MlflowClient(mlflow_server, mlflow_server), NAME, champion.pack))
+    assert measured["bench.2"].provider == "CPUExecutionProvider"
+    assert measured["bench.2"].p99_seconds == pytest.approx(found.evaluation.latency[0].p99_seconds, rel=1e-4)
     assert [check.name for check in found.decision.checks] == [
         *("quality against the source", "quality against its publication")
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import httpx
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
@@ -28,9 +30,12 @@ from modelpress.errors import BudgetExceededError, CorruptionError, GateError, N
 from modelpress.settings import Settings
 from modelpress.store.base import Store, open_store
 from modelpress.workload import check_disjoint, load_workload
+from serving.engine import load_engine
+from serving.processed import ProcessedEngine
 from tests.integration.conftest import free_port, serving
 
 QUICK = load_config(Path(__file__).parents[2] / "configs" / "digits-quick.yaml")
+HARDWARE = "tests"
 STAGES = {
     "source",
     "export-source",
@@ -58,6 +63,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, prefect_server: str, mlflow_s
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MODELPRESS_HOME", str(home))
         patch.setenv("MODELPRESS_TRACKING_URI", mlflow_server)
+        patch.setenv("MODELPRESS_HARDWARE", HARDWARE)
         patch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
         for name in ("MODELPRESS_STORE", "MODELPRESS_WORK"):
             patch.delenv(name, raising=False)
@@ -114,6 +120,21 @@ def test_a_first_run_delivers_a_verified_promoted_pack(first: OptimizeResult, st
     assert rows["quantize"].runtime == "onnxruntime"
 
 
+def test_the_pack_answers_its_golden_samples_and_reads_images(first: OptimizeResult, store: Store) -> None:
+    engine = load_engine(store, QUICK.name, first.pack, "CPUExecutionProvider", 1)
+    assert engine.tested is not None
+    assert (engine.tested.samples, engine.tested.agreement) == (4, 1.0)
+    assert engine.front is not None
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    images = {"image": np.array([buffer.getvalue()], dtype=object)}
+    found = ProcessedEngine(engine, engine.front).infer(images, ["labels", "output"])
+    logits = engine.infer({"image": pixels[None, None].astype(np.float32) / np.float32(255)}, ["output"])["output"]
+    assert (found["output"] == logits).all()
+    assert found["labels"][0, 0] == str(logits.argmax()).encode()
+
+
 def test_a_second_run_recomputes_nothing_and_says_so(
     first: OptimizeResult, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -161,6 +182,10 @@ def test_the_model_version_carries_the_packs_identity(first: OptimizeResult, cli
     assert version.tags["pack_uri"] == first.uri
     assert version.tags["flow_run_url"] == first.flow_run_url
     assert version.tags["gate.verdict"] == "pass"
+    served = next(row for row in first.stages if row.stage == "quantize")
+    figures = f"figures.{HARDWARE}"
+    assert version.tags[f"{figures}.provider"] == "CPUExecutionProvider"
+    assert float(version.tags[f"{figures}.p99_seconds"]) == pytest.approx(served.latency[0].p99_seconds, rel=1e-4)
     assert version.run_id == first.mlflow_run
     for alias in ("challenger", "champion"):
         assert client.get_model_version_by_alias(QUICK.name, alias).version == version.version

@@ -52,8 +52,8 @@ def test_a_promotion_by_override(tmp_path: Path, prefect_server: str, mlflow_ser
     entry = pointer.current(team.store(), NAME, "champion")
     assert entry is not None
     assert (entry.pack, entry.reason) == (pack, "override")
-    record = decisions.of_entry(team.store(), NAME, pack, entry.decision)
-    assert record is not None
+    assert entry.decision is not None
+    record = decisions.read(team.store(), NAME, pack, entry.decision[decisions.RECORD])
     assert record.decision.override is not None
     assert (record.decision.override.by, record.decision.override.reason) == ("Anna", "the old one leaks")
     tags = versions.carrying(client, NAME, pack).tags

@@ -18,8 +18,9 @@ from modelpress.config import CanaryConfig
 from modelpress.errors import ConfigError, ConflictError, CorruptionError, NotFoundError, SetupError
 from modelpress.settings import Settings
 from modelpress.store.local import LocalStore
-from registry import canaries, canary_figure, promotion, reconcile, runs, versions
+from registry import canaries, canary_figure, gates, promotion, reconcile, runs, versions
 from registry.canaries import Looked
+from registry.gates import Approval
 from tests.canary.states import CANARY, SHADOW, config, shadowed, split
 from tests.registry.shelf import Shelf
 
@@ -239,6 +240,36 @@ def test_a_candidate_whose_bytes_were_damaged_meanwhile_does_not_take_over(case:
     done = case.look()
     assert (done.action, case.served(), case.phase()) == ("rollback", case.first, "rolled back")
     assert "can't be served any more" in done.reasons[0]
+
+
+def test_a_candidate_that_the_gate_refuses_at_the_end_does_not_take_over(case: Case, client: MlflowClient) -> None:
+    fast = case.publish(min_speedup=1.5)
+    version = versions.carrying(client, case.name, fast)
+    versions.annotate(client, version, {"speedup": "2.0"})
+    case.start(config({**CANARY, "hold_seconds": 0}), pack=fast)
+    case.served_by((split(1000, slow=50, step=0),))
+    versions.annotate(client, version, {"speedup": "1.1"})  # it was measured again meanwhile
+    done = case.look()
+    assert (done.action, done.phase, case.served()) == ("rollback", "rolled back", case.first)
+    assert "the gate refuses it now" in done.reasons[0]
+
+
+def test_a_canary_behind_an_approval_begins_with_it_and_takes_over_by_it(case: Case, client: MlflowClient) -> None:
+    asked = case.publish(approval=True)
+    made = config({**CANARY, "hold_seconds": 0})
+    decision, begun = canaries.start(case.store, client, case.name, asked, made, None)
+    assert gates.waits(decision)
+    assert begun is None
+    assert case.entries("canary") == []
+    yes = Approval(approved=True, by="a person", reason="why not", at="now", of=gates.fingerprint(asked, decision))
+    decision, begun = canaries.start(case.store, client, case.name, asked, made, None, approval=yes)
+    assert decision.promote
+    assert begun is not None
+    case.served_by((split(1000, slow=50, step=0),))
+    assert case.look().phase == "promoted"
+    assert case.served() == asked
+    entry = pointer.history(case.store, case.name, "champion")[-1]
+    assert "a person" in str(entry.decision)
 
 
 def test_a_dead_mlflow_keeps_no_bad_candidate_and_promotes_none(case: Case) -> None:

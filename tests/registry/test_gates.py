@@ -29,7 +29,7 @@ from registry.gates import (
 
 SAMPLES = 2_000
 SOURCE, CHAMPION = "quality against the source", "quality against the champion"
-PUBLISHED = Published("s3://bucket/packs/demo/a.json", read_bytes=1_000, size_bytes=900, signed_by=None)
+PUBLISHED = Published(read_bytes=1_000, size_bytes=900, signed_by=None)
 GATE = GateConfig(margin=0.01, confidence=0.95, min_compression_ratio=4.0, min_speedup=2.0)
 
 

@@ -109,6 +109,8 @@ def test_nothing_is_asked_by_default() -> None:
         {"hardware": "C7i", "max_p99_seconds": 0.1},
         {"further_margins": {"f1": 0}},
         {"slice_margin": -1},
+        {"slice_floors": {"a": math.nan}},
+        {"further_margins": {"f1": math.inf}},
         {"min_pruning_coverage": 1.5},
     ],
     ids=str,
@@ -116,6 +118,18 @@ def test_nothing_is_asked_by_default() -> None:
 def test_a_bound_that_says_nothing_is_refused(gate: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         GateConfig.model_validate(gate)
+
+
+@pytest.mark.parametrize("gate", [{"slice_margin": 0.1}, {"slice_floors": {"class 1": 0.5}}], ids=str)
+def test_a_recipe_whose_gate_asks_for_slices_has_some(gate: dict[str, object]) -> None:
+    workload = {"kind": "image-classification", "model": "digits-cnn", "data": "digits"}
+    with pytest.raises(ValidationError, match=r"need workload\.slice_by_class"):
+        OptimizeConfig.model_validate({"name": "demo", "workload": workload, "gate": gate})
+    OptimizeConfig.model_validate({"name": "demo", "workload": workload | {"slice_by_class": True}, "gate": gate})
+    own = {"kind": "custom", "factory": "a:b"}
+    OptimizeConfig.model_validate({"name": "demo", "workload": own, "gate": gate})
+    with pytest.raises(ValidationError, match=r"workload\.slice_by_class is only read"):
+        OptimizeConfig.model_validate({"name": "demo", "workload": own | {"slice_by_class": True}})
 
 
 def test_a_recipe_that_measures_on_another_provider_than_its_gate_asks_for_is_refused() -> None:

@@ -217,8 +217,8 @@ def test_each_judgement_is_kept_beside_the_pack_it_is_of(packs: list[str], store
     version = versions.carrying(client, NAME, packs[0])
     assert version.tags["gate.decision"] == last.digest
     for number, entry in enumerate(pointer.history(store, NAME, "champion")):
-        record = decisions.of_entry(store, NAME, entry.pack, entry.decision)
-        assert record is not None
+        assert entry.decision is not None
+        record = decisions.read(store, NAME, entry.pack, entry.decision[decisions.RECORD])
         assert (record.pack, record.after, record.decision.promote) == (packs[number], number, True)
 
 

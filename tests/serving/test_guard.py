@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from modelpress import nudge
 from modelpress.access import SCOPES, KeyFile, new_key
 from modelpress.store import open_store
-from serving.audit import Audit
+from serving.audit import REFUSALS_A_MINUTE, Audit
 from serving.guard import Guard
 from serving.infer import TENANT, target
 from serving.keyring import Keyring, Sources
@@ -35,7 +36,8 @@ from tests.serving.test_tokens import claims, pem
 
 NOW = datetime.now(UTC)
 PROVIDER, STRANGER = ed25519.Ed25519PrivateKey.generate(), ed25519.Ed25519PrivateKey.generate()
-OPEN = {"/v2/health/live", "/v2/health/ready", "/status"}
+OPEN = {"/v2/health/live", "/v2/health/ready", "/status", nudge.PATH}
+"""A nudge has a signature of its own."""
 ISSUER = Issuer("https://login.example.org", "modelpress")
 SECRETS = ("Traceback", ".py", "/store", "file://", "mpk_", "keys.json")
 
@@ -145,6 +147,10 @@ def test_what_does_not_count_opens_no_door(house: House) -> None:
 def test_a_key_opens_what_it_is_for_and_nothing_else(house: House) -> None:
     for method, path in routes(house):
         needs = NEEDS[path]
+        if path == nudge.PATH:  # no key counts there: it asks for a signature
+            answer = house.ask(method, path, f"Bearer {house.keys['admin']}")
+            assert (answer.status_code, "no signature of ours" in answer.json()["error"]) == (401, True)
+            continue
         for scope in SCOPES:
             answer = house.ask(method, house.path(path), f"Bearer {house.keys[scope]}")
             token = jwt.encode(claims(scope=scope), PROVIDER, "EdDSA")
@@ -263,6 +269,16 @@ def test_what_is_changed_is_written_down_and_what_is_asked_is_not(house: House) 
     ]
     assert {(one["who"], one["via"], one["from"]) for one in found} == {("only-admin", "key", "testclient")}
     assert all(one["key"] == house.keys["admin"].split("_")[1] for one in found)
+
+
+def test_who_knocks_at_an_open_door_fills_no_disk(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A nudge brings a signature of its own, or none: without one it is refused behind the guard."""
+    monkeypatch.setattr(house.guard._audit, "_clock", lambda: 60.0)  # all of it within a minute
+    before = len(house.lines())
+    for _ in range(REFUSALS_A_MINUTE + 20):
+        assert house.client.post("/v2/repository/nudge", content=b"{}").status_code >= 400
+    assert len(house.lines()) - before == REFUSALS_A_MINUTE
+    assert house.lines()[-1]["outcome"] == "refused"
 
 
 def opened(house: House, *, tenant: Callable[[str], None] = lambda _: None) -> TestClient:

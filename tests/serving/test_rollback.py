@@ -25,6 +25,7 @@ from serving.protocol import decode_response, encode_request
 from serving.repository import Repository
 from tests.conftest import OpenS3
 from tests.serving.conftest import WIDTH, publish_pack, scale_model
+from tests.trust.teams import Team
 
 Call = Callable[..., Any]
 PATH = "/v2/repository/models/scale/rollback"
@@ -220,3 +221,26 @@ def test_credentials_that_only_read_are_said_and_nothing_moves(readers: Desk) ->
     assert readers.current().pack == readers.packs[1]
     assert os.environ.get("AWS_ACCESS_KEY_ID", "no key") not in answer.text
     assert readers.lines()[-1]["outcome"] == "failed"
+
+
+@pytest.fixture
+def team(tmp_path: Path) -> Team:
+    return Team(tmp_path, farm="publisher")
+
+
+def test_with_a_trust_file_the_server_signs_or_moves_nothing(team: Team, tmp_path: Path) -> None:
+    publisher = team.store("farm")
+    packs = [publish_pack(publisher, tmp_path / str(value), scale_model(value), "scale") for value in (1.0, 2.0)]
+    for signer, status in ((None, 503), ("farm", 200)):
+        store = team.store(signer)
+        repository = Repository(store, ["scale"], threads=1)
+        repository.start()
+        desk = make(store, repository, packs, tmp_path)
+        answer = desk.back()
+        assert answer.status_code == status
+        if signer is None:
+            assert "no key that may sign pointers" in answer.json()["error"]
+            assert desk.current().pack == packs[1]
+    assert desk.current().pack == packs[0]
+    assert desk.current().signature is not None
+    assert desk.answer() == WIDTH

@@ -11,11 +11,14 @@ import pytest
 from starlette.testclient import TestClient
 
 from modelpress import keys, pointer
+from modelpress.canary import log as canary_log
 from modelpress.errors import LogCutError, TrustError, UnsignedError
 from modelpress.pointer import Pointer
 from modelpress.store import Store
 from serving.app import create_app
+from serving.canary import Canaries
 from serving.repository import Repository
+from tests.canary.states import config, state
 from tests.serving.conftest import Server, scale_model
 from tests.serving.test_repository import answer, row
 from tests.trust.teams import Team
@@ -200,3 +203,21 @@ def test_a_real_server_starts_with_a_trust_file_and_refuses_after_a_restart(
     cut(store)
     with pytest.raises(AssertionError, match="which was seen here before"):
         serve("scale", **environment)
+
+
+def test_a_canary_that_nobody_vouches_for_sends_nobody_anywhere(team: Team, press: Call) -> None:
+    first, second = press(scale_model(2.0)), press(scale_model(3.0), alias=None)
+    made = state(0, config({"mode": "canary", "share": 0.9}), champion=first, candidate=second)
+    stranger = team.store(trusting=False)
+    repository = restarted(team)
+    canaries = Canaries(team.store(), repository, poll_seconds=0)
+    canary_log.write(stranger, "scale", made, 0, first)
+    canaries.poll()
+    assert canaries.shown("scale") is None
+    assert not repository.model("scale").held
+    # Signed, by a log that begins anew: the same entry counts.
+    (entry,) = list(stranger.list(keys.pointers("scale", "canary")))
+    stranger.delete(entry.key)
+    canary_log.write(team.store("farm"), "scale", made, 0, first)
+    canaries.poll()
+    assert set(repository.model("scale").held) == {second}

@@ -104,6 +104,17 @@ def test_score_counts_right_answers_one_by_one() -> None:
     assert workload.score(outputs).tolist() == expected.tolist()
 
 
+def test_a_slice_of_each_class_where_the_config_asks() -> None:
+    assert digits().slices() == {}
+    sliced = digits(slice_by_class=True)
+    labels = torch.cat([batch.targets for batch in sliced.batches("evaluation", 64) if batch.targets is not None])
+    found = sliced.slices()
+    assert list(found) == [f"class {number}" for number in range(10)]
+    for number in range(10):
+        assert found[f"class {number}"].tolist() == (labels == number).tolist()
+    assert sliced.identity() != digits().identity()
+
+
 def test_identity_follows_data_and_config(tmp_path: Path) -> None:
     images, labels = np.random.default_rng(0).random((20, 8, 8)), np.arange(20) % 3
     first = saved(tmp_path, images, labels).identity()

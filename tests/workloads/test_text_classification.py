@@ -76,6 +76,15 @@ def test_the_splits_are_disjoint_and_limits_move_nothing(folder: Path) -> None:
     assert whole.identity() == workload_of(folder).identity() != workload_of(folder, seed=1).identity()
 
 
+def test_a_slice_of_each_class_where_the_config_asks(folder: Path) -> None:
+    sliced = workload_of(folder, slice_by_class=True)
+    assert workload_of(folder).slices() == {}
+    found = sliced.slices()
+    assert set(found) == {f"class {label}" for label in sliced.labels}
+    for label in sliced.labels:
+        assert found[f"class {label}"].tolist() == [one.label == label for one in sliced.texts["evaluation"]]
+
+
 def test_an_encoder_gets_a_head_and_both_learn(folder: Path) -> None:
     workload = workload_of(folder, train_epochs=40)
     assert workload.trains_source

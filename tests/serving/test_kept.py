@@ -1,0 +1,363 @@
+"""A server starts with what it kept when the store does not answer, holds that to the same proofs, and says so."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelpress import keys, pointer
+from modelpress.cipher import LocalKey, seal_pack, secrets
+from modelpress.compress import compress
+from modelpress.config import CompressConfig, ShardConfig
+from modelpress.errors import SelfTestError, SetupError, StoreUnavailableError
+from modelpress.publish import publish
+from modelpress.settings import Settings
+from modelpress.shard import draft_manifest, write_shards
+from modelpress.store import Store
+from modelpress.store.local import LocalStore
+from modelpress.store.s3 import S3Store
+from serving.kept import Kept
+from serving.repository import Repository
+from tests.serving.conftest import publish_pack, scale_model
+from tests.serving.test_app import client_of
+from tests.serving.test_repository import answer, flip_bit
+from tests.serving.test_self_test import with_golden
+from tests.trust.teams import Team
+
+Call = Callable[..., Any]
+
+
+@pytest.fixture
+def gone(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Store]:
+    """A store on S3 whose server is down: its port refuses connections."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        store = S3Store("s3://models/prod", Settings(s3_endpoint_url=endpoint, s3_attempts=1))
+        yield store
+        store.close()
+
+
+class Shaky(LocalStore):
+    """A store that does not answer while it is `down`."""
+
+    down = False
+
+    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        self._answer()
+        return super().get(key, start, length)
+
+    def list(self, prefix: str = "") -> Iterator[Any]:
+        self._answer()
+        return super().list(prefix)
+
+    def _answer(self) -> None:
+        if self.down:
+            raise StoreUnavailableError("asking the store", found="no answer")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "kept"
+
+
+def serve(store: Store, folder: Path, *models: str, **options: Any) -> tuple[Repository, Kept]:
+    kept = Kept(folder, store)
+    repository = Repository(store, models, threads=1, retry_seconds=0.0, kept=kept, **options)
+    try:
+        repository.start()
+    except BaseException:
+        kept.close()
+        raise
+    return repository, kept
+
+
+def once(store: Store, folder: Path, *models: str) -> None:
+    """A server that started, kept what it serves, and ended."""
+    _, kept = serve(store, folder, *models)
+    kept.close()
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "blobs" / "sha256").iterdir()}
+
+
+def test_a_server_starts_with_what_it_kept_and_says_so(
+    store: Store, press: Call, gone: S3Store, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    press(with_golden(scale_model(2.0)))
+    pack = press(with_golden(scale_model(3.0)))
+    once(store, folder, "scale")
+    models, kept = serve(gone, folder, "scale")
+    with kept:
+        assert answer(models) == 3.0
+        loaded = models.model("scale").answering()
+        assert (loaded.engine.pack, loaded.pointer.number) == (pack, 2)
+        assert loaded.engine.tested is not None  # it was tested again
+        assert models.ready
+        assert models.lost is not None
+        assert f"pack {pack}, kept on this machine, answers" in caplog.text
+
+
+def test_without_a_copy_it_does_not_start(store: Store, press: Call, gone: S3Store, folder: Path) -> None:
+    with pytest.raises(StoreUnavailableError):
+        serve(gone, folder, "scale")
+    press(scale_model(2.0), "other")
+    once(store, folder, "other")
+    with pytest.raises(StoreUnavailableError):
+        serve(gone, folder, "scale")
+    with pytest.raises(StoreUnavailableError):
+        Repository(gone, ["scale"]).start()
+
+
+def test_a_server_of_all_packs_starts_with_those_it_kept(
+    store: Store, press: Call, gone: S3Store, folder: Path
+) -> None:
+    press(scale_model(2.0))
+    press(scale_model(3.0), "other")
+    once(store, folder)
+    models, kept = serve(gone, folder)
+    with kept:
+        assert [model.name for model in models.models()] == ["other", "scale"]
+        assert (answer(models), answer(models, "other")) == (2.0, 3.0)
+
+
+@pytest.mark.anyio
+async def test_readiness_and_metadata_tell_the_truth_about_the_store(press: Call, folder: Path, tmp_path: Path) -> None:
+    press(scale_model(2.0))
+    store = Shaky(tmp_path / "store")
+    models, kept = serve(store, folder, "scale", offline_seconds=60.0)
+    with kept:
+        async with client_of(models) as client:
+            assert (await client.get("/v2/health/ready")).json() == {"ready": True}
+            assert "store" not in (await client.get("/v2/models/scale")).json()["parameters"]
+            store.down = True
+            models.poll()
+            lost = models.lost
+            assert lost is not None
+            said = {"ready": True, "store": f"unreachable since {lost.isoformat(timespec='seconds')}"}
+            found = await client.get("/v2/health/ready")
+            assert (found.status_code, found.json()) == (200, said)
+            assert (await client.get("/v2/models/scale")).json()["parameters"]["store"] == said["store"]
+            models.poll()
+            assert models.lost == lost  # since when, not when it was asked last
+            models.model("scale").lost = datetime.now(UTC) - timedelta(seconds=61)
+            found = await client.get("/v2/health/ready")
+            assert (found.status_code, found.json()["ready"]) == (503, False)
+            assert answer(models) == 2.0
+            store.down = False
+            models.poll()
+            assert (await client.get("/v2/health/ready")).json() == {"ready": True}
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def test_without_a_limit_it_stays_ready(press: Call, folder: Path, tmp_path: Path) -> None:
+    press(scale_model(2.0))
+    store = Shaky(tmp_path / "store")
+    models, kept = serve(store, folder)
+    with kept:
+        store.down = True
+        models.poll()
+        models.model("scale").lost = datetime.now(UTC) - timedelta(days=400)
+        assert models.ready
+
+
+def test_when_the_store_is_back_the_pointer_is_followed_on(press: Call, folder: Path, tmp_path: Path) -> None:
+    press(scale_model(2.0))
+    store = Shaky(tmp_path / "store")
+    once(store, folder, "scale")
+    store.down = True
+    models, kept = serve(store, folder, "scale")
+    with kept:
+        assert answer(models) == 2.0
+        store.down = False
+        press(scale_model(3.0))
+        models.poll()
+        assert (answer(models), models.lost) == (3.0, None)
+    store.down = True
+    models, kept = serve(store, folder, "scale")
+    with kept:
+        assert answer(models) == 3.0
+
+
+def test_what_was_replaced_is_not_kept_on(store: Store, press: Call, folder: Path) -> None:
+    press(scale_model(2.0))
+    models, kept = serve(store, folder, "scale")
+    with kept:
+        first = files(folder)
+        press(scale_model(3.0))
+        models.poll()
+        second = files(folder)
+        assert second
+        assert first - second
+        assert kept.aliases() == [("scale", "champion")]
+        manifests = [info.key for info in kept.store.list("packs/") if keys.manifest_owner(info.key)]
+        assert manifests == [keys.manifest("scale", models.model("scale").answering().engine.pack)]
+
+
+def test_packs_that_fail_do_not_fill_the_disk(store: Store, press: Call, folder: Path) -> None:
+    press(with_golden(scale_model(2.0)))
+    models, kept = serve(store, folder, "scale")
+    with kept:
+        sizes = []
+        for number in range(5):
+            press(with_golden(scale_model(3.0 + number), of=scale_model(9.5)))
+            with suppress(SelfTestError):
+                models.load("scale")
+                pytest.fail("it must not load")
+            sizes.append(len(files(folder)))
+        assert sizes == sizes[:1] * 5
+        assert answer(models) == 2.0
+
+
+def flip_blob(kept: LocalStore) -> None:
+    flip_bit(kept, max((info for info in kept.list("blobs/sha256/")), key=lambda info: info.size_bytes).key)
+
+
+def flip_manifest(kept: LocalStore) -> None:
+    flip_bit(kept, next(info.key for info in kept.list("packs/") if keys.manifest_owner(info.key)))
+
+
+def flip_pointer(kept: LocalStore) -> None:
+    flip_bit(kept, keys.pointer("scale", "champion", 1))
+
+
+def drop_blob(kept: LocalStore) -> None:
+    kept.delete(next(info.key for info in kept.list("blobs/sha256/")))
+
+
+@pytest.mark.parametrize("damage", [flip_blob, flip_manifest, flip_pointer, drop_blob])
+def test_a_copy_that_was_changed_is_refused(
+    store: Store, press: Call, gone: S3Store, folder: Path, caplog: pytest.LogCaptureFixture, damage: Call
+) -> None:
+    press(scale_model(2.0))
+    once(store, folder, "scale")
+    damage(LocalStore(folder))
+    with pytest.raises(StoreUnavailableError):
+        serve(gone, folder, "scale")
+    assert "what is kept on this machine is not served" in caplog.text
+
+
+def test_a_copy_counts_as_long_as_its_signatures_do(
+    tmp_path: Path, press_signed: Call, gone: S3Store, folder: Path, team: Team, caplog: pytest.LogCaptureFixture
+) -> None:
+    press_signed(scale_model(2.0))
+    once(team.store(), folder, "scale")
+    gone.trust = team.trust()
+    models, kept = serve(gone, folder, "scale")
+    with kept:
+        assert answer(models) == 2.0
+        assert models.model("scale").answering().trust == gone.trust.fingerprint
+    team.change("farm", revoked=(datetime.now(UTC) - timedelta(seconds=1)).isoformat())
+    with pytest.raises(StoreUnavailableError):
+        serve(gone, folder, "scale")
+    assert "is not served" in caplog.text
+
+
+def test_an_entry_that_nobody_signed_is_refused(
+    press_signed: Call, gone: S3Store, folder: Path, team: Team, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who can write to the folder can not choose what is served."""
+    press_signed(scale_model(2.0))
+    once(team.store(), folder, "scale")
+    copies = LocalStore(folder)
+    entry = pointer.entry(copies, "scale", "champion", 1)
+    forged = entry.model_copy(update={"format_version": 1, "signature": None})
+    copies.put(keys.pointer("scale", "champion", 1), forged.to_bytes())
+    gone.trust = team.trust()
+    with pytest.raises(StoreUnavailableError):
+        serve(gone, folder, "scale")
+    assert "is not served" in caplog.text
+
+
+@pytest.fixture
+def team(tmp_path: Path) -> Team:
+    (tmp_path / "team").mkdir()
+    return Team(tmp_path / "team", farm="publisher")
+
+
+@pytest.fixture
+def press_signed(team: Team, tmp_path_factory: pytest.TempPathFactory) -> Call:
+    def press(checkpoint: Any, name: str = "scale") -> str:
+        return publish_pack(team.store("farm"), tmp_path_factory.mktemp("shards"), checkpoint, name)
+
+    return press
+
+
+def test_an_encrypted_copy_opens_with_its_key_alone(
+    store: Store, gone: S3Store, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODELPRESS_KEY", base64.b64encode(b"K" * 32).decode())
+    coded, report = compress(scale_model(2.0), CompressConfig())
+    shards, _ = write_shards(coded, ShardConfig(), tmp_path)
+    manifest, blobs = draft_manifest("scale", coded, shards)
+    secret = secrets.current(store, "scale", [LocalKey(b"K" * 32)])
+    manifest, shards, blobs = seal_pack(manifest, shards, blobs, secret, tmp_path / "sealed")
+    pack = publish(store, manifest, shards, blobs, source_bytes=report.raw_bytes).pack
+    pointer.append(store, "scale", "champion", pack, "promote")
+    once(store, folder, "scale")
+    models, kept = serve(gone, folder, "scale")
+    with kept:
+        assert answer(models) == 2.0
+    monkeypatch.setenv("MODELPRESS_KEY", base64.b64encode(b"L" * 32).decode())
+    with pytest.raises(StoreUnavailableError):
+        serve(gone, folder, "scale")
+
+
+def test_two_servers_do_not_share_a_folder(store: Store, folder: Path) -> None:
+    with Kept(folder, store), pytest.raises(SetupError, match="another server"):
+        Kept(folder, store)
+    Kept(folder, store).close()
+
+
+def test_a_folder_that_can_not_be_written_is_refused(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SetupError, match="MODELPRESS_SERVING_KEEP_FOLDER"):
+        Kept(tmp_path / "file" / "kept", store)
+
+
+def test_a_disk_that_takes_nothing_stops_no_service(
+    store: Store, press: Call, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    press(scale_model(2.0))
+    kept = Kept(folder, store)
+    with kept:
+        monkeypatch.setattr(kept.cache, "keep", lambda *_: None)  # what the cache does when the disk is full
+        models = Repository(store, ["scale"], threads=1, retry_seconds=0.0, kept=kept)
+        with caplog.at_level(logging.WARNING):
+            models.start()
+            models.poll()
+        assert answer(models) == 2.0
+        assert caplog.text.count("is served and not kept") == 1
+        assert kept.aliases() == []  # and no half of a copy
+
+
+def test_a_load_asks_the_store_for_no_blob_twice(press: Call, folder: Path, tmp_path: Path) -> None:
+    press(with_golden(scale_model(2.0)))
+    read: list[str] = []
+
+    class Counting(LocalStore):
+        def read_into(self, key: str, *arguments: Any, **options: Any) -> None:
+            read.append(key)
+            super().read_into(key, *arguments, **options)
+
+    once(Counting(tmp_path / "store"), folder, "scale")
+    assert read
+    assert len(read) == len(set(read))
+    read.clear()
+    once(Counting(tmp_path / "store"), folder, "scale")
+    assert read == []
