@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ from hypothesis import strategies as st
 from modelpress.canary import decide, tally
 from modelpress.canary.decide import advance, findings, levels
 from modelpress.canary.tally import ArmTally, StepTally, Tallies
-from modelpress.config import CanaryConfig
+from modelpress.config import CanaryConfig, CanaryStep
 from tests.canary.states import CANARY, SHADOW, by, config, seen, shadowed, split, state
 
 GOOD = (shadowed(400, 2.0), split(1000, slow=50))
@@ -157,3 +160,42 @@ def test_whatever_was_seen_there_is_an_action_with_its_reasons(found: StepTally,
 def test_a_config_that_can_not_work_is_refused(document: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         CanaryConfig.model_validate(document)
+
+
+def says_first(
+    number: int, share: float, counted: Callable[[int], StepTally], test: str, verdict: str, alpha: float
+) -> bool:
+    """Whether a test says so at so many requests of the candidate, and not at one less; one step's share is chosen."""
+    made = CanaryConfig().model_copy(update={"steps": [*CanaryConfig().steps[:1], CanaryStep(share=share)]})
+
+    def says(number: int) -> bool:
+        found = findings(made, seen(counted(number)), alpha)
+        return {one.test: one.verdict for one in found}[test] == verdict
+
+    return says(number) and not says(number - 1)
+
+
+def arms_of(number: int, share: float, errors: int = 0, slow: float = 0.0) -> StepTally:
+    others = round(number * (1 - share) / share)
+    one = ArmTally(requests=number, errors=errors, timed=number - errors, slow=int((number - errors) * slow))
+    return StepTally(step=1, champion=ArmTally(requests=others, timed=others, slow=int(others * slow)), candidate=one)
+
+
+def test_what_the_documentation_says_that_it_takes() -> None:
+    """The table of `docs/canary.md`."""
+    text = (Path(__file__).parents[2] / "docs" / "canary.md").read_text()
+    rows = re.findall(r"^\| (.+?) \| (\d+) \| (\d*) ?\|$", text, re.MULTILINE)
+    central, local = levels(CanaryConfig())
+    cases: list[tuple[float, Callable[[int], StepTally], str, str]] = [
+        (0.05, lambda n: arms_of(n, 0.05, errors=n), "errors", "alarm"),
+        (0.5, lambda n: arms_of(n, 0.5, errors=n), "errors", "alarm"),
+        (0.05, lambda n: arms_of(n, 0.05), "errors", "clear"),
+        (0.5, lambda n: arms_of(n, 0.5, slow=0.05), "latency", "clear"),
+        (0.05, lambda n: shadowed(n, n), "disagreement", "alarm"),
+        (0.05, lambda n: shadowed(n, n / 5), "disagreement", "alarm"),
+        (0.05, lambda n: shadowed(n, n / 100), "disagreement", "clear"),
+    ]
+    assert len(rows) == len(cases)
+    for (what, together, alone), case in zip(rows, cases, strict=True):
+        assert says_first(int(together), *case, central), what
+        assert not alone or says_first(int(alone), *case, local), what

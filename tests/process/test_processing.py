@@ -267,7 +267,7 @@ def test_texts_are_padded_cut_and_masked() -> None:
         ([b"a", b"\xff"], "byte 0 that is no UTF-8"),
         ([b"a\xed\xa0\x80"], "byte 1 that is no UTF-8"),  # a surrogate
         ([b"a " * 5_000_000], "10000000 bytes"),
-        ([b"a" * 200_000] * 30, "bytes up to it"),
+        ([b"a" * 100_000] * 30, "bytes up to it"),
     ],
 )
 def test_what_is_no_text_is_refused(texts: list[bytes], said: str) -> None:
@@ -292,6 +292,17 @@ def test_any_text_has_tokens(texts: list[str]) -> None:
 def test_a_file_that_is_no_tokenizer_is_refused(data: bytes) -> None:
     with pytest.raises(CorruptionError, match=r"tokenizer\.json"):
         text.TextReader(TextInput(max_length=4), data)
+
+
+def test_a_length_that_the_special_tokens_fill_is_refused() -> None:
+    """The package cuts nothing where fewer tokens are allowed than it adds."""
+    made = tokenizers.Tokenizer.from_str(tokenizer().decode())
+    made.post_processor = tokenizers.processors.TemplateProcessing("[UNK] $A [UNK]", special_tokens=[("[UNK]", 1)])
+    data = made.to_str().encode()
+    reader = text.TextReader(TextInput(max_length=3), data)
+    assert reader.read([b"a a a a"])["input_ids"].tolist() == [[1, 2, 1]]
+    with pytest.raises(WorkloadError, match="2 or more"):
+        text.TextReader(TextInput(max_length=1), data)
 
 
 FLOAT, INT = np.dtype(np.float32), np.dtype(np.int64)
