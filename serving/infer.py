@@ -20,6 +20,7 @@ import orjson
 from modelpress.errors import ModelpressError
 from serving.batching import Batcher, Bounds
 from serving.models import Loaded, ServedModel
+from serving.processed import Processed
 from serving.protocol import (
     BusyError,
     EncodingError,
@@ -37,9 +38,8 @@ if TYPE_CHECKING:
     import numpy as np
     from starlette.types import Message, Receive, Scope, Send
 
-    from serving.canary import Canaries
+    from serving.canary import Canaries, Turn
     from serving.engine import Engine
-    from serving.processed import Processed
     from serving.repository import Repository
 
 log = logging.getLogger("modelpress.serving")
@@ -60,6 +60,7 @@ PACK_HEADER = b"modelpress-pack"
 """Of each answer: digest of the pack that gave it."""
 
 T = TypeVar("T")
+Arrays = dict[str, "np.ndarray"]
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,9 @@ class Places:
 class Answer:
     """What a request is answered with: all of it from one pack."""
 
-    loaded: Loaded | Processed
-    asked: InferRequest
+    loaded: Loaded
     outputs: dict[str, np.ndarray]
+    asked: InferRequest
 
 
 class Inference:
@@ -159,28 +160,46 @@ class Inference:
         """
         # One look at what is loaded: the whole answer comes from one pack, whatever is swapped meanwhile.
         model = self.repository.asked(name)
-        loaded = model.answering(version)
-        engine = loaded.engine
-        asked = await self.coded(size, lambda: decode(engine.inputs, engine.outputs))
+        shown = model.answering(version)
+        asked = await self.coded(size, lambda: decode(shown.engine.inputs, shown.engine.outputs))
         limits = [seconds for seconds in (timeout, asked.timeout_seconds) if seconds is not None]
         deadline = received + min(limits) if limits else None
-        turn = None
-        if self.canaries and version is None and isinstance(model, ServedModel) and isinstance(loaded, Loaded):
-            turn = self.canaries.turn(model, loaded, canary_key)  # texts and images take no part
+        if isinstance(model, ServedModel):
+            assert isinstance(shown, Loaded)
+            turn = self._turn(model, shown, canary_key) if version is None else None
+            return Answer(*await self._run(shown, turn, asked.inputs, asked.outputs, deadline), asked)
+        assert isinstance(shown, Processed)
+        front = shown.engine
+        prepared = await self._in_thread(lambda: front.prepare(asked.inputs))
+        turn = self._turn(model.behind, shown.behind, canary_key) if version is None else None
+        if turn is not None and not front.serves(turn.candidate.engine):
+            turn = None  # it would get tensors that another tokenizer made
+        loaded, found = await self._run(shown.behind, turn, prepared, front.graph_outputs, deadline)
+        return Answer(loaded, await self._in_thread(lambda: front.finish(found, prepared, asked.outputs)), asked)
+
+    def _turn(self, model: ServedModel, loaded: Loaded, key: str | None) -> Turn | None:
+        return self.canaries.turn(model, loaded, key) if self.canaries else None
+
+    async def _run(
+        self, loaded: Loaded, turn: Turn | None, inputs: Arrays, outputs: list[str], deadline: float | None
+    ) -> tuple[Loaded, Arrays]:
+        """Who answered, and what."""
+
+        def run(engine: Engine) -> Awaitable[Arrays]:
+            return self.batcher.run(engine, inputs, outputs, deadline)
+
         if turn is None:
-            return Answer(loaded, asked, await self.batcher.run(engine, asked.inputs, asked.outputs, deadline))
+            return loaded, await run(loaded.engine)
+        return await turn.run(run, inputs, outputs)
 
-        def run(engine: Engine) -> Awaitable[dict[str, np.ndarray]]:
-            return self.batcher.run(engine, asked.inputs, asked.outputs, deadline)
-
-        answering, outputs = await turn.run(run, asked.inputs, asked.outputs)
-        return Answer(answering, asked, outputs)
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._coding, work)
 
     async def coded(self, size: int, work: Callable[[], T]) -> T:
         """Decode or encode `size` bytes: here, or in a thread where that takes longer than the way there."""
         if size <= SMALL_BYTES:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self._coding, work)
+        return await self._in_thread(work)
 
 
 class InferDoor:

@@ -6,6 +6,7 @@ pack's description makes of the graph's outputs (`modelpress.process`). No pack'
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,9 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from modelpress.errors import InputError
-from modelpress.process import Feature, Pipeline
+from modelpress.process import PROCESSING_FILE, Feature, Pipeline
 from serving.refusals import NotServedError, RequestError
-from serving.rows import Rows
 from serving.tensors import DATATYPES, TensorSpec, datatype_of
 
 if TYPE_CHECKING:
@@ -24,10 +24,9 @@ if TYPE_CHECKING:
     from modelpress.golden import Outcome
     from modelpress.pointer import Pointer
     from serving.engine import Engine
-    from serving.models import Failure, ServedModel
+    from serving.models import Failure, Loaded, ServedModel
 
 SUFFIX = ":processed"
-APART = Rows(False, "texts and images of several requests are prepared, and answered, apart")
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,8 @@ class Front:
     pipeline: Pipeline
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
+    fingerprint: str
+    """sha256 (hex) of the description and of the files that it names."""
 
     @classmethod
     def of_files(
@@ -50,78 +51,94 @@ class Front:
         pipeline = Pipeline.of_files(files, [_feature(one) for one in inputs], [_feature(one) for one in outputs])
         if pipeline is None:
             return None
-        return cls(pipeline, [_spec(pipeline.input)], [_spec(one) for one in pipeline.outputs])
+        digest = hashlib.sha256()
+        for name in [PROCESSING_FILE, *sorted(pipeline.spec.files)]:
+            digest.update(hashlib.sha256(files[name]).digest())
+        specs = [_spec(one) for one in pipeline.outputs]
+        return cls(pipeline, [_spec(pipeline.input)], specs, digest.hexdigest())
 
 
 class ProcessedEngine:
-    """An engine behind its front. It takes what clients send, and is otherwise the engine."""
+    """An engine as its front shows it: what goes in is prepared for it, and what comes out finished.
 
-    rows = APART
+    The tensors between the two run as everybody's do: joined with others', and in canaries.
+    """
 
     def __init__(self, engine: Engine, front: Front) -> None:
-        self._engine, self._front = engine, front
+        self._front = front
         self.inputs, self.outputs = front.inputs, front.outputs
-        self.row_seconds = 0.0
-        self.pack, self.provider, self.lineage = engine.pack, engine.provider, engine.lineage
+        self.graph_outputs = [spec.name for spec in engine.outputs]
+        """What the graph must be asked for."""
+        self.pack, self.provider, self.lineage, self.rows = engine.pack, engine.provider, engine.lineage, engine.rows
         self.tested: Outcome | None = engine.tested
-
-    @property
-    def broken(self) -> bool:
-        """Whether the engine is."""
-        return self._engine.broken
 
     @property
     def front(self) -> Front | None:
         """It has none of its own."""
         return None
 
-    def infer(self, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
-        """Prepare, run and finish, on checked inputs.
+    def serves(self, engine: Engine) -> bool:
+        """Whether what is prepared here is what another pack's processing would prepare, and finish, too."""
+        return engine.front is not None and engine.front.fingerprint == self._front.fingerprint
+
+    def prepare(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The graph's inputs, of checked ones.
 
         Raises:
-            RequestError: what was sent is no text or image that the model takes, or it can't run on it.
-            NotReadyError: see `Engine.infer`.
-            WorkloadError: the graph gave what the pack's description does not foresee.
+            RequestError: what was sent is no text or image that the model takes.
         """
         pipeline = self._front.pipeline
         try:
-            prepared = pipeline.prepare(inputs[pipeline.input.name].tolist())
+            return pipeline.prepare(inputs[pipeline.input.name].tolist())
         except InputError as error:
             raise RequestError(error.doing, found=error.found, expected=error.expected) from error
-        found = self._engine.infer(prepared, [spec.name for spec in self._engine.outputs])
-        finished = pipeline.finish(found, prepared)
+
+    def finish(
+        self, found: Mapping[str, np.ndarray], prepared: Mapping[str, np.ndarray], outputs: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        """The outputs that a client asked for, of what the graph gave.
+
+        Raises:
+            WorkloadError: it gave what the pack's description does not foresee.
+        """
+        finished = self._front.pipeline.finish(found, prepared)
         return {name: finished[name] for name in outputs}
 
 
 @dataclass(frozen=True)
 class Processed:
-    """What answers now, behind its front; like `models.Loaded`."""
+    """What answers now, behind its front."""
 
     engine: ProcessedEngine
-    pointer: Pointer | None
-    """The entry that says so; None for a pack that is held beside what the pointer names."""
+    behind: Loaded
+
+    @property
+    def pointer(self) -> Pointer | None:
+        """The entry that says so; None for a pack that is held beside what the pointer names."""
+        return self.behind.pointer
 
 
 class ProcessedModel:
     """A served model, as who sends texts or images sees it."""
 
     def __init__(self, model: ServedModel) -> None:
-        self._model = model
+        self.behind = model
+        """Which takes tensors."""
         self.name, self.alias = f"{model.name}{SUFFIX}", model.alias
 
     @property
     def failure(self) -> Failure | None:
         """The model's."""
-        return self._model.failure
+        return self.behind.failure
 
     @property
     def lost(self) -> datetime | None:
         """The model's."""
-        return self._model.lost
+        return self.behind.lost
 
     def versions(self) -> list[str]:
         """The model's."""
-        return self._model.versions()
+        return self.behind.versions()
 
     def answering(self, version: str | None = None) -> Processed:
         """What answers now.
@@ -129,15 +146,15 @@ class ProcessedModel:
         Raises:
             NotReadyError, NotServedError: see `ServedModel.answering`; or the pack brings no processing.
         """
-        loaded = self._model.answering(version)
+        loaded = self.behind.answering(version)
         engine = loaded.engine
         if engine.front is None:
             raise NotServedError(
                 f"model {self.name!r}",
                 found=f"a pack without processing ({engine.pack[:12]})",
-                expected=f"tensors, for {self._model.name!r}",
+                expected=f"tensors, for {self.behind.name!r}",
             )
-        return Processed(ProcessedEngine(engine, engine.front), loaded.pointer)
+        return Processed(ProcessedEngine(engine, engine.front), loaded)
 
 
 def _feature(spec: TensorSpec) -> Feature:

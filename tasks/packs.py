@@ -196,6 +196,7 @@ def _with_files(context: RunContext, coded: ArtifactRef, provenance: Provenance,
     from modelpress import scores
     from modelpress.container import Coded
 
+    golden = _golden(context, provenance.graph, samples) if samples else {}  # first: it holds the model, too
     found = Coded.from_bytes(load_artifact(coded))
     vectors = {
         name: scores.load(load_artifact(ref))["scores"]
@@ -205,7 +206,7 @@ def _with_files(context: RunContext, coded: ArtifactRef, provenance: Provenance,
         **found.files,
         **open_workload(context.workload, context.mlflow_run).files(),
         scores.SCORES_FILE: scores.dump(vectors),
-        **(_golden(context, provenance.graph, samples) if samples else {}),
+        **golden,
     }
     return replace(found, files=files | _processing(context, files))
 

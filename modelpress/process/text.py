@@ -11,10 +11,10 @@ from modelpress.errors import CorruptionError, InputError, SetupError
 from modelpress.process.spec import TextInput
 
 MAX_TOKENIZER_BYTES: Final = 2**27
-MAX_TEXT_BYTES: Final = 2**18
-"""Of one text: some fifty thousand words, which take a tenth of a second."""
-MAX_TEXTS_BYTES: Final = 2**22
-"""Of all texts of a call."""
+MAX_TEXT_BYTES: Final = 2**17
+"""Of one text: some twenty thousand words, which took an eighth of a second, and the worst text a quarter."""
+MAX_TEXTS_BYTES: Final = 2**21
+"""Of all texts of a call: four seconds of one core at the worst."""
 MAX_TOKENS: Final = 2**24
 """Of a padded batch."""
 

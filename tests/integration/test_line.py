@@ -129,7 +129,9 @@ def test_the_pack_answers_its_golden_samples_and_reads_images(first: OptimizeRes
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "png")
     images = {"image": np.array([buffer.getvalue()], dtype=object)}
-    found = ProcessedEngine(engine, engine.front).infer(images, ["labels", "output"])
+    shown = ProcessedEngine(engine, engine.front)
+    prepared = shown.prepare(images)
+    found = shown.finish(engine.infer(prepared, ["output"]), prepared, ["labels", "output"])
     logits = engine.infer({"image": pixels[None, None].astype(np.float32) / np.float32(255)}, ["output"])["output"]
     assert (found["output"] == logits).all()
     assert found["labels"][0, 0] == str(logits.argmax()).encode()

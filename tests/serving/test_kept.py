@@ -11,22 +11,27 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
-from modelpress import keys, pointer
+from modelpress import delta, graph, keys, pointer
+from modelpress.checkpoint import Checkpoint
 from modelpress.cipher import LocalKey, seal_pack, secrets
 from modelpress.compress import compress
 from modelpress.config import CompressConfig, ShardConfig
 from modelpress.errors import SelfTestError, SetupError, StoreUnavailableError
 from modelpress.publish import publish
-from modelpress.settings import Settings
+from modelpress.settings import read_settings
 from modelpress.shard import draft_manifest, write_shards
 from modelpress.store import Store
 from modelpress.store.local import LocalStore
 from modelpress.store.s3 import S3Store
 from serving.kept import Kept
+from serving.protocol import decode_response, encode_request
 from serving.repository import Repository
-from tests.serving.conftest import publish_pack, scale_model
+from tests.serving.conftest import WIDTH, Server, publish_pack, scale_model
 from tests.serving.test_app import client_of
 from tests.serving.test_repository import answer, flip_bit
 from tests.serving.test_self_test import with_golden
@@ -43,7 +48,9 @@ def gone(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Store]:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        store = S3Store("s3://models/prod", Settings(s3_endpoint_url=endpoint, s3_attempts=1))
+        monkeypatch.setenv("MODELPRESS_S3_ENDPOINT_URL", endpoint)
+        monkeypatch.setenv("MODELPRESS_S3_ATTEMPTS", "1")
+        store = S3Store("s3://models/prod", read_settings())
         yield store
         store.close()
 
@@ -71,7 +78,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "kept"
 
 
-def serve(store: Store, folder: Path, *models: str, **options: Any) -> tuple[Repository, Kept]:
+def started(store: Store, folder: Path, *models: str, **options: Any) -> tuple[Repository, Kept]:
     kept = Kept(folder, store)
     repository = Repository(store, models, threads=1, retry_seconds=0.0, kept=kept, **options)
     try:
@@ -84,7 +91,7 @@ def serve(store: Store, folder: Path, *models: str, **options: Any) -> tuple[Rep
 
 def once(store: Store, folder: Path, *models: str) -> None:
     """A server that started, kept what it serves, and ended."""
-    _, kept = serve(store, folder, *models)
+    _, kept = started(store, folder, *models)
     kept.close()
 
 
@@ -98,7 +105,7 @@ def test_a_server_starts_with_what_it_kept_and_says_so(
     press(with_golden(scale_model(2.0)))
     pack = press(with_golden(scale_model(3.0)))
     once(store, folder, "scale")
-    models, kept = serve(gone, folder, "scale")
+    models, kept = started(gone, folder, "scale")
     with kept:
         assert answer(models) == 3.0
         loaded = models.model("scale").answering()
@@ -111,11 +118,11 @@ def test_a_server_starts_with_what_it_kept_and_says_so(
 
 def test_without_a_copy_it_does_not_start(store: Store, press: Call, gone: S3Store, folder: Path) -> None:
     with pytest.raises(StoreUnavailableError):
-        serve(gone, folder, "scale")
+        started(gone, folder, "scale")
     press(scale_model(2.0), "other")
     once(store, folder, "other")
     with pytest.raises(StoreUnavailableError):
-        serve(gone, folder, "scale")
+        started(gone, folder, "scale")
     with pytest.raises(StoreUnavailableError):
         Repository(gone, ["scale"]).start()
 
@@ -126,7 +133,7 @@ def test_a_server_of_all_packs_starts_with_those_it_kept(
     press(scale_model(2.0))
     press(scale_model(3.0), "other")
     once(store, folder)
-    models, kept = serve(gone, folder)
+    models, kept = started(gone, folder)
     with kept:
         assert [model.name for model in models.models()] == ["other", "scale"]
         assert (answer(models), answer(models, "other")) == (2.0, 3.0)
@@ -136,7 +143,7 @@ def test_a_server_of_all_packs_starts_with_those_it_kept(
 async def test_readiness_and_metadata_tell_the_truth_about_the_store(press: Call, folder: Path, tmp_path: Path) -> None:
     press(scale_model(2.0))
     store = Shaky(tmp_path / "store")
-    models, kept = serve(store, folder, "scale", offline_seconds=60.0)
+    models, kept = started(store, folder, "scale", offline_seconds=60.0)
     with kept:
         async with client_of(models) as client:
             assert (await client.get("/v2/health/ready")).json() == {"ready": True}
@@ -168,7 +175,7 @@ def anyio_backend() -> str:
 def test_without_a_limit_it_stays_ready(press: Call, folder: Path, tmp_path: Path) -> None:
     press(scale_model(2.0))
     store = Shaky(tmp_path / "store")
-    models, kept = serve(store, folder)
+    models, kept = started(store, folder)
     with kept:
         store.down = True
         models.poll()
@@ -181,7 +188,7 @@ def test_when_the_store_is_back_the_pointer_is_followed_on(press: Call, folder: 
     store = Shaky(tmp_path / "store")
     once(store, folder, "scale")
     store.down = True
-    models, kept = serve(store, folder, "scale")
+    models, kept = started(store, folder, "scale")
     with kept:
         assert answer(models) == 2.0
         store.down = False
@@ -189,14 +196,14 @@ def test_when_the_store_is_back_the_pointer_is_followed_on(press: Call, folder: 
         models.poll()
         assert (answer(models), models.lost) == (3.0, None)
     store.down = True
-    models, kept = serve(store, folder, "scale")
+    models, kept = started(store, folder, "scale")
     with kept:
         assert answer(models) == 3.0
 
 
 def test_what_was_replaced_is_not_kept_on(store: Store, press: Call, folder: Path) -> None:
     press(scale_model(2.0))
-    models, kept = serve(store, folder, "scale")
+    models, kept = started(store, folder, "scale")
     with kept:
         first = files(folder)
         press(scale_model(3.0))
@@ -211,7 +218,7 @@ def test_what_was_replaced_is_not_kept_on(store: Store, press: Call, folder: Pat
 
 def test_packs_that_fail_do_not_fill_the_disk(store: Store, press: Call, folder: Path) -> None:
     press(with_golden(scale_model(2.0)))
-    models, kept = serve(store, folder, "scale")
+    models, kept = started(store, folder, "scale")
     with kept:
         sizes = []
         for number in range(5):
@@ -248,7 +255,7 @@ def test_a_copy_that_was_changed_is_refused(
     once(store, folder, "scale")
     damage(LocalStore(folder))
     with pytest.raises(StoreUnavailableError):
-        serve(gone, folder, "scale")
+        started(gone, folder, "scale")
     assert "what is kept on this machine is not served" in caplog.text
 
 
@@ -258,13 +265,13 @@ def test_a_copy_counts_as_long_as_its_signatures_do(
     press_signed(scale_model(2.0))
     once(team.store(), folder, "scale")
     gone.trust = team.trust()
-    models, kept = serve(gone, folder, "scale")
+    models, kept = started(gone, folder, "scale")
     with kept:
         assert answer(models) == 2.0
         assert models.model("scale").answering().trust == gone.trust.fingerprint
     team.change("farm", revoked=(datetime.now(UTC) - timedelta(seconds=1)).isoformat())
     with pytest.raises(StoreUnavailableError):
-        serve(gone, folder, "scale")
+        started(gone, folder, "scale")
     assert "is not served" in caplog.text
 
 
@@ -280,7 +287,7 @@ def test_an_entry_that_nobody_signed_is_refused(
     copies.put(keys.pointer("scale", "champion", 1), forged.to_bytes())
     gone.trust = team.trust()
     with pytest.raises(StoreUnavailableError):
-        serve(gone, folder, "scale")
+        started(gone, folder, "scale")
     assert "is not served" in caplog.text
 
 
@@ -310,12 +317,12 @@ def test_an_encrypted_copy_opens_with_its_key_alone(
     pack = publish(store, manifest, shards, blobs, source_bytes=report.raw_bytes).pack
     pointer.append(store, "scale", "champion", pack, "promote")
     once(store, folder, "scale")
-    models, kept = serve(gone, folder, "scale")
+    models, kept = started(gone, folder, "scale")
     with kept:
         assert answer(models) == 2.0
     monkeypatch.setenv("MODELPRESS_KEY", base64.b64encode(b"L" * 32).decode())
     with pytest.raises(StoreUnavailableError):
-        serve(gone, folder, "scale")
+        started(gone, folder, "scale")
 
 
 def test_two_servers_do_not_share_a_folder(store: Store, folder: Path) -> None:
@@ -361,3 +368,66 @@ def test_a_load_asks_the_store_for_no_blob_twice(press: Call, folder: Path, tmp_
     read.clear()
     once(Counting(tmp_path / "store"), folder, "scale")
     assert read == []
+
+
+def test_a_copy_of_a_difference_brings_its_base(store: Store, gone: S3Store, folder: Path, tmp_path: Path) -> None:
+    """The base is promoted first, and so kept; with the version after it, both are, and nothing else."""
+    base = publish_pack(store, tmp_path / "base", two_tables(1), "tables")
+    once(store, folder, "tables")
+    config = CompressConfig(base=base, max_delta_share=1.0)
+    coded, report = delta.compress_against(two_tables(2), config, delta.open_base(store, "tables", base))
+    shards, _ = write_shards(coded, ShardConfig(), tmp_path / "version")
+    manifest, blobs = draft_manifest("tables", coded, shards)
+    assert manifest.base == base
+    pack = publish(store, manifest, shards, blobs, source_bytes=report.raw_bytes).pack
+    pointer.append(store, "tables", "champion", pack, "promote")
+    once(store, folder, "tables")
+    models, kept = started(gone, folder, "tables")
+    with kept:
+        engine = models.model("tables").answering().engine
+        assert engine.pack == pack
+        found = engine.infer({"at": np.array([3])}, ["y"])["y"]
+        assert (found == two_tables(2).tensors["one"][3].numpy() + two_tables(2).tensors["two"][3].numpy()).all()
+
+
+def two_tables(value: int) -> Checkpoint:
+    """The sum of a row of each of two tables: one is always the same, of the other one row is `value`."""
+    random = np.random.default_rng(0)
+    one, two = (
+        random.integers(-100, 100, (64, 64), dtype=np.int32),
+        random.integers(-100, 100, (64, 64), dtype=np.int32),
+    )
+    two[3] = value
+    at = helper.make_tensor_value_info("at", TensorProto.INT64, ["batch"])
+    y = helper.make_tensor_value_info("y", TensorProto.INT32, ["batch", 64])
+    nodes = [
+        helper.make_node("Gather", ["one", "at"], ["first"]),
+        helper.make_node("Gather", ["two", "at"], ["second"]),
+        helper.make_node("Add", ["first", "second"], ["y"]),
+    ]
+    weights = [onnx.numpy_helper.from_array(one, "one"), onnx.numpy_helper.from_array(two, "two")]
+    body = helper.make_graph(nodes, "tables", [at], [y], weights)
+    return graph.split(helper.make_model(body, opset_imports=[helper.make_opsetid("", 18)], ir_version=9))
+
+
+def test_a_process_starts_without_its_store(
+    store: Store, press: Call, serve: Call, gone: S3Store, folder: Path
+) -> None:
+    """From settings to answers, with a refused connection where the store should be."""
+    pack = press(with_golden(scale_model(2.0)))
+    keeping = {"MODELPRESS_SERVING_KEEP_FOLDER": str(folder)}
+    first: Server = serve("scale", **keeping)
+    assert first.client.get("/v2/health/ready").json() == {"ready": True}
+    assert first.stop() == 0
+    second: Server = serve("scale", MODELPRESS_STORE=gone.uri, MODELPRESS_SERVING_OFFLINE_SECONDS="86400", **keeping)
+    answer = second.client.post(
+        "/v2/models/scale/infer", content=encode_request({"x": np.ones((1, WIDTH), np.float32)})
+    )
+    assert decode_response(answer.content)["y"][0, 0] == 2 * WIDTH
+    assert answer.json()["model_version"] == pack
+    ready = second.client.get("/v2/health/ready")
+    assert ready.status_code == 200
+    assert ready.json()["store"].startswith("unreachable since ")
+    assert second.client.get("/v2/models/scale").json()["parameters"]["golden"] is True
+    assert second.stop() == 0
+    assert "kept on this machine, answers" in "".join(second.lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import gc
 import io
@@ -22,9 +23,11 @@ from PIL import Image
 from modelpress import graph
 from modelpress.checkpoint import Checkpoint
 from modelpress.process import PROCESSING_FILE, ImageInput, MeanPool, Normalize, Processing, Softmax, TextInput, TopK
+from modelpress.store import Store
 from serving.app import create_app
 from tests.serving.conftest import Server, lookup_model, scale_model
 from tests.serving.test_app import check_error, client_of
+from tests.serving.test_canary import Place
 
 Call = Callable[..., Any]
 pytestmark = pytest.mark.anyio
@@ -36,9 +39,9 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-def words() -> Checkpoint:
+def words(seed: int = 0, max_length: int = 6) -> Checkpoint:
     """Token ids to rows of a table, which the processing pools over the mask and normalises."""
-    rows = np.random.default_rng(0).normal(size=(100, 8)).astype(np.float32)
+    rows = np.random.default_rng(seed).normal(size=(100, 8)).astype(np.float32)
     shape = ["batch", "length"]
     ids, mask = (helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name in ("ids", "mask"))
     nodes = [helper.make_node("Gather", ["table", "ids"], ["hidden"]), helper.make_node("Identity", ["mask"], ["seen"])]
@@ -52,7 +55,7 @@ def words() -> Checkpoint:
         tokenizers.models.WordLevel({"[PAD]": 0, "[UNK]": 1, "cat": 2, "dog": 3}, unk_token="[UNK]")
     )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    given = TextInput(max_length=6, ids="ids", mask="mask")
+    given = TextInput(max_length=max_length, ids="ids", mask="mask")
     spec = Processing(input=given, steps=(MeanPool(of="hidden"), Normalize(of="embedding")))
     files = {PROCESSING_FILE: spec.to_bytes(), "tokenizer.json": tokenizer.to_str().encode()}
     return replace(split, files=split.files | files)
@@ -183,7 +186,7 @@ async def test_a_pack_without_processing_has_no_second_model(client: httpx.Async
 @pytest.mark.parametrize(
     ("url", "body", "said"),
     [
-        (TEXT, asked("text", ["cat " * 70_000]), "at most 262144"),
+        (TEXT, asked("text", ["cat " * 70_000]), "at most 131072"),
         (TEXT, asked("image", ["cat"]), "text"),
         (TEXT, asked("text", []), "[-1]"),
         (TEXT, {"inputs": [{"name": "text", "datatype": "FP32", "shape": [1], "data": [1.0]}]}, "BYTES"),
@@ -238,17 +241,54 @@ async def test_processing_that_does_not_fit_is_a_failure_of_the_pack(
 async def test_an_engine_goes_with_its_last_request_also_behind_its_front(press: Call, repository: Call) -> None:
     press(words(), "words")
     models = repository("words")
-    held = models.asked("words:processed").answering()
+    held: Any = models.asked("words:processed").answering()
     engine = weakref.ref(models.model("words").answering().engine)
     press(lookup_model(), "words")
     gc.disable()  # it must go by itself
     try:
         models.poll()
-        assert held.engine.infer({"text": np.array([b"cat"], object)}, ["embedding"])["embedding"].shape == (1, 8)
+        prepared = held.engine.prepare({"text": np.array([b"cat"], object)})
+        found = held.behind.engine.infer(prepared, held.engine.graph_outputs)
+        assert held.engine.finish(found, prepared, ["embedding"])["embedding"].shape == (1, 8)
         del held
         assert engine() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(("max_length", "both"), [(6, True), (7, False)])
+async def test_texts_take_part_in_a_canary_of_the_same_tokenizer(
+    store: Store, press: Call, repository: Call, max_length: int, both: bool
+) -> None:
+    packs = press(words(0), "scale"), press(words(1, max_length), "scale", alias=None)
+    one = Place(store, repository("scale"), *packs)
+    one.begin({"mode": "canary", "share": 0.5})
+    expected = {}
+    for pack, seed in ((one.first, 0), (one.second, 1)):
+        row = np.random.default_rng(seed).normal(size=(100, 8)).astype(np.float32)[2]
+        expected[pack] = row / np.linalg.norm(row)
+    async with one.client() as client:
+        seen = set()
+        for number in range(40):
+            key = {"modelpress-canary-key": f"client {number}"}
+            answer = await client.post("/v2/models/scale:processed/infer", json=asked("text", ["cat"]), headers=key)
+            pack = answer.json()["model_version"]
+            assert np.allclose(outputs(answer)["embedding"]["data"], expected[pack], atol=1e-5)
+            assert answer.headers["modelpress-pack"] == pack
+            seen.add(pack)
+        assert seen == ({one.first, one.second} if both else {one.first})
+        counted = one.seen().of(0)
+        assert (counted.candidate.requests > 0) is both
+
+
+async def test_texts_of_many_clients_get_each_its_own_answer(client: httpx.AsyncClient) -> None:
+    """Their tensors are joined, where they are of one length."""
+    texts = ["cat", "dog", "cat dog", "dog cat", "cat cat dog"] * 8
+    answers = await asyncio.gather(*(client.post(f"{TEXT}/infer", json=asked("text", [text])) for text in texts))
+    table = np.random.default_rng(0).normal(size=(100, 8)).astype(np.float32)
+    for text, answer in zip(texts, answers, strict=True):
+        mean = table[[2 if word == "cat" else 3 for word in text.split()]].mean(0)
+        assert np.allclose(outputs(answer)["embedding"]["data"], mean / np.linalg.norm(mean), atol=1e-5)
 
 
 def test_tritons_client_sends_texts_and_images(press: Call, serve: Call) -> None:
