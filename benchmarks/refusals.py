@@ -58,12 +58,14 @@ class Ring:
         self._provider, self._stranger = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
         made = {scope: new_key(scope, [scope], None, now) for scope in SCOPES}
         past, taken = (new_key("gone", SCOPES, now + timedelta(days=1), now) for _ in range(2))
-        kept = [key for _, key in made.values()]
+        others = new_key("others", SCOPES, None, now, ["other"])
+        kept = [key for _, key in (*made.values(), others)]
         kept += [past[1].model_copy(update={"expires": now}), taken[1].model_copy(update={"revoked": now})]
         (folder / "keys.json").write_bytes(KeyFile(keys=tuple(kept)).to_bytes())
         public = self._provider.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
         (folder / "provider.pem").write_bytes(public)
         self.sound: dict[str, str] = {scope: text for scope, (text, _) in made.items()}
+        self.others = others[0]
         self._past, self._taken, self._now = past[0], taken[0], int(now.timestamp())
         self.environment = {
             "MODELPRESS_SERVING_KEYS_FILE": str(folder / "keys.json"),
@@ -102,10 +104,12 @@ class Ring:
         return jwt.encode(claims, signed_by or self._provider, "EdDSA")
 
 
+OTHERS = "a key for other models"
 KINDS = (
     *("no key", "a key with one letter changed", "a key cut short", "a random key", "an expired key"),
     *("a revoked key", "two keys", "another scheme", "a stranger's token", "a token without a signature"),
     *("an expired token", "a token for others", "a key without the scope", "a token without the scope"),
+    OTHERS,
 )
 
 
@@ -116,16 +120,20 @@ def trials(ring: Ring, pack: str, count: int, seed: int) -> Iterator[Trial]:
     for number in range(count):
         kind = KINDS[number % len(KINDS)]
         template = rng.choice([path for path, needs in closed.items() if set(needs) != set(SCOPES)])
-        if not kind.endswith("without the scope"):
+        if kind == OTHERS:
+            template = rng.choice([path for path in closed if "{name}" in path])
+        elif not kind.endswith("without the scope"):
             template = rng.choice([*closed, "/nowhere"])
         path = template.replace("{name}", "scale").replace("{version}", pack)
         method = rng.choice(["GET", "POST", "PUT", "DELETE"])
-        if kind.endswith("without the scope"):
+        if kind == OTHERS:
+            brought = [f"Bearer {ring.others}"]
+        elif kind.endswith("without the scope"):
             scope = rng.choice([one for one in SCOPES if one not in closed[template]])
             brought = [f"Bearer {ring.sound[scope] if kind.startswith('a key') else ring.token(scope=scope)}"]
         else:
             brought = ring.wrong(kind, rng)
-        right = frozenset({403 if kind.endswith("without the scope") else 401})
+        right = frozenset({403 if kind == OTHERS or kind.endswith("without the scope") else 401})
         yield Trial(kind, method, path, tuple(("Authorization", one) for one in brought), right)
 
 

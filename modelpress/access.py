@@ -6,6 +6,7 @@
         "id": "3f9c0a77d1e2",                  stands in the key itself, so that a key can be named without being shown
         "name": "team-a",                      who has it: the tenant of its requests, and what the audit says
         "scopes": ["infer"],
+        "models": ["digits", "team-a-*"],      names of models that it may be used for; * stands for any characters
         "sha256": "9b1c…",                     of the whole key, in hex
         "created": "2026-11-22T12:00:00Z",
         "expires": "2027-02-20T12:00:00Z",     or null: never
@@ -27,6 +28,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -50,6 +52,8 @@ MAX_FILE_BYTES = 2**23
 MAX_KEYS = 10_000
 UNITS = {"m": timedelta(minutes=1), "h": timedelta(hours=1), "d": timedelta(days=1)}
 
+EVERY = ("*",)
+
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._@-]{0,63}$")]
 
 
@@ -65,6 +69,13 @@ class Principal:
     """How it is known; `nobody`: the server asks nobody who they are."""
     id: str = ""
     """Id of the key, where it has one."""
+    models: tuple[str, ...] = EVERY
+    """Names of the models that it may ask for, with `*`."""
+
+    def may_ask(self, model: str) -> bool:
+        """Whether it is for this model; `NAME:processed`, as servers have it, is the model NAME."""
+        name = model.partition(":")[0]
+        return self.models == EVERY or any(fnmatchcase(name, pattern) for pattern in self.models)
 
 
 class Key(BaseModel):
@@ -78,6 +89,8 @@ class Key(BaseModel):
     """Who has it. Several keys may have one name: the new and the old one of a change."""
     scopes: tuple[Scope, ...] = Field(min_length=1)
     """What it is for."""
+    models: tuple[Annotated[str, StringConstraints(pattern=r"^[a-z0-9._*-]{1,64}$")], ...] = Field(EVERY, min_length=1)
+    """Names of the models that it is for; `*` stands for any characters."""
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     """Of the whole key, in hex."""
     created: AwareDatetime
@@ -119,11 +132,13 @@ class KeyFile(BaseModel):
         return self.model_dump_json(indent=1).encode() + b"\n"
 
 
-def new_key(name: str, scopes: Sequence[str], expires: datetime | None, now: datetime) -> tuple[str, Key]:
+def new_key(
+    name: str, scopes: Sequence[str], expires: datetime | None, now: datetime, models: Sequence[str] = EVERY
+) -> tuple[str, Key]:
     """A key, to be shown once, and what is kept of it.
 
     Raises:
-        ConfigError: an illegal name or scope, no scope, or an end that is past.
+        ConfigError: an illegal name, scope or name of models, no scope, or an end that is past.
     """
     doing = f"making a key for {name!r}"
     if expires is not None and expires <= now:
@@ -131,6 +146,7 @@ def new_key(name: str, scopes: Sequence[str], expires: datetime | None, now: dat
     identity = secrets.token_hex(ID_BYTES)
     text = f"{PREFIX}{identity}_{secrets.token_urlsafe(SECRET_BYTES)}"
     kept = {"id": identity, "name": name, "scopes": list(dict.fromkeys(scopes)), "sha256": digest(text).hex()}
+    kept |= {"models": list(dict.fromkeys(models))}
     try:
         return text, Key.model_validate(kept | {"created": now, "expires": expires, "revoked": None})
     except ValidationError as error:
@@ -185,14 +201,16 @@ def read_keys(path: Path) -> KeyFile:
         raise ConfigError(doing, found=_problem(error), expected="a list of keys", fix=fix) from error
 
 
-def add_key(path: Path, name: str, scopes: Sequence[str], expires: datetime | None) -> str:
+def add_key(
+    path: Path, name: str, scopes: Sequence[str], expires: datetime | None, models: Sequence[str] = EVERY
+) -> str:
     """Make a key, keep its digest in the file (made with mode 0600 where there is none), and return it.
 
     Raises:
         ConfigError: see `new_key` and `read_keys`.
         StoreError: the file can't be written; it stays as it was.
     """
-    text, key = new_key(name, scopes, expires, datetime.now(UTC))
+    text, key = new_key(name, scopes, expires, datetime.now(UTC), models)
     with _changing(path) as known:
         _replace(path, KeyFile(keys=(*known.keys, key)))
     return text

@@ -32,8 +32,8 @@ MAX_WARM_UP_BYTES = 2**28
 MAX_RANK = 32
 """What every numpy can hold."""
 ON_CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
-TUNING = graph.Tuning()
-"""Of ONNX Runtime's session: by `benchmarks/serving_threads.py`."""
+TUNING = graph.Tuning(spinning=False)
+"""Of ONNX Runtime's session, by `benchmarks/serving_threads.py`: threads that spin take cores from the event loop."""
 
 _ONNX_TYPES = {
     "bool": "BOOL",

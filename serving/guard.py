@@ -105,7 +105,8 @@ class Guard:
             raise UnauthenticatedError("this request brings several keys", expected="one")
         if self._keyring.is_open and _from_another_page(scope):
             raise ForbiddenError("a page of another site asks", expected="a key, on a server that others' pages reach")
-        return self._keyring.check(given[0].decode("latin-1") if given else None, *door.needs)
+        authorization = given[0].decode("latin-1") if given else None
+        return self._keyring.check(authorization, *door.needs, model=door.parameters.get("name"))
 
 
 class Visit:

@@ -112,16 +112,17 @@ class Keyring:
         """Whether nobody is asked who they are."""
         return not self._sources.files
 
-    def check(self, authorization: str | None, *scopes: str) -> Principal:
+    def check(self, authorization: str | None, *scopes: str, model: str | None = None) -> Principal:
         """Who asks, if they may.
 
         Args:
             authorization: `Bearer KEY`, as the request brought it; None: it brought none.
             scopes: one of these is needed; none given: any key that counts.
+            model: that is asked for, as the client names it; None: none in particular.
 
         Raises:
             UnauthenticatedError: nothing that counts was brought.
-            ForbiddenError: it lacks the scope, which is named.
+            ForbiddenError: it lacks the scope, which is named, or is not for this model.
         """
         if time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + LOOK_SECONDS
@@ -135,9 +136,9 @@ class Keyring:
         if scopes and found.scopes.isdisjoint(scopes):
             needed = " or ".join(scopes)
             had = ", ".join(sorted(found.scopes)) or "none"
-            refused = ForbiddenError("scope of the key", found=had, expected=needed)
-            refused.who = found.name
-            raise refused
+            raise _forbidden(found, "scope of the key", had, needed)
+        if model is not None and not found.may_ask(model):
+            raise _forbidden(found, f"model {model[:80]!r}", "a key for others", ", ".join(found.models))
         return found
 
     def refresh(self) -> None:
@@ -191,11 +192,18 @@ class Keyring:
         return [fingerprint(path) for path in self._sources.files]
 
 
+def _forbidden(principal: Principal, doing: str, found: str, expected: str) -> ForbiddenError:
+    refused = ForbiddenError(doing, found=found, expected=expected)
+    refused.who = principal.name
+    return refused
+
+
 def _counts(key: Key) -> _Counts | None:
     if key.revoked is not None:
         return None
     until = key.expires.timestamp() if key.expires is not None else math.inf
-    return _Counts(bytes.fromhex(key.sha256), Principal(key.name, frozenset(key.scopes), "key", key.id), until)
+    principal = Principal(key.name, frozenset(key.scopes), "key", key.id, key.models)
+    return _Counts(bytes.fromhex(key.sha256), principal, until)
 
 
 def read_token(path: Path) -> str:

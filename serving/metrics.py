@@ -78,7 +78,8 @@ class Metrics:
             status: HTTP's.
             seconds: how long it took.
         """
-        known = model if model is not None and self._repository.serves(model) else ""
+        name = (model or "").partition(":")[0]  # NAME:processed is the same model, asked in another way
+        known = name if self._repository.serves(name) else ""
         with self._lock:
             series = self._series.get((known, route))
             if series is None:
@@ -169,6 +170,8 @@ class _State(Collector):
         yield _gauge("queue_length", "Requests for inference that wait.", self._metrics.waiting)
         yield _gauge("ready", "Whether every model answers.", float(self._repository.ready))
         stale = self._keyring.stale is not None
+        answers = float(self._repository.lost is None)
+        yield _gauge("store_answers", "Whether the store did when it was asked last.", answers)
         yield _gauge("access_files_stale", "Whether changed files of keys could not be read.", float(stale))
         info = GaugeMetricFamily(
             "modelpress_model_info", "What answers.", labels=["model", "alias", "pack", "provider"]

@@ -10,7 +10,6 @@ from typing import Any
 
 from modelpress import keys, load, pointer
 from modelpress.errors import (
-    AccessDeniedError,
     ConfigError,
     ModelpressError,
     NotFoundError,
@@ -77,8 +76,6 @@ class Repository:
         self._lost: datetime | None = None
         """Since when the store has not answered what packs there are."""
         self._discovers = not models
-        self.store_answers = True
-        """Whether the store did when a pointer was read last."""
         self._models: dict[str, ServedModel] = {}
         for model in models:
             name, _, alias = model.partition("@")
@@ -317,20 +314,17 @@ class Repository:
                 raise known from error
             except StoreUnavailableError as error:
                 model.lost = model.lost or datetime.now(UTC)
-                self.store_answers = False
                 self._failed(model, number, error)
                 if model.loaded is not None or not self._answer_kept(model):
                     raise
             except ModelpressError as error:
-                if number is None and isinstance(error, AccessDeniedError):
-                    self.store_answers = False
                 self._failed(model, number, error)
                 raise
 
     def _current(self, model: ServedModel) -> Pointer:
         """The newest entry of a model's pointer, as the store has it."""
         entry = pointer.current(self._store, model.name, model.alias)
-        model.lost, self.store_answers = None, True
+        model.lost = None
         if entry is None:
             raise NotFoundError(
                 f"loading {model.name}@{model.alias} from {self._store.uri}",

@@ -30,7 +30,7 @@ from modelpress.errors import (
 from modelpress.store.threads import DaemonPool
 from serving.guard import AUDITED, PRINCIPAL
 from serving.keyring import ForbiddenError
-from serving.refusals import NotReadyError, RequestError, TooLargeError, one_line
+from serving.refusals import NotReadyError, NotServedError, RequestError, TooLargeError, one_line
 from serving.repository import Repository
 
 log = logging.getLogger("modelpress.serving")
@@ -117,6 +117,8 @@ class Rollback:
 
     def _go_back(self, name: str, asked: Asked, principal: Principal, notes: dict[str, Any]) -> dict[str, Any]:
         model = self._repository.model(name)
+        if not self._repository.serves(name):  # a second name of a model is no pointer's
+            raise NotServedError("model", found=name[:80], expected="the name of a pack")
         try:
             entry, before = self._append(name, model.alias, asked, principal)
         except ConflictError as error:

@@ -62,6 +62,7 @@ class Status:
     async def data(self, request: Request) -> Response:
         """`GET /v2/status`."""
         you: Principal = request.scope[PRINCIPAL]
+        lost = self._repository.lost
         document = {
             "you": {"name": you.name, "scopes": sorted(you.scopes) if you.via != "nobody" else ["metrics"]},
             "server": {
@@ -72,7 +73,7 @@ class Status:
                 "rollback": self._rollback,
                 "access_stale": self._keyring.stale is not None,
             },
-            "store": {"reachable": self._repository.store_answers},
+            "store": {"reachable": lost is None, "since": lost.isoformat() if lost else None},
             "requests": {"in_flight": self._metrics.in_flight, "waiting": self._metrics.waiting},
             "models": [self._model(model) for model in self._repository.models()],
         }

@@ -25,13 +25,16 @@ def create(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Who gets it: the tenant of its requests.")],
     file: FileOption,
     scope: Annotated[list[str], typer.Option("--scope", help="infer, admin, promote or metrics; may be repeated.")],
+    model: Annotated[
+        list[str] | None, typer.Option(help="Model that it is for, with *; may be repeated. None: every model.")
+    ] = None,
     expires: Annotated[str, typer.Option(help="90d, 12h, 2027-01-31T00:00:00Z or never.")] = "90d",
 ) -> None:
     """Make a key and print it, once: the file keeps its digest alone. A server that runs takes it within a second."""
     from modelpress.access import add_key, parse_expiry
 
     until = parse_expiry(expires, datetime.now(UTC))
-    key = add_key(file, name, scope, until)
+    key = add_key(file, name, scope, until, model or ["*"])
     end = f"until {until.isoformat(' ', 'seconds')}" if until else "for ever"
     typer.echo(f"{name}: {', '.join(scope)}, {end}; this is shown once:", err=True)
     typer.echo(key)
@@ -52,6 +55,7 @@ def list_keys(file: FileOption, as_json: JsonOption = False) -> None:
             "name": key.name,
             "id": key.id,
             "scopes": ", ".join(key.scopes),
+            "models": ", ".join(key.models),
             "created": key.created.isoformat(" ", "seconds"),
             "expires": key.expires.isoformat(" ", "seconds") if key.expires else "never",
             "state": key.state(now),

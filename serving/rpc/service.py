@@ -273,7 +273,8 @@ class Visit:
         needs = NEEDS[self._method]
         if self._watch is not None and needs is not None:
             try:
-                self._principal = self._watch.keyring.check(metadatum(self._context, "authorization"), *needs)
+                given = metadatum(self._context, "authorization")
+                self._principal = self._watch.keyring.check(given, *needs, model=self._model or None)
             except RequestError as error:
                 who = error.who if isinstance(error, ForbiddenError) else ""
                 self._watch.audit.refused(self._address, "CALL", self._route, error.status, one_line(error), who)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelpress.access import SCOPES, KeyFile, add_key, digest, new_key, parse_expiry, read_keys, revoke_keys
+from modelpress.access import SCOPES, KeyFile, Principal, add_key, digest, new_key, parse_expiry, read_keys, revoke_keys
 from modelpress.errors import AccessDeniedError, ConfigError, NotFoundError
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
@@ -25,6 +25,7 @@ def test_the_file_holds_all_of_a_key_but_the_key(tmp_path: Path) -> None:
     text = add_key(path, "team-a", ["infer", "metrics", "infer"], NOW + 3650 * DAY)
     (key,) = read_keys(path).keys
     assert (key.name, key.scopes, key.revoked) == ("team-a", ("infer", "metrics"), None)
+    assert key.models == ("*",)
     assert text.startswith(f"mpk_{key.id}_")
     assert bytes.fromhex(key.sha256) == digest(text)
     secret = text.removeprefix(f"mpk_{key.id}_")
@@ -71,6 +72,34 @@ def test_revoking_by_id_takes_one_and_by_name_all_of_it(tmp_path: Path) -> None:
     for which in ("a", first.id, "nobody", other.sha256):
         with pytest.raises(NotFoundError, match="one of b"):
             revoke_keys(path, which)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "model", "may"),
+    [
+        (["*"], "anything", True),
+        (["digits"], "digits", True),
+        (["digits"], "digits:processed", True),
+        (["digits"], "digits2", False),
+        (["digits"], "DIGITS", False),
+        (["team-a-*", "digits"], "team-a-1", True),
+        (["team-a-*"], "team-b-1", False),
+        (["team-a-*"], "x/team-a-1", False),
+        (["a*c"], "abc", True),
+        (["a.c"], "abc", False),
+        (["digits"], "other:digits", False),
+        (["digits"], "", False),
+    ],
+)
+def test_a_key_is_for_models_by_name(patterns: list[str], model: str, may: bool) -> None:
+    _, key = new_key("team", ["infer"], None, NOW, patterns)
+    assert Principal("team", frozenset(), "key", key.id, key.models).may_ask(model) is may
+
+
+@pytest.mark.parametrize("patterns", [[], [""], ["Digits"], ["a b"], ["a[b]"], ["x" * 65], ["?"]])
+def test_illegal_names_of_models_are_refused(patterns: list[str]) -> None:
+    with pytest.raises(ConfigError, match="models"):
+        new_key("team", ["infer"], None, NOW, patterns)
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,11 @@ def test_a_key_from_its_making_to_its_end(path: Path, run: Run) -> None:
 
 def test_another_file_and_no_end(path: Path, run: Run, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
-    assert run("access", "create", "a", "--scope", "infer", "--expires", "never", "--file", str(other))[0] == 0
-    assert "never" in run("access", "list", "--file", str(other))[1]
+    arguments = ("--scope", "infer", "--model", "digits", "--model", "team-*", "--expires", "never")
+    assert run("access", "create", "a", *arguments, "--file", str(other))[0] == 0
+    shown = run("access", "list", "--file", str(other))[1]
+    assert "never" in shown
+    assert "digits, team-*" in shown
     assert not path.exists()
 
 
@@ -57,6 +60,7 @@ def test_another_file_and_no_end(path: Path, run: Run, tmp_path: Path) -> None:
         (["create", "Team A", "--scope", "infer"], 2, "name"),
         (["create", "a", "--scope", "root"], 2, "infer, admin, promote, metrics"),
         (["create", "a"], 2, "--scope"),
+        (["create", "a", "--scope", "infer", "--model", "Digits"], 2, "models"),
         (["create", "a", "--scope", "infer", "--expires", "soon"], 2, "when a key ends"),
         (["create", "a", "--scope", "infer", "--expires", "2001-01-01"], 2, "in the future"),
         (["list"], 2, "modelpress access create"),

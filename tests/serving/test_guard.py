@@ -74,7 +74,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     repository.start()
     made = {scope: new_key(f"only-{scope}", [scope], None, NOW) for scope in SCOPES}
     past, taken = (new_key("gone", list(SCOPES), NOW + timedelta(days=1), NOW) for _ in range(2))
-    kept = [key for _, key in made.values()]
+    others = new_key("others", list(SCOPES), None, NOW, ["other", "team-*"])
+    kept = [key for _, key in (*made.values(), others)]
     kept += [past[1].model_copy(update={"expires": NOW}), taken[1].model_copy(update={"revoked": NOW})]
     (folder / "keys.json").write_bytes(KeyFile(keys=tuple(kept)).to_bytes())
     (folder / "provider.pem").write_bytes(pem(PROVIDER))
@@ -83,7 +84,11 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     guard = application(repository, ServingSettings(poll_seconds=0, workers=1, rollback=True), keyring, audit)
     keys = {scope: text for scope, (text, _) in made.items()}
     yield House(
-        guard, TestClient(guard), keys | {"expired": past[0], "revoked": taken[0]}, folder / "audit.jsonl", pack
+        guard,
+        TestClient(guard),
+        keys | {"expired": past[0], "revoked": taken[0], "others": others[0]},
+        folder / "audit.jsonl",
+        pack,
     )
     audit.close()
 
@@ -163,6 +168,18 @@ def test_a_key_opens_what_it_is_for_and_nothing_else(house: House) -> None:
                 if method != "HEAD":
                     assert answer.json()["error"].endswith(f"expected {' or '.join(needs)}")
         house.ask("POST", "/v2/repository/models/scale/load", f"Bearer {house.keys['admin']}")
+
+
+def test_a_key_for_other_models_opens_no_door_of_this_one(house: House) -> None:
+    for method, path in routes(house):
+        answer = house.ask(method, house.path(path), f"Bearer {house.keys['others']}")
+        named = "{name}" in path
+        assert (answer.status_code == 403) == named, (method, path)
+        if named and method != "HEAD":
+            assert answer.json()["error"] == "model 'scale': found a key for others; expected other, team-*"
+    there = house.path("/v2/models/{name}").replace("scale", "team-1")
+    assert house.ask("GET", there, f"Bearer {house.keys['others']}").status_code == 404, "it may ask, and there is none"
+    assert house.ask("POST", "/v2/models/scale:processed/infer", f"Bearer {house.keys['others']}").status_code == 403
 
 
 def test_health_is_told_to_everybody(house: House) -> None:

@@ -141,6 +141,15 @@ def test_calls_over_grpc_count_as_inference(client: TestClient) -> None:
     assert metrics.in_flight == 0
 
 
+def test_a_model_behind_its_processing_is_the_same_model(client: TestClient) -> None:
+    client.post("/v2/models/scale:processed/infer", content=b"{}")
+    client.post("/v2/models/made-up:processed/infer", content=b"{}")
+    found = read(client)
+    labels = {"model": "scale", "route": ROUTE}
+    assert sum(at(found, "requests_total", **labels, code=code) or 0 for code in ("404", "503")) == 1
+    assert at(found, "requests_total", model="", route=ROUTE, code="404") == 1
+
+
 def test_what_waits_is_what_does_not_run(client: TestClient) -> None:
     metrics = client.app._metrics  # type: ignore[attr-defined]
     for _ in range(3):

@@ -174,7 +174,8 @@ def test_a_server_that_asks_nobody_lets_nobody(desk: Desk) -> None:
 
 def test_a_model_that_is_not_here(desk: Desk) -> None:
     headers = {"Authorization": f"Bearer {desk.keys['promote']}"}
-    assert desk.client.post("/v2/repository/models/nobody/rollback", headers=headers).status_code == 404
+    for name in ("nobody", "scale:processed", "..", "%2e%2e"):
+        assert desk.client.post(f"/v2/repository/models/{name}/rollback", headers=headers).status_code == 404
 
 
 def test_a_pack_that_cannot_be_loaded_any_more_leaves_what_answers(desk: Desk) -> None:

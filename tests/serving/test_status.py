@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -67,12 +68,14 @@ def test_a_store_that_is_away_is_said_and_no_place_of_it(
         models.poll()
     answer = client.get("/v2/status")
     found = answer.json()
-    assert found["store"] == {"reachable": False}
+    assert (found["store"]["reachable"], datetime.fromisoformat(found["store"]["since"]).tzinfo) == (False, UTC)
+    assert "modelpress_store_answers 0.0" in client.get("/metrics").text
     assert (found["models"][0]["state"], found["models"][0]["behind"]) == ("READY", None), "unknown is not none"
     assert "does not answer" in found["models"][0]["reason"]
     assert "/secret" not in answer.text
     models.poll()
-    assert client.get("/v2/status").json()["store"] == {"reachable": True}
+    assert client.get("/v2/status").json()["store"] == {"reachable": True, "since": None}
+    assert "modelpress_store_answers 1.0" in client.get("/metrics").text
 
 
 JSON = st.recursive(

@@ -209,7 +209,8 @@ async def test_each_key_opens_what_it_is_for_and_it_is_written_down(
     now, models = datetime.now(UTC), repository("scale")
     made = {scope: new_key(f"only-{scope}", [scope], None, now) for scope in SCOPES}
     gone = new_key("gone", list(SCOPES), now, now - timedelta(days=1))
-    kept = [key for _, key in made.values()] + [gone[1]]
+    others = new_key("others", list(SCOPES), None, now, ["other"])
+    kept = [key for _, key in made.values()] + [gone[1], others[1]]
     (tmp_path / "keys.json").write_bytes(KeyFile(keys=tuple(kept)).to_bytes())
     (tmp_path / "keys.json").chmod(0o600)
     keyring, audit = Keyring(Sources(tmp_path / "keys.json")), Audit(tmp_path / "audit.jsonl")
@@ -235,11 +236,13 @@ async def test_each_key_opens_what_it_is_for_and_it_is_written_down(
                 assert await asked(method, text) == ("OK" if allowed else "PERMISSION_DENIED"), (method, scope)
                 if method == "RepositoryModelUnload" and allowed:
                     models.load("scale")
+            of_a_model = "Model" in method
+            assert await asked(method, others[0]) == ("PERMISSION_DENIED" if of_a_model else "OK"), method
     lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
     done = [(line["who"], line["action"], line["model"]) for line in lines if line["outcome"] == "done"]
     assert done == [("only-admin", "load", "scale"), ("only-admin", "unload", "scale")]
     assert {line["status"] for line in lines if line["outcome"] == "refused"} == {401, 403}
-    assert metrics.outcomes("scale") == {"answered": 1, "refused": 4 + len(SCOPES) - 1, "failed": 0}
+    assert metrics.outcomes("scale") == {"answered": 1, "refused": 5 + len(SCOPES) - 1, "failed": 0}
     assert metrics.in_flight == 0
 
 

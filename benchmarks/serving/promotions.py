@@ -1,0 +1,101 @@
+"""Promotions under full load: `python -m benchmarks.serving.promotions [--quick] [--write]`.
+
+64 clients ask without pause while the champion is changed a hundred times between two packs whose answers differ. Each
+answer is looked at: it must be 200, and its numbers those of the pack that it names. A swap lasts from the write of the
+pointer to the moment when the server's metadata name the new pack; the p99 of the answers in those times stands beside
+the p99 of the time before the first. The run fails on a failed or mixed answer.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+
+from benchmarks._report import Row, main
+from benchmarks.serving import load
+from benchmarks.serving.load import Job, Load
+from benchmarks.serving.models import digits, publish_model, server
+from modelpress import pointer
+from modelpress.store import Store, open_store
+
+CLIENTS = 64
+PAUSE_SECONDS = 0.2
+SWAP_SECONDS = 60.0
+
+
+def measure(quick: bool) -> Iterator[Row]:
+    """Rows of the time before, of the swaps, and of both."""
+    promotions, before_seconds = (10, 2.0) if quick else (100, 15.0)
+    models = [digits(seed) for seed in (0, 1)]
+    with tempfile.TemporaryDirectory() as folder:
+        store = open_store(f"{folder}/store")
+        packs = [
+            publish_model(store, Path(folder, f"shards{number}"), model, champion=not number)
+            for number, model in enumerate(models)
+        ]
+        expected = {pack: model.answer() for pack, model in zip(packs, models, strict=True)}
+        with server(store, {"MODELPRESS_SERVING_THREADS": 1}) as running:
+            url = f"http://{running.host}:{running.port}/v2/models/digits"
+            path, body = "/v2/models/digits/infer", models[0].request
+            job = Job(running.host, running.port, path, body, CLIENTS, before_seconds, expected=expected)
+            before = load.run(job)
+            done, found = threading.Event(), list[Load]()
+            # Long enough for all swaps; it is told to stop by the server's end alone, so the time is generous.
+            seconds = promotions * (PAUSE_SECONDS + 0.8)
+            asking = threading.Thread(target=lambda: found.append(load.run(Job(**job.__dict__ | {"seconds": seconds}))))
+            asking.start()
+            time.sleep(1.0)
+            swaps = list(_promote(store, packs, promotions, url, seconds))
+            done.set()
+            asking.join()
+    yield from _rows(before, found[0], swaps)
+
+
+def _promote(store: Store, packs: list[str], most: int, url: str, seconds: float) -> Iterator[tuple[float, float]]:
+    """When each swap began and ended."""
+    end = time.monotonic() + seconds - 2.0
+    with httpx.Client(timeout=SWAP_SECONDS) as client:
+        for number in range(most):
+            began, pack = time.monotonic(), packs[(number + 1) % 2]
+            pointer.append(store, "digits", "champion", pack, "promote")
+            while client.get(url).json()["versions"][0] != pack:
+                if time.monotonic() - began > SWAP_SECONDS:
+                    raise RuntimeError(f"promotion {number} was not followed in {SWAP_SECONDS:.0f} s")
+                time.sleep(0.005)
+            yield began, time.monotonic()
+            time.sleep(PAUSE_SECONDS)
+            if time.monotonic() > end:
+                return
+
+
+def _rows(before: Load, during: Load, swaps: list[tuple[float, float]]) -> Iterator[Row]:
+    case = f"digits, {CLIENTS} clients"
+    moments, seconds = (np.array(column) for column in zip(*during.timeline, strict=True))
+    inside = np.zeros(len(moments), bool)
+    for began, ended in swaps:
+        inside |= (moments >= began) & (moments <= ended)
+    swapping = seconds[inside]
+    yield Row(case, "before", "latency p99", "ms", before.p99_seconds * 1e3)
+    yield Row(case, "before", "throughput", "1/s", before.per_second)
+    yield Row(case, "during a swap", "latency p99", "ms", float(np.quantile(swapping, 0.99)) * 1e3)
+    yield Row(case, "during a swap", "answers", "1", float(len(swapping)))
+    yield Row(case, "all of the time", "latency p99", "ms", during.p99_seconds * 1e3)
+    yield Row(case, "all of the time", "throughput", "1/s", during.per_second)
+    yield Row(case, "all of the time", "answers", "1", float(during.count))
+    yield Row(case, "all of the time", "promotions", "1", float(len(swaps)))
+    yield Row(case, "all of the time", "failed", "1", float(before.failed + during.failed))
+    yield Row(case, "all of the time", "mixed", "1", float(before.mixed + during.mixed))
+    wrong = before.failed + during.failed + before.mixed + during.mixed
+    if wrong or len(during.versions) != 2:
+        sys.exit(f"{wrong} answers failed or were mixed; {during.first_failure}; {during.versions}")
+
+
+if __name__ == "__main__":
+    main("serving.promotions", measure)
