@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -164,6 +165,7 @@ def run(base: Settings, serving: ServingSettings) -> None:
         traces = Traces.wanted()
         with nudges:
             app = application(repository, serving, keyring, audit, traces, certificate, nudges)
+            settle()
             _serve(app, serving, listener, certificate)
         if traces is not None:
             traces.close()
@@ -234,6 +236,16 @@ def _serve(app: Guard, serving: ServingSettings, listener: socket.socket, certif
         server.run(sockets=[listener])
     if not server.started:
         raise SetupError("starting the server", found="an error at its start", fix="see the log above")
+
+
+def settle() -> None:
+    """Take what the start made out of the garbage collector's sight.
+
+    It stays until the end, and under load a full collection would walk all of it about once a second: 0.2 s in which
+    nobody is answered, measured with 64 clients.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @contextlib.contextmanager
