@@ -220,6 +220,10 @@ class Canaries:
         trial = self._trials.get(name)
         return shown(trial.state, trial.stopped) if trial is not None else None
 
+    def trials(self) -> list[Trial]:
+        """The canaries that this server has a part in, by name of the model."""
+        return [trial for _, trial in sorted(self._trials.copy().items())]
+
     def poll(self) -> None:
         """Look at every log once, load or let go, and write what was counted. What fails is logged, never raised."""
         for model in self._repository.models():

@@ -121,7 +121,7 @@ class Kept:
                 for number in self._numbers(name, alias):
                     if number != entry.number:
                         self._store.delete(keys.pointer(name, alias, number))
-        except ModelpressError as error:
+        except (ModelpressError, OSError) as error:
             log.warning("%s@%s: pack %s is served and not kept: %s", name, alias, entry.pack[:12], error)
 
     def sweep(self, serving: Collection[Alias]) -> None:
@@ -129,7 +129,7 @@ class Kept:
         try:
             with self._changing:
                 self._sweep(serving)
-        except ModelpressError as error:
+        except (ModelpressError, OSError) as error:
             log.warning("clearing up %s: %s", self._store.folder, error)
 
     def _sweep(self, serving: Collection[Alias]) -> None:

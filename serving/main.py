@@ -31,6 +31,7 @@ from serving.app import create_app
 from serving.audit import Audit
 from serving.batching import Bounds
 from serving.canary import Canaries
+from serving.canary_metrics import CanaryMetrics
 from serving.guard import Guard
 from serving.heads import heads_within
 from serving.infer import MAX_BODY_BYTES, MAX_QUEUE, Limits
@@ -192,6 +193,7 @@ def application(
     workers = serving.workers or usable_cores()
     metrics = Metrics(repository, keyring, workers)
     canaries = Canaries(repository.store, repository, serving.poll_seconds)
+    metrics.add(CanaryMetrics(canaries))
     app = create_app(
         repository,
         poll_seconds=serving.poll_seconds,

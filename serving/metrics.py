@@ -139,6 +139,10 @@ class Metrics:
     def _inferences(self, model: str) -> list[_Series]:
         return [one for (name, route), one in self._series.items() if name == model and route.endswith(INFER)]
 
+    def add(self, collector: Collector) -> None:
+        """Take in what another part counts."""
+        self._registry.register(collector)
+
     def text(self) -> bytes:
         """Everything, in Prometheus' text format 0.0.4."""
         return generate_latest(self._registry)

@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from modelpress.errors import CorruptionError, InputError, SetupError
+from modelpress.errors import CorruptionError, InputError, SetupError, WorkloadError
 from modelpress.process.spec import TextInput
 
 MAX_TOKENIZER_BYTES: Final = 2**27
@@ -28,6 +28,7 @@ class TextReader:
 
     Raises:
         CorruptionError: it is none that the installed package `tokenizers` reads.
+        WorkloadError: texts may not even be as long as what it adds to each.
         SetupError: the package is missing.
     """
 
@@ -47,6 +48,13 @@ class TextReader:
             if type(error) is not Exception:  # the package raises no type of its own
                 raise
             raise CorruptionError(doing, found=str(error)[:200], expected=expected) from error
+        special = made.num_special_tokens_to_add(is_pair=False)
+        if spec.max_length < special:  # the package would cut nothing then
+            raise WorkloadError(
+                f"setting up {spec.tokenizer}",
+                found=f"max_length {spec.max_length}",
+                expected=f"{special} or more: the tokenizer adds so many tokens to each text",
+            )
         made.enable_truncation(spec.max_length)
         made.enable_padding(pad_id=spec.pad_id, pad_token=spec.pad_token)
         self._spec, self._tokenizer = spec, made

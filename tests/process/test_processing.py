@@ -294,6 +294,17 @@ def test_a_file_that_is_no_tokenizer_is_refused(data: bytes) -> None:
         text.TextReader(TextInput(max_length=4), data)
 
 
+def test_a_length_that_the_special_tokens_fill_is_refused() -> None:
+    """The package cuts nothing where fewer tokens are allowed than it adds."""
+    made = tokenizers.Tokenizer.from_str(tokenizer().decode())
+    made.post_processor = tokenizers.processors.TemplateProcessing("[UNK] $A [UNK]", special_tokens=[("[UNK]", 1)])
+    data = made.to_str().encode()
+    reader = text.TextReader(TextInput(max_length=3), data)
+    assert reader.read([b"a a a a"])["input_ids"].tolist() == [[1, 2, 1]]
+    with pytest.raises(WorkloadError, match="2 or more"):
+        text.TextReader(TextInput(max_length=1), data)
+
+
 FLOAT, INT = np.dtype(np.float32), np.dtype(np.int64)
 IDS = [Feature("input_ids", INT, ("batch", "length")), Feature("attention_mask", INT, ("batch", "length"))]
 HIDDEN = [Feature("hidden", FLOAT, ("batch", "length", 3))]

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from prometheus_client import CollectorRegistry
 
 from modelpress import keys, pointer
 from modelpress.canary import log, tally
@@ -26,6 +27,7 @@ from serving import canary as serving_canary
 from serving import counting, mirror
 from serving.app import create_app
 from serving.canary import Canaries
+from serving.canary_metrics import CanaryMetrics
 from serving.counting import Counter
 from serving.mirror import Mirror, Mirrored, disagreement
 from serving.protocol import decode_response, encode_request
@@ -494,3 +496,28 @@ floats = arrays.arrays(np.float32, arrays.array_shapes(max_dims=3, max_side=4))
 def test_equal_finite_answers_agree_and_the_share_is_one(array: np.ndarray, compare: Any) -> None:
     finite = np.isfinite(array.reshape(array.shape[0], -1)).all(axis=1)
     assert disagreement({"y": array}, {"y": array.copy()}, compare, 0.05) == pytest.approx(1 - finite.mean())
+
+
+@pytest.mark.usefixtures("seeded")
+async def test_prometheus_is_told_what_is_counted(place: Call) -> None:
+    one = place()
+    registry = CollectorRegistry()
+    registry.register(CanaryMetrics(one.canaries))
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(f"modelpress_canary_{name}", {"model": "scale", **labels})
+
+    assert value("step") is None
+    one.begin(HALF, SHADOW)
+    async with one.client() as client:
+        asked = await ask(client, 40)
+        assert value("share", mode="canary") == 0.5
+        for arm, pack in (("champion", one.first), ("candidate", one.second)):
+            counted = [value("requests_total", arm=arm, outcome=outcome) for outcome in ("error", "slow", "other")]
+            assert counted == [0.0, 0.0, sum(which == pack for which, _ in asked)]
+        one.step()
+        await ask(client, 5)
+        await until(lambda: value("mirrored_total") == 5.0)
+    assert (value("step"), value("stopped"), value("dropped_total")) == (2.0, 0.0, 0.0)
+    next(iter(one.canaries.trials())).stop("the test")
+    assert value("stopped") == 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -351,6 +352,20 @@ def test_a_disk_that_takes_nothing_stops_no_service(
         assert answer(models) == 2.0
         assert caplog.text.count("is served and not kept") == 1
         assert kept.aliases() == []  # and no half of a copy
+
+
+def test_a_folder_that_is_lost_stops_no_service(
+    store: Store, press: Call, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    press(scale_model(2.0))
+    models, kept = started(store, folder, "scale")
+    with kept:
+        shutil.rmtree(folder)
+        (folder.parent / "kept").write_text("a file stands where the folder was")
+        press(scale_model(3.0))
+        models.poll()
+        assert answer(models) == 3.0
+    assert "is served and not kept" in caplog.text
 
 
 def test_a_load_asks_the_store_for_no_blob_twice(press: Call, folder: Path, tmp_path: Path) -> None:
