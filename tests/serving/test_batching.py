@@ -234,3 +234,18 @@ async def test_what_a_row_takes_is_learnt(scale: Gated) -> None:
         await batcher.run(scale, x(2.0, 4), ["y"])
     assert scale.row_seconds < 20
     batcher.close()
+
+
+async def test_a_slow_model_is_handed_on_ahead_of_time_and_what_is_too_late_by_then_is_not_run(scale: Gated) -> None:
+    scale.row_seconds = 1.0
+    batcher = Batcher(1)
+    first = await busy(batcher, scale)
+    late, good = await queued(batcher, scale, [x(2.0), x(3.0)])
+    late.cancel()
+    await asyncio.wait([late])
+    assert batcher.waiting == 2  # the thread has it already, and will see
+    scale.gate.set()
+    await asyncio.gather(first, good)
+    assert scale.batches == [1, 1]
+    assert batcher.waiting == 0
+    batcher.close()
