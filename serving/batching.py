@@ -24,8 +24,9 @@ import numpy as np
 from serving.refusals import DeadlineError, RequestError
 from serving.rows import Rows
 
-SMOOTHING = 0.2
-"""Weight of the newest measurement in what a row is expected to take."""
+RISING, FALLING = 0.05, 0.5
+"""Weights of the newest measurement in what a row is expected to take. A run that was slow once, because something else
+had the core, must not keep rows apart for long; one that was fast shows what the model can do."""
 
 Arrays = dict[str, np.ndarray]
 Ran = Future["list[Arrays | RequestError]"]
@@ -213,7 +214,8 @@ class Batcher:
     def _done(self, loop: asyncio.AbstractEventLoop, job: _Job, done: Ran) -> None:
         self._idle += 1
         engine, seconds = job.engine, job.seconds / job.rows
-        engine.row_seconds += SMOOTHING * (seconds - engine.row_seconds)
+        weight = RISING if seconds > engine.row_seconds else FALLING
+        engine.row_seconds += weight * (seconds - engine.row_seconds)
         if done.cancelled():  # the server ends
             for ask in job.asks:
                 ask.answer.cancel()

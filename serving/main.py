@@ -52,6 +52,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("modelpress.serving")
 
 BACKLOG = 2048
+SWITCH_SECONDS = 0.0005
+"""How long a thread may keep the interpreter from the others. Python's 5 ms would be added to answers, again and again,
+while a new pack is loaded."""
 
 
 class ServingSettings(AccessSettings):
@@ -132,6 +135,7 @@ def run(base: Settings, serving: ServingSettings) -> None:
             answered, unasked.
         ModelpressError: a named model can't be loaded.
     """
+    sys.setswitchinterval(SWITCH_SECONDS)
     sources = serving.sources()
     serving.check_reach(serving.host, sources)
     keyring, certificate = Keyring(sources), serving.certificate()

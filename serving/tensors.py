@@ -68,16 +68,24 @@ def check_shape(found: Any, where: str, spec: TensorSpec, max_tensor_bytes: int)
         RequestError: it does not fit.
         TooLargeError: so many elements would take more than `max_tensor_bytes`.
     """
-    expected = spec.to_json()["shape"]
-    # bool is a subclass of int, and no size
-    legal = isinstance(found, list) and len(found) == len(expected) and all(type(size) is int for size in found)
-    if not legal or not all(size >= 1 and wanted in (-1, size) for size, wanted in zip(found, expected, strict=True)):
-        raise RequestError(f"{where}: shape", found=short(found), expected=f"{expected} (-1: any size from 1)")
+    if not _fits(found, spec.shape):
+        expected = f"{spec.to_json()['shape']} (-1: any size from 1)"
+        raise RequestError(f"{where}: shape", found=short(found), expected=expected)
     size = math.prod(found) * DATATYPES[spec.datatype].itemsize
     if size > max_tensor_bytes:
         most = f"at most {max_tensor_bytes}"
         raise TooLargeError(f"{where}: shape", found=f"{short(found)}, {short(size)} bytes", expected=most)
     return list(found)
+
+
+def _fits(found: Any, shape: tuple[int | str | None, ...]) -> bool:
+    if not isinstance(found, list) or len(found) != len(shape):
+        return False
+    # bool is a subclass of int, and no size
+    return all(
+        type(size) is int and size >= 1 and (size == axis or not isinstance(axis, int))
+        for size, axis in zip(found, shape, strict=True)
+    )
 
 
 def check_named_axes(arrays: Mapping[str, np.ndarray], specs: Sequence[TensorSpec]) -> None:

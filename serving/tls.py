@@ -41,7 +41,9 @@ class Certificate:
         self._certificate, self._key, self._client_ca = certificate, key, client_ca
         self._seen = self._look()
         self.context = self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
-        """New connections take from it what it has then."""
+        """For the listener; new connections go on with the newest."""
+        self._newest = self.context
+        self.context.sni_callback = self._take_newest
         self.pem = self._bytes()
         """The same for gRPC."""
 
@@ -56,13 +58,16 @@ class Certificate:
             return
         self._seen = seen
         try:
-            self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))  # on trial: a failed load may leave half of it behind
-            self.context.load_cert_chain(self._certificate, self._key, password="")
-            self.pem = self._bytes()
+            loaded, pem = self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)), self._bytes()
         except (ConfigError, OSError) as error:  # ssl.SSLError is an OSError
             log.error("the certificate is as it was before: %s", error)
             return
+        self._newest, self.pem = loaded, pem
         log.info("read the certificate %s again", self._certificate)
+
+    def _take_newest(self, line: ssl.SSLObject, _name: str, _context: ssl.SSLContext) -> None:
+        # Asked at each handshake. To load into the context that runs would leave it without a key for a moment.
+        line.context = self._newest
 
     def _load(self, context: ssl.SSLContext) -> ssl.SSLContext:
         context.minimum_version = ssl.TLSVersion.TLSv1_2

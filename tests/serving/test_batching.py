@@ -100,7 +100,8 @@ async def test_what_waits_is_joined_and_each_gets_its_own_rows(scale: Gated) -> 
 async def test_batches_keep_their_bounds(
     scale: Gated, bounds: Bounds, row_seconds: float, batches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.batching.SMOOTHING", 0.0)  # what the machine measures must not decide
+    for weight in ("RISING", "FALLING"):  # what the machine measures must not decide
+        monkeypatch.setattr(f"serving.batching.{weight}", 0.0)
     scale.row_seconds = row_seconds
     batcher = Batcher(1, bounds)
     first = await busy(batcher, scale)

@@ -74,16 +74,19 @@ def test_it_speaks_new_versions_alone(authority: Authority) -> None:
 
 
 def test_clients_may_have_to_bring_a_certificate(authority: Authority, tmp_path: Path) -> None:
-    context = Certificate(*authority.issue("server"), authority.path).context
-    client = trusting(authority)
-    with pytest.raises(OSError):  # noqa: PT011
-        shake(context, client)
-    client.load_cert_chain(*authority.issue("client"))
-    assert shake(context, client)[1] == "server"
-    stranger = trusting(authority)
+    certificate, key = authority.issue("server")
+    served = Certificate(certificate, key, authority.path)
+    known, stranger, nobody = trusting(authority), trusting(authority), trusting(authority)
+    known.load_cert_chain(*authority.issue("client"))
     stranger.load_cert_chain(*Authority(tmp_path, "other").issue("stranger"))
-    with pytest.raises(OSError):  # noqa: PT011
-        shake(context, stranger)
+    for name in ("server", "next"):  # and after a change of the server's own
+        assert shake(served.context, known)[1] == name
+        for client in (stranger, nobody):
+            with pytest.raises(OSError):  # noqa: PT011
+                shake(served.context, client)
+        for found, target in zip(authority.issue("next"), (certificate, key), strict=True):
+            os.replace(found, target)
+        served.refresh()
 
 
 def test_a_new_certificate_is_taken_for_new_connections(authority: Authority) -> None:
@@ -93,6 +96,36 @@ def test_a_new_certificate_is_taken_for_new_connections(authority: Authority) ->
         os.replace(found, target)
     served.refresh()
     assert shake(served.context, trusting(authority))[1] == "next"
+
+
+def test_a_change_fails_no_connection(authority: Authority) -> None:
+    """Connections are made without pause while the files change."""
+    certificate, key = authority.issue("server")
+    served, client = Certificate(certificate, key), trusting(authority)
+    seen: set[str] = set()
+    failures: list[BaseException] = []
+    stopped = threading.Event()
+
+    def connect() -> None:
+        while not stopped.is_set():
+            try:
+                seen.add(shake(served.context, client)[1])
+            except OSError as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=connect) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for number in range(20):
+        for found, target in zip(authority.issue(f"next-{number}"), (certificate, key), strict=True):
+            os.replace(found, target)
+        served.refresh()
+    assert shake(served.context, client)[1] == "next-19"
+    stopped.set()
+    for thread in threads:
+        thread.join(30)
+    assert failures == []
+    assert "next-19" in seen or len(seen) > 1
 
 
 def test_files_that_do_not_fit_change_nothing(authority: Authority, caplog: pytest.LogCaptureFixture) -> None:
