@@ -83,7 +83,9 @@ class Traffic:
 
     def _run(self) -> None:
         body = encode_request({"x": np.ones((1, WIDTH), np.float32)})
-        with httpx.Client(base_url=self._server.url, timeout=60) as client:
+        # A connection each: a server ends idle ones, and on a busy machine this thread may be idle for seconds.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        with httpx.Client(base_url=self._server.url, timeout=60, limits=limits) as client:
             while not self._ended.is_set():
                 answer = client.post(f"/v2/models/{NAME}/infer", content=body)
                 if answer.status_code != 200:
