@@ -52,7 +52,7 @@ class Bounds:
 
     rows: int = 64
     """Most rows of a batch; 1 joins nothing."""
-    run_seconds: float = 0.005
+    run_seconds: float = 0.04
     """Rows are joined while the run is expected to take at most this."""
     delay_seconds: float = 0.0
     """How long a request may wait for company though a thread is free."""
