@@ -38,8 +38,6 @@ from tests.integration.killing import CONFIG, Place, Server, prefect_at, wait_fo
 Kill = tuple[str, str, int]
 KILLS_PER_RUN = 15
 """A tag lets a run start again twenty times at most; further kills meet another run, over stores of its own."""
-UPDATES = 15 + 15 + 10
-"""Of the three trainings of the recipe."""
 
 
 def measure(quick: bool) -> Iterable[Row]:
@@ -71,7 +69,7 @@ def measure(quick: bool) -> Iterable[Row]:
             places.append(place)
             place.close()
         yield from _rows(found)
-        yield from _left(client, mlflow, places, expected, len(kills))
+        yield from _left(client, mlflow, places, expected, order, len(kills))
 
 
 def _servers(home: Path, stack: ExitStack) -> tuple[str, Server]:
@@ -162,11 +160,15 @@ def _rows(found: list[tuple[Kill, list[float]]]) -> Iterator[Row]:
             yield Row("seconds from kill -9", case, f"{name}, max", "s", max(values))
 
 
-def _left(client: SyncPrefectClient, mlflow: str, places: list[Place], expected: str, kills: int) -> Iterator[Row]:
+def _left(
+    client: SyncPrefectClient, mlflow: str, places: list[Place], expected: str, order: list[str], kills: int
+) -> Iterator[Row]:
     """What there is at the end, checked."""
     writes = [[line.split()[1] for line in (place.home / "writes.log").read_text().splitlines()] for place in places]
     records = [Counter(key for key in keys if key.startswith("stages/")) for keys in writes]
-    updates = sum(key.startswith("training/") for keys in writes for key in keys)
+    updates, undisturbed = (
+        sum(key.startswith("training/") for keys in many for key in keys) for many in (writes, [order] * len(places))
+    )
     states = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
     open_runs = client.read_flow_runs(
         flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states)))
@@ -175,7 +177,7 @@ def _left(client: SyncPrefectClient, mlflow: str, places: list[Place], expected:
         "kills": kills,
         "packs beside the undisturbed one's": sum(len(set(place.published()) ^ {expected}) for place in places),
         "records written twice": sum(sum(one.values()) - len(one) for one in records),
-        "updates repeated": updates - UPDATES * len(places),
+        "states of trainings written twice": updates - undisturbed,
         "flow runs that say Running": len(open_runs),
         "MLflow runs that say RUNNING": len(list(leftovers.still_open(MlflowClient(mlflow, mlflow)))),
         "kills that never came": sum(len(json.loads((place.home / "kill.json").read_text())) for place in places),
