@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 from serving.keyring import Keyring, Sources, UnauthenticatedError
-from tests.cli.test_cli import Run, run
-
-__all__ = ["run"]
+from tests.cli.conftest import Run
 
 
 @pytest.fixture

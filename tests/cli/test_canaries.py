@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from modelpress import cli, pointer
+from modelpress import pointer
 from modelpress.canary import log, tally
-from modelpress.store import Store, open_store
+from modelpress.store import Store
 from tests.canary.states import CANARY, SHADOW, config, shadowed, split, state
+from tests.cli.conftest import Run
 from tests.serving.conftest import publish_pack, scale_model
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    monkeypatch.setenv("MODELPRESS_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("MODELPRESS_STORE", str(tmp_path / "store"))
-    return open_store(str(tmp_path / "store"))
 
 
 @pytest.fixture
@@ -34,18 +25,6 @@ def packs(store: Store, tmp_path: Path) -> list[str]:
     for server, steps in (("a", [shadowed(300, 3.0)]), ("b", [shadowed(100), split(8, errors=1, champion=9)])):
         tally.write(store, "scale", tally.new(made.id, server * 32, "taking part", steps))
     return [first, second]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            cli.main(arguments)
-        out, err = capsys.readouterr()
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0), out, err
-
-    return run
 
 
 def test_status_says_where_it_is_and_how_the_tests_stand(packs: list[str], run: Run) -> None:

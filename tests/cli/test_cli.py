@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,47 +16,20 @@ import onnxruntime
 import pytest
 import torch
 
-from modelpress import cli, errors, keys, load, pointer
+from modelpress import errors, keys, load, pointer
 from modelpress.checkpoint import Checkpoint
 from modelpress.compress import compress
 from modelpress.config import CompressConfig, ShardConfig
 from modelpress.publish import publish
 from modelpress.shard import draft_manifest, write_shards
-from modelpress.store import Store, open_store
-from tests.serving.conftest import CLASSES, WIDTH, publish_pack, scale_model
-
-Run = Callable[..., tuple[int, str, str]]
+from modelpress.store import Store
+from tests.cli.conftest import Run
+from tests.serving.conftest import CLASSES, WIDTH
 
 RECIPE = """
 name: digits
 workload: {kind: image-classification, model: digits-cnn, data: digits}
 """
-
-
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """The store that the environment names."""
-    monkeypatch.setenv("MODELPRESS_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("MODELPRESS_STORE", str(tmp_path / "store"))
-    return open_store(str(tmp_path / "store"))
-
-
-@pytest.fixture
-def packs(store: Store, tmp_path: Path) -> list[str]:
-    """Two packs; the second is champion."""
-    return [publish_pack(store, tmp_path / f"shards{i}", scale_model(i), "scale") for i in (2.0, 3.0)]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            cli.main(arguments)
-        out, err = capsys.readouterr()
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0), out, err
-
-    return run
 
 
 def damage(store: Store, pack: str) -> None:

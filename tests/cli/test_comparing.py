@@ -9,9 +9,7 @@ import pytest
 from modelpress import decisions, errors, pointer
 from modelpress.reports import Check, Decision, Override
 from modelpress.store import Store
-from tests.cli.test_cli import Run, packs, run, store
-
-__all__ = ["packs", "run", "store"]
+from tests.cli.conftest import Run
 
 CHECK = Check(name="compression ratio", verdict="fail", reason="1.00×, at least 4× is asked")
 REFUSED = Decision(

@@ -9,16 +9,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from modelpress import cli, load, pointer
+from modelpress import load, pointer
 from modelpress.errors import ConfigError, EncryptionKeyError, WorkloadError
-from modelpress.store import Store, open_store
-
-
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    monkeypatch.setenv("MODELPRESS_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("MODELPRESS_STORE", str(tmp_path / "store"))
-    return open_store(str(tmp_path / "store"))
+from modelpress.store import Store
+from tests.cli.conftest import Run
 
 
 @pytest.fixture
@@ -32,16 +26,9 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(arguments)
-    out, err = capsys.readouterr()
-    return (ended.value.code if isinstance(ended.value.code, int) else 0), out, err
-
-
-def test_publish_and_pull(store: Store, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_publish_and_pull(store: Store, folder: Path, tmp_path: Path, run: Run) -> None:
     code, out, err = run(
-        capsys, "publish", str(folder), "--name", "ours", "--alias", "blue", "--max-shard-size", "1000000", "--json"
+        "publish", str(folder), "--name", "ours", "--alias", "blue", "--max-shard-size", "1000000", "--json"
     )
     assert code == 0, err
     report = json.loads(out)
@@ -50,31 +37,29 @@ def test_publish_and_pull(store: Store, folder: Path, tmp_path: Path, capsys: py
     assert (entry.pack, entry.reason) == (report["pack"], "publish")
     assert load.load_manifest(store, "ours", report["pack"]).licence == "mit"
     assert report["compression_ratio"] > 1
-    code, out, err = run(capsys, "pull", "ours@blue", "--as", "huggingface", "--to", str(tmp_path / "pulled"))
+    code, out, err = run("pull", "ours@blue", "--as", "huggingface", "--to", str(tmp_path / "pulled"))
     assert code == 0, err
     assert report["pack"] in out
     for path in folder.iterdir():
         assert (tmp_path / "pulled" / path.name).read_bytes() == path.read_bytes()
-    code, out, err = run(capsys, "inspect", "ours@blue")
+    code, out, err = run("inspect", "ours@blue")
     assert code == 0, err
     assert "planes-huffman" in out
-    code, _, err = run(capsys, "pull", "ours@blue", "--as", "triton", "--to", str(tmp_path / "triton"))
+    code, _, err = run("pull", "ours@blue", "--as", "triton", "--to", str(tmp_path / "triton"))
     assert (code, "layout checkpoint" in err) == (ConfigError.exit_code, True)
     assert not list((tmp_path / "home/publish").iterdir())
 
 
-def test_publish_says_what_it_cannot_take(
-    store: Store, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, _, err = run(capsys, "publish", str(tmp_path / "none"), "--name", "ours")
+def test_publish_says_what_it_cannot_take(store: Store, folder: Path, tmp_path: Path, run: Run) -> None:
+    code, _, err = run("publish", str(tmp_path / "none"), "--name", "ours")
     assert (code, "no folder" in err) == (WorkloadError.exit_code, True)
     for arguments in (["--name", "UPPER"], ["--name", "ours", "--alias", "1"], ["--name", "ours", "--ignore", "*.pt"]):
-        assert run(capsys, "publish", str(folder), *arguments)[0] == ConfigError.exit_code
-    code, _, err = run(capsys, "publish", str(folder), "--name", "ours", "--encrypt")
+        assert run("publish", str(folder), *arguments)[0] == ConfigError.exit_code
+    code, _, err = run("publish", str(folder), "--name", "ours", "--encrypt")
     assert (code, "MODELPRESS_KEY_FILE" in err) == (EncryptionKeyError.exit_code, True)
     (folder / "model.pt").write_bytes(b"")
-    code, _, err = run(capsys, "publish", str(folder), "--name", "ours")
+    code, _, err = run("publish", str(folder), "--name", "ours")
     assert (code, "'model.pt'" in err) == (ConfigError.exit_code, True)
     assert not (tmp_path / "store").exists()
-    code, out, _ = run(capsys, "publish", str(folder), "--name", "ours", "--ignore", "*.pt", "--licence", "apache-2.0")
+    code, out, _ = run("publish", str(folder), "--name", "ours", "--ignore", "*.pt", "--licence", "apache-2.0")
     assert (code, "→" in out) == (0, True)

@@ -12,9 +12,7 @@ import yaml
 from modelpress import keys, load, pointer
 from modelpress.errors import TrustError
 from modelpress.store import Store, open_store
-from tests.cli.test_cli import Run, packs, run, store
-
-__all__ = ["packs", "run", "store"]
+from tests.cli.conftest import Run
 
 
 class Desk:
