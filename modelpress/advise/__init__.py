@@ -27,6 +27,7 @@ from modelpress.config.advise import Objective
 from modelpress.cores import usable_cores
 from modelpress.errors import ConfigError, ModelpressError
 from modelpress.evaluate import measure_latency
+from modelpress.plan.latency import in_turns
 from modelpress.progress import Progress, silent
 from modelpress.reports import AdviceReport, Advised, NotPredicted, Outlook, ProfileReport
 from modelpress.reports.measured import value_of
@@ -113,7 +114,7 @@ class Advisor:
         every = [self._advised(one, now, recipe, objective) for one in self.tried]
         every += others.others(now, self.known, asked, objective)
         order = rank.ranked(every, objective)
-        chosen = rank.chosen(order)
+        chosen = rank.chosen(order, objective)
         config = None
         if chosen is not None:
             candidate = next(one.candidate for one in self.tried if one.candidate.label == chosen.label)
@@ -137,7 +138,7 @@ class Advisor:
 
     def _measure(self) -> Known:
         """The model as it is: from the profile where it has measured that, else now."""
-        seconds: dict[int, float] = {}
+        seconds, fastest = dict[int, float](), dict[int, float]()
         known = {row.batch_size: row.p50_seconds for row in self.profile.latency} if self.profile else {}
         for size, inputs in self.trials.batches.items():
             if size not in known:
@@ -145,10 +146,12 @@ class Advisor:
                 spent = self.recipe.evaluate.latency_seconds
                 known[size] = measure_latency(partial(graph.run, session), inputs, size, spent).p50_seconds
             seconds[size] = known[size]
+            fastest[size] = in_turns([self.trials.exported], inputs, self.recipe.advise.kernel_seconds)[0]
         started = time.perf_counter()
         graph.session(self.trials.exported)
         return Known(
             seconds=seconds,
+            fastest=fastest,
             plans=self.now.plans,
             session_seconds=time.perf_counter() - started,
             activations_bytes=value_of(self.profile.memory.activations_bytes) if self.profile else None,
