@@ -41,6 +41,7 @@ from modelpress.reports.module import (
     trainings,
 )
 from modelpress.reports.pack import CodedTensor, CompressReport, DeltaReport, ShardReport, UploadReport, VerifyReport
+from modelpress.reports.parallel import ParallelReport, TrafficReport
 from modelpress.reports.plan import PlannedTensor, PlanOutline, PlanPoint, PlanReport
 from modelpress.reports.profile import ProfileReport
 from modelpress.reports.quality import AttributionReport, EvaluationReport, LatencyReport, QualityReport
@@ -70,6 +71,7 @@ __all__ = [
     "Measured",
     "NotMeasured",
     "Override",
+    "ParallelReport",
     "PlanOutline",
     "PlanPoint",
     "PlanReport",
@@ -89,6 +91,7 @@ __all__ = [
     "SourceReport",
     "Stage",
     "TensorChange",
+    "TrafficReport",
     "TrainReport",
     "UploadReport",
     "UsageReport",
