@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from modelpress.config import TrainConfig
+from modelpress.config import ParallelConfig, TrainConfig
 from modelpress.errors import ConfigError, StageError
 from modelpress.parallel.parts import whole
 from modelpress.parallel.ranks import Ranks, current
@@ -37,6 +37,8 @@ class Alone:
     """A training of one process."""
 
     ranks: Ranks | None = None
+    shards = False
+    """Whether this process holds a part of each weight."""
 
     def __init__(self, module: nn.Module, loss_fn: Loss) -> None:
         self._module, self._loss_fn = module, loss_fn
@@ -77,14 +79,15 @@ class Alone:
 class Together(Alone):
     """A training of one rank among others."""
 
-    def __init__(self, module: nn.Module, loss_fn: Loss, ranks: Ranks) -> None:
+    def __init__(self, module: nn.Module, loss_fn: Loss, ranks: Ranks, ways: ParallelConfig) -> None:
         super().__init__(module, loss_fn)
         self.ranks: Ranks = ranks
+        self._ways, self.shards = ways, ways.strategy == "fsdp"
         self._whole = _Loss(module, loss_fn)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._gradient_bytes = sum(parameter.nbytes for parameter in trained)
         ranks.first_([*module.parameters(), *module.buffers()])
-        if ranks.config.strategy == "ddp":
+        if ways.strategy == "ddp":
             self._wrapped: nn.Module = _ddp(self._whole, ranks)
         else:
             from modelpress.parallel.training_fsdp import sharded
@@ -127,7 +130,7 @@ class Together(Alone):
     @property
     def keeps(self) -> bool:
         """See `Alone.keeps`: with FSDP all, as each has a part of the weights."""
-        return self.ranks.first or self.ranks.config.strategy == "fsdp"
+        return self.ranks.first or self.shards
 
     def report(self, updates: int) -> ParallelReport:
         """See `Alone.report`."""
@@ -138,9 +141,9 @@ class Together(Alone):
         sent = (wire - began) / updates if updates and wire is not None and began is not None else None
         return ParallelReport(
             processes=ranks.size,
-            strategy=ranks.config.strategy,
+            strategy=self._ways.strategy,
             backend=ranks.config.backend,
-            gradient_accumulation=ranks.config.gradient_accumulation,
+            gradient_accumulation=self._ways.gradient_accumulation,
             weights_agree=self._agree(),
             restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
             updates=updates,
@@ -166,7 +169,8 @@ def spread(module: nn.Module, loss_fn: Loss, workload: Workload, config: TrainCo
         ConfigError: the config asks for more processes, and this one has joined none.
         StageError: the model's or the workload's loss is not the sum of its parts'.
     """
-    ranks, ways = current(), config.parallel
+    ways = config.parallel
+    ranks = current() if ways.processes > 1 else None  # a training for one process is repeated by each
     if ranks is None and ways.processes > 1:
         raise ConfigError(
             "training",
@@ -182,11 +186,11 @@ def spread(module: nn.Module, loss_fn: Loss, workload: Workload, config: TrainCo
     with ExitStack() as stack:
         if ranks.size > 1:
             stack.enter_context(over_ranks(module, ranks))
-        if ranks.config.strategy == "fsdp":
+        if ways.strategy == "fsdp":
             from modelpress.parallel.training_fsdp import restored
 
             stack.enter_context(restored(module))
-        yield Together(module, loss_fn, ranks)
+        yield Together(module, loss_fn, ranks, ways)
 
 
 def _check(module: nn.Module, workload: Workload, parts: int, ranks: Ranks | None) -> None:

@@ -57,7 +57,11 @@ class _Scattering(ReduceScatter):
 
 
 def sharded(module: nn.Module, ranks: Ranks) -> nn.Module:
-    """The module itself, of whose weights each rank now holds a part: block by block, and the rest."""
+    """The module itself, of whose weights each rank now holds a part: block by block, and the rest.
+
+    The memory of the whole ones is given back: the old parameters are empty until `restored` fills them.
+    """
+    whole_ones = list(module.parameters())
     mesh = DeviceMesh.from_group(ranks.weights, ranks.device.type)
     try:
         blocks = list(layer_list(module))
@@ -65,6 +69,8 @@ def sharded(module: nn.Module, ranks: Ranks) -> nn.Module:
         blocks = []
     for part in [*blocks, module]:
         _add_and_count(fully_shard(part, mesh=mesh), ranks)
+    for parameter in whole_ones:
+        parameter.data = parameter.data.new_empty(0)
     return module
 
 
@@ -106,5 +112,4 @@ def restored(module: nn.Module) -> Iterator[None]:
             for name, value in values.items():
                 parameter = child._parameters[name]
                 assert parameter is not None
-                parameter.copy_(value)
-                parameter.grad = None
+                parameter.data, parameter.grad = value.detach().clone(), None
