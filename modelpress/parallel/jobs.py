@@ -51,7 +51,8 @@ class Job(_Document):
     def _typed(cls, data: Any) -> Any:
         """The config as the stage's own: the fields of two configs alone do not say which it is."""
         if isinstance(data, dict) and isinstance(data.get("config"), dict):
-            kind = {"distill": DistillConfig, "prune": PruneConfig}.get(data.get("stage", ""))
+            kinds: dict[str, type[DistillConfig | PruneConfig]] = {"distill": DistillConfig, "prune": PruneConfig}
+            kind = kinds.get(data.get("stage", ""))
             if kind is not None:
                 return {**data, "config": kind.model_validate(data["config"])}
         return data

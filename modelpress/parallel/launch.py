@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 
@@ -124,7 +125,7 @@ def _awaited(job: jobs.Job, store: Store, progress: Progress, pause: float) -> t
 
 
 @contextlib.contextmanager
-def _agent(job: jobs.Job, store: Store, output: object) -> Iterator[subprocess.Popen[bytes]]:
+def _agent(job: jobs.Job, store: Store, output: BinaryIO) -> Iterator[subprocess.Popen[bytes]]:
     ways = job.parallel
     command = [
         *(sys.executable, "-m", "torch.distributed.run"),
@@ -138,7 +139,7 @@ def _agent(job: jobs.Job, store: Store, output: object) -> Iterator[subprocess.P
         command,
         env=_environment(ways.processes),
         stdin=subprocess.PIPE,
-        stdout=output,  # type: ignore[arg-type]
+        stdout=output,
         stderr=subprocess.STDOUT,
         start_new_session=True,  # a Ctrl-C in the terminal is this process' to pass on
     )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from modelpress.config import ParallelConfig, TrainConfig
@@ -157,6 +158,15 @@ class Together(Alone):
             wire_update_bytes=sent,
         )
 
+    def _agree(self) -> bool:
+        """Whether the ranks hold the same weights; parts of FSDP are put together for it, and so agree."""
+        digest = hashlib.sha256()
+        for parameter in self._whole.parameters():
+            held = whole(parameter.detach()).cpu().contiguous()
+            digest.update(held.flatten().view(torch.uint8).numpy().data)
+        mark = float(int.from_bytes(digest.digest()[:6], "big"))
+        return len({one[0] for one in self.ranks.gather([mark])}) == 1
+
 
 @contextmanager
 def spread(module: nn.Module, loss_fn: Loss, workload: Workload, config: TrainConfig) -> Iterator[Alone]:
@@ -213,15 +223,6 @@ def _check(module: nn.Module, workload: Workload, parts: int, ranks: Ranks | Non
             "mean and variance are taken over all of them",
         )
 
-    def _agree(self) -> bool:
-        """Whether the ranks hold the same weights; parts of FSDP are put together for it, and so agree."""
-        digest = hashlib.sha256()
-        for parameter in self._whole.parameters():
-            held = whole(parameter.detach()).cpu().contiguous()
-            digest.update(held.flatten().view(torch.uint8).numpy().data)
-        mark = float(int.from_bytes(digest.digest()[:6], "big"))
-        return len({one[0] for one in self.ranks.gather([mark])}) == 1
-
 
 class _SharedShelf:
     """One shelf for all ranks."""
@@ -258,12 +259,12 @@ def _ddp(whole: nn.Module, ranks: Ranks) -> DistributedDataParallel:
         whole,
         process_group=ranks.weights,
         init_sync=False,  # weights and buffers have been the first rank's since a moment ago
-        broadcast_buffers=False,  # batch normalisation follows the same means at each rank
         find_unused_parameters=True,  # a student without a task's head, a pooler that nobody asks
         gradient_as_bucket_view=True,
     )
+    wrapped.broadcast_buffers = False  # batch normalisation follows the same means at each rank
 
-    def summed(_state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def summed(_state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         gradients = bucket.buffer()
         ranks.traffic.summed("parameters", gradients.nbytes)
         work = dist.all_reduce(gradients, group=ranks.weights, async_op=True)
@@ -271,6 +272,7 @@ def _ddp(whole: nn.Module, ranks: Ranks) -> DistributedDataParallel:
         found: torch.futures.Future[Tensor] = work.get_future().then(_only)
         return found
 
+    summed.__annotations__ = {}  # PyTorch compares them with types, and finds texts
     wrapped.register_comm_hook(None, summed)
     return wrapped
 

@@ -18,6 +18,10 @@ from modelpress.errors import WorkloadError
 from modelpress.parallel.parts import whole
 from modelpress.parallel.ranks import Ranks
 
+# Their names since PyTorch 2.13, and before.
+_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 class _Gathering(AllGather):
     """PyTorch's own, counted."""
@@ -32,7 +36,8 @@ class _Gathering(AllGather):
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         self.ranks.traffic.gathered("parameters", output_tensor.nbytes)
-        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+        work: dist.Work | None = _gather(output_tensor, input_tensor, group=group, async_op=async_op)
+        return work
 
 
 class _Scattering(ReduceScatter):
@@ -53,7 +58,8 @@ class _Scattering(ReduceScatter):
         async_op: bool = False,
     ) -> dist.Work | None:
         self.ranks.traffic.scattered("parameters", input_tensor.nbytes)
-        return dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+        work: dist.Work | None = _scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+        return work
 
 
 def sharded(module: nn.Module, ranks: Ranks) -> nn.Module:

@@ -29,7 +29,7 @@ def over_ranks(module: nn.Module, ranks: Ranks) -> Iterator[None]:
     """While this is open, the module's batch normalisations take mean and variance over the batch of all ranks."""
     layers = batch_norms(module)
     for layer in layers:
-        layer.forward = _Forward(layer, ranks)  # type: ignore[method-assign]
+        layer.forward = _Forward(layer, ranks)  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # with the next, what DDP and FSDP import when they are first used: once for all ranks
+import torch.distributed.fsdp
 from torch import Tensor, nn
 
 from modelpress.config import DistillConfig, ParallelConfig, TrainConfig
@@ -44,8 +46,9 @@ class Blocks(nn.Module):
 
 
 def norms() -> nn.Module:
+    """Without biases before them: their gradient is 0 but for rounding, which Adam makes large."""
     return nn.Sequential(
-        nn.Linear(4, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 12, bias=False),
+        nn.Linear(4, 12, bias=False), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 12, bias=False),
         nn.BatchNorm1d(12, momentum=None, affine=False), nn.Linear(12, 3),
     )  # fmt: skip
 
@@ -178,7 +181,7 @@ def losses(case: Case, teacher: nn.Module, student: nn.Module, workload: Data) -
 
 
 def spread(processes: int, **ways: Any) -> ParallelConfig:
-    return ParallelConfig(processes=processes, timeout_seconds=120.0, **ways)
+    return ParallelConfig(processes=processes, **({"timeout_seconds": 120.0} if processes > 1 else {}), **ways)
 
 
 def read_hands(who: Mapping[str, str], how: str, split: Split = "train") -> list[tuple[list[list[float]], float, int]]:

@@ -119,11 +119,11 @@ def test_a_killed_rank_goes_on_to_the_same_weights_with_any_number_of_ranks(tmp_
     state = (tmp_path / "0").read_bytes()
     for ranks in (2, 3, 1):
         (tmp_path / "0").write_bytes(state)
-        again = dataclasses.replace(case, folder=str(tmp_path), train=config(ranks, strategy=strategy))
+        again = dataclasses.replace(case, folder=str(tmp_path))
         if ranks == 1:
-            again = dataclasses.replace(again, train=BATCH)
-            found = train(None, again)
+            found = train(None, dataclasses.replace(again, train=BATCH))
         else:
+            again = dataclasses.replace(again, train=config(ranks, strategy=strategy))
             found = results(together(ranks, train, again))[0]
         assert (tmp_path / "told").read_text().endswith("the training goes on behind update 5 of 8\n")
         if ranks == 2:
