@@ -40,6 +40,7 @@ from modelpress.reports.module import (
     trainings,
 )
 from modelpress.reports.pack import CodedTensor, CompressReport, DeltaReport, ShardReport, UploadReport, VerifyReport
+from modelpress.reports.partition import PartitionReport, PartReport, RankLoadReport
 from modelpress.reports.plan import PlannedTensor, PlanOutline, PlanPoint, PlanReport
 from modelpress.reports.quality import AttributionReport, EvaluationReport, LatencyReport, QualityReport
 
@@ -65,6 +66,8 @@ __all__ = [
     "LatencyReport",
     "LayersReport",
     "Override",
+    "PartReport",
+    "PartitionReport",
     "PlanOutline",
     "PlanPoint",
     "PlanReport",
@@ -73,6 +76,7 @@ __all__ = [
     "PruneStep",
     "QualityReport",
     "QuantizeReport",
+    "RankLoadReport",
     "Report",
     "RetainReport",
     "RetainedPack",
