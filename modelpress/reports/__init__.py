@@ -30,6 +30,7 @@ from modelpress.reports.housekeeping import (
     UsageReport,
     VersionUsage,
 )
+from modelpress.reports.measured import Figure, Measured, NotMeasured
 from modelpress.reports.module import (
     DistillReport,
     PruneReport,
@@ -42,6 +43,7 @@ from modelpress.reports.module import (
 from modelpress.reports.pack import CodedTensor, CompressReport, DeltaReport, ShardReport, UploadReport, VerifyReport
 from modelpress.reports.partition import PartitionReport, PartReport, RankLoadReport
 from modelpress.reports.plan import PlannedTensor, PlanOutline, PlanPoint, PlanReport
+from modelpress.reports.profile import ProfileReport
 from modelpress.reports.quality import AttributionReport, EvaluationReport, LatencyReport, QualityReport
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "DistillReport",
     "EvaluationReport",
     "ExportReport",
+    "Figure",
     "FolderReport",
     "FrozenReport",
     "FrozenWeight",
@@ -65,6 +68,8 @@ __all__ = [
     "GarbageItem",
     "LatencyReport",
     "LayersReport",
+    "Measured",
+    "NotMeasured",
     "Override",
     "PartReport",
     "PartitionReport",
@@ -72,6 +77,7 @@ __all__ = [
     "PlanPoint",
     "PlanReport",
     "PlannedTensor",
+    "ProfileReport",
     "PruneReport",
     "PruneStep",
     "QualityReport",
