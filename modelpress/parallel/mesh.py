@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,7 +90,7 @@ def average_gradients_(module: nn.Module, group: dist.ProcessGroup) -> None:
     _reduce_([parameter.grad for parameter in module.parameters() if parameter.grad is not None], group, mean=True)
 
 
-def sum_gradients_(parameters: list[Tensor], group: dist.ProcessGroup) -> None:
+def sum_gradients_(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     """Replace the gradients of these by their sum over the ranks of a group."""
     _reduce_([parameter.grad for parameter in parameters if parameter.grad is not None], group, mean=False)
 
@@ -106,7 +106,7 @@ def _reduce_(gradients: list[Tensor], group: dist.ProcessGroup, *, mean: bool) -
             dist.all_reduce(flat, group=group)
             if mean:
                 flat /= group.size()
-            for grad, part in zip(members, flat.split([grad.numel() for grad in members]), strict=True):
+            for grad, part in zip(members, torch.split(flat, [grad.numel() for grad in members]), strict=True):
                 grad.copy_(part.view_as(grad))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modelpress.distill import frozen
 from modelpress.errors import StageError
-from modelpress.survey import chain_of, first_output, hooked
+from modelpress.survey import Arguments, arguments, chain_of, first_output, hooked
 from modelpress.workload import Batch
 
 
@@ -105,7 +105,7 @@ class _Watch:
         """0: no block was entered; 1: some were; 2: the last one was left."""
         self.seen: dict[nn.Module, set[int]] = {}
         self.shapes: dict[nn.Module, tuple[int, ...]] = {}
-        self.taken: dict[int | str, Any] = {}
+        self.taken: Arguments = {}
         self.gives: int | None = None
         self.given: Any = None
 
@@ -113,7 +113,7 @@ class _Watch:
         """Look once."""
 
         def enter(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.taken, self.phase = {**dict(enumerate(args)), **kwargs}, 1
+            self.taken, self.phase = arguments(args, kwargs), 1
 
         def leave(_block: nn.Module, _args: object, output: Any) -> None:
             self.gives, self.phase = len(output) if isinstance(output, tuple | list) else None, 2
@@ -137,7 +137,7 @@ class _Watch:
     def side(self, child: nn.Module) -> str:
         """Where a module belongs."""
         phases = self.seen.get(child, {2})
-        return {(0,): "before", (2,): "after"}.get(tuple(sorted(phases)), "shared")
+        return "before" if phases == {0} else "after" if phases == {2} else "shared"
 
 
 def _hidden_state(watch: _Watch, slot: int | str, name: str) -> Tensor:

@@ -178,7 +178,8 @@ class _Blank(nn.Module):
             return torch.zeros(self._shape or (), dtype=self._dtype)
         if self._width is not None:  # an embedding
             return torch.zeros((*first.shape, self._width), dtype=self._dtype, device=first.device)
-        if self._shape is None or (first.is_floating_point() and first.shape[2:] == self._shape[2:]):
+        free = 2 if first.ndim == 3 else 1  # (batch, length, width): of any length
+        if self._shape is None or (first.is_floating_point() and first.shape[free:] == self._shape[free:]):
             return first
         return torch.zeros((len(first), *self._shape[1:]), dtype=self._dtype, device=first.device)
 

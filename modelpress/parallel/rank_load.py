@@ -104,10 +104,11 @@ def load_tensors(
     parts = open_parts(opened, manifest, progress, cache or open_cache())
     positions = reading.positions
     mine = positions if group is None else positions[dist.get_rank(group) :: group.size()]
-    shards = _brought(manifest, mine, parts)
+    own = _brought(manifest, mine, parts)
+    shards: Iterator[tuple[int, bytes | memoryview]] = own
     if group is not None:
         _check_group(manifest, positions, group)
-        shards = _sent(manifest, positions, shards, group)
+        shards = _sent(manifest, positions, own, group)
     stored: dict[str, Tensor] = {}
     found: dict[str, Tensor] = {}
     for source, tensor in _decoded(reading, shards, parts):
@@ -291,7 +292,7 @@ def _check_group(manifest: Manifest, positions: Sequence[int], group: dist.Proce
 
 def _sent(
     manifest: Manifest, positions: Sequence[int], own: Iterator[tuple[int, bytes]], group: dist.ProcessGroup
-) -> Iterator[tuple[int, memoryview]]:
+) -> Iterator[tuple[int, bytes | memoryview]]:
     """All shards in order on every rank of the group: this rank's own it reads and sends, the others it receives."""
     rank = dist.get_rank(group)
     for turn, position in enumerate(positions):
@@ -315,7 +316,7 @@ def _sent(
             raise StoreError(
                 doing, found=f"rank {reader} of the group could not read it", fix="see what that rank says"
             )
-        yield position, memoryview(buffer.numpy())
+        yield position, buffer.numpy().data
 
 
 def _share(name: str, target: Tensor) -> Share | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -62,7 +62,7 @@ class Runner:
     ) -> None:
         self.mesh, self.plan = mesh, dict(plan or {})
         self.index = mesh.get_local_rank("pipeline")
-        _check(bounds, mesh, self.plan, microbatches, schedule)
+        _check(bounds, mesh, self.plan, microbatches, schedule if loss is not None else "gpipe")
         self.stage = Stage(module, outlined, bounds, self.index, names)
         self._loss, self._microbatches, self._schedule = loss, microbatches, schedule
         self._made: dict[bool, tuple[object, PipelineScheduleSingle]] = {}
@@ -118,7 +118,7 @@ class Runner:
                 expected=f"a multiple of {self._microbatches}, the same of each input",
             )
         schedule = self._scheduled(inputs, losses is not None)
-        named = dict(inputs)
+        named: dict[str, Any] = dict(inputs)
         args = (named.pop(self.stage.names[0]),) if self.stage.is_first else ()
         if losses is None:
             found: Tensor | None = schedule.eval(*args, **named)

@@ -96,13 +96,15 @@ def cut_of(metadata: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
     stated = metadata.get(KEY)
     if stated is None:
         return 1, {}
-    ranks, axes = (stated.get("ranks"), stated.get("axes")) if isinstance(stated, dict) else (None, None)
-    legal = isinstance(axes, dict) and all(type(axis) is int and 0 <= axis < 64 for axis in axes.values())
-    if not (legal and type(ranks) is int and 1 <= ranks <= 2**16):
-        raise CorruptionError(
-            f"reading a checkpoint's metadata.{KEY}", found=repr(stated)[:200], expected="ranks, and axes by name"
-        )
-    return ranks, axes
+    ranks = stated.get("ranks") if isinstance(stated, dict) else None
+    axes = stated.get("axes") if isinstance(stated, dict) else None
+    if isinstance(ranks, int) and isinstance(axes, dict) and type(ranks) is int and 1 <= ranks <= 2**16:  # no bool
+        whole: dict[str, int] = {str(name): axis for name, axis in axes.items() if type(axis) is int and 0 <= axis < 64}
+        if len(whole) == len(axes):
+            return ranks, whole
+    raise CorruptionError(
+        f"reading a checkpoint's metadata.{KEY}", found=repr(stated)[:200], expected="ranks, and axes by name"
+    )
 
 
 def sources(share: Share | None, stored_ranks: int) -> list[int]:

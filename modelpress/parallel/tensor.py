@@ -239,7 +239,9 @@ def _traced(module: nn.Module, groups: list[Group], ranks: int) -> TensorPlan:
             continue  # a layer is cut one way: it stays with the group that comes first
         for name in group.producers:
             _check_divisible(name, group.size, group.kind, ranks)
-        plan |= dict.fromkeys(group.producers, "column") | dict.fromkeys(readers, "row")
+        column: Style = "column"
+        row: Style = "row"
+        plan |= {**dict.fromkeys(group.producers, column), **dict.fromkeys(readers, row)}
     return plan
 
 

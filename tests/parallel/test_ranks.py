@@ -119,7 +119,9 @@ def test_ranks_together_compute_what_one_process_computes(launch: Launch, name: 
                 seen.add(key.removeprefix("grad "))
                 assert_close(value, grads[key.removeprefix("grad ")], f"{name}, rank {rank}: {key}")
     assert seen == set(grads)
-    assert min(float(grad.abs().max()) for grad in grads.values()) > 1e6 * BOUND  # the comparison could fail
+    # The comparison could fail: but for biases before a softmax, all are far larger than the bound.
+    large = [name for name, grad in grads.items() if float(grad.abs().max()) > 1e6 * BOUND]
+    assert set(grads) - set(large) <= {name for name in grads if name.endswith(("key.bias", "query.bias"))}
     assert_close(torch.cat(outputs), output, f"{name}: outputs")  # of the copies, in their order
     assert sum(losses) / len(losses) == pytest.approx(float(lost), abs=BOUND)
 
