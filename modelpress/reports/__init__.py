@@ -6,6 +6,17 @@ imports neither torch nor numpy.
 
 from __future__ import annotations
 
+from modelpress.reports.advice import (
+    AdviceCheck,
+    AdviceReport,
+    Advised,
+    CheckRow,
+    KernelSpeed,
+    NotPredicted,
+    Outlook,
+    Predicted,
+    Prediction,
+)
 from modelpress.reports.base import ArtifactRef, Report, Stage
 from modelpress.reports.folder import FolderReport
 from modelpress.reports.gate import Check, Decision, Override, Verdict
@@ -47,9 +58,13 @@ from modelpress.reports.profile import ProfileReport
 from modelpress.reports.quality import AttributionReport, EvaluationReport, LatencyReport, QualityReport
 
 __all__ = [
+    "AdviceCheck",
+    "AdviceReport",
+    "Advised",
     "ArtifactRef",
     "AttributionReport",
     "Check",
+    "CheckRow",
     "CodebookReport",
     "CodedTensor",
     "CollectReport",
@@ -66,10 +81,13 @@ __all__ = [
     "FrozenWeight",
     "Garbage",
     "GarbageItem",
+    "KernelSpeed",
     "LatencyReport",
     "LayersReport",
     "Measured",
     "NotMeasured",
+    "NotPredicted",
+    "Outlook",
     "Override",
     "PartReport",
     "PartitionReport",
@@ -77,6 +95,8 @@ __all__ = [
     "PlanPoint",
     "PlanReport",
     "PlannedTensor",
+    "Predicted",
+    "Prediction",
     "ProfileReport",
     "PruneReport",
     "PruneStep",
