@@ -1,1 +1,1 @@
-"""Work spread over processes, measured."""
+"""Parallel training, models and tasks: `python -m benchmarks.parallel.NAME [--quick] [--json PATH] [--write]`."""

@@ -53,6 +53,7 @@ from modelpress.reports.module import (
 )
 from modelpress.reports.pack import CodedTensor, CompressReport, DeltaReport, ShardReport, UploadReport, VerifyReport
 from modelpress.reports.parallel import ParallelReport, TrafficReport
+from modelpress.reports.partition import PartitionReport, PartReport, RankLoadReport
 from modelpress.reports.plan import PlannedTensor, PlanOutline, PlanPoint, PlanReport
 from modelpress.reports.profile import ProfileReport
 from modelpress.reports.quality import AttributionReport, EvaluationReport, LatencyReport, QualityReport
@@ -90,6 +91,8 @@ __all__ = [
     "Outlook",
     "Override",
     "ParallelReport",
+    "PartReport",
+    "PartitionReport",
     "PlanOutline",
     "PlanPoint",
     "PlanReport",
@@ -101,6 +104,7 @@ __all__ = [
     "PruneStep",
     "QualityReport",
     "QuantizeReport",
+    "RankLoadReport",
     "Report",
     "RetainReport",
     "RetainedPack",

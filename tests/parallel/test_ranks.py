@@ -1,138 +1,206 @@
-"""Who the ranks are, what they lack, and whom they wait for."""
+"""Four processes against one: outputs, gradients and weights; what they read; and what they say when one is gone."""
 
 from __future__ import annotations
 
-import os
-import socket
+import json
+import multiprocessing
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor
 
-from modelpress.config import OptimizeConfig, ParallelConfig, TrainConfig, parse_config
-from modelpress.errors import ConfigError, SetupError, StageError
-from modelpress.parallel.ranks import device_of, joined
-from modelpress.parallel.traffic import Traffic, open_sockets, sent_bytes
-from modelpress.train import train_
-from tests.parallel.cases import spread
-from tests.parallel.forks import environment, free_port
-from tests.train.toy import Toy, mlp
+from modelpress import keys
+from modelpress.checkpoint import from_module
+from modelpress.compress import compress
+from modelpress.config import ShardConfig
+from modelpress.manifest import Manifest
+from modelpress.parallel.slices import share_name, sliced
+from modelpress.parallel.tensor import axis_of, plan_tensors
+from modelpress.publish import publish
+from modelpress.shard import draft_manifest, layer_of, write_shards
+from modelpress.store.local import LocalStore
+from tests.packs import COMPRESS
+from tests.parallel.models import batch, loss, make
+from tests.parallel.work import DEAD, MISSING, RANKS, work
 
-DIGITS = {
-    "name": "digits",
-    "workload": {"kind": "image-classification", "model": "digits-cnn", "data": "digits"},
-}
+pytestmark = pytest.mark.distributed
+
+BOUND = 1e-11
+"""Of the largest gradient, or output: what sums in another order may change in float64."""
+LIVING = [rank for rank in range(RANKS) if rank != DEAD]
+
+
+@dataclass
+class Launch:
+    """What the ranks left behind."""
+
+    folder: Path
+    manifest: Manifest
+    exit_codes: list[int | None]
+
+    def facts(self, rank: int) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / f"facts-{rank}.json").read_text())
+        return found
+
+    def tensors(self, name: str, rank: int) -> dict[str, Tensor]:
+        return safetensors.torch.load_file(self.folder / f"{name}-{rank}.safetensors")
+
+
+def make_pack(folder: Path) -> Manifest:
+    """The Llama, its tensors cut for two ranks, a shard for each layer and rank."""
+    module = make("llama")
+    plan = plan_tensors(module, 2)
+    coded, _ = compress(sliced(from_module(module), lambda name: axis_of(name, plan), 2), COMPRESS)
+    shards, _ = write_shards(coded, ShardConfig(by="layer"), folder / "shards")
+    manifest, blobs = draft_manifest("llama", coded, shards)
+    publish(LocalStore(folder / "store"), manifest, shards, blobs, source_bytes=1)
+    shutil.copytree(folder / "store", folder / "lacking")
+    LocalStore(folder / "lacking").delete(keys.blob(manifest.shards[MISSING].sha256))
+    return manifest
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    folder = tmp_path_factory.mktemp("ranks")
+    manifest = make_pack(folder)
+    plans = {kind: plan_tensors(make(kind), 2, batch(kind)[0]) for kind in ("llama", "tied", "bert")} | {"residual": {}}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.parallel.work"])  # torch is imported once, not four times
+    ranks = [context.Process(target=work, args=(rank, folder, plans, manifest.digest)) for rank in range(RANKS)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(280)
+    for rank in ranks:
+        rank.kill()
+    return Launch(folder, manifest, [rank.exitcode for rank in ranks])
+
+
+def alone(kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Output, loss and gradients of the whole batch in this process."""
+    module, (inputs, targets) = make(kind), batch(kind)
+    output = module(**inputs)
+    lost = loss(output, targets)
+    lost.backward()
+    grads = {name: one.grad for name, one in module.named_parameters(remove_duplicate=False) if one.grad is not None}
+    return output.detach(), lost.detach(), grads
+
+
+def assert_close(found: Tensor, expected: Tensor, what: str) -> None:
+    assert found.shape == expected.shape, what
+    assert float((found - expected).abs().max()) <= BOUND * max(1.0, float(expected.abs().max())), what
+
+
+def test_every_rank_came_to_its_end(launch: Launch) -> None:
+    assert launch.exit_codes == [9 if rank == DEAD else 0 for rank in range(RANKS)]
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ({"RANK": None}, "no RANK in the environment"),
-        ({"MASTER_PORT": None, "MASTER_ADDR": None}, "no MASTER_ADDR, MASTER_PORT"),
-        ({"RANK": "2"}, "RANK=2, WORLD_SIZE=2"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
-    ],
+    ("name", "kind"),
+    [("1f1b", "llama"), ("gpipe", "residual"), ("hybrid", "tied"), ("copies", "llama"), ("tensor", "bert")],
 )
-def test_a_process_that_torchrun_did_not_start_says_so(wrong: dict[str, str | None], said: str) -> None:
-    who = {name: value for name, value in (environment(0, 2, 1) | wrong).items() if value is not None}
-    with pytest.raises(ConfigError, match=said), joined(ParallelConfig(), who):
-        pytest.fail("joined")
+def test_ranks_together_compute_what_one_process_computes(launch: Launch, name: str, kind: str) -> None:
+    output, lost, grads = alone(kind)
+    outputs: list[Tensor] = []
+    losses: list[float] = []
+    seen: set[str] = set()
+    for rank in range(RANKS):
+        found = launch.tensors(name, rank)
+        if "output" in found:
+            outputs.append(found["output"])
+            losses.append(float(found["loss"]))
+        for key, value in found.items():
+            if key.startswith("grad "):
+                seen.add(key.removeprefix("grad "))
+                assert_close(value, grads[key.removeprefix("grad ")], f"{name}, rank {rank}: {key}")
+    assert seen == set(grads)
+    # The comparison could fail: but for biases before a softmax, all are far larger than the bound.
+    large = [name for name, grad in grads.items() if float(grad.abs().max()) > 1e6 * BOUND]
+    assert set(grads) - set(large) <= {name for name in grads if name.endswith(("key.bias", "query.bias"))}
+    assert_close(torch.cat(outputs), output, f"{name}: outputs")  # of the copies, in their order
+    assert sum(losses) / len(losses) == pytest.approx(float(lost), abs=BOUND)
 
 
-def test_a_taken_port_and_a_rank_that_never_comes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        who = environment(0, 2, taken.getsockname()[1])
-        with pytest.raises(SetupError, match=r"in use(.|\n)*rdzv-endpoint"), joined(spread(2), who):
-            pytest.fail("joined")
-    short = ParallelConfig(processes=2, timeout_seconds=1.0)
-    with pytest.raises(SetupError, match=r"within 1 s"), joined(short, environment(0, 2, free_port())):
-        pytest.fail("joined")
+def test_a_rank_reads_its_own_shards_and_no_other(launch: Launch) -> None:
+    """Stages 0 and 1 of two blocks each, two tensor-parallel ranks: by name, shard and digest."""
+    module = make("llama")
+    plan, whole = plan_tensors(module, 2), module.state_dict()
+    entries = {entry.name: entry for entry in launch.manifest.tensors}
+    every: list[str] = []
+    for rank in range(RANKS):
+        facts = launch.facts(rank)["pack"]
+        loaded = safetensors.torch.load_file(launch.folder / f"pack-{rank}.st")
+        loaded.pop("output", None)
+        stored = set()
+        for name, tensor in loaded.items():
+            axis = axis_of(name, plan)
+            expected = whole[name] if axis is None else whole[name].chunk(2, axis)[rank % 2]
+            assert torch.equal(tensor, expected), name
+            stored.add(name if axis is None else share_name(name, rank % 2, 2))
+        shards = {launch.manifest.shards[position].sha256 for name in stored for position in entries[name].shards}
+        assert sorted(facts["read"]) == sorted(keys.blob(digest) for digest in shards)
+        others = {entry.name for entry in launch.manifest.tensors if set(entry.shards) & positions(launch, shards)}
+        assert {layer_of(name) for name in others} == {layer_of(name) for name in stored}
+        assert facts["report"]["needed_bytes"] == facts["report"]["read_bytes"]
+        assert facts["part"] == rank // 2
+        every += facts["read"]
+    assert set(every) == {keys.blob(shard.sha256) for shard in launch.manifest.shards}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="nccl is here")
-def test_backends_that_are_not_here_are_named_with_the_way_to_have_them() -> None:
-    with pytest.raises(SetupError, match=r"no CUDA or ROCm device(.|\n)*parallel.backend to gloo"):
-        device_of(spread(2, backend="nccl"), 0)
-    with pytest.raises(SetupError, match=r"no package torch_xla(.|\n)*install torch_xla"):
-        device_of(spread(2, backend="xla"), 0)
-    assert device_of(spread(2), 1) == torch.device("cpu")
+def positions(launch: Launch, digests: set[str]) -> set[int]:
+    return {number for number, shard in enumerate(launch.manifest.shards) if shard.sha256 in digests}
 
 
-def attempt(config: TrainConfig, module: nn.Module | None = None, *, alike: bool = False) -> None:
-    workload = Toy(mlp)
-    if alike:
-        workload.samples_stand_alone = False  # type: ignore[misc]
-    train_(module or workload.source(), lambda m, b: workload.loss(m(**b.inputs), b), workload, config)
+def test_a_model_filled_from_a_pack_answers_as_it_did(launch: Launch) -> None:
+    output, _, _ = alone("llama")
+    for rank in (2, 3):
+        found = safetensors.torch.load_file(launch.folder / f"pack-{rank}.st")
+        assert_close(found["output"], output, f"rank {rank}")
 
 
-def test_more_processes_than_there_are_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"processes 2, and one process(.|\n)*modelpress run"):
-        attempt(TrainConfig(parallel=spread(2)))
+@pytest.mark.parametrize("way", ["cached", "sent"])
+def test_copies_read_one_copy(launch: Launch, way: str) -> None:
+    """Four ranks, each with the whole pack: the store is asked for each shard once."""
+    facts = [launch.facts(rank)["copies"] for rank in range(RANKS)]
+    assert all(one["equal"] for one in facts)
+    read = [key for one in facts for key in one[way]]
+    assert sorted(read) == sorted(keys.blob(shard.sha256) for shard in launch.manifest.shards)
+    if way == "sent":
+        assert sum(one["sent_bytes"] for one in facts) == sum(shard.size_bytes for shard in launch.manifest.shards)
+        assert all(one["sent"] for one in facts)
 
 
-def test_what_is_no_sum_over_parts_is_refused() -> None:
-    parts = TrainConfig(parallel=ParallelConfig(gradient_accumulation=2))
-    with pytest.raises(StageError, match="compares the samples"):
-        attempt(parts, alike=True)
-    with pytest.raises(StageError, match=r"batch normalisation in body\.1"):
-        attempt(parts, Toy(lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))).source())
+@pytest.mark.faults
+def test_a_missing_shard_is_named_on_every_rank(launch: Launch) -> None:
+    digest = launch.manifest.shards[MISSING].sha256
+    for rank in range(RANKS):
+        facts = launch.facts(rank)["refusals"]
+        kind = "NotFoundError" if rank == MISSING % RANKS else "StoreError"
+        assert facts["missing"].startswith(f"{kind}: reading shard {MISSING} ({digest})")
+        assert facts["missing alone"].startswith(f"NotFoundError: reading shard {MISSING} ({digest})")
+        if rank != MISSING % RANKS:
+            assert f"found: rank {MISSING % RANKS} of the group" in facts["missing"]
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"distill": {"train": {"parallel": {"proceses": 2}}}}, "distill.train.parallel.proceses: unknown field"),
-        ({"distill": {"train": {"parallel": {"strategy": "fsdp"}}}}, "strategy is only read with parallel.processes"),
-        (
-            {"distill": {"train": {"out_of_memory": "halve", "parallel": {"processes": 2}}}},
-            "set parallel.gradient_accumulation",
-        ),
-        ({"quantize": {"smooth": 0, "recovery": {"parallel": {"processes": 2}}}}, "quantize.recovery.parallel"),
-        ({"gpu": {}, "distill": {"train": {"parallel": {"processes": 2}}}}, "excludes gpu"),
-        (
-            {"prune": {"method": "wanda", "recovery": {"parallel": {"processes": 2, "strategy": "fsdp"}}}},
-            "needs prune.method 'structured'",
-        ),
-    ],
-)
-def test_configs_that_mean_nothing_are_refused(change: dict[str, object], said: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        parse_config(DIGITS | change)
-    assert said in str(caught.value)
+def test_what_does_not_fit_is_refused(launch: Launch) -> None:
+    for rank in range(RANKS):
+        facts = launch.facts(rank)["refusals"]
+        assert "ConfigError: making a mesh of data × pipeline × tensor = 3 × 1 × 1" in facts["mesh"]
+        assert "3 microbatches by 1f1b" in facts["microbatches"]
+        assert "2 parts\n  expected: 4" in facts["parts"]
+        assert "2 tensor-parallel ranks, and no plan" in facts["plan"]
+        assert "wants other shards, or another pack" in facts["others"]
 
 
-def test_how_many_processes_there_are_is_no_part_of_what_is_made() -> None:
-    def made(**ways: object) -> OptimizeConfig:
-        return parse_config(DIGITS | {"distill": {"train": {"seed": 3, "parallel": ways}}})
-
-    assert made(processes=4, strategy="fsdp").fingerprint() == made().fingerprint()
-    assert made().model_copy(update={"distill": None}).fingerprint() != made().fingerprint()
-    train = TrainConfig(seed=3)
-    assert train.fingerprint() != TrainConfig(seed=4).fingerprint()
-    assert train.model_copy(update={"parallel": spread(2)}).fingerprint() == train.fingerprint()
-
-
-def test_bytes_are_those_of_a_ring_and_those_of_the_sockets() -> None:
-    traffic = Traffic(4)
-    traffic.summed("parameters", 400)
-    traffic.gathered("control", 80)
-    traffic.sent("data", 7)
-    assert traffic.needed == {"parameters": 600.0, "control": 60.0, "data": 7.0}
-    before = open_sockets()
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        with socket.create_connection(listening.getsockname()) as one, listening.accept()[0] as other:
-            new = open_sockets() - before
-            assert {one.fileno(), other.fileno()} < new
-            one.sendall(b"x" * 100_000)
-            received = 0
-            while received < 100_000:
-                received += len(other.recv(65536))
-            assert sent_bytes({one.fileno()}) == 100_000
-            assert sent_bytes({other.fileno()}) == 0
-            assert os.fstat(one.fileno())
-    assert sent_bytes(set()) is None
+@pytest.mark.faults
+@pytest.mark.parametrize("how", ["silent", "dead"])
+def test_a_rank_that_is_gone_is_an_error_and_no_wait(launch: Launch, how: str) -> None:
+    for rank in LIVING:
+        error = launch.facts(rank)[how]
+        assert error.startswith("StageError: "), error
+        assert f"on rank {rank} of {RANKS}\n  found: another rank died, or did not answer in time: " in error
