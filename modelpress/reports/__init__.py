@@ -43,10 +43,18 @@ from modelpress.reports.module import (
 from modelpress.reports.pack import CodedTensor, CompressReport, DeltaReport, ShardReport, UploadReport, VerifyReport
 from modelpress.reports.plan import PlannedTensor, PlanOutline, PlanPoint, PlanReport
 from modelpress.reports.profile import ProfileReport
-from modelpress.reports.quality import AttributionReport, EvaluationReport, LatencyReport, QualityReport
+from modelpress.reports.quality import (
+    AttributionExample,
+    AttributionReport,
+    EvaluationReport,
+    LatencyReport,
+    QualityReport,
+)
+from modelpress.reports.run import RunReport, RunStage
 
 __all__ = [
     "ArtifactRef",
+    "AttributionExample",
     "AttributionReport",
     "Check",
     "CodebookReport",
@@ -83,6 +91,8 @@ __all__ = [
     "RetainReport",
     "RetainedPack",
     "RoundedLayer",
+    "RunReport",
+    "RunStage",
     "SensitivityRow",
     "ShardReport",
     "SharedTensor",
