@@ -148,6 +148,16 @@ def test_a_report_of_another_release_hides_no_other() -> None:
     assert sound(render(report_page(Story("odd", run=RunReport(name="odd", stages=[odd, later])))))
 
 
+def test_what_is_nested_without_end_is_no_end_of_the_page() -> None:
+    deep: dict[str, object] = {}
+    for _ in range(600):
+        deep = {"a": deep}
+    run = RunReport(name="deep", stages=[RunStage(stage="source", report=deep)], config=deep)
+    text = " ".join(sound(render(report_page(Story("deep", run=run)))).text)
+    assert "nested too deep to be shown" in text
+    assert "1 fields" in text
+
+
 def test_thousands_of_tensors_are_summed_up() -> None:
     tensors = tuple(
         TensorEntry(

@@ -11,6 +11,8 @@ from modelpress.page.story import QUALITY, Story
 
 LISTED = 120
 """Rows of a stage."""
+DEEPEST = 8
+"""Levels that are followed: a record may nest as deep as it likes."""
 
 
 def section(story: Story) -> Section | None:
@@ -31,11 +33,13 @@ def _table(stage: str, found: Mapping[str, Any]) -> Table:
     return Table(words.cut(stage, 80), ["field", "value"], rows[:LISTED], frozenset({1}), note, folded=True)
 
 
-def _leaves(found: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _leaves(found: Mapping[str, Any], prefix: str = "", deep: int = 0) -> Iterator[tuple[str, str]]:
     """Dotted path and text of each value."""
     for key, value in found.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+        if isinstance(value, Mapping) and deep < DEEPEST:
+            yield from _leaves(value, f"{prefix}{key}.", deep + 1)
+        elif isinstance(value, Mapping):
+            yield f"{prefix}{key}", f"{len(value):,} fields"
         elif isinstance(value, list):
             plain = len(value) <= 8 and not any(isinstance(one, list | Mapping) for one in value)
             yield f"{prefix}{key}", ", ".join(map(str, value)) if plain else f"{len(value):,} entries"

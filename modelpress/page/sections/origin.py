@@ -11,6 +11,8 @@ from modelpress.page.parts import Item, Link, Section, Table
 from modelpress.page.story import Story
 
 LISTED = 200
+MOST_RECIPE = 100_000
+"""Letters of the recipe."""
 
 
 def section(story: Story) -> Section:
@@ -34,14 +36,20 @@ def section(story: Story) -> Section:
         tables = [_lineage(manifest.lineage), _versions(manifest.versions), _files(story), _shards(story)]
     if story.run is not None:
         items += [Item(name, "", link=Link(name, address)) for name, address in story.run.links.items()]
-    recipe = json.dumps(dict(story.config), indent=2, ensure_ascii=False, sort_keys=True)
     return Section(
         key="origin",
         title="Where it comes from",
         items=items,
         tables=[table for table in tables if table.rows],
-        code=[("Recipe", recipe)] if story.config else [],
+        code=[("Recipe", _recipe(story.config))] if story.config else [],
     )
+
+
+def _recipe(config: Mapping[str, Any]) -> str:
+    try:
+        return words.cut(json.dumps(dict(config), indent=2, ensure_ascii=False, sort_keys=True), MOST_RECIPE)
+    except RecursionError:  # a manifest may nest as deep as it likes
+        return "nested too deep to be shown"
 
 
 def _lineage(lineage: Mapping[str, Any]) -> Table:
