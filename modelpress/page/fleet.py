@@ -66,19 +66,20 @@ def read_fleet(store: Store, alias: str | None = None, progress: Progress = sile
         versions[name] = sum(place is not None and place.kind == "manifest" for place in places)
         for one in sorted(store.folders(f"{keys.manifests(name)}refs/")):
             if keys.is_alias(one) and alias in (None, one):
-                served.append(_read(store, name, one))
+                served += _read(store, name, one)
         progress(number, len(names), name)
     return Fleet(store.uri, served, versions)
 
 
-def _read(store: Store, name: str, alias: str) -> Served:
+def _read(store: Store, name: str, alias: str) -> list[Served]:
+    """What an alias points at; nothing where its log is empty."""
     try:
         entry = pointer.current(store, name, alias)
         if entry is None:
-            return Served(name, alias, None, 0, None, "an empty log")
-        return Served(name, alias, entry.created, entry.number, read_story(store, name, entry.pack))
+            return []
+        return [Served(name, alias, entry.created, entry.number, read_story(store, name, entry.pack))]
     except (FormatError, TrustError, NotFoundError) as error:
-        return Served(name, alias, None, 0, None, error.found or error.doing)
+        return [Served(name, alias, None, 0, None, error.found or error.doing)]
 
 
 def fleet_page(fleet: Fleet) -> Page:

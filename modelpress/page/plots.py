@@ -8,6 +8,8 @@ from typing import Literal
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from modelpress.page.svg import CHOSEN, GRID, INK, MUTED, SERIES, plot
@@ -16,6 +18,8 @@ from modelpress.page.words import short
 ROW = 0.27
 """Inches of a row of labels."""
 MARKS = ("o", "s", "^", "D", "v", "P")
+NAMED = 21
+"""Letters of a name in a legend, of which two stand beside each other."""
 CROWD = 24
 """Points of a line from which on they have no marks."""
 
@@ -80,13 +84,13 @@ def dots(
                 capsize=2.5,
                 elinewidth=1.3,
                 color=SERIES[number % len(SERIES)],
-                label=short(name, 24),
+                label=short(name, NAMED),
             )
         if line is not None:
-            axes.axvline(line[0], color=MUTED, linewidth=0.9, linestyle="--", label=short(line[1], 24))
+            axes.axvline(line[0], color=MUTED, linewidth=0.9, linestyle="--", label=short(line[1], NAMED))
         _rows(axes, rows)
         _scale(axes, "x", log=log)
-        axes.set_xlabel(unit)
+        axes.set_xlabel(short(unit, 44))
         _legend(axes, len(series) + (line is not None))
 
     legend = ROW * 0.8 * ((len(series) + (line is not None) + 1) // 2) if len(series) + (line is not None) > 1 else 0
@@ -140,17 +144,17 @@ def scatter(
             mark = "" if name in joined and len(shown) > CROWD else MARKS[number % len(MARKS)]
             form = ("-" if name in joined else "") + mark
             xs, ys = [one.x for one in shown], [one.y for one in shown]
-            axes.plot(xs, ys, form, color=SERIES[number % len(SERIES)], markersize=5, label=short(name, 24))
+            axes.plot(xs, ys, form, color=SERIES[number % len(SERIES)], markersize=5, label=short(name, NAMED))
             for one in shown:
                 if one.label:
                     axes.annotate(short(one.label, 18), (one.x, one.y), (4, 4), textcoords="offset points", fontsize=9)
         if chosen is not None and _fits(chosen[1], logs):
             spot = chosen[1]
-            axes.plot([spot.x], [spot.y], "*", color=CHOSEN, markersize=13, label=short(chosen[0], 24))
+            axes.plot([spot.x], [spot.y], "*", color=CHOSEN, markersize=13, label=short(chosen[0], NAMED))
         if limit is not None:
-            axes.axhline(limit[0], color=MUTED, linewidth=0.9, linestyle="--", label=short(limit[1], 24))
-        axes.set_xlabel(axes_named[0])
-        axes.set_ylabel(axes_named[1])
+            axes.axhline(limit[0], color=MUTED, linewidth=0.9, linestyle="--", label=short(limit[1], NAMED))
+        axes.set_xlabel(short(axes_named[0], 44))
+        axes.set_ylabel(short(axes_named[1], 34))
         axes.margins(0.12)
         _scale(axes, "x", log=logs[0])
         _scale(axes, "y", log=logs[1])
@@ -170,13 +174,12 @@ def grids(key: str, alt: str, pair: Sequence[tuple[str, Sequence[Sequence[float]
         left = 0.0
         for title, grid in pair:
             columns = max(len(row) for row in grid)
-            axes.text(left + columns / 2, -0.5, title, ha="center", va="bottom", fontsize=10)
+            axes.text(left + columns / 2, -0.5, short(title, 22), ha="center", va="bottom", fontsize=10)
             for y, row in enumerate(grid):
                 for x, value in enumerate(row):
                     colour = SERIES[0] if value >= 0 else SERIES[1]
                     strength = min(1.0, abs(value))
-                    box = (left + x, y), 1.0, 1.0
-                    axes.add_patch(_box(*box, colour, strength))
+                    axes.add_patch(_box((left + x, y), colour, strength))
                     if value < 0 and strength > 0.3:
                         axes.plot([left + x + 0.3, left + x + 0.7], [y + 0.3, y + 0.7], color=INK, linewidth=0.6)
             left += columns + 1.0
@@ -188,11 +191,8 @@ def grids(key: str, alt: str, pair: Sequence[tuple[str, Sequence[Sequence[float]
     return plot(key, alt, paint, height=2.6)
 
 
-def _box(corner: tuple[float, float], width: float, height: float, colour: str, strength: float) -> object:
-    from matplotlib.colors import to_rgba
-    from matplotlib.patches import Rectangle
-
-    return Rectangle(corner, width, height, facecolor=to_rgba(colour, strength), edgecolor=GRID, linewidth=0.5)
+def _box(corner: tuple[float, float], colour: str, strength: float) -> Rectangle:
+    return Rectangle(corner, 1.0, 1.0, facecolor=to_rgba(colour, strength), edgecolor=GRID, linewidth=0.5)
 
 
 def _fits(spot: Spot, logs: tuple[bool, bool]) -> bool:
@@ -233,4 +233,5 @@ def _plain(value: float, _position: int | None = None) -> str:
 
 def _legend(axes: Axes, entries: int) -> None:
     if entries > 1:
-        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, borderaxespad=0.2, handletextpad=0.4)
+        handles, labels = axes.get_legend_handles_labels()
+        axes.figure.legend(handles, labels, loc="outside upper left", ncols=2, borderaxespad=0.2, handletextpad=0.4)

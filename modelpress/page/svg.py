@@ -13,6 +13,7 @@ import threading
 import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from typing import Any
 
 import matplotlib as mpl
 from markupsafe import Markup
@@ -36,7 +37,7 @@ VARIABLES = {
     BAD: "var(--bad)",
     **{mark: f"var(--c{place})" for place, mark in enumerate(SERIES)},
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "text.usetex": False,

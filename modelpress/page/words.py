@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from modelpress.reports import QualityReport
 
@@ -123,10 +122,3 @@ def layer_of(name: str) -> str:
         return found[1]
     head, dot, _ = name.rpartition(".")
     return head if dot and head else name
-
-
-def as_float(values: Mapping[str, Any], key: str) -> float | None:
-    """A finite number in a report's numbers; None where there is none."""
-    value = values.get(key)
-    found = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if found else None

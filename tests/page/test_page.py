@@ -150,7 +150,7 @@ def test_a_report_of_another_release_hides_no_other() -> None:
 
 def test_what_is_nested_without_end_is_no_end_of_the_page() -> None:
     deep: dict[str, object] = {}
-    for _ in range(600):
+    for _ in range(5000):
         deep = {"a": deep}
     run = RunReport(name="deep", stages=[RunStage(stage="source", report=deep)], config=deep)
     text = " ".join(sound(render(report_page(Story("deep", run=run)))).text)
