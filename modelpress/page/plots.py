@@ -52,6 +52,7 @@ def dots(
     unit: str,
     log: bool = False,
     line: tuple[float, str] | None = None,
+    apart: bool = True,
 ) -> Markup:
     """Values with intervals, a row per name and a colour per series.
 
@@ -63,9 +64,10 @@ def dots(
         unit: of the axis.
         log: logarithmic; values that are not positive are left out.
         line: a value to compare with, and what it is.
+        apart: whether the series of one row stand under each other; not where each row has one.
     """
     place = {row: number for number, row in enumerate(rows)}
-    step = 0.62 / max(1, len(series))
+    step = 0.62 / max(1, len(series)) if apart else 0.0
 
     def paint(axes: Axes) -> None:
         for number, (name, found) in enumerate(series.items()):
@@ -112,7 +114,12 @@ def waterfall(key: str, alt: str, steps: Sequence[tuple[str, float]], told: Call
             end = max(right, left + most * 0.004)
             axes.annotate(text, (end, number), (4, 0), textcoords="offset points", va="center", fontsize=9)
             if number:
-                axes.plot([before, before], [number - 0.69, number + 0.31], color=MUTED, linewidth=0.7)
+                axes.plot(
+                    [before, before],
+                    [number - 0.69, number - 0.31 if whole else number + 0.31],
+                    color=MUTED,
+                    linewidth=0.7,
+                )
             before = value
         _rows(axes, [name for name, _ in steps])
         axes.set_xlim(0, most * 1.28)
@@ -145,9 +152,7 @@ def scatter(
             form = ("-" if name in joined else "") + mark
             xs, ys = [one.x for one in shown], [one.y for one in shown]
             axes.plot(xs, ys, form, color=SERIES[number % len(SERIES)], markersize=5, label=short(name, NAMED))
-            for one in shown:
-                if one.label:
-                    axes.annotate(short(one.label, 18), (one.x, one.y), (4, 4), textcoords="offset points", fontsize=9)
+            _label(axes, [one for one in shown if one.label])
         if chosen is not None and _fits(chosen[1], logs):
             spot = chosen[1]
             axes.plot([spot.x], [spot.y], "*", color=CHOSEN, markersize=13, label=short(chosen[0], NAMED))
@@ -193,6 +198,15 @@ def grids(key: str, alt: str, pair: Sequence[tuple[str, Sequence[Sequence[float]
 
 def _box(corner: tuple[float, float], colour: str, strength: float) -> Rectangle:
     return Rectangle(corner, 1.0, 1.0, facecolor=to_rgba(colour, strength), edgecolor=GRID, linewidth=0.5)
+
+
+def _label(axes: Axes, spots: Sequence[Spot]) -> None:
+    """Names beside points, by turns above and below, and to the left of the last one, which may be at the edge."""
+    for number, one in enumerate(spots):
+        is_last = number == len(spots) - 1 > 0
+        away = (-4 if is_last else 4, 4 if number % 2 == 0 else -11)
+        side = "right" if is_last else "left"
+        axes.annotate(short(one.label, 18), (one.x, one.y), away, textcoords="offset points", fontsize=9, ha=side)
 
 
 def _fits(spot: Spot, logs: tuple[bool, bool]) -> bool:

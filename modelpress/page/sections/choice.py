@@ -42,7 +42,7 @@ def _front(plan: PlanReport) -> Figure:
     series = {"planned": [spot(point) for point in plan.front]}
     alike = sorted(plan.uniform, key=lambda point: _kind(point, timed))
     for kind, points in groupby(alike, key=lambda point: _kind(point, timed)):
-        series[f"all alike, {kind}"] = [spot(point) for point in points]
+        series[kind] = [spot(point) for point in points]
     chosen = Spot((plan.seconds or 0.0) * 1000 if timed else float(plan.coded_bytes), plan.disagreement)
     meaning = "mean KL divergence, nats" if plan.divergence == "kl" else "1 − mean cosine"
     cost = "milliseconds of a call" if timed else "coded bytes"
@@ -52,7 +52,8 @@ def _front(plan: PlanReport) -> Figure:
     )
     return Figure(
         key="choice-front",
-        caption=f"Cost against disagreement with the float graph ({meaning}), on calibration data; the star: the plan",
+        caption=f"Cost against disagreement with the float graph ({meaning}), on calibration data; the star is the plan, "
+        "marks without a line are one form for all weights",
         svg=scatter(
             "choice-front",
             alt,

@@ -121,6 +121,6 @@ def _figure(measure: Measure) -> Figure:
     return Figure(
         key=key,
         caption=caption,
-        svg=dots(key, alt, names, dict(series), unit=measure.unit, log=log),
+        svg=dots(key, alt, names, dict(series), unit=measure.unit, log=log, apart=False),
         table=Table(measure.title, ["layer", measure.unit, "what it became"], rows, numbers=frozenset({1})),
     )

@@ -47,7 +47,7 @@ def _measured(stages: Sequence[RunStage]) -> Table:
         for stage in stages
     ]
     note = "Quality and differences with their intervals. Lossless stages are proved bit by bit, and not evaluated."
-    return Table("Stages in the order of the line: quality and bytes", heads, rows, frozenset({5, 6}), note)
+    return Table("Stages in the order of the line: quality and bytes", heads, rows, frozenset({2, 3, 4, 5, 6}), note)
 
 
 def _speeds(story: Story, stages: Sequence[RunStage]) -> Table | None:
@@ -95,9 +95,12 @@ def _times(row: LatencyReport | None) -> str:
 
 
 def _numbers(qualities: dict[str, QualityReport]) -> Table:
-    rows = [[stage, words.quality(one), words.difference(one), f"{one.samples:,}"] for stage, one in qualities.items()]
+    rows = [
+        [stage, words.quality(one), words.difference(one) if one.difference is not None else "–", f"{one.samples:,}"]
+        for stage, one in qualities.items()
+    ]
     heads = ["stage", "quality", "against the source", "samples"]
-    return Table("Quality by stage, as the pack has it", heads, rows, numbers=frozenset({3}))
+    return Table("Quality by stage", heads, rows, numbers=frozenset({1, 2, 3}))
 
 
 def _further(stages: Sequence[RunStage]) -> Table | None:
