@@ -52,7 +52,7 @@ def _front(plan: PlanReport) -> Figure:
     )
     return Figure(
         key="choice-front",
-        caption=f"Cost against disagreement with the float graph ({meaning}), on calibration data; the star is the plan, "
+        caption=f"Cost against disagreement with the float graph ({meaning}) on calibration data; a star is the plan, "
         "marks without a line are one form for all weights",
         svg=scatter(
             "choice-front",
