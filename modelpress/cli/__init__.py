@@ -10,6 +10,7 @@ import typer
 
 from modelpress.cli import (
     access,
+    advising,
     caches,
     canaries,
     comparing,
@@ -20,6 +21,7 @@ from modelpress.cli import (
     models,
     packs,
     pages,
+    parts,
     pointers,
     secrecy,
     servers,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "access",
+    "advising",
     "app",
     "caches",
     "canaries",
@@ -46,6 +49,7 @@ __all__ = [
     "models",
     "packs",
     "pages",
+    "parts",
     "pointers",
     "secrecy",
     "servers",
