@@ -64,9 +64,9 @@ def compare(
         if int(parts.max()) + 1 < LEAST_PARTS:
             continue
         goal, expected = original(inputs, parts, None)
-        found = changed(inputs, parts, goal)[1]
-        correlations.append(spearman(expected, found))
-        seen.append(_Seen(sample, *_places(workload, inputs), expected, found))
+        after = changed(inputs, parts, goal)[1]
+        correlations.append(spearman(expected, after))
+        seen.append(_Seen(sample, *_places(workload, inputs), expected, after))
     if not correlations:
         raise WorkloadError(
             "comparing attributions",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,7 +47,7 @@ def dots(
     key: str,
     alt: str,
     rows: Sequence[str],
-    series: dict[str, Sequence[Dot]],
+    series: Mapping[str, Sequence[Dot]],
     *,
     unit: str,
     log: bool = False,
@@ -133,7 +133,7 @@ def waterfall(key: str, alt: str, steps: Sequence[tuple[str, float]], told: Call
 def scatter(
     key: str,
     alt: str,
-    series: dict[str, Sequence[Spot]],
+    series: Mapping[str, Sequence[Spot]],
     chosen: tuple[str, Spot] | None,
     *,
     axes_named: tuple[str, str],
