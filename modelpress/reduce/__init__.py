@@ -1,0 +1,41 @@
+"""Results of slices of the data, and how they become one: each slice counts once, and no order changes a bit.
+
+`partials` are what a slice can say, `ledger` keeps who has spoken, `exact` adds without rounding.
+"""
+
+from __future__ import annotations
+
+from modelpress.reduce.exact import Exact
+from modelpress.reduce.ledger import Cut, Ledger, Part, Reduced, deal, merge_all
+from modelpress.reduce.partials import (
+    AnyPartial,
+    ChannelMoments,
+    Confusion,
+    Extremes,
+    Histogram,
+    Moments,
+    PairedScores,
+    Partial,
+    Ranking,
+    WeightedMean,
+)
+
+__all__ = [
+    "AnyPartial",
+    "ChannelMoments",
+    "Confusion",
+    "Cut",
+    "Exact",
+    "Extremes",
+    "Histogram",
+    "Ledger",
+    "Moments",
+    "PairedScores",
+    "Part",
+    "Partial",
+    "Ranking",
+    "Reduced",
+    "WeightedMean",
+    "deal",
+    "merge_all",
+]
