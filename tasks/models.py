@@ -29,6 +29,7 @@ from modelpress.reports import (
 )
 from modelpress.settings import read_settings
 from modelpress.store.base import open_store
+from tasks import slices
 from tasks.evaluation import host_fingerprint
 from tasks.records import Finished
 from tasks.runner import RunContext, fetch_checkpoint, find_source, open_workload, run_stage
@@ -185,6 +186,7 @@ def plan(
 
     def work(progress: Progress) -> tuple[Mapping[str, bytes], PlanReport]:
         from modelpress.checkpoint import to_module
+        from modelpress.plan import measured, opened, settle
         from modelpress.plan import plan as run
         from modelpress.plan.recovery import plan_module
 
@@ -193,6 +195,10 @@ def plan(
         if config.needs_module:
             module = to_module(fetch_checkpoint(model), workload)
             planned, report = plan_module(module, checkpoint, workload, config, export_config, compression, progress)
+        elif (workers := slices.crew()) and config.objective == "bytes":
+            survey = opened(checkpoint, workload, config, compression)
+            slices.sensitivities(workers, context, graph, survey, progress)
+            planned, report = settle(measured(survey, progress), config.max_disagreement, progress)
         else:
             planned, report = run(checkpoint, workload, config, compression, progress)
         return {"output": planned.to_bytes()}, report

@@ -29,6 +29,7 @@ from modelpress.config.recipes import (
     parse_config,
 )
 from modelpress.config.train import TrainConfig
+from modelpress.config.workers import WorkersConfig
 from modelpress.config.workload import WorkloadConfig
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "ShardConfig",
     "TrainConfig",
     "UploadConfig",
+    "WorkersConfig",
     "WorkloadConfig",
     "load_blockwise_recipe",
     "load_canary",

@@ -17,6 +17,7 @@ from modelpress.config.pack import CompressConfig, ShardConfig, UploadConfig
 from modelpress.config.plan import PlanConfig
 from modelpress.config.prune import PruneConfig
 from modelpress.config.quantize import ExportConfig, QuantizeConfig
+from modelpress.config.workers import WorkersConfig
 from modelpress.config.workload import WorkloadConfig
 from modelpress.errors import ConfigError
 
@@ -56,6 +57,8 @@ class OptimizeConfig(Config):
     gpu: GpuConfig | None = None
     """Absent: everything is computed on the CPU, but graphs whose `evaluate.provider` is a GPU's: those take a whole
     device."""
+    workers: WorkersConfig | None = None
+    """Absent: evaluations and plans run in one process."""
 
     @model_validator(mode="after")
     def _check(self) -> OptimizeConfig:
@@ -70,6 +73,8 @@ class OptimizeConfig(Config):
             )
         if self.gate.provider not in (None, self.evaluate.provider):
             raise ValueError(f"gate.provider needs evaluate.provider {self.gate.provider}: it is what is measured on")
+        if self.workers and self.evaluate.provider != "CPUExecutionProvider":
+            raise ValueError("workers share cores, not a GPU: leave them out, or set evaluate.provider to the CPU's")
         return self
 
 

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from modelpress.reduce.exact import Exact
+from modelpress.reduce.kinds import AnyPartial
 from modelpress.reduce.ledger import Cut, Ledger, Part, Reduced, deal, merge_all
+from modelpress.reduce.named import Answers, Piece, Sensitivities, Sensitivity
 from modelpress.reduce.partials import (
-    AnyPartial,
     ChannelMoments,
     Confusion,
     Extremes,
@@ -21,6 +22,7 @@ from modelpress.reduce.partials import (
 )
 
 __all__ = [
+    "Answers",
     "AnyPartial",
     "ChannelMoments",
     "Confusion",
@@ -33,8 +35,11 @@ __all__ = [
     "PairedScores",
     "Part",
     "Partial",
+    "Piece",
     "Ranking",
     "Reduced",
+    "Sensitivities",
+    "Sensitivity",
     "WeightedMean",
     "deal",
     "merge_all",

@@ -1,8 +1,8 @@
 """Sums of floats without rounding: the same number in whatever order, and however cut, they were added.
 
 A float64 is an integer times a power of two, and so is a sum of them; integers add exactly. Rounding happens once,
-where a float is asked for, and to the nearest: `Exact.of(values).value()` is `math.fsum(values)`, and unlike that it can
-be carried on. A mantissa grows by a bit for each doubling of the number of values and for each power of two between
+where a float is asked for, and to the nearest: `Exact.of(values).value()` is `math.fsum(values)`, and can be carried
+on. A mantissa grows by a bit for each doubling of the number of values and for each power of two between
 the smallest and the largest of them.
 """
 

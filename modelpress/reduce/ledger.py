@@ -17,7 +17,8 @@ from typing import Generic
 from pydantic import Field, model_validator
 
 from modelpress.errors import CorruptionError, CoverageError, StageError
-from modelpress.reduce.partials import AnyPartial, Partial, PartialT
+from modelpress.reduce.kinds import AnyPartial
+from modelpress.reduce.partials import Partial, PartialT
 from modelpress.reports.base import Report
 
 _SHOWN = 8

@@ -410,11 +410,5 @@ class PairedScores(Partial):
         return scores, np.array([self.baseline[place] for place in places], np.float64) if self.baseline else None
 
 
-AnyPartial = Annotated[
-    WeightedMean | Moments | ChannelMoments | Extremes | Histogram | Confusion | Ranking | PairedScores,
-    Field(discriminator="kind"),
-]
-
-
 def _numbered(first: int, scores: Any) -> dict[int, float]:
     return dict(enumerate(np.asarray(scores, np.float64).reshape(-1).tolist(), start=first))
