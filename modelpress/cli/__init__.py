@@ -24,6 +24,7 @@ from modelpress.cli import (
     servers,
     signing,
     stack,
+    submodels,
 )
 from modelpress.cli.common import app
 from modelpress.errors import ModelpressError
@@ -49,6 +50,7 @@ __all__ = [
     "servers",
     "signing",
     "stack",
+    "submodels",
 ]
 
 
