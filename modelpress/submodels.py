@@ -9,6 +9,7 @@ another trunk is refused. What nobody changed comes back bit for bit.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -22,7 +23,7 @@ from modelpress.compress import natural_key
 from modelpress.container.tensors import to_bytes
 from modelpress.errors import ConfigError, CorruptionError, WorkloadError
 from modelpress.folder.inventory import take_inventory
-from modelpress.hf_writer import INDEX, SHARD_BYTES, SINGLE, FolderWriter, new_folder
+from modelpress.hf_writer import INDEX, SHARD_BYTES, SINGLE, FolderWriter, check_folder, new_folder
 from modelpress.progress import Progress, silent
 from modelpress.reports.base import Report
 from modelpress.store.local import local_errors
@@ -35,7 +36,8 @@ TRUNK = "trunk"
 MAX_SHEET_BYTES = 2**28
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-PieceName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
+_PIECE = r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$"
+PieceName = Annotated[str, StringConstraints(pattern=_PIECE)]
 
 
 class Held(Report):
@@ -119,6 +121,8 @@ def split(folder: Path, parts: Mapping[str, Sequence[str]], to: Path, progress: 
         raise WorkloadError(doing, found=f"a {SHEET}", expected="a whole model", fix="join its pieces first")
     tensors = open_folder(folder)
     owners = _owners(doing, tensors, parts)
+    for piece in (TRUNK, *parts):
+        check_folder(to / piece)
     others = _files(folder)
     names: dict[str, list[str]] = {TRUNK: [], **{part: [] for part in parts}}
     held: dict[str, Held] = {}
@@ -218,6 +222,8 @@ def _owners(doing: str, tensors: Mapping[str, Stored], parts: Mapping[str, Seque
     """The part of each tensor that is in one."""
     owners: dict[str, str] = {}
     for part, patterns in parts.items():
+        if not re.fullmatch(_PIECE, part):
+            raise ConfigError(doing, found=f"a part named {part!r}", expected="lower-case letters, digits, . _ and -")
         if part == TRUNK:
             raise ConfigError(doing, found=f"a part named {TRUNK}", expected="another name: what is left is called so")
         for pattern in patterns:

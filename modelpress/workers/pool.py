@@ -154,7 +154,7 @@ class Pool:
         for seat in reversed(self._seats):
             self._free.put(seat)
 
-    def run(self, job: Job, seconds: float | None = None, began: Callable[[int], None] = lambda _: None) -> Reply:
+    def run(self, job: Job, seconds: float | None = None, began: Callable[[int], object] = lambda _: None) -> Reply:
         """Do a slice in the next worker that is free; see `Worker.ask`. `began` is told the worker's process id.
 
         Raises:

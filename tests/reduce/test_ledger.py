@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,3 +139,9 @@ def test_a_cut_that_loses_or_doubles_is_refused(slices: list[list[int]]) -> None
 def test_nothing_cannot_be_dealt(units: int, slices: int) -> None:
     with pytest.raises(ValueError, match="cannot be dealt"):
         deal("work", units, slices)
+
+
+def test_the_example_of_the_documentation_runs() -> None:
+    page = Path(__file__).parents[2] / "docs" / "parallel-tasks.md"
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    exec(compile(code, str(page), "exec"), {})

@@ -1,0 +1,1 @@
+"""What parallel work gains and costs."""
