@@ -159,7 +159,9 @@ def quantize(
             module = to_module(fetch_checkpoint(model), workload)
             quantized, report = quantize_module(module, checkpoint, workload, config, export_config, progress)
         else:
-            quantized, report = run(checkpoint, workload, config, progress, earlier)
+            workers = slices.crew()
+            observer = slices.Observing(workers, context, progress) if workers else None
+            quantized, report = run(checkpoint, workload, config, progress, earlier, observer)
         return {"output": quantized.to_bytes()}, report
 
     inputs = [graph, model] if config.needs_module else [graph]

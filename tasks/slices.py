@@ -7,7 +7,7 @@ recorded in the work store, as a stage's output is: a run that is started again 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,19 +22,23 @@ from prefect.logging import get_run_logger
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from modelpress import errors
-from modelpress.config import CompressConfig, PlanConfig, WorkersConfig
+from modelpress.config import WorkersConfig
 from modelpress.errors import ModelpressError, StageError, WorkerError
 from modelpress.progress import Progress
 from modelpress.reports import ArtifactRef, Report
 from modelpress.settings import read_settings
+from modelpress.store.artifacts import save_artifact
 from modelpress.store.base import open_store
 from tasks.records import Record, find_record, read_report, save_record, stage_key
 from tasks.runner import RunContext, find_source, open_workload
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
+
     from modelpress.evaluate import Answered
     from modelpress.plan import Survey
-    from modelpress.reduce import Ledger, Part, Partial
+    from modelpress.reduce import ByName, Part, Partial
+    from modelpress.reduce.partials import PartialT
     from modelpress.workers.pool import Pool
     from modelpress.workers.protocol import Failure, Job
 
@@ -90,67 +94,90 @@ def answers(on: Crew, context: RunContext, model: ArtifactRef, progress: Progres
         And what the library raises for the model and the data.
     """
     from modelpress import sliced
-    from modelpress.reduce import Answers, Ledger, deal
+    from modelpress.reduce import Answers
 
     marks = sliced.marks(open_workload(context.workload, context.mlflow_run))
     of = _digest("answers", model.sha256, [mark.inputs_sha256 for mark in marks])
-    ledger = Ledger(deal(of, len(marks), _slices(on.config), on.config.seed), Answers)
-    _work(on, context, model, ledger, "answers", progress)
-    return sliced.put_together(ledger.reduce().value, marks)
+    found = _mapped(on, context, model, {"kind": "answers", "of": of}, len(marks), Answers, progress)
+    return sliced.put_together(found, marks)
 
 
 def sensitivities(on: Crew, context: RunContext, graph: ArtifactRef, work: Survey, progress: Progress) -> None:
     """Fill a plan's survey with what can be measured unit by unit; raises what `answers` does."""
     from modelpress.plan import sliced
-    from modelpress.reduce import Ledger, Sensitivities, deal
+    from modelpress.reduce import Sensitivities
 
-    units = sliced.units(work)
-    coding = work.compression.fingerprint() if work.compression else None
+    units, coding = sliced.units(work), work.compression.fingerprint() if work.compression else None
     of = _digest("sensitivities", graph.sha256, units, work.config.fingerprint(), coding)
-    ledger = Ledger(deal(of, len(units), _slices(on.config), on.config.seed), Sensitivities)
-    _work(on, context, graph, ledger, "sensitivities", progress, plan=work.config, compress=work.compression)
-    sliced.take(work, ledger.reduce().value)
+    asked = {"kind": "sensitivities", "of": of, "plan": work.config, "compress": work.compression}
+    sliced.take(work, _mapped(on, context, graph, asked, len(units), Sensitivities, progress))
 
 
-def _slices(config: WorkersConfig) -> int:
-    return config.slices or SLICES_PER_WORKER * config.count
+class Observing:
+    """A `modelpress.quantize.ranges.Observer` whose workers run a slice of the calibration batches each.
+
+    Args:
+        on: the workers.
+        context: of the run.
+        progress: told of each slice.
+    """
+
+    def __init__(self, on: Crew, context: RunContext, progress: Progress) -> None:
+        from modelpress.quantize import calibration_batches
+
+        self._on, self._context, self._progress = on, context, progress
+        self._batches = len(calibration_batches(open_workload(context.workload, context.mlflow_run)))
+
+    def extremes(self, model: ModelProto, values: Sequence[str]) -> ByName:
+        """See `Observer`; raises what `answers` does."""
+        return self._ask(model, {"kind": "extremes", "values": list(values)})
+
+    def histograms(self, model: ModelProto, edges: Mapping[str, tuple[float, float]]) -> ByName:
+        """See `Observer`; raises what `answers` does."""
+        return self._ask(model, {"kind": "histograms", "edges": dict(edges)})
+
+    def _ask(self, model: ModelProto, asked: Mapping[str, Any]) -> ByName:
+        from modelpress import graph
+        from modelpress.reduce import ByName
+
+        settings = read_settings()
+        ref = save_artifact(open_store(settings.work_uri, settings), graph.split(model).to_bytes())
+        job = {**asked, "of": _digest(ref.sha256, self._batches, asked)}
+        return _mapped(self._on, self._context, ref, job, self._batches, ByName, self._progress)
 
 
 def _digest(*parts: object) -> str:
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _work(
+def _mapped(
     on: Crew,
     context: RunContext,
     model: ArtifactRef,
-    ledger: Ledger[Any],
-    kind: str,
+    asked: Mapping[str, Any],
+    units: int,
+    kind: type[PartialT],
     progress: Progress,
-    plan: PlanConfig | None = None,
-    compress: CompressConfig | None = None,
-) -> None:
-    """Do all slices of a cut, and note each as it comes."""
+) -> PartialT:
+    """Cut units into slices, do all of them, and merge what they say."""
+    from modelpress.reduce import Ledger, deal
     from modelpress.workers.protocol import Job
 
-    settings, cut = read_settings(), ledger.cut
+    settings = read_settings()
     identity = open_workload(context.workload, context.mlflow_run).identity()
     found = find_source(context.workload)
     workload = context.workload.model_copy(update={"model": str(found.folder)}) if found else context.workload
-    jobs = [
-        Job.model_validate(
-            {"kind": kind, "of": cut.of, "slice": number, "units": units, "model": model, "workload": workload}
-            | {"store": settings.work_uri, "run": context.mlflow_run, "plan": plan, "compress": compress}
-        )
-        for number, units in enumerate(cut.slices)
-    ]
+    same = {**asked, "model": model, "workload": workload, "store": settings.work_uri, "run": context.mlflow_run}
+    slices = on.config.slices or SLICES_PER_WORKER * on.config.count
+    ledger: Ledger[PartialT] = Ledger(deal(asked["of"], units, slices, on.config.seed), kind)
+    jobs = [Job.model_validate({**same, "slice": one, "units": of}) for one, of in enumerate(ledger.cut.slices)]
     mapped = run_slice.with_options(retries=on.config.attempts - 1)
-    parameters = {"job": jobs, "identity": unmapped(identity), "on": unmapped(on)}
     with ThreadPoolTaskRunner(max_workers=on.config.count) as runner:
-        futures = runner.map(mapped, parameters)
-        for done, future in enumerate(as_completed(futures)):
+        futures = runner.map(mapped, {"job": jobs, "identity": unmapped(identity), "on": unmapped(on)})
+        for done, future in enumerate(as_completed(futures), start=1):
             ledger.add(future.result())
-            progress(done + 1, len(jobs), f"{kind}: {done + 1} of {len(jobs)} slices")
+            progress(done, len(jobs), f"{asked['kind']}: {done} of {len(jobs)} slices")
+    return ledger.reduce().value
 
 
 def _died(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:

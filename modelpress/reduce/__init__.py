@@ -8,7 +8,7 @@ from __future__ import annotations
 from modelpress.reduce.exact import Exact
 from modelpress.reduce.kinds import AnyPartial
 from modelpress.reduce.ledger import Cut, Ledger, Part, Reduced, deal, merge_all
-from modelpress.reduce.named import Answers, Piece, Sensitivities, Sensitivity
+from modelpress.reduce.named import Answers, ByName, Piece, Sensitivities, Sensitivity
 from modelpress.reduce.partials import (
     ChannelMoments,
     Confusion,
@@ -24,6 +24,7 @@ from modelpress.reduce.partials import (
 __all__ = [
     "Answers",
     "AnyPartial",
+    "ByName",
     "ChannelMoments",
     "Confusion",
     "Cut",

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from modelpress.reduce.named import Answers, Sensitivities
+from modelpress.reduce.named import Answers, ByName, Sensitivities
 from modelpress.reduce.partials import (
     ChannelMoments,
     Confusion,
@@ -28,6 +28,7 @@ AnyPartial = Annotated[
     | Ranking
     | PairedScores
     | Answers
+    | ByName
     | Sensitivities,
     Field(discriminator="kind"),
 ]

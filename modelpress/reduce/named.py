@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field
 
-from modelpress.reduce.partials import Partial
+from modelpress.reduce.partials import (
+    ChannelMoments,
+    Confusion,
+    Extremes,
+    Histogram,
+    Moments,
+    PairedScores,
+    Partial,
+    Ranking,
+    WeightedMean,
+)
 from modelpress.reports.base import ArtifactRef, Report
 
 NameT = TypeVar("NameT", int, str)
 ValueT = TypeVar("ValueT")
+Numbers = Annotated[
+    WeightedMean | Moments | ChannelMoments | Extremes | Histogram | Confusion | Ranking | PairedScores,
+    Field(discriminator="kind"),
+]
+"""What merges without names."""
 
 
 class Piece(Report):
@@ -84,6 +99,29 @@ class Sensitivities(Partial):
         """
         weights = union(self.weights, other.weights)
         return Sensitivities(weights=weights, alike=union(self.alike, other.alike))
+
+
+class ByName(Partial):
+    """Partials by name, such as the ranges of a graph's values, or figures of each class."""
+
+    kind: Literal["by-name"] = "by-name"
+    """Which partial this is."""
+    values: dict[str, Numbers] = Field(default_factory=dict)
+    """Of each name."""
+
+    def merge(self, other: ByName) -> ByName:
+        """Name by name; one that only one of them has is as it is there.
+
+        Raises:
+            ValueError: two of a name do not fit together.
+        """
+        merged: dict[str, Numbers] = {}
+        for name in sorted(self.values.keys() | other.values.keys()):
+            found = [one.values[name] for one in (self, other) if name in one.values]
+            if len({one.kind for one in found}) > 1:
+                raise ValueError(f"{name!r} is {found[0].kind} in one slice, and {found[1].kind} in another")
+            merged[name] = found[0] if len(found) == 1 else found[0].merge(found[1])  # type: ignore[arg-type]
+        return ByName(values=merged)
 
 
 def union(one: Mapping[NameT, ValueT], two: Mapping[NameT, ValueT]) -> dict[NameT, ValueT]:

@@ -7,14 +7,16 @@ from contextlib import ExitStack
 import numpy as np
 import safetensors.numpy
 
+from modelpress import graph
 from modelpress.checkpoint import Checkpoint
 from modelpress.config import PlanConfig
-from modelpress.errors import ConfigError
+from modelpress.errors import ConfigError, WorkloadError
 from modelpress.evaluate import PeakMemory, Runner, running
 from modelpress.plan.sliced import measure_units
 from modelpress.plan.smallest import opened
 from modelpress.plan.survey import Survey
-from modelpress.reduce import Answers, Part, Piece, Sensitivities
+from modelpress.quantize import calibration_batches, ranges
+from modelpress.reduce import Answers, ByName, Part, Piece, Sensitivities
 from modelpress.reports import ArtifactRef
 from modelpress.settings import read_settings
 from modelpress.sliced import answer_batches
@@ -39,7 +41,8 @@ class Bench:
         Raises:
             ModelpressError: what the library raises for its model, data or config.
         """
-        value = self._answers(job) if job.kind == "answers" else self._sensitivities(job)
+        work = {"answers": self._answers, "sensitivities": self._sensitivities}.get(job.kind, self._observed)
+        value = work(job)
         return Part(of=job.of, slice=job.slice, attempt=job.attempt, value=value)
 
     def _answers(self, job: Job) -> Answers:
@@ -59,6 +62,22 @@ class Bench:
         if job.plan is None:
             raise ConfigError("measuring a slice of a plan", found="no plan's config", expected="one in the job")
         return measure_units(self._surveyed(job, job.plan), job.units)
+
+    def _observed(self, job: Job) -> ByName:
+        workload = self._data(job)
+        model, batches = graph.join(_checkpoint(job.model)), calibration_batches(workload)
+        beyond = [number for number in job.units if number >= len(batches)]
+        if beyond:
+            raise WorkloadError(
+                "calibrating on a slice of the calibration split",
+                found=f"no batch {beyond[0]} of {len(batches)}",
+                expected="the batches that there were when the work was cut",
+                fix="the data must not change while a run reads it",
+            )
+        some = [batches[number] for number in job.units]
+        if job.kind == "extremes":
+            return ranges.extremes(model, job.values, some)
+        return ranges.histograms(model, job.edges, some)
 
     def _data(self, job: Job) -> Workload:
         key = (job.run, job.workload.model_dump_json())

@@ -14,7 +14,7 @@ from modelpress.reports import ArtifactRef, Report
 class Job(Report):
     """One slice of a stage's work."""
 
-    kind: Literal["answers", "sensitivities"]
+    kind: Literal["answers", "sensitivities", "extremes", "histograms"]
     """What is to be done; see `modelpress.workers.jobs`."""
     of: str
     """Digest of the whole work."""
@@ -36,6 +36,10 @@ class Job(Report):
     """For `sensitivities`: what may be chosen."""
     compress: CompressConfig | None = None
     """For `sensitivities`: how bytes are counted; None: every tensor raw."""
+    values: list[str] = Field(default_factory=list)
+    """For `extremes`: names of the graph's values."""
+    edges: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    """For `histograms`: by value, the ends of its histogram."""
 
 
 class Failure(Report):
