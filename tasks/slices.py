@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from prefect import State, Task, runtime, task, unmapped
 from prefect.cache_policies import NO_CACHE
@@ -172,10 +172,11 @@ def _mapped(
     ledger: Ledger[PartialT] = Ledger(deal(asked["of"], units, slices, on.config.seed), kind)
     jobs = [Job.model_validate({**same, "slice": one, "units": of}) for one, of in enumerate(ledger.cut.slices)]
     mapped = run_slice.with_options(retries=on.config.attempts - 1)
-    with ThreadPoolTaskRunner(max_workers=on.config.count) as runner:
+    runner: ThreadPoolTaskRunner[Part] = ThreadPoolTaskRunner(max_workers=on.config.count)
+    with runner:
         futures = runner.map(mapped, {"job": jobs, "identity": unmapped(identity), "on": unmapped(on)})
         for done, future in enumerate(as_completed(futures), start=1):
-            ledger.add(future.result())
+            ledger.add(cast("Part", future.result()))
             progress(done, len(jobs), f"{asked['kind']}: {done} of {len(jobs)} slices")
     return ledger.reduce().value
 

@@ -133,4 +133,5 @@ def union(one: Mapping[NameT, ValueT], two: Mapping[NameT, ValueT]) -> dict[Name
     shared = one.keys() & two.keys()
     if shared:
         raise ValueError(f"{min(shared)!r} stands in two slices, as do {len(shared) - 1} others")
-    return dict(sorted((*one.items(), *two.items())))
+    both = {**one, **two}
+    return {name: both[name] for name in sorted(both)}

@@ -12,19 +12,21 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, FiniteFloat, PlainSerializer, model_validator
 
 from modelpress.reduce.exact import Exact
 from modelpress.reports.base import Report
 
 PartialT = TypeVar("PartialT", bound="Partial")
 Count = Annotated[int, Field(ge=0)]
+AnyFloat = Annotated[
+    float, PlainSerializer(lambda value: value if math.isfinite(value) else str(value), when_used="json")
+]
+"""JSON has no infinity and no NaN: they are texts there, which are read as floats again."""
 
 
 class Partial(Report):
     """Base of what slices say."""
-
-    model_config = ConfigDict(ser_json_inf_nan="strings")  # JSON has no infinity, and null would not be read again
 
     def merge(self: PartialT, other: PartialT) -> PartialT:
         """What both say together.
@@ -142,9 +144,9 @@ class ChannelMoments(Partial):
     """Which partial this is."""
     count: Count = 0
     """Rows."""
-    means: list[float] = Field(default_factory=list)
+    means: list[FiniteFloat] = Field(default_factory=list)
     """Of each channel."""
-    deviations: list[float] = Field(default_factory=list)
+    deviations: list[FiniteFloat] = Field(default_factory=list)
     """Of each channel, Σ (x − mean)²."""
 
     @classmethod
@@ -187,9 +189,9 @@ class Extremes(Partial):
 
     kind: Literal["extremes"] = "extremes"
     """Which partial this is."""
-    lows: list[float] = Field(default_factory=list)
+    lows: list[AnyFloat] = Field(default_factory=list)
     """Of each channel; infinity where nothing was seen."""
-    highs: list[float] = Field(default_factory=list)
+    highs: list[AnyFloat] = Field(default_factory=list)
     """Of each channel; −infinity where nothing was seen."""
 
     @classmethod
@@ -367,9 +369,9 @@ class PairedScores(Partial):
 
     kind: Literal["paired-scores"] = "paired-scores"
     """Which partial this is."""
-    scores: dict[int, float] = Field(default_factory=dict)
+    scores: dict[int, FiniteFloat] = Field(default_factory=dict)
     """By sample."""
-    baseline: dict[int, float] = Field(default_factory=dict)
+    baseline: dict[int, FiniteFloat] = Field(default_factory=dict)
     """Another model's, of the same samples; empty: none."""
 
     @model_validator(mode="after")

@@ -10,12 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modelpress import sliced
+from modelpress import graph, sliced
 from modelpress.checkpoint import Checkpoint, from_module
-from modelpress.config import PlanConfig, WorkloadConfig
+from modelpress.config import CompressConfig, ExportConfig, PlanConfig, WorkloadConfig
 from modelpress.cores import cores
 from modelpress.errors import WorkerError
 from modelpress.evaluate import running
+from modelpress.export import export
+from modelpress.plan import opened
+from modelpress.plan.sliced import measure_units
+from modelpress.quantize import calibration_batches, ranges
 from modelpress.reduce import Answers, Ledger, deal
 from modelpress.store.artifacts import save_artifact
 from modelpress.store.base import open_store
@@ -99,6 +103,27 @@ def test_an_error_of_the_library_comes_back_and_the_worker_goes_on(pool: Pool, j
     assert failure is not None
     assert failure.kind == "CorruptionError"
     assert len(set(pids)) == 1
+
+
+def test_a_graph_is_observed_and_measured_as_in_one_process(pool: Pool, job: Job, toy: ImageToy) -> None:
+    """Which here has all cores, and there one."""
+    exported, _ = export(toy.module, toy, ExportConfig())
+    given = job.model_copy(update={"model": save_artifact(open_store(job.store), exported.to_bytes())})
+    model = graph.join(exported)
+    values, some = [model.graph.node[-1].output[0], model.graph.node[0].output[0]], calibration_batches(toy)[1:3]
+
+    def asked(**what: object) -> object:
+        reply = pool.run(given.model_copy(update={"units": [1, 2], **what}))
+        assert reply.part is not None, reply.failure
+        return reply.part.value
+
+    assert asked(kind="extremes", values=values) == ranges.extremes(model, values, some)
+    edges = dict.fromkeys(values, (-1.0, 1.0))
+    assert asked(kind="histograms", edges=edges) == ranges.histograms(model, edges, some)
+    config = PlanConfig(num_bits=[8, 4], group_sizes=[], scales=["channel"])
+    work = opened(exported, toy, config, CompressConfig())
+    expected = measure_units(work, [1, 2])
+    assert asked(kind="sensitivities", plan=config, compress=CompressConfig()) == expected
 
 
 def test_a_worker_has_its_cores_and_ends_with_its_parent(job: Job) -> None:
