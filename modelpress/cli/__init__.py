@@ -10,6 +10,7 @@ import typer
 
 from modelpress.cli import (
     access,
+    advising,
     caches,
     canaries,
     comparing,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "access",
+    "advising",
     "app",
     "caches",
     "canaries",

@@ -6,6 +6,17 @@ imports neither torch nor numpy.
 
 from __future__ import annotations
 
+from modelpress.reports.advice import (
+    AdviceCheck,
+    AdviceReport,
+    Advised,
+    CheckRow,
+    KernelSpeed,
+    NotPredicted,
+    Outlook,
+    Predicted,
+    Prediction,
+)
 from modelpress.reports.base import ArtifactRef, Report, Stage
 from modelpress.reports.folder import FolderReport
 from modelpress.reports.gate import Check, Decision, Override, Verdict
@@ -30,6 +41,7 @@ from modelpress.reports.housekeeping import (
     UsageReport,
     VersionUsage,
 )
+from modelpress.reports.measured import Figure, Measured, NotMeasured
 from modelpress.reports.module import (
     DistillReport,
     PruneReport,
@@ -41,12 +53,17 @@ from modelpress.reports.module import (
 )
 from modelpress.reports.pack import CodedTensor, CompressReport, DeltaReport, ShardReport, UploadReport, VerifyReport
 from modelpress.reports.plan import PlannedTensor, PlanOutline, PlanPoint, PlanReport
+from modelpress.reports.profile import ProfileReport
 from modelpress.reports.quality import AttributionReport, EvaluationReport, LatencyReport, QualityReport
 
 __all__ = [
+    "AdviceCheck",
+    "AdviceReport",
+    "Advised",
     "ArtifactRef",
     "AttributionReport",
     "Check",
+    "CheckRow",
     "CodebookReport",
     "CodedTensor",
     "CollectReport",
@@ -57,18 +74,27 @@ __all__ = [
     "DistillReport",
     "EvaluationReport",
     "ExportReport",
+    "Figure",
     "FolderReport",
     "FrozenReport",
     "FrozenWeight",
     "Garbage",
     "GarbageItem",
+    "KernelSpeed",
     "LatencyReport",
     "LayersReport",
+    "Measured",
+    "NotMeasured",
+    "NotPredicted",
+    "Outlook",
     "Override",
     "PlanOutline",
     "PlanPoint",
     "PlanReport",
     "PlannedTensor",
+    "Predicted",
+    "Prediction",
+    "ProfileReport",
     "PruneReport",
     "PruneStep",
     "QualityReport",
