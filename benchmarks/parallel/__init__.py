@@ -1,1 +1,1 @@
-"""What parallel work gains and costs."""
+"""Parallel training, models and tasks: `python -m benchmarks.parallel.NAME [--quick] [--json PATH] [--write]`."""

@@ -52,6 +52,7 @@ from modelpress.reports.module import (
     trainings,
 )
 from modelpress.reports.pack import CodedTensor, CompressReport, DeltaReport, ShardReport, UploadReport, VerifyReport
+from modelpress.reports.partition import PartitionReport, PartReport, RankLoadReport
 from modelpress.reports.plan import PlannedTensor, PlanOutline, PlanPoint, PlanReport
 from modelpress.reports.profile import ProfileReport
 from modelpress.reports.quality import AttributionReport, EvaluationReport, LatencyReport, QualityReport
@@ -88,6 +89,8 @@ __all__ = [
     "NotPredicted",
     "Outlook",
     "Override",
+    "PartReport",
+    "PartitionReport",
     "PlanOutline",
     "PlanPoint",
     "PlanReport",
@@ -99,6 +102,7 @@ __all__ = [
     "PruneStep",
     "QualityReport",
     "QuantizeReport",
+    "RankLoadReport",
     "Report",
     "RetainReport",
     "RetainedPack",
