@@ -55,13 +55,21 @@ from modelpress.reports.pack import CodedTensor, CompressReport, DeltaReport, Sh
 from modelpress.reports.partition import PartitionReport, PartReport, RankLoadReport
 from modelpress.reports.plan import PlannedTensor, PlanOutline, PlanPoint, PlanReport
 from modelpress.reports.profile import ProfileReport
-from modelpress.reports.quality import AttributionReport, EvaluationReport, LatencyReport, QualityReport
+from modelpress.reports.quality import (
+    AttributionExample,
+    AttributionReport,
+    EvaluationReport,
+    LatencyReport,
+    QualityReport,
+)
+from modelpress.reports.run import RunReport, RunStage
 
 __all__ = [
     "AdviceCheck",
     "AdviceReport",
     "Advised",
     "ArtifactRef",
+    "AttributionExample",
     "AttributionReport",
     "Check",
     "CheckRow",
@@ -107,6 +115,8 @@ __all__ = [
     "RetainReport",
     "RetainedPack",
     "RoundedLayer",
+    "RunReport",
+    "RunStage",
     "SensitivityRow",
     "ShardReport",
     "SharedTensor",
