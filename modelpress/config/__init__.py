@@ -14,8 +14,8 @@ from modelpress.config.gpu import GpuConfig
 from modelpress.config.housekeeping import RetentionConfig
 from modelpress.config.judge import EvaluateConfig, GateConfig
 from modelpress.config.pack import CompressConfig, ShardConfig, UploadConfig
-from modelpress.config.parallel import ParallelConfig
 from modelpress.config.plan import PlanConfig, Scale
+from modelpress.config.profile import ProfileConfig
 from modelpress.config.prune import PruneConfig
 from modelpress.config.quantize import ExportConfig, QuantizeConfig
 from modelpress.config.recipes import (
@@ -54,9 +54,9 @@ __all__ = [
     "HardwareConfig",
     "OptimizeConfig",
     "PackName",
-    "ParallelConfig",
     "PlanConfig",
     "PlanRecipe",
+    "ProfileConfig",
     "PruneConfig",
     "QuantizeConfig",
     "QuantizeRecipe",

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from modelpress.errors import StageError
-from modelpress.parallel.turn import partial_mean, whole_mean
 from modelpress.workload import Outputs
 
 Divergence = Literal["forward-kl", "reverse-kl"]
@@ -53,19 +52,12 @@ def imitation_loss(
         return (1 - nn.functional.cosine_similarity(output, target, dim=-1)).mean()
     student = counted(nn.functional.log_softmax(output / temperature, dim=-1), mask)
     taught = counted(nn.functional.log_softmax(target / temperature, dim=-1), mask)
-    masked = mask is not None and mask.shape == output.shape[:-1]
-    return temperature**2 * divergence_of(student, taught, divergence, masked=masked)
+    return temperature**2 * divergence_of(student, taught, divergence)
 
 
-def divergence_of(student: Tensor, taught: Tensor, divergence: Divergence, *, masked: bool = False) -> Tensor:
-    """KL between rows of log-probabilities, (rows, classes), the mean over the rows.
-
-    `masked`: samples have different numbers of rows; the mean is over those of the whole batch, wherever they are.
-    """
+def divergence_of(student: Tensor, taught: Tensor, divergence: Divergence) -> Tensor:
+    """KL between rows of log-probabilities, (rows, classes), the mean over the rows."""
     first, second = (student, taught) if divergence == "forward-kl" else (taught, student)
-    if masked:
-        total = nn.functional.kl_div(first, second, reduction="sum", log_target=True)
-        return partial_mean(total, torch.tensor(len(student)))
     return nn.functional.kl_div(first, second, reduction="batchmean", log_target=True)
 
 
@@ -90,23 +82,18 @@ def hidden_loss(
     """
     total = learned[0].new_zeros(())
     for target, state in zip(taught, learned, strict=True):
-        squares, count = _squares(state - target, mask)
-        difference = squares.mean() if mask is None else partial_mean(squares.sum(), count)
-        scale = torch.ones_like(difference)
-        if relative:
-            squares, count = _squares(target, mask)
-            scale = whole_mean(squares.sum(), count)
+        difference = _mean_square(state - target, mask)
+        scale = _mean_square(target, mask) if relative else torch.ones_like(difference)
         total = total + difference / torch.where(scale > 0, scale, 1.0)  # zeros have no size to compare with
     return total / len(learned)
 
 
-def _squares(state: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The squares, with zeros where the mask leaves out, and how many it leaves."""
+def _mean_square(state: Tensor, mask: Tensor | None) -> Tensor:
     squares = state.square()
     if mask is None:
-        return squares, torch.tensor(squares.numel())
+        return squares.mean()
     weight = mask.unsqueeze(-1).to(squares.dtype)
-    return squares * weight, weight.sum() * squares.shape[-1]
+    return (squares * weight).sum() / (weight.sum() * squares.shape[-1])
 
 
 def attention_loss(taught: Tensor, learned: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -124,7 +111,7 @@ def attention_loss(taught: Tensor, learned: Tensor, mask: Tensor | None = None) 
     if mask is None:
         return rows.mean()
     weight = mask.to(rows.dtype)
-    return partial_mean((rows * weight).sum(), weight.sum())
+    return (rows * weight).sum() / weight.sum()
 
 
 def feature_map_loss(taught: Mapping[tuple[int, int], Tensor], learned: Mapping[tuple[int, int], Tensor]) -> Tensor:

@@ -9,14 +9,7 @@ from pydantic import Field
 
 from modelpress.reports.base import Report
 
-Garbage = Literal[
-    "unreferenced blob",
-    "abandoned upload",
-    "unfinished parts",
-    "signature without pack",
-    "run without pack",
-    "probe",
-]
+Garbage = Literal["unreferenced blob", "abandoned upload", "unfinished parts", "signature without pack", "probe"]
 """Why an object is garbage."""
 
 

@@ -1,1 +1,0 @@
-"""Work spread over processes: launching, the data of each, what they send each other, and training together."""
