@@ -46,6 +46,7 @@ from tasks.packs import INDEX, Provenance
 from tasks.records import Finished, ReportT
 from tasks.release import Registered
 from tasks.runner import RunContext
+from tasks.slices import crewed
 
 DEFAULT_UI = "http://127.0.0.1:4200"
 """Where `prefect server start` shows the database of an ephemeral server."""
@@ -312,6 +313,7 @@ def tracked(config: OptimizeConfig) -> Iterator[Line]:
     settings, tags = read_settings(), flow_run_tags()
     with ExitStack() as stack:
         stack.enter_context(watched(config.name))
+        stack.enter_context(crewed(config.workers))
         begun: list[Line] = []
         stack.push(partial(_tell_prometheus, settings, config.name, begun, time.time()))
         run = stack.enter_context(runs.parent_run(settings, config.name, config.model_dump(mode="json"), tags))

@@ -28,6 +28,7 @@ from modelpress.cli import (
     servers,
     signing,
     stack,
+    submodels,
 )
 from modelpress.cli.common import app
 from modelpress.errors import ModelpressError
@@ -57,6 +58,7 @@ __all__ = [
     "servers",
     "signing",
     "stack",
+    "submodels",
 ]
 
 

@@ -33,6 +33,7 @@ from modelpress.config.recipes import (
     parse_config,
 )
 from modelpress.config.train import TrainConfig
+from modelpress.config.workers import WorkersConfig
 from modelpress.config.workload import WorkloadConfig
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "ShardConfig",
     "TrainConfig",
     "UploadConfig",
+    "WorkersConfig",
     "WorkloadConfig",
     "load_advise_recipe",
     "load_blockwise_recipe",

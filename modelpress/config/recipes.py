@@ -19,6 +19,7 @@ from modelpress.config.plan import PlanConfig
 from modelpress.config.profile import ProfileConfig
 from modelpress.config.prune import PruneConfig
 from modelpress.config.quantize import ExportConfig, QuantizeConfig
+from modelpress.config.workers import WorkersConfig
 from modelpress.config.workload import WorkloadConfig
 from modelpress.errors import ConfigError
 
@@ -60,6 +61,8 @@ class OptimizeConfig(Config):
     gpu: GpuConfig | None = None
     """Absent: everything is computed on the CPU, but graphs whose `evaluate.provider` is a GPU's: those take a whole
     device."""
+    workers: WorkersConfig | None = None
+    """Absent: evaluations and plans run in one process."""
 
     @model_validator(mode="after")
     def _check(self) -> OptimizeConfig:
@@ -75,6 +78,8 @@ class OptimizeConfig(Config):
         self._check_spread()
         if self.gate.provider not in (None, self.evaluate.provider):
             raise ValueError(f"gate.provider needs evaluate.provider {self.gate.provider}: it is what is measured on")
+        if self.workers and self.evaluate.provider != "CPUExecutionProvider":
+            raise ValueError("workers share cores, not a GPU: leave them out, or set evaluate.provider to the CPU's")
         return self
 
     def _check_spread(self) -> None:
