@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from modelpress.reports import NotPredicted, Predicted, Prediction
+from modelpress.reports.measured import value_of
+from modelpress.reports.profile import MachineProfile
 
 Kernel = Literal["float", "dynamic", "static", "nbits-8", "nbits-4"]
 """How a product is computed: in float, whatever its weight is stored as; in int8 with activations ranged per call, or
@@ -106,6 +108,17 @@ class Roofline:
     """Of an operator with nothing to compute."""
     error: float = 0.5
     """Half-width of the interval, as a share: what is on paper is at most this sure."""
+
+    @classmethod
+    def of(cls, machine: MachineProfile) -> Roofline:
+        """By the ceilings that a profile measured."""
+        rates = {one.dtype: value_of(one.flops_per_second) for one in machine.matrix_rates}
+        return cls(
+            copy_bytes_per_second=value_of(machine.copy_bytes_per_second),
+            float_flops_per_second=rates.get("float32"),
+            int8_flops_per_second=rates.get("int8"),
+            call_seconds=value_of(machine.call_seconds) or 0.0,
+        )
 
     def seconds(self, work: Work, kernel: Kernel, alike: int = 1) -> Prediction:  # noqa: ARG002 - the protocol's
         """Of one product."""

@@ -147,7 +147,11 @@ def test_no_budget_is_broken(
     }
     _, order = ranking(paper, asked(objective, budget=limits, caution=caution), drops)
     first = rank.chosen(order, objective)  # type: ignore[arg-type]
-    kept = [one for one in order if one.in_recipe and one.outlook and keeps(one, limits, caution)]
+    tried = [one for one in order if one.in_recipe]
+    for one in tried:  # but for what rounding decides
+        assert keeps(one, limits, caution, 1e-9) if one.fits else not keeps(one, limits, caution, -1e-9)
+        assert one.fits == (not one.obstacles)
+    kept = [one for one in tried if one.fits]
     assert (first is None) == (not kept)
     if first is None:
         return
@@ -157,7 +161,7 @@ def test_no_budget_is_broken(
     assert all(sign * worst <= sign * value(one, measure) * (1 + sign * 1e-9) for one in kept)
 
 
-def keeps(one: Advised, limits: dict[str, float], caution: float) -> bool:
+def keeps(one: Advised, limits: dict[str, float], caution: float, slack: float) -> bool:
     """The budget again, written another way."""
     assert one.outlook is not None
     drop, size, time, rate = (
@@ -166,9 +170,9 @@ def keeps(one: Advised, limits: dict[str, float], caution: float) -> bool:
     )
     high = [(1 - caution) * found.value + caution * found.high for found in (drop, size, time)]
     low = (1 - caution) * rate.value + caution * rate.low
-    close = 1 + 1e-12
-    return (
-        high[0] <= limits["max_quality_drop"] + 1e-15
+    close = 1 + slack
+    return bool(
+        high[0] <= limits["max_quality_drop"] + slack
         and high[1] <= limits["max_bytes"] * close
         and high[2] <= limits["max_latency_seconds"] * close
         and low * close >= limits["min_throughput_per_second"]

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelpress.advise.work import KERNELS, Plan, Roofline, Work, changed_seconds, elementwise_seconds, total
-from modelpress.reports import NotPredicted, Predicted
+from modelpress.reports import Measured, NotMeasured, NotPredicted, Predicted
+from modelpress.reports.profile import MachineProfile, MatrixRate
 
 MACHINE = Roofline(copy_bytes_per_second=1e10, float_flops_per_second=1e11, int8_flops_per_second=4e11)
 UP = Work("MatMul", (64, 256), (4, 16, 64))
@@ -102,3 +103,23 @@ def test_what_grows_with_a_batch_is_elementwise() -> None:
     seconds = {batch: products[batch] + calls + each * batch for batch in (1, 8)}
     assert elementwise_seconds(seconds, plans, MACHINE) == pytest.approx({1: each, 8: 8 * each})
     assert elementwise_seconds(products, plans, MACHINE) == pytest.approx({1: 0, 8: 0}, abs=1e-12)
+
+
+def test_ceilings_come_from_a_profile() -> None:
+    missing = NotMeasured(not_measured="no such unit")
+    machine = MachineProfile(
+        cpu="some", cores=2, memory_bytes=1, device="cpu", gpu=None, gpu_memory_bytes=missing, threads=2,
+        copy_bytes_per_second=Measured(value=1e10),
+        matrix_rates=[
+            MatrixRate(dtype="float32", flops_per_second=Measured(value=1e11)),
+            MatrixRate(dtype="int8", flops_per_second=missing),
+        ],
+        call_seconds=Measured(value=1e-6),
+    )  # fmt: skip
+    found = Roofline.of(machine)
+    expected = MACHINE.seconds(UP, "float")
+    told = found.seconds(UP, "float")
+    assert isinstance(told, Predicted)
+    assert isinstance(expected, Predicted)
+    assert told.value == pytest.approx(expected.value + 1e-6)
+    assert isinstance(found.seconds(UP, "static"), NotPredicted)
