@@ -23,10 +23,12 @@ from modelpress.cli import (
     pages,
     parts,
     pointers,
+    profiling,
     secrecy,
     servers,
     signing,
     stack,
+    submodels,
 )
 from modelpress.cli.common import app
 from modelpress.errors import ModelpressError
@@ -51,10 +53,12 @@ __all__ = [
     "pages",
     "parts",
     "pointers",
+    "profiling",
     "secrecy",
     "servers",
     "signing",
     "stack",
+    "submodels",
 ]
 
 

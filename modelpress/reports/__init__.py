@@ -52,6 +52,7 @@ from modelpress.reports.module import (
     trainings,
 )
 from modelpress.reports.pack import CodedTensor, CompressReport, DeltaReport, ShardReport, UploadReport, VerifyReport
+from modelpress.reports.parallel import ParallelReport, TrafficReport
 from modelpress.reports.partition import PartitionReport, PartReport, RankLoadReport
 from modelpress.reports.plan import PlannedTensor, PlanOutline, PlanPoint, PlanReport
 from modelpress.reports.profile import ProfileReport
@@ -97,6 +98,7 @@ __all__ = [
     "NotPredicted",
     "Outlook",
     "Override",
+    "ParallelReport",
     "PartReport",
     "PartitionReport",
     "PlanOutline",
@@ -123,6 +125,7 @@ __all__ = [
     "SourceReport",
     "Stage",
     "TensorChange",
+    "TrafficReport",
     "TrainReport",
     "UploadReport",
     "UsageReport",
