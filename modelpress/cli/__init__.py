@@ -10,6 +10,7 @@ import typer
 
 from modelpress.cli import (
     access,
+    advising,
     caches,
     canaries,
     comparing,
@@ -19,11 +20,15 @@ from modelpress.cli import (
     kserve,
     models,
     packs,
+    pages,
+    parts,
     pointers,
+    profiling,
     secrecy,
     servers,
     signing,
     stack,
+    submodels,
 )
 from modelpress.cli.common import app
 from modelpress.errors import ModelpressError
@@ -33,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "access",
+    "advising",
     "app",
     "caches",
     "canaries",
@@ -44,11 +50,15 @@ __all__ = [
     "main",
     "models",
     "packs",
+    "pages",
+    "parts",
     "pointers",
+    "profiling",
     "secrecy",
     "servers",
     "signing",
     "stack",
+    "submodels",
 ]
 
 

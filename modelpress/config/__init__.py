@@ -6,6 +6,7 @@ torch nor numpy, so that a deployment's form can be built where neither is insta
 
 from __future__ import annotations
 
+from modelpress.config.advise import AdviseConfig, AdviseRecipe, BudgetConfig, HardwareConfig
 from modelpress.config.base import Alias, Bytes, Config, PackName
 from modelpress.config.canary import CanaryConfig, CanaryStep
 from modelpress.config.distill import DistillConfig
@@ -13,7 +14,9 @@ from modelpress.config.gpu import GpuConfig
 from modelpress.config.housekeeping import RetentionConfig
 from modelpress.config.judge import EvaluateConfig, GateConfig
 from modelpress.config.pack import CompressConfig, ShardConfig, UploadConfig
+from modelpress.config.parallel import ParallelConfig
 from modelpress.config.plan import PlanConfig, Scale
+from modelpress.config.profile import ProfileConfig
 from modelpress.config.prune import PruneConfig
 from modelpress.config.quantize import ExportConfig, QuantizeConfig
 from modelpress.config.recipes import (
@@ -21,6 +24,7 @@ from modelpress.config.recipes import (
     OptimizeConfig,
     PlanRecipe,
     QuantizeRecipe,
+    load_advise_recipe,
     load_blockwise_recipe,
     load_canary,
     load_config,
@@ -29,11 +33,15 @@ from modelpress.config.recipes import (
     parse_config,
 )
 from modelpress.config.train import TrainConfig
+from modelpress.config.workers import WorkersConfig
 from modelpress.config.workload import WorkloadConfig
 
 __all__ = [
+    "AdviseConfig",
+    "AdviseRecipe",
     "Alias",
     "BlockwiseRecipe",
+    "BudgetConfig",
     "Bytes",
     "CanaryConfig",
     "CanaryStep",
@@ -44,10 +52,13 @@ __all__ = [
     "ExportConfig",
     "GateConfig",
     "GpuConfig",
+    "HardwareConfig",
     "OptimizeConfig",
     "PackName",
+    "ParallelConfig",
     "PlanConfig",
     "PlanRecipe",
+    "ProfileConfig",
     "PruneConfig",
     "QuantizeConfig",
     "QuantizeRecipe",
@@ -56,7 +67,9 @@ __all__ = [
     "ShardConfig",
     "TrainConfig",
     "UploadConfig",
+    "WorkersConfig",
     "WorkloadConfig",
+    "load_advise_recipe",
     "load_blockwise_recipe",
     "load_canary",
     "load_config",
