@@ -127,11 +127,14 @@ def history(
     name: NameArgument, alias: AliasOption = CHAMPION, store: StoreOption = None, as_json: JsonOption = False
 ) -> None:
     """Show the log of an alias: when, who, why, what the gate said, which pack."""
+    from modelpress import decisions as kept
     from modelpress import pointer
     from modelpress.errors import NotFoundError
 
     opened = opened_store(store)
     entries = pointer.history(opened, name, alias)
+    for number, record in kept.unkept(opened, name, entries).items():
+        typer.echo(f"entry {number}: the decision {record} that it rests on is gone", err=True)
     if as_json:
         typer.echo(json.dumps([entry.model_dump(mode="json") for entry in entries], indent=2))
         return
@@ -152,10 +155,18 @@ def history(
 
 
 @app.command()
-def decisions(target: PackOrNameArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Show what gates decided of a pack, or of all packs of a name: promotions, refusals, overrides.
+def decisions(
+    target: PackOrNameArgument,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many at most.")] = 50,
+    older: Annotated[
+        str | None, typer.Option(metavar="DECISION", help="Those that are older than this one: the next page.")
+    ] = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what gates decided of a pack, or of all packs of a name, the newest first: promotions, refusals, overrides.
 
-    Of a single pack (NAME@REF), with the reasons.
+    Of a single pack (NAME@REF), with the reasons. Decisions that were deleted are shown where one after them is.
     """
     from modelpress import decisions as kept
     from modelpress.errors import NotFoundError
@@ -166,7 +177,10 @@ def decisions(target: PackOrNameArgument, store: StoreOption = None, as_json: Js
         from modelpress import load  # pulls in torch
 
         pack = load.resolve(opened, name, ref)
-    found = kept.kept(opened, name, pack)
+    page = kept.kept(opened, name, pack, most=limit, older=older)
+    found = [*page.found, *page.gone]
+    if page.older is not None:
+        typer.echo(f"older ones: modelpress decisions {target} --limit {limit} --older {page.older}", err=True)
     if as_json:
         typer.echo(json.dumps([_described(one) for one in found], indent=2))
         return
