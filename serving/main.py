@@ -162,9 +162,11 @@ def run(base: Settings, serving: ServingSettings) -> None:
     with (
         contextlib.closing(store),
         kept or contextlib.nullcontext(),
+        contextlib.closing(keyring),
         contextlib.closing(Audit(serving.audit_file)) as audit,
         _bound(serving.host, serving.port) as listener,
     ):
+        keyring.start()
         repository.start()
         traces = Traces.wanted()
         with nudges:
