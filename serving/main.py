@@ -202,6 +202,8 @@ def application(
     metrics = Metrics(repository, keyring, workers)
     canaries = Canaries(repository.store, repository, serving.poll_seconds)
     metrics.add(CanaryMetrics(canaries))
+    if nudges is not None:
+        nudges.listen(lambda _: canaries.look_soon())
     app = create_app(
         repository,
         poll_seconds=serving.poll_seconds,

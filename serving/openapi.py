@@ -181,7 +181,7 @@ SCHEMAS: dict[str, Schema] = {
         },
         ["model_name", "model_version", "outputs"],
     ),
-    "Nudge": _object({"name": TEXT, "alias": TEXT, "canary": {"type": "object"}}, ["name", "alias"]),
+    "Nudge": _object({"name": TEXT, "alias": TEXT}, ["name", "alias"]),
     "Nudged": _object({"look": TEXT}, ["look"]),
     "IndexRequest": {"type": "object", "properties": {"ready": YES_NO}},
     "Index": {
