@@ -32,10 +32,6 @@ from registry.versions import Version
 
 CHALLENGER = "challenger"
 """Alias of the version that was judged last."""
-PROMOTE = "promote"
-"""Reason of a pointer's entry that a passed gate wrote."""
-OVERRIDE = "override"
-"""The same of one that a person asked for although the gate did not let it through."""
 TAG_OVERRIDE = "gate.override"
 """Tag of a version: who overrode the gate at the last judgement, and why."""
 log = logging.getLogger(__name__)
@@ -61,6 +57,7 @@ def promote(
     *,
     approval: Approval | None = None,
     override: Override | None = None,
+    move: bool = True,
 ) -> Decision:
     """Judge a published pack and, if it passes, make it champion in MLflow and in the store.
 
@@ -73,6 +70,7 @@ def promote(
         progress: told while the published bytes are read.
         approval: what a person answered, where the gate asks for it.
         override: a person's word for a candidate that does not pass; see `gates.BINDING` for what it is no match for.
+        move: False judges alone: the decision is kept, and nothing moves but the alias `challenger`.
 
     Returns:
         The decision, as it is kept beside the pack and in MLflow. A refusal moves nothing but the alias `challenger`,
@@ -87,7 +85,7 @@ def promote(
         SetupError: MLflow does not answer.
     """
     judged = judge(store, client, name, pack, gate, progress, approval=approval, override=override)
-    if judged.decision.promote:
+    if judged.decision.promote and move:
         put_in_service(store, client, judged)
     return judged.decision
 
@@ -177,9 +175,9 @@ def put_in_service(store: Store, client: MlflowClient, judged: Judged) -> None:
     versions.follow_pointer(store, client, judged.version.name, judged.gate.alias)
 
 
-def append(store: Store, judged: Judged, reason: str = PROMOTE) -> pointer.Pointer:
+def append(store: Store, judged: Judged, reason: str = pointer.PROMOTE) -> pointer.Pointer:
     """Move the pointer to what was judged, if nobody moved it since; the entry names the kept decision."""
-    version, reason = judged.version, OVERRIDE if judged.decision.override else reason
+    version, reason = judged.version, pointer.OVERRIDE if judged.decision.override else reason
     decision = judged.decision.model_dump(mode="json") | {decisions.RECORD: judged.record.digest}
     return pointer.append(store, version.name, judged.gate.alias, version.pack, reason, decision, after=judged.after)
 

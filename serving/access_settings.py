@@ -44,6 +44,9 @@ class AccessSettings(BaseSettings):
     rollback: bool = False
     """Let keys with the scope `promote` move a pointer back over HTTP. The server's credentials must be able to write
     pointers then, and sign them where a trust file asks for it."""
+    promote: bool = False
+    """Let keys with the scope `promote` move a pointer over HTTP to a pack that the gate let through. It takes the
+    rights that `rollback` takes."""
     tls_cert_file: Path | None = None
     """The server's certificate and those behind it, PEM: with it, only TLS is spoken. Read again when it changes."""
     tls_key_file: Path | None = None

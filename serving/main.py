@@ -26,7 +26,7 @@ from modelpress.errors import ConfigError, ModelpressError, SetupError
 from modelpress.nudge import read_secrets
 from modelpress.settings import Settings
 from modelpress.store import open_store
-from serving import rollback
+from serving import promote, rollback
 from serving.access_settings import AccessSettings
 from serving.app import create_app
 from serving.audit import Audit
@@ -219,6 +219,7 @@ def application(
             *Status(repository, metrics, keyring, canaries, rollback=serving.rollback).routes(),
             (nudges or Nudges(repository, [])).route(),
             Route(rollback.PATH, rollback.Rollback(repository, serving.rollback).endpoint, methods=["POST"]),
+            Route(promote.PATH, promote.Promote(repository, serving.promote).endpoint, methods=["POST"]),
         ],
         rpc=_rpc(serving, Watch(keyring, audit, metrics, traces), certificate),
     )

@@ -23,6 +23,7 @@ from modelpress.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from modelpress.config import GateConfig
     from modelpress.decisions import Kept
     from modelpress.reports import Override
 
@@ -42,16 +43,25 @@ def promote(
         str | None,
         typer.Option(metavar="CONFIG", help="Step by step, watched by tests: a YAML file of steps, or `default`."),
     ] = None,
+    gate: Annotated[
+        str | None,
+        typer.Option(metavar="CONFIG", help="By the conditions in this YAML file, and not by the pack's own."),
+    ] = None,
+    judge_only: Annotated[
+        bool, typer.Option("--judge-only", help="Keep the decision, and move nothing: for who promotes it later.")
+    ] = False,
     store: StoreOption = None,
 ) -> None:
     """Judge a published pack on its own bytes, and move the alias if it passes."""
     against = _override(override, by)
+    conditions = _conditions(gate)
     if canary is not None:
-        if against is not None:
+        if against is not None or judge_only:
             from modelpress.errors import ConfigError
 
-            raise ConfigError("beginning a canary", found="--override", expected="a candidate that passes the gate")
-        begin(name, candidate, canary, store)
+            found = "--judge-only" if judge_only else "--override"
+            raise ConfigError("beginning a canary", found=found, expected="a candidate that passes the gate")
+        begin(name, candidate, canary, store, conditions)
         return
     export_store(store)
     from flows.console import terminal
@@ -59,8 +69,18 @@ def promote(
     with terminal():
         from flows.promote import promote as flow
 
-        decision = flow(name, candidate, override=against)
-    echo(f"{name}: promoted ({decision.outcome()}); " + "; ".join(decision.reasons))
+        decision = flow(name, candidate, conditions, against, not judge_only)
+    done = "judged, and not moved" if judge_only else "promoted"
+    echo(f"{name}: {done} ({decision.outcome()}); " + "; ".join(decision.reasons))
+
+
+def _conditions(path: str | None) -> GateConfig | None:
+    """Those in a file; None: the pack's own."""
+    if path is None:
+        return None
+    from modelpress.config import load_gate
+
+    return load_gate(path)
 
 
 def _override(reason: str | None, by: str | None) -> Override | None:

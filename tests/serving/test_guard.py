@@ -81,7 +81,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     (folder / "provider.pem").write_bytes(pem(PROVIDER))
     keyring = Keyring(Sources(folder / "keys.json", jwt_keys_file=folder / "provider.pem", issuer=ISSUER))
     audit = Audit(folder / "audit.jsonl")
-    guard = application(repository, ServingSettings(poll_seconds=0, workers=1, rollback=True), keyring, audit)
+    settings = ServingSettings(poll_seconds=0, workers=1, rollback=True, promote=True)
+    guard = application(repository, settings, keyring, audit)
     keys = {scope: text for scope, (text, _) in made.items()}
     yield House(
         guard,
