@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from modelpress import decisions, intervals, keys, load, pointer, scores
-from modelpress.config import GateConfig, parse_config
+from modelpress.config import EvaluateConfig, GateConfig, parse_config
 from modelpress.errors import ModelpressError, NotFoundError, SetupError
 from modelpress.manifest import Manifest
 from modelpress.pack_files import read_reports
@@ -261,6 +261,7 @@ def _gather(store: Store, manifest: Manifest, version: Version, champion: str | 
         compression_ratio=_compression_ratio(manifest, reports),
         speedup=versions.measured_number(version, "speedup"),
         attribution=_attribution(version),
+        attribution_confidence=_confidence(manifest),
         coverage=(reports.get("quantize") or reports.get("plan") or {}).get("coverage"),
         quantized=any(manifest.config.get(stage) is not None for stage in ("quantize", "plan")),
         pruning_coverage=(reports.get("prune") or {}).get("coverage"),
@@ -285,6 +286,13 @@ def _origin(manifest: Manifest) -> Origin:
 def _attribution(version: Version) -> intervals.Interval | None:
     value, low, high = (versions.measured_number(version, f"attribution_{end}") for end in ("agreement", "low", "high"))
     return None if value is None or low is None or high is None else intervals.Interval(value, low, high)
+
+
+def _confidence(manifest: Manifest) -> float:
+    """Of the intervals that the pack's run measured, two-sided."""
+    found = (manifest.config.get("evaluate") or {}).get("confidence")
+    legal = isinstance(found, float) and 0 < found < 1
+    return found if legal else EvaluateConfig().confidence
 
 
 def _champion(store: Store, name: str, pack: str) -> Scored:
