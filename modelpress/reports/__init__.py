@@ -30,6 +30,7 @@ from modelpress.reports.housekeeping import (
     UsageReport,
     VersionUsage,
 )
+from modelpress.reports.measured import Figure, Measured, NotMeasured
 from modelpress.reports.module import (
     DistillReport,
     PruneReport,
@@ -41,6 +42,7 @@ from modelpress.reports.module import (
 )
 from modelpress.reports.pack import CodedTensor, CompressReport, DeltaReport, ShardReport, UploadReport, VerifyReport
 from modelpress.reports.plan import PlannedTensor, PlanOutline, PlanPoint, PlanReport
+from modelpress.reports.profile import ProfileReport
 from modelpress.reports.quality import AttributionReport, EvaluationReport, LatencyReport, QualityReport
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "DistillReport",
     "EvaluationReport",
     "ExportReport",
+    "Figure",
     "FolderReport",
     "FrozenReport",
     "FrozenWeight",
@@ -64,11 +67,14 @@ __all__ = [
     "GarbageItem",
     "LatencyReport",
     "LayersReport",
+    "Measured",
+    "NotMeasured",
     "Override",
     "PlanOutline",
     "PlanPoint",
     "PlanReport",
     "PlannedTensor",
+    "ProfileReport",
     "PruneReport",
     "PruneStep",
     "QualityReport",

@@ -7,7 +7,18 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 Stage = Literal[
-    "source", "distill", "prune", "export", "quantize", "plan", "compress", "shard", "upload", "register", "gate"
+    "source",
+    "profile",
+    "distill",
+    "prune",
+    "export",
+    "quantize",
+    "plan",
+    "compress",
+    "shard",
+    "upload",
+    "register",
+    "gate",
 ]
 
 
