@@ -136,7 +136,7 @@ class Page:
     gone: list[Kept]
     """Those that one of them names as the one before, and that are not there; their key has `*` for the pack."""
     older: str | None
-    """Digest to ask for the next page with; None: there is none."""
+    """To ask for the next page with; None: there is none."""
 
 
 def keep(
@@ -207,27 +207,26 @@ def kept(store: Store, name: str, pack: str = "", *, most: int = PAGE, older: st
         name: of the packs.
         pack: digest of the one pack that is meant; empty: all of them.
         most: how many.
-        older: digest of a decision: those that are older than it. None begins with the newest.
+        older: `PACK/DECISION`, the digests of one of them: those that are older than it. None begins with the newest.
 
     Raises:
         NotFoundError: there is no decision `older` among them.
         StoreError: the store does not answer.
     """
-    everything = dict(_listed(store, name))
-    rows = sorted(everything.items(), key=lambda row: _age(row[1]), reverse=True)
-    rows = [(record, info) for record, info in rows if info.key.startswith(keys.decisions(name, pack))]
+    everything = sorted(_listed(store, name), key=lambda row: _age(row[1]), reverse=True)
+    rows = [info for _, info in everything if info.key.startswith(keys.decisions(name, pack))]
     start = 0
     if older is not None:
-        places = [number for number, (record, _) in enumerate(rows) if record == older]
+        places = [number for number, info in enumerate(rows) if _cursor(name, info) == older]
         if not places:
             doing = f"looking for decisions on {name} in {store.uri} that are older than {older}"
-            raise NotFoundError(doing, found="no such decision", expected="the digest of one of them")
+            raise NotFoundError(doing, found="no such decision", expected="PACK/DECISION, the digests of one of them")
         start = places[0] + 1
     page = rows[start : start + most]
-    found = [one for _, info in page if (one := _looked_at(store, name, info)) is not None]
+    found = [one for info in page if (one := _looked_at(store, name, info)) is not None]
     found.sort(key=lambda one: (one.record is not None, one.record.created if one.record else _EVER), reverse=True)
-    left = start + most < len(rows)
-    return Page(found, _gone(name, found, everything), page[-1][0] if page and left else None)
+    gone = _gone(name, found, {record for record, _ in everything})
+    return Page(found, gone, _cursor(name, page[-1]) if page and start + most < len(rows) else None)
 
 
 def unkept(store: Store, name: str, entries: Iterable[Pointer]) -> dict[int, str]:
@@ -253,6 +252,10 @@ _EVER = datetime.min.replace(tzinfo=UTC)
 
 def _age(info: ObjectInfo) -> tuple[datetime, str]:
     return info.modified, info.key
+
+
+def _cursor(name: str, info: ObjectInfo) -> str:
+    return info.key.removeprefix(keys.decisions(name)).removesuffix(".json")
 
 
 def _listed(store: Store, name: str) -> Iterator[tuple[str, ObjectInfo]]:

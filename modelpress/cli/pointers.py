@@ -179,7 +179,7 @@ def decisions(
     target: PackOrNameArgument,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="How many at most.")] = 50,
     older: Annotated[
-        str | None, typer.Option(metavar="DECISION", help="Those that are older than this one: the next page.")
+        str | None, typer.Option(metavar="PACK/DECISION", help="Those that are older than this one: the next page.")
     ] = None,
     store: StoreOption = None,
     as_json: JsonOption = False,

@@ -146,6 +146,8 @@ def test_a_decision_counts_for_no_other_pack(team: Team, pack: str, name: str) -
         decisions.read(team.store(), name, pack, digest)
     (found,) = decisions.kept(team.store(), name, pack).found
     assert (found.record, isinstance(found.problem, CorruptionError)) == (None, True)
+    (still,) = decisions.kept(team.store(), NAME, PACK).found
+    assert still.record == record, "a copy hides nothing"
 
 
 def test_a_signature_of_a_pointers_entry_is_none_of_a_decision(team: Team) -> None:
