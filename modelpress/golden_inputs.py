@@ -58,13 +58,14 @@ def _like(name: str, observed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray
     if observed.dtype.kind in "iu":
         # Remainders favour small numbers, by less than one part in 2^32 for any vocabulary.
         steps = _bits(name, shape, np.uint64) % np.uint64(min(largest - least + 1, 2**63))
-        return (steps.astype(object) + least).astype(observed.dtype)
+        whole: np.ndarray = (steps.astype(object) + least).astype(observed.dtype)
+        return whole
     known = observed.astype(np.float64)
     mean, deviation = _rounded(float(known.mean())), _rounded(float(known.std()))
     uniforms = _bits(name, (*shape, _UNIFORMS), np.uint32).astype(np.float64) / 2**32
     normal = uniforms.sum(axis=-1) - _UNIFORMS / 2
-    drawn = np.clip(mean + deviation * normal, _rounded(least), _rounded(largest))
-    return drawn.astype(observed.dtype)
+    drawn: np.ndarray = np.clip(mean + deviation * normal, _rounded(least), _rounded(largest))
+    return drawn.astype(observed.dtype, copy=False)
 
 
 def _bits(name: str, shape: tuple[int, ...], dtype: type[np.uint32 | np.uint64]) -> np.ndarray:

@@ -291,8 +291,7 @@ def _attribution(version: Version) -> intervals.Interval | None:
 def _confidence(manifest: Manifest) -> float:
     """Of the intervals that the pack's run measured, two-sided."""
     found = (manifest.config.get("evaluate") or {}).get("confidence")
-    legal = isinstance(found, float) and 0 < found < 1
-    return found if legal else EvaluateConfig().confidence
+    return found if isinstance(found, float) and 0 < found < 1 else EvaluateConfig().confidence
 
 
 def _champion(store: Store, name: str, pack: str) -> Scored:

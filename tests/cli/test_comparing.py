@@ -90,7 +90,7 @@ def test_history_says_what_the_gate_said(packs: list[str], store: Store, run: Ru
     assert "override  fail, overridden by Anna: it is Friday" in rows[3]
     assert rows[4].split()[-2:] == ["?", packs[1]]
     store.delete(f"packs/scale/decisions/{packs[0]}/{record.digest}.json")
-    assert f"entry 1: the decision {record.digest} that it rests on is gone" in run("history", "scale")[2]
+    assert f"entry 3: the decision {record.digest} that it rests on is gone" in run("history", "scale")[2]
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ from modelpress.workload import Workload
 from tests.toys import ImageToy, TextToy
 
 PINNED = {
-    "pixels": "",
-    "ids": "",
+    "pixels": "b518b08b9e7ed1fbe4a2fe82798afcebd8f978e0538a687a3142905cfe0b6f15",
+    "ids": "58656fcb5f64e9d89292dbc6d4f45942be3a51d8d000d7ac834eb4a994b23707",
 }
 
 
