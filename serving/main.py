@@ -81,7 +81,7 @@ class ServingSettings(AccessSettings):
     )
     """ONNX Runtime execution provider; the server does not start where it is not in use."""
     threads: int = Field(default=0, ge=0)
-    """Intra-operator threads per model; 0 takes the cores that this process may use."""
+    """Intra-operator threads of an inference; 0 shares the cores that this process may use among the `workers`."""
     workers: int = Field(default=0, ge=0)
     """Inferences at a time; 0 takes the cores that this process may use."""
     max_body_bytes: int = Field(default=MAX_BODY_BYTES, ge=1)
@@ -114,6 +114,16 @@ class ServingSettings(AccessSettings):
     drain_seconds: int = Field(default=30, ge=1)
     """On SIGTERM, how long running requests may take to end. Then inferences that run are finished; nothing that waits
     on the store is."""
+
+    @property
+    def inferences(self) -> int:
+        """Inferences at a time."""
+        return self.workers or usable_cores()
+
+    @property
+    def intra_threads(self) -> int:
+        """Threads of each: together no more than there are cores, unless so many are asked for."""
+        return self.threads or max(1, usable_cores() // self.inferences)
 
 
 def read_settings(**given: Any) -> ServingSettings:
@@ -154,7 +164,7 @@ def run(base: Settings, serving: ServingSettings) -> None:
         store,
         names,
         provider=serving.provider,
-        threads=serving.threads,
+        threads=serving.intra_threads,
         retry_seconds=max(serving.poll_seconds, 1.0),
         kept=kept,
         offline_seconds=serving.offline_seconds,
@@ -202,7 +212,7 @@ def application(
         certificate: for gRPC; None speaks it in clear.
         nudges: who takes them; None: nobody does.
     """
-    workers = serving.workers or usable_cores()
+    workers = serving.inferences
     metrics = Metrics(repository, keyring, workers)
     canaries = Canaries(repository.store, repository, serving.poll_seconds)
     metrics.add(CanaryMetrics(canaries))

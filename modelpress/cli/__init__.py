@@ -10,6 +10,7 @@ import typer
 
 from modelpress.cli import (
     access,
+    advising,
     caches,
     canaries,
     comparing,
@@ -19,6 +20,7 @@ from modelpress.cli import (
     kserve,
     models,
     packs,
+    parts,
     pointers,
     secrecy,
     servers,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "access",
+    "advising",
     "app",
     "caches",
     "canaries",
@@ -44,6 +47,7 @@ __all__ = [
     "main",
     "models",
     "packs",
+    "parts",
     "pointers",
     "secrecy",
     "servers",

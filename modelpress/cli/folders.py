@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,6 +24,9 @@ def publish(
         bool, typer.Option("--follow-links", help="Take files outside that links lead to, as in a hub's cache.")
     ] = False,
     max_shard_size: Annotated[int | None, typer.Option(min=1, help="Bytes; no shard of the pack is larger.")] = None,
+    by: Annotated[
+        Literal["size", "layer"], typer.Option("--by", help="layer: no shard holds two layers, for loading parts.")
+    ] = "size",
     concurrency: Annotated[int | None, typer.Option(min=1, max=64, help="Objects in flight.")] = None,
     encrypt: Annotated[
         bool, typer.Option("--encrypt", help="Encrypt all but the manifest, with a key of the settings.")
@@ -40,7 +43,7 @@ def publish(
     if alias is not None:
         keys.pointers(name, alias)  # before hours are spent
     settings = store_settings(store)
-    shard = ShardConfig(max_shard_size=max_shard_size) if max_shard_size else ShardConfig()
+    shard = ShardConfig(by=by, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
     upload = UploadConfig(encrypt=encrypt, **({"concurrency": concurrency} if concurrency else {}))
     opened = open_store(settings.store_uri, settings)
     with Bar("publish") as progress:

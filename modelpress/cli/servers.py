@@ -23,7 +23,7 @@ def serve(
     grpc_port: Annotated[int | None, typer.Option(help="Port for gRPC; 0: no gRPC.")] = None,
     poll_seconds: Annotated[float | None, typer.Option(help="How often pointers are read; 0 never.")] = None,
     provider: Annotated[str | None, typer.Option(help="ONNX Runtime execution provider.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads per inference; 0 takes all cores.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of each; 0 shares the cores among --workers.")] = None,
     workers: Annotated[int | None, typer.Option(help="Inferences at a time; 0 takes all cores.")] = None,
     keys_file: Annotated[Path | None, typer.Option(help="File of hashed keys; see `modelpress access`.")] = None,
     open_to_all: Annotated[

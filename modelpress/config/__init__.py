@@ -6,6 +6,7 @@ torch nor numpy, so that a deployment's form can be built where neither is insta
 
 from __future__ import annotations
 
+from modelpress.config.advise import AdviseConfig, AdviseRecipe, BudgetConfig, HardwareConfig
 from modelpress.config.base import Alias, Bytes, Config, PackName
 from modelpress.config.canary import CanaryConfig, CanaryStep
 from modelpress.config.distill import DistillConfig
@@ -21,6 +22,7 @@ from modelpress.config.recipes import (
     OptimizeConfig,
     PlanRecipe,
     QuantizeRecipe,
+    load_advise_recipe,
     load_blockwise_recipe,
     load_canary,
     load_config,
@@ -33,8 +35,11 @@ from modelpress.config.train import TrainConfig
 from modelpress.config.workload import WorkloadConfig
 
 __all__ = [
+    "AdviseConfig",
+    "AdviseRecipe",
     "Alias",
     "BlockwiseRecipe",
+    "BudgetConfig",
     "Bytes",
     "CanaryConfig",
     "CanaryStep",
@@ -45,6 +50,7 @@ __all__ = [
     "ExportConfig",
     "GateConfig",
     "GpuConfig",
+    "HardwareConfig",
     "OptimizeConfig",
     "PackName",
     "PlanConfig",
@@ -58,6 +64,7 @@ __all__ = [
     "TrainConfig",
     "UploadConfig",
     "WorkloadConfig",
+    "load_advise_recipe",
     "load_blockwise_recipe",
     "load_canary",
     "load_config",

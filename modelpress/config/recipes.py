@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
+from modelpress.config.advise import AdviseRecipe
 from modelpress.config.base import Bytes, Config, PackName
 from modelpress.config.canary import CanaryConfig
 from modelpress.config.distill import DistillConfig
@@ -128,6 +129,15 @@ def load_config(path: str | Path) -> OptimizeConfig:
             named with what it may hold.
     """
     return parse_config(_read_yaml(path), origin=str(path))
+
+
+def load_advise_recipe(path: str | Path) -> AdviseRecipe:
+    """Read an `AdviseRecipe` from a YAML file.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    return _checked(AdviseRecipe, _read_yaml(path), str(path))
 
 
 def load_plan_recipe(path: str | Path) -> PlanRecipe:

@@ -203,7 +203,7 @@ class Begun:
         return from_bytes(self._raw, DTYPES[entry.dtype], entry.shape)
 
 
-def read_shard(manifest: Manifest, position: int, fetch: Callable[[str], bytes]) -> list[Piece]:
+def read_shard(manifest: Manifest, position: int, fetch: Callable[[str], Buffer]) -> list[Piece]:
     """What stands in a shard of a pack, verified as a whole.
 
     Raises:

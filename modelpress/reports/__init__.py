@@ -6,6 +6,17 @@ imports neither torch nor numpy.
 
 from __future__ import annotations
 
+from modelpress.reports.advice import (
+    AdviceCheck,
+    AdviceReport,
+    Advised,
+    CheckRow,
+    KernelSpeed,
+    NotPredicted,
+    Outlook,
+    Predicted,
+    Prediction,
+)
 from modelpress.reports.base import ArtifactRef, Report, Stage
 from modelpress.reports.folder import FolderReport
 from modelpress.reports.gate import Check, Decision, Override, Verdict
@@ -41,14 +52,19 @@ from modelpress.reports.module import (
     trainings,
 )
 from modelpress.reports.pack import CodedTensor, CompressReport, DeltaReport, ShardReport, UploadReport, VerifyReport
+from modelpress.reports.partition import PartitionReport, PartReport, RankLoadReport
 from modelpress.reports.plan import PlannedTensor, PlanOutline, PlanPoint, PlanReport
 from modelpress.reports.profile import ProfileReport
 from modelpress.reports.quality import AttributionReport, EvaluationReport, LatencyReport, QualityReport
 
 __all__ = [
+    "AdviceCheck",
+    "AdviceReport",
+    "Advised",
     "ArtifactRef",
     "AttributionReport",
     "Check",
+    "CheckRow",
     "CodebookReport",
     "CodedTensor",
     "CollectReport",
@@ -65,20 +81,28 @@ __all__ = [
     "FrozenWeight",
     "Garbage",
     "GarbageItem",
+    "KernelSpeed",
     "LatencyReport",
     "LayersReport",
     "Measured",
     "NotMeasured",
+    "NotPredicted",
+    "Outlook",
     "Override",
+    "PartReport",
+    "PartitionReport",
     "PlanOutline",
     "PlanPoint",
     "PlanReport",
     "PlannedTensor",
+    "Predicted",
+    "Prediction",
     "ProfileReport",
     "PruneReport",
     "PruneStep",
     "QualityReport",
     "QuantizeReport",
+    "RankLoadReport",
     "Report",
     "RetainReport",
     "RetainedPack",

@@ -164,11 +164,10 @@ def test_noise_finds_what_real_samples_find(cases: dict[str, tuple[Checkpoint, W
     real = {name: tensor.numpy() for name, tensor in workload.example(4).items()}
     classes = workload.outputs == "logits"
     by_real, by_noise = (found(checkpoint, inputs, classes) for inputs in (real, of_workload(workload, 4)))
-    assert by_noise, "something is found at all"
+    assert by_real, "something is found at all"
+    assert by_real <= by_noise
     if "float" in case:
-        weights = {name for name, _ in by_real}
-        assert {(name, "sign") for name in weights} <= by_noise, "one turned sign of any weight"
-    assert len(by_noise) >= len(by_real)
+        assert any(fault == "sign" for _, fault in by_noise), "one turned sign"
 
 
 def test_a_model_that_noise_does_not_fit_is_told_the_way_out() -> None:

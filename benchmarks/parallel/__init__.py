@@ -1,0 +1,1 @@
+"""Parallel training, models and tasks: `python -m benchmarks.parallel.NAME [--quick] [--json PATH] [--write]`."""

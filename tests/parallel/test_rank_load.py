@@ -1,0 +1,122 @@
+"""A part of a pack: only the shards that hold it are read, whatever the pack is cut by; what is wrong is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from modelpress import keys
+from modelpress.config import ShardConfig
+from modelpress.container.base import PackTensors
+from modelpress.delta import compress_against
+from modelpress.errors import ConfigError, CorruptionError, NotFoundError, WorkloadError
+from modelpress.parallel.rank_load import load_into_, load_tensors
+from modelpress.parallel.slices import Share
+from modelpress.shard import draft_manifest, write_shards
+from tests.packs import COMPRESS, Pack, make_pack, onnx_checkpoint, torch_checkpoint
+from tests.parallel.work import CountingStore
+
+LARGE = "layer.2.weight"
+"""Split over shards of 32 kB."""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CountingStore:
+    return CountingStore(tmp_path / "store")
+
+
+@pytest.fixture
+def pack(tmp_path: Path, store: CountingStore) -> Pack:
+    pack = make_pack(tmp_path / "shards")
+    pack.publish(store)
+    store.read.clear()
+    return pack
+
+
+def shards_of(pack: Pack, *names: str) -> list[str]:
+    found = {position for entry in pack.manifest.tensors if entry.name in names for position in entry.shards}
+    return [keys.blob(pack.manifest.shards[position].sha256) for position in sorted(found)]
+
+
+@pytest.mark.parametrize("names", [[LARGE], ["layer.0.bias", "scale"], ["none"]])
+def test_only_shards_that_hold_something_are_read(store: CountingStore, pack: Pack, names: list[str]) -> None:
+    found, report = load_tensors(store, "demo", pack.digest, dict.fromkeys(names))
+    assert found.keys() == set(names)
+    for name in names:
+        assert torch.equal(found[name], pack.checkpoint.tensors[name])
+    assert sorted(store.read) == sorted(shards_of(pack, *names))
+    assert (report.shards, report.pack_shards) == (len(store.read), len(pack.manifest.shards))
+    assert report.read_bytes == report.needed_bytes < pack.manifest.published_bytes
+
+
+def test_a_share_of_a_whole_tensor_is_cut_here(store: CountingStore, pack: Pack) -> None:
+    found, report = load_tensors(store, "demo", pack.digest, {LARGE: Share(axis=1, rank=3, ranks=4)})
+    assert torch.equal(found[LARGE], pack.checkpoint.tensors[LARGE].chunk(4, 1)[3])
+    assert found[LARGE].untyped_storage().nbytes() == report.tensor_bytes  # the rest is not kept
+    with pytest.raises(ConfigError, match="64 elements there"):
+        load_tensors(store, "demo", pack.digest, {LARGE: Share(axis=1, rank=0, ranks=3)})
+
+
+def test_a_pack_of_differences_is_read_with_its_base(tmp_path: Path, store: CountingStore, pack: Pack) -> None:
+    changed = torch_checkpoint()
+    changed.tensors["layer.3.codes"][0, 0] ^= 1
+    config = COMPRESS.model_copy(update={"base": pack.digest})
+    blobs = {shard.sha256: shard.path.read_bytes() for shard in pack.shards}
+    coded, _ = compress_against(changed, config, PackTensors(pack.manifest, blobs.__getitem__))
+    assert coded.base == pack.digest
+    shards, _ = write_shards(coded, ShardConfig(), tmp_path / "delta")
+    manifest, files = draft_manifest("demo", coded, shards)
+    delta = Pack(manifest, shards, files, changed)
+    delta.publish(store)
+    found, _ = load_tensors(store, "demo", delta.digest, dict.fromkeys([LARGE, "layer.3.codes"]))
+    assert torch.equal(found[LARGE], changed.tensors[LARGE])
+    assert torch.equal(found["layer.3.codes"], changed.tensors["layer.3.codes"])
+
+
+@pytest.mark.faults
+def test_a_shard_that_is_gone_or_damaged_is_named(store: CountingStore, pack: Pack) -> None:
+    key = shards_of(pack, LARGE)[0]
+    data = store.get(key)
+    store.put(key, data[:100] + bytes([data[100] ^ 1]) + data[101:])
+    with pytest.raises(CorruptionError, match=rf"reading shard \d+ \({key.rpartition('/')[2]}"):
+        load_tensors(store, "demo", pack.digest, {LARGE: None})
+    store.delete(key)
+    with pytest.raises(NotFoundError, match=key.rpartition("/")[2]):
+        load_tensors(store, "demo", pack.digest, {LARGE: None})
+    load_tensors(store, "demo", pack.digest, {"scale": None})  # whose shard is sound
+
+
+def test_what_the_pack_does_not_have_is_refused(tmp_path: Path, store: CountingStore, pack: Pack) -> None:
+    with pytest.raises(WorkloadError, match=r"no tensor 'layer\.9\.weight'"):
+        load_tensors(store, "demo", pack.digest, {"layer.9.weight": None})
+    graph = make_pack(tmp_path / "graph", onnx_checkpoint(), name="graph")
+    graph.publish(store)
+    with pytest.raises(WorkloadError, match="a pack of kind onnx"):
+        load_tensors(store, "graph", graph.digest, {"w": None})
+
+
+class Layer(nn.Module):
+    """Takes the pack's `layer.0`."""
+
+    def __init__(self, inputs: int = 96, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList([nn.Linear(inputs, 64, dtype=dtype)])
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_module_is_filled(store: CountingStore, pack: Pack, device: str) -> None:
+    module = Layer().to(device)
+    report = load_into_(module, store, "demo", pack.digest)
+    assert torch.equal(module.layer[0].weight, pack.checkpoint.tensors["layer.0.weight"])
+    assert isinstance(module.layer[0].weight, nn.Parameter)
+    assert module.layer[0].weight.requires_grad
+    assert report.tensors == 2
+
+
+@pytest.mark.parametrize("module", [Layer(inputs=95), Layer(dtype=torch.float64)])
+def test_a_module_of_other_shapes_is_refused(store: CountingStore, pack: Pack, module: nn.Module) -> None:
+    with pytest.raises(WorkloadError, match=r"layer\.0\.weight(.|\n)*torch\.float32 \[64, 96\] in the pack"):
+        load_into_(module, store, "demo", pack.digest)
