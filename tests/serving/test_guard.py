@@ -80,6 +80,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     (folder / "keys.json").write_bytes(KeyFile(keys=tuple(kept)).to_bytes())
     (folder / "provider.pem").write_bytes(pem(PROVIDER))
     keyring = Keyring(Sources(folder / "keys.json", jwt_keys_file=folder / "provider.pem", issuer=ISSUER))
+    patch = pytest.MonkeyPatch()
+    patch.setattr("serving.audit.REFUSALS_A_MINUTE", 10**6)  # every door refuses every wrong key here, within a minute
     audit = Audit(folder / "audit.jsonl")
     settings = ServingSettings(poll_seconds=0, workers=1, rollback=True, promote=True)
     guard = application(repository, settings, keyring, audit)
@@ -92,6 +94,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         pack,
     )
     audit.close()
+    patch.undo()
 
 
 def routes(house: House) -> list[tuple[str, str]]:
