@@ -20,12 +20,15 @@ from modelpress.cli import (
     kserve,
     models,
     packs,
+    pages,
     parts,
     pointers,
+    profiling,
     secrecy,
     servers,
     signing,
     stack,
+    submodels,
 )
 from modelpress.cli.common import app
 from modelpress.errors import ModelpressError
@@ -47,12 +50,15 @@ __all__ = [
     "main",
     "models",
     "packs",
+    "pages",
     "parts",
     "pointers",
+    "profiling",
     "secrecy",
     "servers",
     "signing",
     "stack",
+    "submodels",
 ]
 
 

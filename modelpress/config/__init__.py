@@ -14,7 +14,9 @@ from modelpress.config.gpu import GpuConfig
 from modelpress.config.housekeeping import RetentionConfig
 from modelpress.config.judge import EvaluateConfig, GateConfig
 from modelpress.config.pack import CompressConfig, ShardConfig, UploadConfig
+from modelpress.config.parallel import ParallelConfig
 from modelpress.config.plan import PlanConfig, Scale
+from modelpress.config.profile import ProfileConfig
 from modelpress.config.prune import PruneConfig
 from modelpress.config.quantize import ExportConfig, QuantizeConfig
 from modelpress.config.recipes import (
@@ -32,6 +34,7 @@ from modelpress.config.recipes import (
     parse_config,
 )
 from modelpress.config.train import TrainConfig
+from modelpress.config.workers import WorkersConfig
 from modelpress.config.workload import WorkloadConfig
 
 __all__ = [
@@ -53,8 +56,10 @@ __all__ = [
     "HardwareConfig",
     "OptimizeConfig",
     "PackName",
+    "ParallelConfig",
     "PlanConfig",
     "PlanRecipe",
+    "ProfileConfig",
     "PruneConfig",
     "QuantizeConfig",
     "QuantizeRecipe",
@@ -63,6 +68,7 @@ __all__ = [
     "ShardConfig",
     "TrainConfig",
     "UploadConfig",
+    "WorkersConfig",
     "WorkloadConfig",
     "load_advise_recipe",
     "load_blockwise_recipe",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from modelpress import decisions, keys, load, pointer
+from modelpress import decisions, keys, load, pointer, run_records
 from modelpress.errors import FormatError, KeyRefusedError, NotFoundError, TrustError, UnsignedError
 from modelpress.keys import Place
 from modelpress.reports.scrub import Finding, PackRow
@@ -27,6 +27,7 @@ class Survey:
     """Name and digest of each decision."""
     followed: dict[tuple[str, str], str] = field(default_factory=dict)
     """Name and digest of each that another one names as before it, and the key of that."""
+    runs: int = 0
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -51,6 +52,8 @@ def survey(store: Store) -> Survey:
             found.aliases[place.name, place.alias] = None
         elif place.kind == "decision":
             _decision(store, place, found)
+        elif place.kind == "run":
+            _run(store, place, found)
     _chained(found)
     there = {(row.name, row.digest) for row in found.packs}
     for place in signed:
@@ -134,6 +137,22 @@ def _chained(found: Survey) -> None:
             lost = f"no such decision, and {key} came after it"
             place = f"{keys.decisions(name)}*/{digest}.json"
             found.findings.append(Finding(kind="missing", key=place, pack=name, problem=lost))
+
+
+def _run(store: Store, place: Place, found: Survey) -> None:
+    """What a run did, and its page. One that nobody signed is in order: nothing is served by it."""
+    key = keys.run(place.name, place.digest, place.record)
+    try:
+        run_records.read_page(store, run_records.read_unasked(store, place.name, place.digest, place.record))
+    except NotFoundError as error:
+        if store.info(key) is not None:  # else it was deleted since it was listed
+            finding = Finding(kind="missing", key=key, pack=of(place), problem=f"its page is not there: {error.found}")
+            found.findings.append(finding)
+        return
+    except FormatError as error:
+        found.findings.append(Finding(kind="damaged", key=key, pack=of(place), problem=_told(error)))
+        return
+    found.runs += 1
 
 
 def _pointer(store: Store, name: str, alias: str, found: Survey) -> None:
