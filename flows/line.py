@@ -27,6 +27,7 @@ from modelpress.reports import (
     CompressReport,
     EvaluationReport,
     PlanReport,
+    ProfileReport,
     Report,
     SourceReport,
     Stage,
@@ -44,6 +45,7 @@ from tasks.packs import INDEX, Provenance
 from tasks.records import Finished, ReportT
 from tasks.release import Registered
 from tasks.runner import RunContext
+from tasks.slices import crewed
 
 DEFAULT_UI = "http://127.0.0.1:4200"
 """Where `prefect server start` shows the database of an ephemeral server."""
@@ -119,6 +121,14 @@ class Line:
         self.rows.append(StageRow(stage=label, size_bytes=size, seconds=finished.seconds, reused=finished.reused))
         return finished
 
+    def profiled(self, finished: Finished[ProfileReport]) -> None:
+        """Note which resource binds the source model."""
+        self._note("profile", finished)
+        self.rows.append(StageRow(stage="profile", seconds=finished.seconds, reused=finished.reused))
+        verdict = finished.report.verdict
+        self.run.tag("bound_by", verdict.binds)
+        get_run_logger().info("profile: bound by %s", verdict.reason, extra={"stage": "profile"})
+
     def provenance(self) -> Provenance:
         """What the manifest says of how the pack came to be: nothing in it changes when a run is repeated."""
         source = self.reports["source"]
@@ -126,7 +136,12 @@ class Line:
         return Provenance(
             lineage={**origin, **{label: ref.sha256 for label, ref in self.outputs.items()}},
             reports={
-                **{label: _timeless(report) for label, report in self.reports.items() if not label.startswith("eval")},
+                **{
+                    label: _timeless(report)
+                    for label, report in self.reports.items()
+                    # A profile says nothing that would be the same when the same work is done again.
+                    if not label.startswith("eval") and not isinstance(report, ProfileReport)
+                },
                 **{f"quality {label}": report.quality.metrics() for label, report in self.evaluations.items()},
             },
             scores=self.scores[self._served],
@@ -226,6 +241,8 @@ class Line:
                 picture = base64.b64encode(Path(folder, "stages.png").read_bytes()).decode()
                 if isinstance(planned, PlanReport):
                     self._show_plan(planned, key, Path(folder))
+                if isinstance(profiled := self.reports.get("profile"), ProfileReport):
+                    self._show_profile(profiled, key, Path(folder))
             # In the text, which Prefect's UIs show whole: an image artifact wants an address that each browser reaches.
             seen = f"{text}\n![quality, bytes and speed by stage](data:image/png;base64,{picture})\n"
             create_markdown_artifact(seen, key=f"{key}-report", description=f"Report of `{self.config.name}`")
@@ -250,6 +267,15 @@ class Line:
         description = f"The plan of `{self.config.name}`, its front, and all weights alike"
         create_table_artifact(show.points(report), key=f"{key}-plan", description=description)
 
+    def _show_profile(self, report: ProfileReport, key: str, folder: Path) -> None:
+        """What binds the source model: its operators as a table in Prefect, and as plots for MLflow."""
+        from modelpress.profile import figures as plots
+        from modelpress.profile import show
+
+        plots.draw(report, folder)
+        description = f"Operators of `{self.config.name}`; it is bound by {report.verdict.reason}"
+        create_table_artifact(show.operators(report, most=50), key=f"{key}-profile", description=description)
+
     @property
     def _served(self) -> str:
         """Label of the graph that is published."""
@@ -269,6 +295,7 @@ def tracked(config: OptimizeConfig) -> Iterator[Line]:
     settings, tags = read_settings(), flow_run_tags()
     with ExitStack() as stack:
         stack.enter_context(watched(config.name))
+        stack.enter_context(crewed(config.workers))
         begun: list[Line] = []
         stack.push(partial(_tell_prometheus, settings, config.name, begun, time.time()))
         run = stack.enter_context(runs.parent_run(settings, config.name, config.model_dump(mode="json"), tags))

@@ -10,6 +10,7 @@ from modelpress.config import OptimizeConfig
 from modelpress.errors import ConfigError
 from modelpress.reports import ArtifactRef
 from tasks.models import distill, export, plan, prune, quantize, source
+from tasks.profiling import profile
 
 Part = Literal["source", "distill", "prune", "export", "quantize", "plan"]
 
@@ -49,7 +50,9 @@ def run_stages(line: Line, config: OptimizeConfig) -> Iterator[tuple[Part, Artif
     """
     run = line.context
     model = line.judged("source", source(run))
-    line.judged("source (onnx)", export(run, model, config.export, label="export-source"), of="source")
+    exported = line.judged("source (onnx)", export(run, model, config.export, label="export-source"), of="source")
+    if config.profile:
+        line.profiled(profile(run, model, exported, config.profile, config.compress, config.shard))
     yield "source", model
     if config.distill:
         model = line.judged("distill", distill(run, model, config.distill))

@@ -7,6 +7,11 @@ import os
 
 def usable_cores() -> int:
     """Cores that this process may run on, which may be fewer than the machine has."""
+    return len(cores())
+
+
+def cores() -> list[int]:
+    """Their numbers, rising."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))

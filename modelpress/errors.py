@@ -12,6 +12,7 @@
     │   ├── ExportError             the model has no ONNX graph
     │   ├── CoverageError           a stage touched nothing, or less than it had to
     │   ├── OutOfMemoryError        a stage asked for more memory than there was
+    │   ├── WorkerError             a worker process died, or took too long, before its slice was done
     │   └── BudgetExceededError     the quality budget is spent; the flow stops here
     ├── FormatError                 bytes are not what the format says
     │   ├── CorruptionError         a digest, a length or a checksum does not match
@@ -111,6 +112,10 @@ class CoverageError(StageError):
 
 class OutOfMemoryError(StageError):
     """A stage asked for more memory than there was."""
+
+
+class WorkerError(StageError):
+    """A worker process died, or took too long, before its slice was done."""
 
 
 class BudgetExceededError(StageError):

@@ -10,6 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
@@ -30,6 +31,17 @@ from modelpress.workload import Workload, samples_digest
 Runner = Callable[[Mapping[str, Tensor]], np.ndarray]
 """Named inputs in, the model's output out: (samples, …), on the CPU."""
 
+
+@dataclass(frozen=True)
+class Answered:
+    """What a model said of the whole evaluation split, however many processes it was asked in."""
+
+    outputs: np.ndarray
+    """Of each batch what `Workload.condense` made of it, in order: (samples, …)."""
+    peak_memory_bytes: int | None
+    """The most that one process took; None where it was not seen."""
+
+
 _WARM_UP_CALLS = 3
 _WARM_UP_SECONDS = 0.2
 _LEAST_CALLS = 5
@@ -45,6 +57,7 @@ def evaluate(
     size_bytes: int,
     progress: Progress = silent,
     original: Checkpoint | None = None,
+    answers: Answered | None = None,
 ) -> tuple[EvaluationReport, Scored]:
     """Measure a checkpoint on the evaluation split.
 
@@ -58,6 +71,7 @@ def evaluate(
         progress: told of each batch and each measured batch size.
         original: the source model in the same runtime; where `attribution_samples` asks for it, the reasons for the
             answers are compared with its own.
+        answers: the model's answers on the whole split, where other processes made them; None: it is run here.
 
     Returns:
         The report, and the per-sample scores.
@@ -68,8 +82,12 @@ def evaluate(
             of each sample whether it is in it, or the samples are not the baseline's.
     """
     total = 1 + len(config.batch_sizes)
-    with _PeakMemory() as memory, _runner(checkpoint, workload, config) as run:
-        outputs = _outputs(run, workload, lambda samples: progress(0, total, f"{workload.metric}: {samples} samples"))
+    with PeakMemory() as memory, running(checkpoint, workload, config.provider, config.threads) as run:
+        outputs = (
+            _outputs(run, workload, lambda samples: progress(0, total, f"{workload.metric}: {samples} samples"))
+            if answers is None
+            else answers.outputs
+        )
         scores = _finite(workload.metric, workload.score(outputs))
         further = {name: _finite(name, found) for name, found in workload.further_scores(outputs).items()}
         slices = _slices(workload, scores.size)
@@ -81,6 +99,7 @@ def evaluate(
     _check_same_samples(scored, baseline)
     judged = quality(workload.metric, scores, baseline.scores if baseline else None, config.confidence)
     before = baseline.further if baseline else {}
+    peaks = (memory.peak_bytes, answers.peak_memory_bytes if answers else None)
     report = EvaluationReport(
         stage=stage,
         runtime="torch" if checkpoint.kind == "torch" else "onnxruntime",
@@ -89,7 +108,7 @@ def evaluate(
         further=[quality(name, found, before.get(name), config.confidence) for name, found in further.items()],
         size_bytes=size_bytes,
         latency=latency,
-        peak_memory_bytes=memory.peak_bytes,
+        peak_memory_bytes=max((one for one in peaks if one is not None), default=None),
     )
     if original is not None and config.attribution_samples:
         from modelpress import attribution  # captum takes a second to import
@@ -198,10 +217,11 @@ def measure_latency(run: Runner, inputs: Mapping[str, Tensor], batch_size: int, 
 
 
 @contextlib.contextmanager
-def _runner(checkpoint: Checkpoint, workload: Workload, config: EvaluateConfig) -> Iterator[Runner]:
-    threads = config.threads or usable_cores()
+def running(checkpoint: Checkpoint, workload: Workload, provider: str, threads: int) -> Iterator[Runner]:
+    """Run a checkpoint: a torch one on the CPU, a graph on an execution provider; 0 threads take all cores."""
+    threads = threads or usable_cores()
     if checkpoint.kind == "onnx":
-        session = graph.session(checkpoint, config.provider, threads)
+        session = graph.session(checkpoint, provider, threads)
         yield lambda inputs: graph.run(session, inputs)
         return
     module = to_module(checkpoint, workload)
@@ -265,12 +285,12 @@ def _check_same_samples(scored: Scored, baseline: Scored | None) -> None:
     )
 
 
-class _PeakMemory:
+class PeakMemory:
     """Samples resident memory on a thread. Memory that the process had freed and uses again does not show."""
 
     peak_bytes: int | None = None
 
-    def __enter__(self) -> _PeakMemory:
+    def __enter__(self) -> PeakMemory:
         self._process = psutil.Process()
         self._before = self._highest = self._process.memory_info().rss
         self._stop = threading.Event()

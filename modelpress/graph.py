@@ -27,6 +27,7 @@ from modelpress.cores import usable_cores
 from modelpress.errors import CorruptionError, SetupError, WorkloadError
 
 GRAPH_FILE = "model.onnx"
+WATCHED_GRAPH = "optimized.onnx"
 INLINE_BELOW = 1024
 """Initializers of fewer bytes stay in the graph."""
 
@@ -150,7 +151,11 @@ def external(checkpoint: Checkpoint) -> tuple[ModelProto, list[TensorProto]]:
 
 
 def session(
-    checkpoint: Checkpoint, provider: str = "CPUExecutionProvider", threads: int = 0, tuning: Tuning | None = None
+    checkpoint: Checkpoint,
+    provider: str = "CPUExecutionProvider",
+    threads: int = 0,
+    tuning: Tuning | None = None,
+    watch: Path | None = None,
 ) -> Session:
     """Make an ONNX Runtime session from memory, without a temporary file.
 
@@ -159,6 +164,8 @@ def session(
         provider: execution provider that must be in use.
         threads: intra-operator threads; 0 takes the cores that this process may use.
         tuning: of threads and memory; None leaves it to ONNX Runtime.
+        watch: a folder for ONNX Runtime's own profile of each run, and for the graph as its optimiser left it
+            (`WATCHED_GRAPH`); None: runs are not watched.
 
     Raises:
         SetupError: the provider is not in this build of ONNX Runtime, or does not start on this machine.
@@ -176,6 +183,11 @@ def session(
     if tuning is not None:
         options.enable_cpu_mem_arena, options.enable_mem_pattern = tuning.arena, tuning.memory_pattern
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if tuning.spinning else "0")
+    if watch is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(watch / "run")
+        options.optimized_model_filepath = str(watch / WATCHED_GRAPH)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     if not _multiplies_bytes_exactly():
         options.add_session_config_entry("session.x64quantprecision", "1")
     try:

@@ -16,6 +16,7 @@ from modelpress.progress import Progress
 from modelpress.reports import ArtifactRef, EvaluationReport, Stage
 from modelpress.settings import read_settings
 from modelpress.store.artifacts import load_artifact
+from tasks import slices
 from tasks.records import Finished
 from tasks.runner import RunContext, fetch_checkpoint, open_workload, run_stage
 
@@ -42,7 +43,9 @@ def evaluate(
         before = scores.load(load_artifact(baseline))["scores"] if baseline else None
         checkpoint = fetch_checkpoint(model)
         source = fetch_checkpoint(original) if original and config.attribution_samples else None
-        report, scored = run(checkpoint, workload, config, stage, before, model.size_bytes, progress, source)
+        workers = slices.crew()
+        answers = slices.answers(workers, context, model, progress) if workers else None
+        report, scored = run(checkpoint, workload, config, stage, before, model.size_bytes, progress, source, answers)
         return {"scores": scores.dump({"scores": scored})}, report.model_copy(update={"hardware": hardware})
 
     # Torch modules are measured on the CPU; a graph where its provider computes, and never beside somebody unasked.

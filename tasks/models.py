@@ -29,6 +29,7 @@ from modelpress.reports import (
 )
 from modelpress.settings import read_settings
 from modelpress.store.base import open_store
+from tasks import slices
 from tasks.evaluation import host_fingerprint
 from tasks.records import Finished
 from tasks.runner import RunContext, fetch_checkpoint, find_source, open_workload, run_stage
@@ -158,7 +159,9 @@ def quantize(
             module = to_module(fetch_checkpoint(model), workload)
             quantized, report = quantize_module(module, checkpoint, workload, config, export_config, progress)
         else:
-            quantized, report = run(checkpoint, workload, config, progress, earlier)
+            workers = slices.crew()
+            observer = slices.Observing(workers, context, progress) if workers else None
+            quantized, report = run(checkpoint, workload, config, progress, earlier, observer)
         return {"output": quantized.to_bytes()}, report
 
     inputs = [graph, model] if config.needs_module else [graph]
@@ -185,6 +188,7 @@ def plan(
 
     def work(progress: Progress) -> tuple[Mapping[str, bytes], PlanReport]:
         from modelpress.checkpoint import to_module
+        from modelpress.plan import measured, opened, settle
         from modelpress.plan import plan as run
         from modelpress.plan.recovery import plan_module
 
@@ -193,6 +197,10 @@ def plan(
         if config.needs_module:
             module = to_module(fetch_checkpoint(model), workload)
             planned, report = plan_module(module, checkpoint, workload, config, export_config, compression, progress)
+        elif (workers := slices.crew()) and config.objective == "bytes":
+            survey = opened(checkpoint, workload, config, compression)
+            slices.sensitivities(workers, context, graph, survey, progress)
+            planned, report = settle(measured(survey, progress), config.max_disagreement, progress)
         else:
             planned, report = run(checkpoint, workload, config, compression, progress)
         return {"output": planned.to_bytes()}, report

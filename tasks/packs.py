@@ -140,7 +140,7 @@ def upload(
                 config.name,
                 _with_files(context, coded, provenance, config.upload.golden_samples),
                 files,
-                config=config.model_dump(mode="json", exclude={"gpu"}),  # where it was made does not make another pack
+                config=config.model_dump(mode="json", exclude={"gpu", "workers"}),  # where it was made is no other pack
                 lineage=provenance.lineage,
                 licence=open_workload(context.workload, context.mlflow_run).licence(),
                 reports={stage: Numbers.model_validate(found) for stage, found in provenance.reports.items()},

@@ -22,10 +22,12 @@ from modelpress.cli import (
     packs,
     parts,
     pointers,
+    profiling,
     secrecy,
     servers,
     signing,
     stack,
+    submodels,
 )
 from modelpress.cli.common import app
 from modelpress.errors import ModelpressError
@@ -49,10 +51,12 @@ __all__ = [
     "packs",
     "parts",
     "pointers",
+    "profiling",
     "secrecy",
     "servers",
     "signing",
     "stack",
+    "submodels",
 ]
 
 

@@ -15,6 +15,7 @@ from modelpress.config.housekeeping import RetentionConfig
 from modelpress.config.judge import EvaluateConfig, GateConfig
 from modelpress.config.pack import CompressConfig, ShardConfig, UploadConfig
 from modelpress.config.plan import PlanConfig, Scale
+from modelpress.config.profile import ProfileConfig
 from modelpress.config.prune import PruneConfig
 from modelpress.config.quantize import ExportConfig, QuantizeConfig
 from modelpress.config.recipes import (
@@ -31,6 +32,7 @@ from modelpress.config.recipes import (
     parse_config,
 )
 from modelpress.config.train import TrainConfig
+from modelpress.config.workers import WorkersConfig
 from modelpress.config.workload import WorkloadConfig
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "PackName",
     "PlanConfig",
     "PlanRecipe",
+    "ProfileConfig",
     "PruneConfig",
     "QuantizeConfig",
     "QuantizeRecipe",
@@ -62,6 +65,7 @@ __all__ = [
     "ShardConfig",
     "TrainConfig",
     "UploadConfig",
+    "WorkersConfig",
     "WorkloadConfig",
     "load_advise_recipe",
     "load_blockwise_recipe",

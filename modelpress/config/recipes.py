@@ -16,8 +16,10 @@ from modelpress.config.gpu import GpuConfig
 from modelpress.config.judge import EvaluateConfig, GateConfig
 from modelpress.config.pack import CompressConfig, ShardConfig, UploadConfig
 from modelpress.config.plan import PlanConfig
+from modelpress.config.profile import ProfileConfig
 from modelpress.config.prune import PruneConfig
 from modelpress.config.quantize import ExportConfig, QuantizeConfig
+from modelpress.config.workers import WorkersConfig
 from modelpress.config.workload import WorkloadConfig
 from modelpress.errors import ConfigError
 
@@ -25,13 +27,15 @@ Checked = TypeVar("Checked", bound=Config)
 
 
 class OptimizeConfig(Config):
-    """One run of the line: source → distill → prune → export → quantize or plan → compress → shard → upload →
+    """One run of the line: source → profile → distill → prune → export → quantize or plan → compress → shard → upload →
     register."""
 
     name: PackName
     """Name of the published pack and of the registered model."""
     workload: WorkloadConfig
     """The model, the data and the metric."""
+    profile: ProfileConfig | None = None
+    """Absent: nobody measures which resource the source model is bound by."""
     distill: DistillConfig | None = None
     """Absent: no distillation."""
     prune: PruneConfig | None = None
@@ -57,6 +61,8 @@ class OptimizeConfig(Config):
     gpu: GpuConfig | None = None
     """Absent: everything is computed on the CPU, but graphs whose `evaluate.provider` is a GPU's: those take a whole
     device."""
+    workers: WorkersConfig | None = None
+    """Absent: evaluations and plans run in one process."""
 
     @model_validator(mode="after")
     def _check(self) -> OptimizeConfig:
@@ -71,6 +77,8 @@ class OptimizeConfig(Config):
             )
         if self.gate.provider not in (None, self.evaluate.provider):
             raise ValueError(f"gate.provider needs evaluate.provider {self.gate.provider}: it is what is measured on")
+        if self.workers and self.evaluate.provider != "CPUExecutionProvider":
+            raise ValueError("workers share cores, not a GPU: leave them out, or set evaluate.provider to the CPU's")
         return self
 
 

@@ -108,6 +108,8 @@ def publish_folder(
         EncryptionKeyError: encryption without a key in the settings; see `cipher.secrets.current`.
         and see `publish`.
     """
+    from modelpress.submodels import lineage  # which reads folders as this module lists them
+
     keys.manifests(name)
     inventory = take_inventory(folder, ignore, follow_links=follow_links)
     source = _open(inventory)
@@ -125,7 +127,7 @@ def publish_folder(
         facts = {
             "config": configs,
             "versions": made_by,
-            "lineage": {"files": digests},
+            "lineage": {"files": digests, **lineage(folder)},
             "licence": licence or (read_licence(folder).strip("\"'") if CARD in inventory.files else "unknown"),
         }
         manifest, blobs = _draft(name, inventory, source, staged, facts)

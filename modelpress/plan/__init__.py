@@ -14,14 +14,14 @@ from modelpress.plan import fastest
 from modelpress.plan.data import calibration, named
 from modelpress.plan.kernels import offered, products
 from modelpress.plan.sensitivity import least_measurements
-from modelpress.plan.smallest import settle, survey
+from modelpress.plan.smallest import measured, opened, settle, survey
 from modelpress.plan.survey import Survey
 from modelpress.plan.tensors import planned_weights
 from modelpress.progress import Progress, silent
 from modelpress.reports import PlanOutline, PlanReport
 from modelpress.workload import Workload
 
-__all__ = ["Survey", "outline", "plan", "settle", "survey"]
+__all__ = ["Survey", "measured", "opened", "outline", "plan", "settle", "survey"]
 
 CODED = CompressConfig()
 

@@ -12,8 +12,7 @@ from modelpress.errors import BudgetExceededError
 from modelpress.plan import held_out
 from modelpress.plan.candidates import Candidate
 from modelpress.plan.costs import coded_bytes, file_bytes
-from modelpress.plan.data import calibration, named, samples, some
-from modelpress.plan.fed import FedWeights
+from modelpress.plan.data import calibration, named, samples
 from modelpress.plan.importance import weighed
 from modelpress.plan.search import fill, furthest, spread, too_far
 from modelpress.plan.sensitivity import HOPE, measure, on_hull
@@ -34,14 +33,19 @@ def survey(
 ) -> Survey:
     """The part of a plan that knows no budget: each weight by itself, and all weights alike. It takes and raises what
     `modelpress.plan.plan` does."""
+    return measured(opened(checkpoint, workload, config, compression), progress)
+
+
+def opened(
+    checkpoint: Checkpoint, workload: Workload, config: PlanConfig, compression: CompressConfig | None
+) -> Survey:
+    """A survey of which nothing is measured yet."""
     model = named(checkpoint)
     batches = calibration(workload)
     weights = planned_weights(model, config)
     if any(config.sparsity):
         weights = weighed(model, weights, batches)
-    values = {one.name: one.values for one in weights}
-    few = FedWeights(model, values, some(batches, config.sensitivity_samples), workload.outputs)
-    found = Survey(
+    return Survey(
         checkpoint=checkpoint,
         workload=workload,
         config=config,
@@ -49,12 +53,17 @@ def survey(
         model=model,
         weights={one.name: one for one in weights},
         calibration=batches,
-        fed=FedWeights(model, values, batches, workload.outputs),
     )
-    for done, weight in enumerate(weights):
-        progress(done, found.steps, f"sensitivity of {weight.name}")
-        found.curves[weight.name] = measure(weight, few, compression)
-    for done, setting in enumerate(found.settings, start=len(weights)):
+
+
+def measured(found: Survey, progress: Progress = silent) -> Survey:
+    """The same survey with all that it lacks measured."""
+    for done, weight in enumerate(found.weights.values()):
+        if weight.name not in found.curves:
+            progress(done, found.steps, f"sensitivity of {weight.name}")
+            found.curves[weight.name] = measure(weight, found.few, found.compression)
+    vars(found).pop("few", None)  # it holds a copy of the weights, which whole plans do not need
+    for done, setting in enumerate(found.settings, start=len(found.weights)):
         progress(done, found.steps, f"all weights: {setting}")
         found.uniform += _uniform(found, setting)
     return found
@@ -151,7 +160,7 @@ def _uniform(work: Survey, candidate: Candidate) -> Iterator[PlanPoint]:
     yield PlanPoint(
         label=str(candidate),
         coded_bytes=size,
-        disagreement=work.disagreement(choice),
+        disagreement=work.disagreement_alike(candidate),
         predicted_disagreement=work.foretold(choice),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from onnx import ModelProto
 
@@ -13,6 +14,7 @@ from modelpress.checkpoint import Checkpoint
 from modelpress.config import CompressConfig, PlanConfig
 from modelpress.plan.candidates import Candidate, Floats
 from modelpress.plan.costs import Cost, coded_bytes, coding_cost, float_cost
+from modelpress.plan.data import some
 from modelpress.plan.fed import FedWeights
 from modelpress.plan.rewrite import stored_weights
 from modelpress.plan.sensitivity import Measured
@@ -43,16 +45,30 @@ class Survey:
     """What is planned, by name."""
     calibration: list[Inputs]
     """Batches that whole plans are measured on."""
-    fed: FedWeights
-    """Measures them."""
     curves: dict[str, list[Measured]] = field(default_factory=dict)
     """Of each weight, its candidates."""
     uniform: list[PlanPoint] = field(default_factory=list)
     """All weights in one form."""
+    known_alike: dict[str, float] = field(default_factory=dict)
+    """By form, the disagreement with all weights in it, where another process measured it."""
     _costs: dict[tuple[str, Candidate | None], Cost] = field(default_factory=dict)
     _rest: int | None = None
     _values: dict[str, tuple[Candidate, Floats]] = field(default_factory=dict)
     """Of each weight, the form that was asked for last: one plan differs from the next in a few weights."""
+
+    @cached_property
+    def fed(self) -> FedWeights:
+        """Measures whole plans."""
+        return self._fed(self.calibration)
+
+    @cached_property
+    def few(self) -> FedWeights:
+        """Measures single weights."""
+        return self._fed(some(self.calibration, self.config.sensitivity_samples))
+
+    def _fed(self, batches: list[Inputs]) -> FedWeights:
+        values = {one.name: one.values for one in self.weights.values()}
+        return FedWeights(self.model, values, batches, self.workload.outputs)
 
     @property
     def settings(self) -> list[Candidate]:
@@ -132,6 +148,11 @@ class Survey:
     def disagreement(self, choice: Choice) -> float:
         """Of a choice, measured on the whole calibration split."""
         return self.fed.disagreement(self.dequantized(choice))
+
+    def disagreement_alike(self, candidate: Candidate) -> float:
+        """Of all weights in one form, measured here unless it is known."""
+        known = self.known_alike.get(str(candidate))
+        return self.disagreement(self.alike(candidate)) if known is None else known
 
     def dequantized(self, choice: Choice) -> dict[str, Floats]:
         """The weights that a choice stands for."""

@@ -25,11 +25,12 @@ from modelpress.quantize.build import builder
 from modelpress.quantize.earlier import on_earlier_scales
 from modelpress.quantize.frozen import Frozen
 from modelpress.quantize.observe import Inputs
+from modelpress.quantize.ranges import Observer
 from modelpress.quantize.selection import Layer, chosen_layers, eligible_layers, shared_weights
 from modelpress.reports import FrozenReport, QuantizeReport, SensitivityRow
 from modelpress.workload import Workload
 
-__all__ = ["quantize"]
+__all__ = ["calibration_batches", "quantize"]
 
 _BATCH = 32
 _RANKING_BATCHES, _RANKING_SAMPLES = 3, 8
@@ -41,13 +42,15 @@ def quantize(
     config: QuantizeConfig,
     progress: Progress = silent,
     earlier: Checkpoint | None = None,
+    observer: Observer | None = None,
 ) -> tuple[Checkpoint, QuantizeReport]:
     """Quantize an ONNX checkpoint; the checkpoint given is left as it is.
 
     Calibration and agreement are measured on the workload's calibration split, in batches of 32; the layers are ranked
     on a few samples of it. With `config.scales_from`, the layers take the forms and the scales that they have in the
     `earlier` version, that pack's checkpoint, if the graph agrees about as well with the float one as on fresh scales,
-    and within the budget; else the layers are ranked as ever.
+    and within the budget; else the layers are ranked as ever. An `observer` runs the calibration data, for ranges of
+    least error, elsewhere (`calibration_batches` says which batches).
 
     Returns:
         The quantized checkpoint, and what was done: coverage counts the weights whose float form is gone.
@@ -80,8 +83,8 @@ def quantize(
     rewrite.name_nodes_(model)
     layers = eligible_layers(model, config.embeddings)
     chosen = chosen_layers(layers, config)
-    batches = [batch.inputs for batch in workload.batches("calibration", min(_BATCH, workload.evaluation_batch_size))]
-    build = builder(model, chosen, batches, config, progress)
+    batches = calibration_batches(workload)
+    build = builder(model, chosen, batches, config, progress, observer=observer)
     frozen = None
     if earlier is not None:
         found, frozen = on_earlier_scales(model, chosen, batches, config, build, Frozen(earlier), progress)
@@ -105,6 +108,11 @@ def quantize(
     finished = _finished(checkpoint, (quantized, disagreement), layers, rows, frozen, config)
     progress(total, total, f"coverage {finished[1].coverage:.1%}, agreement {finished[1].agreement:.4f}")
     return finished
+
+
+def calibration_batches(workload: Workload) -> list[Inputs]:
+    """What graphs are calibrated on, in order."""
+    return [batch.inputs for batch in workload.batches("calibration", min(_BATCH, workload.evaluation_batch_size))]
 
 
 def _finished(

@@ -13,6 +13,7 @@ from modelpress.quantize.frozen import Frozen
 from modelpress.quantize.gelu import respell_gelu_
 from modelpress.quantize.groups import Grid, GroupedWeight
 from modelpress.quantize.observe import Inputs
+from modelpress.quantize.ranges import Observer
 from modelpress.quantize.selection import Layer
 from modelpress.quantize.smooth import smooth
 
@@ -24,6 +25,7 @@ def builder(
     config: QuantizeConfig,
     progress: Progress,
     frozen: Frozen | None = None,
+    observer: Observer | None = None,
 ) -> sensitivity.Build:
     """Prepare the layers by the config's method, on calibration data: what it gives makes models of any of them.
 
@@ -34,13 +36,16 @@ def builder(
         config: the method and its options.
         progress: told of what is prepared.
         frozen: an earlier version, whose scales and smoothing are taken where it has them.
+        observer: see `static.calibrate`.
 
     Raises:
         see `smooth`, `static.calibrate` and `weight_only.quantize_layers`.
     """
     products = [layer for layer in layers if layer.op_type != "Gather"]
-    prepare = _weight_only if config.method == "weight-only" else _integer
-    build = prepare(model, products, batches, config, progress, frozen)
+    if config.method == "weight-only":
+        build = _weight_only(model, products, batches, config, progress, frozen)
+    else:
+        build = _integer(model, products, batches, config, progress, frozen, observer)
     tables = [layer.node for layer in layers if layer.op_type == "Gather"]
 
     def build_all(nodes: Sequence[str], in_float: Sequence[str]) -> ModelProto:
@@ -58,6 +63,7 @@ def _integer(
     config: QuantizeConfig,
     progress: Progress,
     frozen: Frozen | None,
+    observer: Observer | None,
 ) -> sensitivity.Build:
     model = _copy(model)
     respell_gelu_(model)
@@ -67,7 +73,7 @@ def _integer(
     ranges = None
     if config.method == "static":
         progress(0, 1, f"calibrating by {config.calibration}")
-        ranges = static.calibrate(model, batches, config)
+        ranges = static.calibrate(model, batches, config, observer)
 
     def build(nodes: Sequence[str], in_float: Sequence[str]) -> ModelProto:
         if ranges is None:

@@ -6,7 +6,7 @@ count.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ Floats = npt.NDArray[np.float32]
 
 
 def observe(
-    model: ModelProto, values: Sequence[str], batches: Sequence[Inputs], finite: bool = True
+    model: ModelProto, values: Sequence[str], batches: Iterable[Inputs], finite: bool = True
 ) -> Iterator[dict[str, Floats]]:
     """For each batch the named inner values as rows, (positions, features) float32, padded positions left out.
 

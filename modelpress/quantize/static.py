@@ -24,7 +24,7 @@ from torch import Tensor
 from modelpress.config import QuantizeConfig
 from modelpress.errors import CoverageError
 from modelpress.quantize.frozen import Frozen
-from modelpress.quantize.ranges import least_error_ranges
+from modelpress.quantize.ranges import Here, Observer, least_error_ranges
 from modelpress.quantize.rewrite import channel_axis
 from modelpress.quantize.selection import WEIGHTED
 
@@ -60,16 +60,22 @@ def prepare(model: ModelProto) -> ModelProto:
         return onnx.load(after)
 
 
-def calibrate(model: ModelProto, batches: Sequence[dict[str, Tensor]], config: QuantizeConfig) -> TensorsData:
+def calibrate(
+    model: ModelProto,
+    batches: Sequence[dict[str, Tensor]],
+    config: QuantizeConfig,
+    observer: Observer | None = None,
+) -> TensorsData:
     """Ranges of the activations around every weighted node and its companions.
 
     Args:
         model: as `prepare` gave it.
         batches: named inputs; shapes may differ between batches.
         config: `calibration` and `percentile`.
+        observer: for `mse`, where the batches are run; None: here.
     """
     if config.calibration == "mse":
-        found = least_error_ranges(model, _activations(model), batches)
+        found = least_error_ranges(model, _activations(model), observer or Here(batches))
         ends = {name: np.asarray(ends, dtype=np.float32) for name, ends in found.items()}
         data = {name: TensorData(lowest=low, highest=high) for name, (low, high) in ends.items()}
         return TensorsData(CalibrationMethod.MinMax, data)

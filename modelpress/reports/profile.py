@@ -28,19 +28,19 @@ class OperatorProfile(Part):
     dtype: str
     """Type that it computes in, such as `float32` or `int8`."""
     weights: list[str] = Field(default_factory=list)
-    """Names of the model's tensors that it reads."""
+    """Names of the model's tensors that it reads; the optimiser of a runtime has names of its own for what it folds."""
     weight_bytes: int
-    """Their bytes; part of `read_bytes`."""
+    """Bytes of all constant tensors among its inputs, folded ones as well."""
     flops: Figure
     """Floating-point or integer operations; a multiplication and an addition are two."""
     read_bytes: Figure
-    """Bytes of all its inputs, weights as well."""
+    """Bytes of all its inputs, weights as well; of a gather, those that it picks."""
     written_bytes: Figure
     """Bytes of its outputs."""
     intensity: Figure
     """flops ÷ (read + written bytes): operations per byte."""
     seconds: Figure
-    """Median time of it in one run."""
+    """Time of it in one run: the mean, without the slowest twentieth of the runs, and without what watching adds."""
     share: Figure
     """Of the time of all operators, 0 to 1."""
     modelled_seconds: Figure
@@ -64,7 +64,7 @@ class OperatorTotals(Part):
     run_seconds: Figure
     """Median time of a whole run without any profiling."""
     outside_seconds: Figure
-    """`run_seconds` less `operator_seconds`, of the profiled runs: what the runtime itself takes."""
+    """`run_seconds` less `operator_seconds`, at least 0: what the runtime itself takes."""
     overhead: Figure
     """Time of a profiled run ÷ that of one without profiling, less 1."""
 
@@ -227,17 +227,17 @@ class ColdStart(Part):
     import_seconds: Figure
     """Imports of the library and of the runtime."""
     fetch_seconds: Figure
-    """Reading the manifest and the shards from the store, which is a folder on this machine."""
+    """Reading the manifest and the shards: of a recipe from a folder on this machine, of a pack from its store."""
     verify_seconds: Figure
     """Digests of the shards and of the manifest."""
     decode_seconds: Figure
-    """From coded streams to tensors, each with its own digest checked."""
+    """From coded streams to tensors, each with its own digest checked; loads the decoder's compiled loops as well."""
     session_seconds: Figure
     """Making the runtime's session."""
     first_answer_seconds: Figure
     """The first call."""
     total_seconds: Figure
-    """All of it, by the clock of the parent process."""
+    """All parts together."""
 
 
 class EnergyProfile(Part):

@@ -1,0 +1,1 @@
+"""Profile a model: which resource binds on this machine. `modelpress.profile.run` does it all."""

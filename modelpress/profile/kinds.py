@@ -1,0 +1,84 @@
+"""Kinds of processors that a model could run on, each with a real check of whether it can here.
+
+CUDA and ROCm run by torch and by ONNX Runtime's execution providers. TPUs run torch modules by torch_xla, and FPGAs run
+graphs by ONNX Runtime's Vitis AI provider: these two are declared backends. Their checks are real; no model of ours was
+run on either.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import onnxruntime
+import torch
+
+from modelpress.reports.profile import DeviceKind
+
+ROCM_PROVIDERS = ("MIGraphXExecutionProvider", "ROCMExecutionProvider")
+CUDA_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
+FPGA_PROVIDER = "VitisAIExecutionProvider"
+
+
+def device_kinds(devices: Path = Path("/dev")) -> list[DeviceKind]:
+    """What could run a model here; `devices` is where the kernel lists devices."""
+    checks: list[Callable[[Path], DeviceKind]] = [_cpu, _cuda, _rocm, _tpu, _fpga]
+    return [check(devices) for check in checks]
+
+
+def _providers(*names: str) -> list[str]:
+    return [name for name in names if name in onnxruntime.get_available_providers()]
+
+
+def _cpu(_: Path) -> DeviceKind:
+    return DeviceKind(kind="cpu", usable=True, by=["torch", "CPUExecutionProvider"], found="always there")
+
+
+def _cuda(devices: Path) -> DeviceKind:
+    if torch.version.cuda is None:
+        where = "a device is there" if (devices / "nvidia0").exists() else f"no {devices / 'nvidia0'}"
+        return DeviceKind(kind="cuda", usable=False, found=f"torch {torch.__version__} is built without CUDA; {where}")
+    if not torch.cuda.is_available():
+        return DeviceKind(kind="cuda", usable=False, found="torch is built with CUDA, and finds no device or no driver")
+    by = ["torch", *_providers(*CUDA_PROVIDERS)]
+    return DeviceKind(kind="cuda", usable=True, by=by, found=torch.cuda.get_device_name())
+
+
+def _rocm(devices: Path) -> DeviceKind:
+    by = _providers(*ROCM_PROVIDERS)
+    if torch.version.hip is not None and torch.cuda.is_available():  # torch's ROCm build answers under CUDA's name
+        return DeviceKind(kind="rocm", usable=True, by=["torch", *by], found=torch.cuda.get_device_name())
+    lacks = []
+    if not (devices / "kfd").exists():
+        lacks.append(f"no {devices / 'kfd'}, the driver's device")
+    if torch.version.hip is None:
+        lacks.append(f"torch {torch.__version__} is built without ROCm")
+    if not by:
+        lacks.append(f"ONNX Runtime has none of {', '.join(ROCM_PROVIDERS)}")
+    usable = bool(by) and (devices / "kfd").exists()
+    return DeviceKind(kind="rocm", usable=usable, by=by if usable else [], found="; ".join(lacks) or "a device")
+
+
+def _tpu(devices: Path) -> DeviceKind:
+    found = [path.name for pattern in ("accel*", "vfio/[0-9]*") for path in sorted(devices.glob(pattern))]
+    installed = importlib.util.find_spec("torch_xla") is not None
+    lacks = [] if installed else ["the package torch_xla is not installed"]
+    if not found:
+        lacks.append(f"no {devices / 'accel0'} and no {devices / 'vfio/0'}")
+    usable = installed and bool(found)
+    return DeviceKind(
+        kind="tpu", usable=usable, by=["torch_xla"] if usable else [], found="; ".join(lacks) or ", ".join(found)
+    )
+
+
+def _fpga(devices: Path) -> DeviceKind:
+    by = _providers(FPGA_PROVIDER)
+    boards = [path.name for path in sorted(devices.glob("dri/renderD*"))] if (devices / "xclmgmt").exists() else []
+    boards += [path.name for path in sorted(devices.glob("xclmgmt*"))]
+    boards += [path.name for path in sorted(devices.glob("accel/accel*"))]
+    lacks = [] if by else [f"this build of ONNX Runtime lacks {FPGA_PROVIDER}"]
+    if not boards:
+        lacks.append(f"no board of the XRT driver under {devices}")
+    usable = bool(by) and bool(boards)
+    return DeviceKind(kind="fpga", usable=usable, by=by if usable else [], found="; ".join(lacks) or ", ".join(boards))

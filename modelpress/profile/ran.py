@@ -1,0 +1,47 @@
+"""What a profiled run gives, whichever runtime ran it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_SLOWEST_LEFT_OUT = 0.05
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator as it was counted and timed; None is what could not be, and `untimed` says why."""
+
+    name: str
+    op_type: str
+    dtype: str
+    weights: list[str]
+    weight_bytes: int
+    flops: int | None
+    read_bytes: int | None
+    written_bytes: int | None
+    seconds: float | None
+    untimed: str = ""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """Runs of a model with and without being watched, in turns."""
+
+    operators: list[Operator]
+    """In the order in which they ran."""
+    run_seconds: float
+    """Median of the runs that were not watched."""
+    watched_seconds: float
+    """Median of those that were."""
+    activations_bytes: int | None
+    """Most bytes of values alive at once; None where a value's shape is not known."""
+
+
+def typical(seconds: Sequence[float]) -> float:
+    """Mean without the slowest twentieth: a median would be of no use where the clock counts whole microseconds."""
+    ordered = np.sort(np.asarray(seconds, dtype=np.float64))
+    kept = max(1, int(np.ceil(ordered.size * (1 - _SLOWEST_LEFT_OUT))))
+    return float(ordered[:kept].mean())

@@ -1,0 +1,47 @@
+"""Results of slices of the data, and how they become one: each slice counts once, and no order changes a bit.
+
+`partials` are what a slice can say, `ledger` keeps who has spoken, `exact` adds without rounding.
+"""
+
+from __future__ import annotations
+
+from modelpress.reduce.exact import Exact
+from modelpress.reduce.kinds import AnyPartial
+from modelpress.reduce.ledger import Cut, Ledger, Part, Reduced, deal, merge_all
+from modelpress.reduce.named import Answers, ByName, Piece, Sensitivities, Sensitivity
+from modelpress.reduce.partials import (
+    ChannelMoments,
+    Confusion,
+    Extremes,
+    Histogram,
+    Moments,
+    PairedScores,
+    Partial,
+    Ranking,
+    WeightedMean,
+)
+
+__all__ = [
+    "Answers",
+    "AnyPartial",
+    "ByName",
+    "ChannelMoments",
+    "Confusion",
+    "Cut",
+    "Exact",
+    "Extremes",
+    "Histogram",
+    "Ledger",
+    "Moments",
+    "PairedScores",
+    "Part",
+    "Partial",
+    "Piece",
+    "Ranking",
+    "Reduced",
+    "Sensitivities",
+    "Sensitivity",
+    "WeightedMean",
+    "deal",
+    "merge_all",
+]
