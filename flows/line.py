@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.utilities.urls import url_for
 
-from flows import figures, metrics
+from flows import figures, metrics, pages
 from flows.result import OptimizeResult, StageRow, format_bytes, format_quality, markdown, table, throughput
 from flows.watch import watched
 from modelpress.config import OptimizeConfig
@@ -246,7 +247,24 @@ class Line:
             # In the text, which Prefect's UIs show whole: an image artifact wants an address that each browser reaches.
             seen = f"{text}\n![quality, bytes and speed by stage](data:image/png;base64,{picture})\n"
             create_markdown_artifact(seen, key=f"{key}-report", description=f"Report of `{self.config.name}`")
+            with local_errors(f"writing the page into {folder}", writing=True):
+                Path(folder, pages.PAGE).write_text(self._page(), encoding="utf-8")
             self.run.folder(Path(folder))
+
+    def _page(self) -> str:
+        """The page of the run; where it published, kept beside the pack, unless nothing ran that is not told there."""
+        error = sys.exception()
+        told = pages.run_report(
+            self.config,
+            self.rows,
+            self.reports,
+            self.evaluations,
+            published=self.published,
+            served=self._served,
+            stopped=f"{type(error).__name__}: {error}" if error is not None else None,
+            links=self.links,
+        )
+        return pages.draw_and_keep(self.settings, told, keep=bool(self.recomputed))
 
     def _memory(self) -> str:
         """The trainings that went on with smaller pieces because memory ran out."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from modelpress.checkpoint import Checkpoint, to_module
 from modelpress.config import EvaluateConfig
 from modelpress.distill import frozen
 from modelpress.errors import WorkloadError
-from modelpress.reports import AttributionReport
+from modelpress.reports import AttributionExample, AttributionReport
 from modelpress.workload import Workload
 
 Inputs = dict[str, Tensor]
@@ -34,6 +35,8 @@ GRID = 8
 """Parts of an image along each side, and at most GRID² parts of a flat input."""
 LEAST_PARTS = 3
 """Parts of a sample under which a rank correlation says nothing."""
+MOST_PARTS = 256
+"""Parts of a sample that an example keeps."""
 
 
 def compare(
@@ -54,14 +57,16 @@ def compare(
         found = f"a {candidate.kind} checkpoint and a {reference.kind} original"
         raise WorkloadError("comparing attributions", found=found, expected="two of one kind")
     explain = _by_gradients if candidate.kind == "torch" else _by_occlusion
-    correlations = []
+    correlations, seen = list[float](), list[_Seen]()
     original, changed = explain(reference, workload, config), explain(candidate, workload, config)
-    for inputs in itertools.islice(_samples(workload), config.attribution_samples):
+    for sample, inputs in enumerate(itertools.islice(_samples(workload), config.attribution_samples)):
         parts = _parts(workload, inputs)
         if int(parts.max()) + 1 < LEAST_PARTS:
             continue
         goal, expected = original(inputs, parts, None)
-        correlations.append(spearman(expected, changed(inputs, parts, goal)[1]))
+        after = changed(inputs, parts, goal)[1]
+        correlations.append(spearman(expected, after))
+        seen.append(_Seen(sample, *_places(workload, inputs), expected, after))
     if not correlations:
         raise WorkloadError(
             "comparing attributions",
@@ -78,6 +83,40 @@ def compare(
         low=2 * shares.low - 1,
         high=2 * shares.high - 1,
         confidence=config.confidence,
+        examples=_examples(correlations, seen),
+    )
+
+
+class _Seen(NamedTuple):
+    """What the two models looked at in one sample."""
+
+    sample: int
+    places: list[int]
+    grid: tuple[int, int] | None
+    before: np.ndarray
+    after: np.ndarray
+
+
+def _examples(correlations: list[float], seen: list[_Seen]) -> list[AttributionExample]:
+    """The samples of least, of median and of most agreement; fewer where there are fewer."""
+    order = sorted(range(len(seen)), key=lambda place: (correlations[place], place))
+    chosen = dict.fromkeys([order[0], order[len(order) // 2], order[-1]])
+    return [_example(correlations[place], seen[place]) for place in chosen]
+
+
+def _example(agreement: float, one: _Seen) -> AttributionExample:
+    rows, columns = one.grid or (None, None)
+    before, after = (
+        [float(f"{value:.4g}") for value in values[:MOST_PARTS].tolist()] for values in (one.before, one.after)
+    )
+    return AttributionExample(
+        sample=one.sample,
+        agreement=agreement,
+        places=one.places[:MOST_PARTS],
+        before=before,
+        after=after,
+        rows=rows,
+        columns=columns,
     )
 
 
@@ -189,6 +228,24 @@ def _parts(workload: Workload, inputs: Inputs) -> Tensor:
 
     Of whole numbers each is a part; of an image, the fields of a grid; of other floats, runs of neighbours.
     """
+    fields, seen = _fields(workload, inputs)
+    return torch.where(seen, seen.cumsum(0) - 1, -1)[fields]
+
+
+def _places(workload: Workload, inputs: Inputs) -> tuple[list[int], tuple[int, int] | None]:
+    """The field of each part, and rows and columns of the grid that an image has."""
+    name, _ = _blank(workload, inputs)
+    whole = inputs[name][0]
+    is_image = whole.is_floating_point() and whole.dim() == 3
+    grid = (min(GRID, whole.shape[1]), min(GRID, whole.shape[2])) if is_image else None
+    found: list[int] = _fields(workload, inputs)[1].nonzero()[:, 0].tolist()
+    if grid is not None:  # fields are counted in a grid that is always GRID wide
+        found = [place // GRID * grid[1] + place % GRID for place in found]
+    return found, grid
+
+
+def _fields(workload: Workload, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Field of each element of the explained input, and which fields are not blank."""
     name, blank = _blank(workload, inputs)
     whole = inputs[name][0]
     if not whole.is_floating_point():
@@ -198,8 +255,7 @@ def _parts(workload: Workload, inputs: Inputs) -> Tensor:
         parts = (rows[:, None] * GRID + columns).expand(whole.shape)
     else:
         parts = (torch.arange(whole.numel()) * min(GRID**2, whole.numel()) // whole.numel()).reshape(whole.shape)
-    seen = torch.bincount(parts[whole != blank[0]], minlength=int(parts.max()) + 1) > 0
-    return torch.where(seen, seen.cumsum(0) - 1, -1)[parts]
+    return parts, torch.bincount(parts[whole != blank[0]], minlength=int(parts.max()) + 1) > 0
 
 
 def _embedding_of(module: nn.Module, inputs: Inputs, name: str) -> nn.Embedding:

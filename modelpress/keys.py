@@ -7,6 +7,7 @@
     packs/<name>/<digest>.sigs/<keyid>.json     the signature of a manifest by one key
     packs/<name>/refs/<alias>/<number>.json     one entry of a pointer's log
     packs/<name>/decisions/<digest>/<id>.json   what a gate decided of a pack, named by its content
+    packs/<name>/runs/<digest>/<id>.json        what a run did that made a pack, and (.html) its page, by content
     packs/<name>/secrets/<number>.json          one entry of the log of the model's wrapped secrets
     uploads/<name>/<id>.json                    an intent: what an upload under way needs
     collections/<number>.json                   a collector's turn; <number>.ended: it is over
@@ -36,6 +37,7 @@ _HEX = "32 hex digits"
 _PLACE = re.compile(
     rf"{PACKS}(?P<name>{_NAME.pattern})/(?:(?P<digest>{_DIGEST.pattern})\.json"
     rf"|decisions/(?P<judged>{_DIGEST.pattern})/(?P<decision>{_DIGEST.pattern})\.json"
+    rf"|runs/(?P<made>{_DIGEST.pattern})/(?P<run>{_DIGEST.pattern})\.(?P<form>json|html)"
     rf"|secrets/(?P<secret>[0-9]{{{NUMBER_DIGITS}}})\.json"
     rf"|(?P<signed>{_DIGEST.pattern})\.sigs/(?P<key>{_DIGEST.pattern})\.json"
     rf"|refs/(?P<alias>{_ALIAS.pattern})/(?P<number>[0-9]{{{NUMBER_DIGITS}}})\.json)"
@@ -100,6 +102,21 @@ def decision(name: str, digest: str, record: str) -> str:
     return f"{decisions(name, digest)}{_checked(_DIGEST, record, 'the id of a decision', '64 hex digits')}.json"
 
 
+def runs(name: str, digest: str) -> str:
+    """Prefix of the runs that made a pack, and of their pages."""
+    return f"{manifests(name)}runs/{_checked(_DIGEST, digest, 'a pack digest', '64 hex digits')}/"
+
+
+def run(name: str, digest: str, record: str) -> str:
+    """Key of one such run; `record` is the sha256 of its bytes."""
+    return f"{runs(name, digest)}{_checked(_DIGEST, record, 'the id of a run', '64 hex digits')}.json"
+
+
+def page(name: str, digest: str, page: str) -> str:
+    """Key of the page of a run, by the sha256 of its bytes."""
+    return f"{runs(name, digest)}{_checked(_DIGEST, page, 'the id of a page', '64 hex digits')}.html"
+
+
 def pointer_number(key: str) -> int | None:
     """The number in the key of an entry, of a pointer or of secrets; None for a key that is none."""
     found = place(key)
@@ -110,15 +127,15 @@ def pointer_number(key: str) -> int | None:
 class Place:
     """What a key below `packs/` is the key of."""
 
-    kind: Literal["manifest", "signature", "pointer", "secret", "decision"]
+    kind: Literal["manifest", "signature", "pointer", "secret", "decision", "run", "page"]
     name: str
     digest: str = ""
-    """Of the manifest, or of the manifest that is signed, or judged."""
+    """Of the manifest, or of the manifest that is signed, judged, or was made."""
     key_id: str = ""
     alias: str = ""
     number: int = 0
     record: str = ""
-    """Of a decision: its own digest."""
+    """Of a decision, a run or a page: its own digest."""
 
 
 def place(key: str) -> Place | None:
@@ -133,6 +150,9 @@ def place(key: str) -> Place | None:
             return Place("secret", name, number=int(match["secret"]))
         if match["judged"]:
             return Place("decision", name, match["judged"], record=match["decision"])
+        if match["made"]:
+            kind: Literal["run", "page"] = "run" if match["form"] == "json" else "page"
+            return Place(kind, name, match["made"], record=match["run"])
         return Place("pointer", name, alias=alias, number=int(number))
     return None
 
@@ -155,10 +175,10 @@ def manifest_owner(key: str) -> tuple[str, str] | None:
     return (found.name, found.digest) if found is not None and found.kind == "manifest" else None
 
 
-def signature_owner(key: str) -> tuple[str, str] | None:
-    """Pack name and digest of the manifest that the object under this key signs; None for a key of another kind."""
+def beside(key: str) -> Place | None:
+    """The signature, run or page under this key, of no use without its pack; None for a key of another kind."""
     found = place(key)
-    return (found.name, found.digest) if found is not None and found.kind == "signature" else None
+    return found if found is not None and found.kind in ("signature", "run", "page") else None
 
 
 def intent(name: str, token: str) -> str:

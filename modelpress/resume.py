@@ -70,6 +70,12 @@ def kept_on(shelf: Shelf) -> Iterator[None]:
         _open.reset(token)
 
 
+def open_shelf() -> Shelf | None:
+    """The shelf of the block that this is in; None where nobody keeps any."""
+    found = _open.get()
+    return found.shelf if found is not None else None
+
+
 def next_place() -> Place | None:
     """The place of the training that begins now; None where nobody keeps any."""
     found = _open.get()

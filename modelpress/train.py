@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from modelpress import memory
 from modelpress.config import TrainConfig
 from modelpress.errors import CorruptionError, OutOfMemoryError, StageError
+from modelpress.parallel.data import SAME_DATA, Hand, check_equal, hands
+from modelpress.parallel.training import Alone, spread
+from modelpress.parallel.turn import Turn, taken
 from modelpress.progress import Progress, silent
 from modelpress.reports import TrainReport
 from modelpress.resume import Place, next_place
@@ -40,7 +44,8 @@ def train_(
 
     Equal seeds give equal weights on one machine. The global random state is the same after as before. With early
     stop, the weights of the epoch with the least calibration loss stay. Within `resume.kept_on` the state is kept from
-    time to time, and a training that was cut off goes on from there to the same weights.
+    time to time, and a training that was cut off goes on from there to the same weights. Within `parallel.ranks.joined`
+    each of the ranks calls this, with the same arguments: `config.batch_size` is of all of them together.
 
     Args:
         module: parameters with `requires_grad` are updated.
@@ -59,17 +64,34 @@ def train_(
         raise StageError("training", found="no parameter that requires a gradient", expected="at least one")
     place = next_place()
     devices = sorted({parameter.device.index or 0 for parameter in parameters if parameter.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        # With a seed, as the updates are made: a workload may cut seeded batches otherwise.
-        first_epoch = workload.batches("train", config.batch_size, epoch_seed(config, 0))
-        updates_per_epoch = sum(1 for _ in first_epoch)
-        if not updates_per_epoch:
-            raise StageError("training", found="an empty training split", expected="at least one sample")
+    with torch.random.fork_rng(devices=devices), spread(module, loss_fn, workload, config) as way:
+        if way.shards and after_update is not None:
+            raise StageError(
+                "training with parallel.strategy 'fsdp'",
+                found="weights that are held as they are after each update (zeros of a pruned model)",
+                expected="nothing that looks at whole weights, of which each rank has a part",
+                fix="set parallel.strategy to ddp",
+            )
+        updates_per_epoch = _count_updates(workload, config, way)
         torch.manual_seed(config.seed)
-        loop = _Loop(module, loss_fn, workload, config, progress, after_update, updates_per_epoch, place)
+        loop = _Loop(module, workload, config, way, progress, after_update, updates_per_epoch, place)
         report = loop.run()
     module.eval()
     return report
+
+
+def _count_updates(workload: Workload, config: TrainConfig, way: Alone) -> int:
+    """Of an epoch, the same at each rank; counted where the data are read."""
+    # With a seed, as the updates are made: a workload may cut seeded batches otherwise.
+    here = way.ranks is None or way.ranks.first or config.parallel.data == "slice"
+    found = sum(1 for _ in workload.batches("train", config.batch_size, epoch_seed(config, 0))) if here else 0
+    if way.ranks is not None and config.parallel.data == "slice":
+        check_equal(way.ranks, found, "counting the updates of an epoch", "updates", SAME_DATA)
+    elif way.ranks is not None:
+        found = round(way.sum(found)[0])
+    if not found:
+        raise StageError("training", found="an empty training split", expected="at least one sample")
+    return found
 
 
 class _Loop:
@@ -78,15 +100,15 @@ class _Loop:
     def __init__(
         self,
         module: nn.Module,
-        loss_fn: LossFn,
         workload: Workload,
         config: TrainConfig,
+        way: Alone,
         progress: Progress,
         after_update: Callable[[], None] | None,
         updates_per_epoch: int,
         place: Place | None,
     ) -> None:
-        self.module, self.loss_fn, self.workload, self.config = module, loss_fn, workload, config
+        self.module, self.workload, self.config, self.way = module, workload, config, way
         self.progress, self.after_update = progress, after_update
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.device = self.parameters[0].device
@@ -95,7 +117,7 @@ class _Loop:
         self.at = Position()
         self.best_state: dict[str, Tensor] | None = None
         self.random: Random | None = None  # to go on with, behind the batches that a cut-off training had had
-        self.keeper = _Keeper(place, self, updates_per_epoch) if place is not None else None
+        self.keeper = _Keeper(way.place(place), self, updates_per_epoch) if place is not None else None
         self.may_cut = config.out_of_memory == "halve" and workload.samples_stand_alone
         self.started, self.earlier_updates = time.monotonic(), self.at.updates
 
@@ -123,6 +145,7 @@ class _Loop:
             losses=list(at.losses),
             batch_parts=at.parts if at.parts > 1 else None,
             memory_errors=list(at.memory_errors),
+            parallel=self.way.report(at.updates - self.earlier_updates),
         )
 
     def _judge(self) -> None:
@@ -140,13 +163,12 @@ class _Loop:
         """One pass over the training split, or the rest of one; the mean loss per sample."""
         self.module.train()
         at = self.at
-        batches = self._batches("train", epoch_seed(self.config, at.epoch))
-        self._skip(batches, at.batches)
-        for batch in batches:
-            loss = self._update(batch, at.epoch)
+        hands = self._hands("train", epoch_seed(self.config, at.epoch), at.batches)
+        for hand in hands:
+            loss = self._update(hand, at.epoch)
             at.loss_sum, at.samples, at.batches = (
-                at.loss_sum + loss * len(batch),
-                at.samples + len(batch),
+                at.loss_sum + loss * hand.samples,
+                at.samples + hand.samples,
                 at.batches + 1,
             )
             rate = (at.updates - self.earlier_updates) / (time.monotonic() - self.started)
@@ -158,8 +180,20 @@ class _Loop:
                 self.keeper.keep_now_and_then()
         return at.loss_sum / at.samples
 
+    def _hands(self, split: Split, seed: int | None, skip: int = 0) -> Iterator[Hand]:
+        """What this process computes of each batch, behind those that were learned from before; the random numbers of
+        a training that was cut off are taken up from there."""
+        ways, ranks = self.config.parallel, self.way.ranks
+        batches: Iterator[Batch] | None = None
+        if ranks is None or ranks.first or ways.data == "slice":
+            batches = self.workload.batches(split, self.config.batch_size, seed)
+            self._skip(batches, skip)
+        if self.random is not None:
+            self.random.set(self.device)
+            self.random = None
+        return hands(batches, ranks, ways.gradient_accumulation, ways.data, f"reading the {split} split")
+
     def _skip(self, batches: Iterator[Batch], count: int) -> None:
-        """Leave out the batches that were learned from before, and take up the random numbers from behind them."""
         skipped = sum(1 for _ in itertools.islice(batches, count))
         if skipped < count:
             raise StageError(
@@ -169,15 +203,13 @@ class _Loop:
                 fix="`Workload.batches` must give the same batches for the same seed; delete what lies under "
                 "training/ in the work store to begin anew",
             )
-        if self.random is not None:
-            self.random.set(self.device)
-            self.random = None
 
-    def _update(self, batch: Batch, epoch: int) -> float:
+    def _update(self, hand: Hand, epoch: int) -> float:
         factor = schedule(self.config, self.at.updates, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * factor
-        value = self._gradients(batch, f"epoch {epoch + 1}, update {self.at.updates + 1}")
+        self.way.noise(self.config.seed, self.at.updates)
+        (value,) = self.way.sum(self._gradients(hand, f"epoch {epoch + 1}, update {self.at.updates + 1}"))
         if self.config.max_grad_norm:
             nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self.optimizer.step()
@@ -186,50 +218,62 @@ class _Loop:
             self.after_update()
         return value
 
-    def _gradients(self, batch: Batch, where: str) -> float:
+    def _gradients(self, hand: Hand, where: str) -> float:
         """Leave the gradients of a batch's loss, which is returned; in smaller parts, where the config allows, when
         memory does not hold it.
 
         A part's loss counts by its samples: the sum is the batch's own for a loss that is a mean over samples. What a
         layer takes from the whole batch, such as batch normalisation, it takes from each part.
         """
+        most = max(len(piece.batch) for piece in hand.pieces)
         while True:
             state = torch.get_rng_state() if self.may_cut else None
             try:
-                return self._in_parts(batch, where)
+                return self._in_parts(hand, where)
             except (MemoryError, RuntimeError) as error:
                 if not memory.ran_out(error):
                     raise
                 found = f"{where}: {memory.described(error)}"
-                if state is None or self.at.parts >= len(batch):
-                    raise self._too_large(batch, where, found) from error
+                if state is None or self.at.parts >= most:
+                    raise self._too_large(most, hand.samples, where, found) from error
             # Out of the handler: the traceback no longer holds what the attempt made.
             torch.set_rng_state(state)  # the same noise, but for dropout on a GPU, whose generator goes on
-            self.at.parts = min(2 * self.at.parts, len(batch))
+            self.at.parts = min(2 * self.at.parts, most)
             self.at.memory_errors.append(found)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _in_parts(self, batch: Batch, where: str) -> float:
+    def _in_parts(self, hand: Hand, where: str) -> float:
         self.optimizer.zero_grad(set_to_none=True)
+        parts = [
+            (part, piece.share * (len(part) / len(piece.batch)))
+            for piece in hand.pieces
+            for part in piece.batch.cut(self.at.parts)
+        ]
         total = 0.0
-        for part in batch.cut(self.at.parts):
-            share = len(part) / len(batch)
-            loss = self.loss_fn(self.module, part) * share
-            total += self._finite(float(loss.detach()), where)
-            loss.backward()  # type: ignore[no-untyped-call]
+        for number, (part, share) in enumerate(parts, start=1):
+            with self.way.step(last=number == len(parts)), self._turn(share):
+                loss = self.way.loss(self._here(part)) * share
+                total += self._finite(float(loss.detach()), where)
+                loss.backward()  # type: ignore[no-untyped-call]
         return total
 
-    def _too_large(self, batch: Batch, where: str, found: str) -> OutOfMemoryError:
-        at_once = -(-len(batch) // self.at.parts)
+    def _turn(self, share: float) -> AbstractContextManager[None]:
+        ranks = self.way.ranks if self.way.ranks is not None and self.way.ranks.size > 1 else None
+        return taken(Turn(share, self.config.parallel.gradient_accumulation, ranks))
+
+    def _too_large(self, most: int, samples: int, where: str, found: str) -> OutOfMemoryError:
+        at_once = -(-most // self.at.parts)
         if self.may_cut:
             way = ""
+        elif self.way.ranks is not None:
+            way = f"raise parallel.gradient_accumulation (now {self.config.parallel.gradient_accumulation}), "
         elif self.workload.samples_stand_alone:
             way = "let batches be cut (train.out_of_memory: halve), "
         else:
             way = f"(batches of {type(self.workload).__name__} cannot be cut: its loss compares their samples) "
         return OutOfMemoryError(
-            f"training ({where}) on {at_once} of a batch's {len(batch)} samples at once",
+            f"training ({where}) on {at_once} of a batch's {samples} samples at once",
             found=found.removeprefix(f"{where}: "),
             fix=f"{way}lower train.batch_size (now {self.config.batch_size}), or train where there is more memory",
         )
@@ -239,15 +283,17 @@ class _Loop:
         self.module.eval()
         total, samples = 0.0, 0
         with torch.no_grad():
-            for batch in self._batches("calibration", None):
-                total += float(self.loss_fn(self.module, batch)) * len(batch)
-                samples += len(batch)
+            for hand in self._hands("calibration", None):
+                for piece in hand.pieces:
+                    with self._turn(piece.share):
+                        total += float(self.way.loss(self._here(piece.batch))) * piece.share * hand.samples
+                samples += hand.samples
+        (total,) = self.way.sum(total)
         return self._finite(total / samples, f"epoch {epoch + 1}, calibration")
 
-    def _batches(self, split: Split, seed: int | None) -> Iterator[Batch]:
-        for batch in self.workload.batches(split, self.config.batch_size, seed):
-            inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()}
-            yield Batch(inputs, None if batch.targets is None else batch.targets.to(self.device))
+    def _here(self, batch: Batch) -> Batch:
+        inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()}
+        return Batch(inputs, None if batch.targets is None else batch.targets.to(self.device))
 
     def _finite(self, loss: float, where: str) -> float:
         if not math.isfinite(loss):
@@ -291,18 +337,19 @@ class _Keeper:
 
     def keep_now_and_then(self) -> None:
         """Keep the state where the time has come: it takes at most `KEEPING_SHARE` of the training's."""
-        if not self.off and time.monotonic() - self.kept >= self.pause:
+        if not self.off and self.loop.way.first(time.monotonic() - self.kept >= self.pause):
             self._keep()
 
     def keep_end(self) -> None:
         """Keep the weights at the end, as the stage is not at its own: unless the training was short."""
-        if not self.off and time.monotonic() - self.began >= self.place.shelf.seconds:
+        if not self.off and self.loop.way.first(time.monotonic() - self.began >= self.place.shelf.seconds):
             self.loop.at.done = True
             self._keep()
 
     def _keep(self) -> None:
         began = time.monotonic()
-        self.place.save(self.live.to_bytes(self.about, self.loop.at, self.loop.best_state))
+        if self.loop.way.keeps:
+            self.place.save(self.live.to_bytes(self.about, self.loop.at, self.loop.best_state))
         self.kept = time.monotonic()
         if self.place.shelf.seconds:
             self.pause = max(self.place.shelf.seconds, (self.kept - began) / KEEPING_SHARE)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from modelpress import __version__
 from modelpress.config import TrainConfig
 from modelpress.errors import CorruptionError
+from modelpress.parallel.parts import part_of, whole
 
 DIGEST_BYTES = 32
 
@@ -151,11 +152,12 @@ class Live:
             raise _refused("no random numbers", "those of each device")
         with torch.no_grad():
             for name, value in own.items():
-                value.copy_(stored[name])
+                value.copy_(part_of(stored[name], value))
         if not header.position.done:
             self._restore_optimizer(tensors, header.numbers)
+        now = self.module.state_dict()
         best = {
-            name.removeprefix("best."): value.to(self.device)
+            name.removeprefix("best."): part_of(value.to(self.device), now[name.removeprefix("best.")])
             for name, value in tensors.items()
             if name.startswith("best.")
         }
@@ -167,6 +169,9 @@ class Live:
         for key, value in entries.items():
             if key.startswith("optimizer."):
                 _, number, name = key.split(".", 2)
+                parameter = self.parameters[int(number)]
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    value = part_of(value, parameter)
                 state.setdefault(int(number), {})[name] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -218,14 +223,14 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _copy(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", copy=True).contiguous()
+    return whole(value.detach()).to("cpu", copy=True).contiguous()
 
 
 def _digest(module: nn.Module, parameters: list[nn.Parameter]) -> str:
     trained = {id(parameter) for parameter in parameters}
     digest = hashlib.sha256()
     for name, value in _own(module):
-        here = value.detach().cpu().contiguous()
+        here = whole(value.detach()).cpu().contiguous()
         digest.update(f"{name} {here.dtype} {tuple(here.shape)} {id(value) in trained}\n".encode())
         digest.update(here.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -31,6 +31,7 @@ from modelpress.settings import read_settings
 from modelpress.store.base import open_store
 from tasks import slices
 from tasks.evaluation import host_fingerprint
+from tasks.parallel import spread
 from tasks.records import Finished
 from tasks.runner import RunContext, fetch_checkpoint, find_source, open_workload, run_stage
 
@@ -80,6 +81,9 @@ def distill(context: RunContext, model: ArtifactRef, config: DistillConfig) -> F
     """Train a smaller student on the model's answers."""
 
     def work(progress: Progress) -> tuple[Mapping[str, bytes], DistillReport]:
+        if config.train.parallel.processes > 1:
+            output, together = spread(context, "distill", config, model, DistillReport, progress)
+            return {"output": output}, together
         from modelpress.checkpoint import from_module, to_module
         from modelpress.distill import distill as run
 
@@ -98,6 +102,9 @@ def prune(context: RunContext, model: ArtifactRef, config: PruneConfig) -> Finis
     """Remove weights, and recover."""
 
     def work(progress: Progress) -> tuple[Mapping[str, bytes], PruneReport]:
+        if config.recovery is not None and config.recovery.parallel.processes > 1:
+            output, together = spread(context, "prune", config, model, PruneReport, progress)
+            return {"output": output}, together
         from modelpress.checkpoint import from_module, to_module
         from modelpress.prune import prune_
 

@@ -95,7 +95,7 @@ def markdown(report: ScrubReport) -> str:
         verdict,
         "",
         f"- {len(report.packs)} packs, {report.aliases} aliases, {report.signatures} signatures ({asked}), "
-        f"{report.decisions} decisions",
+        f"{report.decisions} decisions, {report.runs} runs",
         f"- {report.blobs} blobs of {report.blob_bytes:,} bytes; read in this run: {report.read_blobs} of "
         f"{report.read_bytes:,} bytes, in {report.seconds:.0f} s; read before in the pass that began "
         f"{report.began.isoformat(' ', 'seconds')}: {report.resumed_blobs}",

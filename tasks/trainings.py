@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from prefect.logging import get_run_logger
 
 from modelpress.errors import StoreError
+from modelpress.parallel.states import States
 from modelpress.settings import Settings
 from modelpress.store.base import Store
 from tasks.records import find_record
@@ -51,6 +52,11 @@ class StageShelf:
         else:
             self._saved = True
 
+    def lend(self) -> States:
+        """The place of this shelf's states, for ranks that keep and find them there themselves."""
+        self._saved = True
+        return States(store=self._store.uri, prefix=self._place(""), seconds=self.seconds, reuse=self._reuse)
+
     def tell(self, text: str) -> None:
         """In the log, and as a tag of the stage's run."""
         get_run_logger().warning("%s: %s", self.stage, text, extra={"stage": self.stage})
@@ -64,7 +70,7 @@ class StageShelf:
         for info in list(self._store.list(f"{FOLDER}{self.stage}/{self.key}/")):
             self._store.delete(info.key)
 
-    def _place(self, number: int) -> str:
+    def _place(self, number: int | str) -> str:
         return f"{FOLDER}{self.stage}/{self.key}/{number}"
 
 

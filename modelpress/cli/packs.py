@@ -102,7 +102,7 @@ def _verify_store(store: str | None, as_json: bool) -> None:
         echo(rows_table(rows or [{"name": "no packs"}]))
         echo(
             f"{report.uri}: {len(report.packs)} packs, {report.aliases} aliases, {report.signatures} signatures, "
-            f"{report.decisions} decisions, {report.blobs} blobs of {report.blob_bytes:,} bytes"
+            f"{report.decisions} decisions, {report.runs} runs, {report.blobs} blobs of {report.blob_bytes:,} bytes"
         )
         for finding in report.findings:
             echo(f"  {finding.line()}")

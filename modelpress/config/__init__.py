@@ -14,6 +14,7 @@ from modelpress.config.gpu import GpuConfig
 from modelpress.config.housekeeping import RetentionConfig
 from modelpress.config.judge import EvaluateConfig, GateConfig
 from modelpress.config.pack import CompressConfig, ShardConfig, UploadConfig
+from modelpress.config.parallel import ParallelConfig
 from modelpress.config.plan import PlanConfig, Scale
 from modelpress.config.profile import ProfileConfig
 from modelpress.config.prune import PruneConfig
@@ -54,6 +55,7 @@ __all__ = [
     "HardwareConfig",
     "OptimizeConfig",
     "PackName",
+    "ParallelConfig",
     "PlanConfig",
     "PlanRecipe",
     "ProfileConfig",

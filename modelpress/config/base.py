@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -29,10 +29,20 @@ class Config(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, field_title_generator=lambda name, _: name
     )
 
+    decides: ClassVar[bool] = True
+    """Whether what is made hangs on it; one that only says where and how is no part of a fingerprint."""
+
     def fingerprint(self) -> str:
-        """sha256 (hex) of the canonical JSON of this config: part of a stage's cache key."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """sha256 (hex) of the canonical JSON of what decides in this config: part of a stage's cache key."""
+        canonical = json.dumps(_deciding(self, self.model_dump(mode="json")), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _deciding(config: Config, dumped: dict[str, Any]) -> dict[str, Any]:
+    """A dumped config without the configs in it that decide nothing."""
+    inside = {name: value for name in type(config).model_fields if isinstance(value := getattr(config, name), Config)}
+    kept = {name: value for name, value in dumped.items() if name not in inside}
+    return kept | {name: _deciding(value, dumped[name]) for name, value in inside.items() if value.decides}
 
 
 def refuse_unread(config: Config, stage: str, unread: Mapping[str, str]) -> None:

@@ -80,6 +80,12 @@ class PruneConfig(Config):
             unread |= dict.fromkeys(("structures", "importance", "repair"), "prune.method 'structured'")
         if self.method != "sparsegpt":
             unread["damping"] = "prune.method 'sparsegpt'"
+        fsdp = self.recovery is not None and self.recovery.parallel.strategy == "fsdp"
+        if fsdp and self.method != "structured":
+            raise ValueError(
+                "prune.recovery.parallel.strategy 'fsdp' needs prune.method 'structured': zeros are held on whole "
+                "weights, of which each process has a part"
+            )
         if self.recovery is None:
             unread["recovery_hidden_weight"] = "prune.recovery"
         refuse_unread(self, "prune", unread)

@@ -75,11 +75,31 @@ class OptimizeConfig(Config):
             raise ValueError(
                 "gate.slice_margin and gate.slice_floors need workload.slice_by_class, or a workload of yours"
             )
+        self._check_spread()
         if self.gate.provider not in (None, self.evaluate.provider):
             raise ValueError(f"gate.provider needs evaluate.provider {self.gate.provider}: it is what is measured on")
         if self.workers and self.evaluate.provider != "CPUExecutionProvider":
             raise ValueError("workers share cores, not a GPU: leave them out, or set evaluate.provider to the CPU's")
         return self
+
+    def _check_spread(self) -> None:
+        spread = {
+            "distill.train": self.distill.train if self.distill else None,
+            "prune.recovery": self.prune.recovery if self.prune else None,
+        }
+        alone = {
+            "quantize.recovery": self.quantize.recovery if self.quantize else None,
+            "plan.recovery": self.plan.recovery if self.plan else None,
+        }
+        for name, training in alone.items():
+            if training is not None and training.parallel.processes > 1:
+                raise ValueError(f"{name}.parallel.processes must be 1: only {' and '.join(spread)} are spread")
+        for name, training in spread.items():
+            if training is not None and training.parallel.processes > 1 and self.gpu is not None:
+                raise ValueError(
+                    f"{name}.parallel with several processes excludes gpu, which holds one device: with "
+                    "parallel.backend 'nccl' each process takes one of those that the worker shows it"
+                )
 
 
 class PlanRecipe(Config):

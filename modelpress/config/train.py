@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from modelpress.config.base import Config
+from modelpress.config.parallel import ParallelConfig
 
 
 class TrainConfig(Config):
@@ -37,3 +38,14 @@ class TrainConfig(Config):
     gradients are added, so that an update still takes `batch_size` samples; the report says so."""
     seed: int = Field(default=0, ge=0)
     """Seed of the order of the data and of dropout."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How it is spread over processes; the default is this one alone."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.parallel.processes > 1 and self.out_of_memory == "halve":
+            raise ValueError(
+                "out_of_memory 'halve' is for one process, which alone knows its memory: with parallel.processes above "
+                "1 set parallel.gradient_accumulation"
+            )
+        return self

@@ -87,7 +87,8 @@ class TeacherCache:
             others = student.scatter(-1, classes, -torch.inf).logsumexp(dim=-1, keepdim=True)
             own, known = torch.cat([own, others], dim=-1), torch.cat([known, rest.to(student.dtype)], dim=-1)
         known = nn.functional.log_softmax(known, dim=-1)  # float16 rounds: the probabilities sum to 1 again
-        return self.temperature**2 * divergence_of(own, known, divergence)
+        masked = mask is not None and mask.shape == output.shape[:-1]
+        return self.temperature**2 * divergence_of(own, known, divergence, masked=masked)
 
     def _allocate(self, logits: Tensor, top_k: int) -> None:
         self.shape, self.width = logits.shape[1:-1], logits.shape[-1]

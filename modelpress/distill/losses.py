@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from modelpress.errors import StageError
+from modelpress.parallel.turn import partial_mean, whole_mean
 from modelpress.workload import Outputs
 
 Divergence = Literal["forward-kl", "reverse-kl"]
@@ -52,12 +53,19 @@ def imitation_loss(
         return (1 - nn.functional.cosine_similarity(output, target, dim=-1)).mean()
     student = counted(nn.functional.log_softmax(output / temperature, dim=-1), mask)
     taught = counted(nn.functional.log_softmax(target / temperature, dim=-1), mask)
-    return temperature**2 * divergence_of(student, taught, divergence)
+    masked = mask is not None and mask.shape == output.shape[:-1]
+    return temperature**2 * divergence_of(student, taught, divergence, masked=masked)
 
 
-def divergence_of(student: Tensor, taught: Tensor, divergence: Divergence) -> Tensor:
-    """KL between rows of log-probabilities, (rows, classes), the mean over the rows."""
+def divergence_of(student: Tensor, taught: Tensor, divergence: Divergence, *, masked: bool = False) -> Tensor:
+    """KL between rows of log-probabilities, (rows, classes), the mean over the rows.
+
+    `masked`: samples have different numbers of rows; the mean is over those of the whole batch, wherever they are.
+    """
     first, second = (student, taught) if divergence == "forward-kl" else (taught, student)
+    if masked:
+        total = nn.functional.kl_div(first, second, reduction="sum", log_target=True)
+        return partial_mean(total, torch.tensor(len(student)))
     return nn.functional.kl_div(first, second, reduction="batchmean", log_target=True)
 
 
@@ -82,18 +90,23 @@ def hidden_loss(
     """
     total = learned[0].new_zeros(())
     for target, state in zip(taught, learned, strict=True):
-        difference = _mean_square(state - target, mask)
-        scale = _mean_square(target, mask) if relative else torch.ones_like(difference)
+        squares, count = _squares(state - target, mask)
+        difference = squares.mean() if mask is None else partial_mean(squares.sum(), count)
+        scale = torch.ones_like(difference)
+        if relative:
+            squares, count = _squares(target, mask)
+            scale = whole_mean(squares.sum(), count)
         total = total + difference / torch.where(scale > 0, scale, 1.0)  # zeros have no size to compare with
     return total / len(learned)
 
 
-def _mean_square(state: Tensor, mask: Tensor | None) -> Tensor:
+def _squares(state: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The squares, with zeros where the mask leaves out, and how many it leaves."""
     squares = state.square()
     if mask is None:
-        return squares.mean()
+        return squares, torch.tensor(squares.numel())
     weight = mask.unsqueeze(-1).to(squares.dtype)
-    return (squares * weight).sum() / (weight.sum() * squares.shape[-1])
+    return squares * weight, weight.sum() * squares.shape[-1]
 
 
 def attention_loss(taught: Tensor, learned: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -111,7 +124,7 @@ def attention_loss(taught: Tensor, learned: Tensor, mask: Tensor | None = None) 
     if mask is None:
         return rows.mean()
     weight = mask.to(rows.dtype)
-    return (rows * weight).sum() / weight.sum()
+    return partial_mean((rows * weight).sum(), weight.sum())
 
 
 def feature_map_loss(taught: Mapping[tuple[int, int], Tensor], learned: Mapping[tuple[int, int], Tensor]) -> Tensor:

@@ -52,9 +52,12 @@ class _Plan:
                 self._judge(info, "unreferenced blob")
         wanted = survey.wanted(now)
         for info in store.list(keys.PACKS):
-            owner = keys.signature_owner(info.key)
-            if owner is not None and PackId(*owner) not in survey.packs and PackId(*owner) not in wanted:
-                self._judge(info, "signature without pack")
+            beside = keys.beside(info.key)
+            if beside is None or PackId(beside.name, beside.digest) in survey.packs:
+                continue
+            if PackId(beside.name, beside.digest) in wanted:
+                continue
+            self._judge(info, "signature without pack" if beside.kind == "signature" else "run without pack")
         for found in survey.intents:
             if not found.lives(now):
                 self._add(ObjectInfo(found.key, found.size_bytes, found.modified), "abandoned upload")
@@ -71,10 +74,11 @@ class _Plan:
         """Whether nothing has come to need it since it was found."""
         if item.reason in ("unreferenced blob", "unfinished parts"):
             return keys.blob_digest(item.key.partition("?")[0]) not in self._survey.needed
-        if item.reason == "signature without pack":
-            owner = keys.signature_owner(item.key)
-            assert owner is not None
-            return PackId(*owner) not in self._survey.packs and PackId(*owner) not in self._survey.wanted(now)
+        if item.reason in ("signature without pack", "run without pack"):
+            beside = keys.beside(item.key)
+            assert beside is not None
+            owner = PackId(beside.name, beside.digest)
+            return owner not in self._survey.packs and owner not in self._survey.wanted(now)
         if item.reason == "abandoned upload":
             return item.key not in {found.key for found in self._survey.living(now)}
         return True

@@ -33,8 +33,8 @@ def retain(
     """Say which versions stay and why, and remove the others' manifests if asked.
 
     A version stays while an alias points at it or can be rolled back to it, while it is young or among the newest,
-    while another that stays is stored as a difference to it, and while an upload or a promotion needs it. Signatures go
-    with their manifest.
+    while another that stays is stored as a difference to it, and while an upload or a promotion needs it. Signatures
+    and runs go with their manifest.
 
     Args:
         store: the publication store.
@@ -70,9 +70,10 @@ def retain(
 
 
 def _remove(store: Store, lease: Lease, one: RetainedPack) -> None:
-    """Delete a manifest, and then its signatures while the round runs; a collection takes those that are left."""
+    """Delete a manifest, and then its signatures and runs while the round lasts; a collection takes what is left."""
     store.delete(keys.manifest(one.name, one.pack))
-    for info in list(store.list(keys.signatures(one.name, one.pack))):
+    beside = (keys.signatures(one.name, one.pack), keys.runs(one.name, one.pack))
+    for info in [info for prefix in beside for info in store.list(prefix)]:
         if lease.holds():
             store.delete(info.key)
 

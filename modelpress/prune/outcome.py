@@ -9,8 +9,8 @@ from modelpress.prune.masks import Masks
 from modelpress.reports import TensorChange
 
 
-def _nothing() -> None:
-    return None
+def nothing() -> None:
+    """Nothing has to be restored."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Outcome:
     """Parameters that the touched tensors had before."""
     tensors: list[TensorChange]
     """Each touched tensor."""
-    hold: Callable[[], None] = _nothing
+    hold: Callable[[], None] = nothing
     """Restores the zeros; called after each update of a recovery."""
     masks: Masks = field(default_factory=dict)
     """For methods that set weights to zero: where they stay."""

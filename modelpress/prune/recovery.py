@@ -21,6 +21,7 @@ from modelpress.distill import (
 from modelpress.errors import WorkloadError
 from modelpress.progress import Progress
 from modelpress.prune.layers import last_filled
+from modelpress.prune.outcome import nothing
 from modelpress.reports import TrainReport
 from modelpress.train import train_
 from modelpress.workload import Batch, Workload
@@ -56,11 +57,12 @@ def recover_(
     Raises:
         StageError: see `train_`.
     """
+    after = None if hold is nothing else hold
     with frozen(unpruned), without_dropout(module), contextlib.ExitStack() as stack:
         answers = distillation_loss(unpruned, workload, RECOVERY_LOSS)
         pairs = _matched_blocks(unpruned, module, workload, kept_layers) if hidden_weight else []
         if not pairs:
-            return train_(trained or module, answers, workload, config, progress, hold), 0
+            return train_(trained or module, answers, workload, config, progress, after), 0
         taught = stack.enter_context(recorded([block for block, _ in pairs]))
         learned = stack.enter_context(recorded([block for _, block in pairs]))
 
@@ -70,7 +72,7 @@ def recover_(
                 taught, learned, batch.inputs.get("attention_mask"), relative=True
             )
 
-        return train_(trained or module, loss, workload, config, progress, hold), len(pairs)
+        return train_(trained or module, loss, workload, config, progress, after), len(pairs)
 
 
 def _matched_blocks(

@@ -52,16 +52,25 @@ from modelpress.reports.module import (
     trainings,
 )
 from modelpress.reports.pack import CodedTensor, CompressReport, DeltaReport, ShardReport, UploadReport, VerifyReport
+from modelpress.reports.parallel import ParallelReport, TrafficReport
 from modelpress.reports.partition import PartitionReport, PartReport, RankLoadReport
 from modelpress.reports.plan import PlannedTensor, PlanOutline, PlanPoint, PlanReport
 from modelpress.reports.profile import ProfileReport
-from modelpress.reports.quality import AttributionReport, EvaluationReport, LatencyReport, QualityReport
+from modelpress.reports.quality import (
+    AttributionExample,
+    AttributionReport,
+    EvaluationReport,
+    LatencyReport,
+    QualityReport,
+)
+from modelpress.reports.run import RunReport, RunStage
 
 __all__ = [
     "AdviceCheck",
     "AdviceReport",
     "Advised",
     "ArtifactRef",
+    "AttributionExample",
     "AttributionReport",
     "Check",
     "CheckRow",
@@ -89,6 +98,7 @@ __all__ = [
     "NotPredicted",
     "Outlook",
     "Override",
+    "ParallelReport",
     "PartReport",
     "PartitionReport",
     "PlanOutline",
@@ -107,12 +117,15 @@ __all__ = [
     "RetainReport",
     "RetainedPack",
     "RoundedLayer",
+    "RunReport",
+    "RunStage",
     "SensitivityRow",
     "ShardReport",
     "SharedTensor",
     "SourceReport",
     "Stage",
     "TensorChange",
+    "TrafficReport",
     "TrainReport",
     "UploadReport",
     "UsageReport",

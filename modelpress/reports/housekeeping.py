@@ -9,7 +9,14 @@ from pydantic import Field
 
 from modelpress.reports.base import Report
 
-Garbage = Literal["unreferenced blob", "abandoned upload", "unfinished parts", "signature without pack", "probe"]
+Garbage = Literal[
+    "unreferenced blob",
+    "abandoned upload",
+    "unfinished parts",
+    "signature without pack",
+    "run without pack",
+    "probe",
+]
 """Why an object is garbage."""
 
 

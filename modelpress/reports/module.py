@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from modelpress.reports.base import Report
+from modelpress.reports.parallel import ParallelReport
 
 
 class TensorChange(Report):
@@ -47,6 +48,8 @@ class TrainReport(Report):
     """Into how many parts batches were cut in the end, where memory had run out; None: into none."""
     memory_errors: list[str] = Field(default_factory=list)
     """Where memory ran out, what was asked and what was there; after each, parts were half as large."""
+    parallel: ParallelReport | None = None
+    """How it was spread over processes; None: it was one."""
 
     def series(self) -> dict[str, list[float]]:
         """The loss of each epoch."""

@@ -55,6 +55,25 @@ class LatencyReport(Report):
     """Samples per second."""
 
 
+class AttributionExample(Report):
+    """One sample, and what the two models looked at; nothing of the sample itself."""
+
+    sample: int
+    """Number of the sample in the evaluation split."""
+    agreement: float
+    """Rank correlation of the two."""
+    places: list[int]
+    """Where each part lies: a field of the grid counted row by row, a position in a text, a run of inputs."""
+    before: list[float]
+    """Attribution of each part, of the source model."""
+    after: list[float]
+    """The same, of this one."""
+    rows: int | None = None
+    """Rows of the grid of an image; None: it has none."""
+    columns: int | None = None
+    """Columns of it."""
+
+
 class AttributionReport(Report):
     """How alike the reasons for a model's answers are to the original's."""
 
@@ -70,6 +89,8 @@ class AttributionReport(Report):
     """Upper end of its interval."""
     confidence: float = 0.95
     """Two-sided confidence of the interval."""
+    examples: list[AttributionExample] = Field(default_factory=list)
+    """The samples on which the two agree least, as usual, and most."""
 
 
 class EvaluationReport(Report):

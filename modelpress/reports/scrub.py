@@ -79,6 +79,8 @@ class ScrubReport(Report):
     """Signatures."""
     decisions: int
     """What gates decided of packs, also of packs that are gone."""
+    runs: int = 0
+    """Runs that are kept beside packs, each with its page."""
     trusted: bool
     """Whether signatures were held to a trust file."""
     blobs: int

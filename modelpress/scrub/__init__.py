@@ -63,6 +63,7 @@ def scrub(
         aliases=len(found.aliases),
         signatures=found.signatures,
         decisions=found.decisions,
+        runs=found.runs,
         trusted=store.trust is not None,
         blobs=counted.blobs,
         blob_bytes=counted.blob_bytes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from modelpress import decisions, keys, load, pointer
+from modelpress import decisions, keys, load, pointer, run_records
 from modelpress.errors import FormatError, KeyRefusedError, NotFoundError, TrustError, UnsignedError
 from modelpress.keys import Place
 from modelpress.reports.scrub import Finding, PackRow
@@ -23,6 +23,7 @@ class Survey:
     """Name and alias of each pointer."""
     signatures: int = 0
     decisions: int = 0
+    runs: int = 0
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -47,6 +48,8 @@ def survey(store: Store) -> Survey:
             found.aliases[place.name, place.alias] = None
         elif place.kind == "decision":
             _decision(store, place, found)
+        elif place.kind == "run":
+            _run(store, place, found)
     there = {(row.name, row.digest) for row in found.packs}
     for place in signed:
         _signature(store, place, (place.name, place.digest) in there, found)
@@ -118,6 +121,22 @@ def _decision(store: Store, place: Place, found: Survey) -> None:
         found.findings.append(Finding(kind="damaged", key=key, pack=of(place), problem=_told(error)))
         return
     found.decisions += 1
+
+
+def _run(store: Store, place: Place, found: Survey) -> None:
+    """What a run did, and its page. One that nobody signed is in order: nothing is served by it."""
+    key = keys.run(place.name, place.digest, place.record)
+    try:
+        run_records.read_page(store, run_records.read_unasked(store, place.name, place.digest, place.record))
+    except NotFoundError as error:
+        if store.info(key) is not None:  # else it was deleted since it was listed
+            finding = Finding(kind="missing", key=key, pack=of(place), problem=f"its page is not there: {error.found}")
+            found.findings.append(finding)
+        return
+    except FormatError as error:
+        found.findings.append(Finding(kind="damaged", key=key, pack=of(place), problem=_told(error)))
+        return
+    found.runs += 1
 
 
 def _pointer(store: Store, name: str, alias: str, found: Survey) -> None:

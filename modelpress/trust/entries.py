@@ -1,4 +1,4 @@
-"""Signatures of pointer entries, and of decisions: inside the entry, over everything else in it."""
+"""Signatures of pointer entries, of decisions and of runs: inside the entry, over everything else in it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ PAYLOAD_TYPE = "application/vnd.modelpress.pointer+json"
 """Binds what is signed to what it is: no signature of anything else is one of an entry."""
 DECISION_TYPE = "application/vnd.modelpress.decision+json"
 """The same of what a gate decided."""
+RUN_TYPE = "application/vnd.modelpress.run+json"
+"""The same of what a run did."""
 
 
 class EntrySignature(BaseModel):

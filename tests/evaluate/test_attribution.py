@@ -52,6 +52,12 @@ def test_agreement_falls_from_one_as_a_model_is_changed(toy: type[ImageToy] | ty
     original = checkpoint(0.0)
     same, near, far = (compare(original, checkpoint(share), workload, CONFIG) for share in (0.0, 0.05, 3.0))
     assert same.agreement == pytest.approx(1.0)
+    assert [one.agreement for one in far.examples] == sorted(one.agreement for one in far.examples)
+    assert far.examples[0].agreement < far.agreement < far.examples[-1].agreement
+    for one in far.examples:
+        assert len(one.places) == len(one.before) == len(one.after) > 2
+        assert attribution.spearman(np.array(one.before), np.array(one.after)) == pytest.approx(one.agreement, abs=0.05)
+        assert (one.rows, one.columns) == ((8, 8) if toy is ImageToy else (None, None))
     assert 0.9 < near.agreement <= 1.0
     assert far.agreement < near.agreement - 0.2
     assert near.low <= near.agreement <= near.high
@@ -97,6 +103,11 @@ def test_what_is_blank_is_no_part() -> None:
     assert (parts[:, 2:4, 4:6] == 0).all()
     assert (parts[:, 2:4, 6:8] == 1).all()
     assert int((parts >= 0).sum()) == 2 * 4 * 3
+    assert attribution._places(ImageToy(), {"x": image}) == ([8 + 2, 8 + 3], (8, 8))
+    small = torch.zeros(1, 1, 2, 3)
+    small[0, 0, 1, 2] = 1.0
+    assert attribution._places(ImageToy(), {"x": small}) == ([5], (2, 3))
+    assert attribution._places(MaskedText(), {"ids": torch.tensor([[0, 5, 0, 7]])}) == ([1, 3], None)
     text = attribution._parts(MaskedText(), {"ids": torch.tensor([[0, 5, 0, 7]])})
     assert text.tolist() == [-1, 0, -1, 1]
 

@@ -150,7 +150,7 @@ def test_parts_that_nobody_comes_back_for_are_freed(store: MemoryStore) -> None:
     assert [one.upload for one in store.parts] == ["b", "c", "d"]
 
 
-def test_signatures_go_with_their_pack_and_foreign_keys_are_never_touched(store: MemoryStore) -> None:
+def test_signatures_and_runs_go_with_their_pack_and_foreign_keys_are_never_touched(store: MemoryStore) -> None:
     decided = keys.decision("demo", "b" * 64, "e" * 64)  # history outlives its pack
     foreign = [
         decided,
@@ -161,13 +161,15 @@ def test_signatures_go_with_their_pack_and_foreign_keys_are_never_touched(store:
         "blobs/x",
     ]
     signed = [keys.signature("demo", digest, "d" * 64) for digest in (ONE.digest, "b" * 64)]
-    for key in foreign + signed:
+    told = [where("demo", digest, "f" * 64) for digest in (ONE.digest, "b" * 64) for where in (keys.run, keys.page)]
+    for key in foreign + signed + told:
         store.put(key, b"x")
     with intents.announced(store, "demo", "c" * 64):
+        store.put(keys.run("demo", "c" * 64, "d" * 64), b"told before the commit")
         store.put(keys.signature("demo", "c" * 64, "d" * 64), b"signed before the commit")
         store.later(days=3)
-        assert went(store) == {keys.blob(digest_of(b"three")), signed[1]}
-    assert set(foreign) | {signed[0]} <= set(store.objects)
+        assert went(store) == {keys.blob(digest_of(b"three")), signed[1], *told[2:]}
+    assert {*foreign, signed[0], *told[:2]} <= set(store.objects)
 
 
 def test_probes_of_dead_processes_go(store: MemoryStore) -> None:

@@ -118,6 +118,17 @@ def test_signatures_go_with_their_manifest(store: MemoryStore) -> None:
     assert [key for key in store.objects if ".sigs/" in key] == [keys.signature("demo", packs[1].digest, "d" * 64)]
 
 
+def test_runs_go_with_their_manifest(store: MemoryStore) -> None:
+    packs = versions(store, 2)
+    kept_runs = {
+        pack.digest: [where("demo", pack.digest, "d" * 64) for where in (keys.run, keys.page)] for pack in packs
+    }
+    for key in (key for found in kept_runs.values() for key in found):
+        store.put(key, b"{}")
+    kept(store, SHORT, delete=True)
+    assert sorted(key for key in store.objects if "/runs/" in key) == sorted(kept_runs[packs[1].digest])
+
+
 def test_decisions_outlive_their_pack(store: MemoryStore) -> None:
     packs = versions(store, 2)
     decided = [keys.decision("demo", pack.digest, "e" * 64) for pack in packs]

@@ -24,7 +24,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 
 from flows.optimize import OptimizeResult, optimize
 from flows.promote import promote, rollback
-from modelpress import load, pointer
+from modelpress import load, pointer, run_records
 from modelpress.config import GateConfig, OptimizeConfig, load_config
 from modelpress.errors import BudgetExceededError, CorruptionError, GateError, NotFoundError
 from modelpress.settings import Settings
@@ -148,6 +148,7 @@ def test_a_second_run_recomputes_nothing_and_says_so(
     assert (again.pack, again.version) == (first.pack, first.version)
     assert "everything reused, nothing recomputed" in caplog.text
     assert len(pointer.history(store, QUICK.name, "champion")) == entries
+    assert len(run_records.kept(store, QUICK.name, first.pack)) == 1, "a run that did nothing is not told"
 
 
 def test_mlflow_holds_the_run_tree(first: OptimizeResult, client: MlflowClient) -> None:
@@ -171,11 +172,24 @@ def test_mlflow_holds_the_run_tree(first: OptimizeResult, client: MlflowClient) 
 def test_mlflow_holds_the_artifacts_of_the_run_and_of_each_stage(first: OptimizeResult, client: MlflowClient) -> None:
     parent = run_of(client, first)
     names = {entry.path for entry in client.list_artifacts(first.mlflow_run)}
-    assert {"config.json", "result.json", "report.md", "stages.png"} <= names
+    assert {"config.json", "result.json", "report.md", "stages.png", "report.html"} <= names
     child = children(client, parent)["quantize"]
     report = json.loads(Path(client.download_artifacts(child.info.run_id, "report.json")).read_text())
     assert report["method"].startswith("static")
     assert report["sensitivity"] is not None
+
+
+def test_the_page_of_the_run_lies_beside_the_pack(first: OptimizeResult, store: Store, client: MlflowClient) -> None:
+    (found,) = run_records.kept(store, QUICK.name, first.pack)
+    assert found.record is not None
+    told = found.record.run
+    assert [stage.stage for stage in told.stages][: len(first.stages)] == [row.stage for row in first.stages]
+    assert told.links["MLflow run"] == first.mlflow_url
+    page = run_records.read_page(store, found.record)
+    assert page == Path(client.download_artifacts(first.mlflow_run, "report.html")).read_bytes()
+    for text in (first.pack, "The way, stage by stage", "Where the bytes went", "conditions passed, 0 failed"):
+        assert text in page.decode()
+    assert len(page) < 3_000_000
 
 
 def test_the_model_version_carries_the_packs_identity(first: OptimizeResult, client: MlflowClient) -> None:
@@ -313,7 +327,9 @@ def test_over_budget_stops_the_flow_and_publishes_nothing(
     newest = client.search_runs([experiment], "tags.prefect.flow_run_id != ''", max_results=1)[0]
     assert newest.info.status == "FAILED"
     assert newest.data.tags["error"].startswith("BudgetExceededError")
-    assert "report.md" in {entry.path for entry in client.list_artifacts(newest.info.run_id)}
+    assert {"report.md", "report.html"} <= {entry.path for entry in client.list_artifacts(newest.info.run_id)}
+    page = Path(client.download_artifacts(newest.info.run_id, "report.html")).read_text()
+    assert "This run was stopped, and published nothing: BudgetExceededError" in page
 
 
 def test_a_refused_candidate_changes_nothing_but_challenger_and_a_rollback_returns(

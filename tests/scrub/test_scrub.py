@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from modelpress import decisions, keys, pointer, scrub
+from modelpress import decisions, keys, pointer, run_records, scrub
 from modelpress.errors import CorruptionError, ModelpressError, NotFoundError, StoreUnavailableError, TrustError
-from modelpress.reports import Decision
+from modelpress.reports import Decision, RunReport
 from modelpress.reports.scrub import ScrubReport, ScrubState
 from modelpress.store import ObjectInfo, Store
 from modelpress.store.local import LocalStore
@@ -240,6 +240,25 @@ def test_the_signature_of_a_revoked_key_is_no_damage(place: Place) -> None:
     assert {(finding.kind, finding.key) for finding in report.findings} == {
         ("untrusted", keys.pointers("demo", "champion"))
     }
+
+
+def test_runs_beside_packs_are_read_with_their_pages(place: Place) -> None:
+    told, anybody = RunReport(name="demo", pack=place.packs[0].digest, stages=[]), place.team.store(trusting=False)
+    signed = run_records.keep(place.team.store("farm"), told, b"one")
+    unsigned = run_records.keep(anybody, told, b"two")
+    lost = run_records.keep(place.team.store("farm"), told, b"three")
+    report = place.scrub()
+    assert (report.findings, report.runs) == ((), 3), "one that nobody signed is in order: nothing is served by it"
+    anybody.put(keys.run("demo", signed.pack, signed.digest), b"{}")
+    anybody.put(keys.page("demo", unsigned.pack, unsigned.page), b"<script>")
+    anybody.delete(keys.page("demo", lost.pack, lost.page))
+    report = place.scrub()
+    assert {(finding.kind, finding.key) for finding in report.findings} == {
+        ("damaged", keys.run("demo", signed.pack, signed.digest)),
+        ("damaged", keys.run("demo", unsigned.pack, unsigned.digest)),
+        ("missing", keys.run("demo", lost.pack, lost.digest)),
+    }
+    assert report.runs == 0
 
 
 def test_decisions_from_before_there_was_trust_and_of_packs_that_are_gone_are_in_order(place: Place) -> None:

@@ -1,0 +1,77 @@
+"""Commands that write pages: `report`, `compare`, `fleet`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from modelpress.cli.common import Bar, PackArgument, StoreOption, app, echo, opened_store, parse_pack
+
+if TYPE_CHECKING:
+    from modelpress.page.parts import Page
+
+SHORT = 12
+OutOption = Annotated[Path | None, typer.Option("--out", help="File to write; `-` prints. Left out: named by digest.")]
+
+
+@app.command()
+def report(pack: PackArgument, out: OutOption = None, store: StoreOption = None) -> None:
+    """Write one HTML page on a pack and the run that made it: quality, bytes, speed, layers, gate, origin."""
+    from modelpress.page import read_story, report_page
+
+    name, ref = parse_pack(pack)
+    story = read_story(opened_store(store), name, ref)
+    _write(report_page(story), out or Path(f"{name}-{(story.pack or ref)[:SHORT]}.html"))
+
+
+@app.command()
+def compare(
+    before: Annotated[str, typer.Argument(metavar="NAME[@REF]", help="Where it starts: an alias or a digest.")],
+    after: Annotated[str, typer.Argument(metavar="NAME[@REF]", help="Where it ends; @REF alone is of the same name.")],
+    out: OutOption = None,
+    store: StoreOption = None,
+) -> None:
+    """Write one HTML page on two packs side by side; `diff` says what of it is words."""
+    from modelpress.page.compare import comparison_page, read_comparison
+
+    name, ref = parse_pack(before)
+    other, other_ref = parse_pack(after)
+    found, one, two = read_comparison(opened_store(store), (name, ref), (other or name, other_ref))
+    named = f"{one.name}-{found.before.pack[:SHORT]}-{found.after.pack[:SHORT]}.html"
+    _write(comparison_page(found, one, two), out or Path(named))
+
+
+@app.command()
+def fleet(
+    alias: Annotated[str | None, typer.Option("--alias", help="This alias alone; left out, all of them.")] = None,
+    out: OutOption = None,
+    store: StoreOption = None,
+) -> None:
+    """Write one HTML page on all models in the store: what each alias serves, how large, how good, how fast."""
+    from modelpress.page.fleet import fleet_page, read_fleet
+
+    with Bar("fleet") as progress:
+        found = read_fleet(opened_store(store), alias, progress)
+    _write(fleet_page(found), out or Path("fleet.html"))
+
+
+def _write(page: Page, out: Path) -> None:
+    """The page into a file, as a whole or not at all; `-` is the output."""
+    from modelpress.page import render
+    from modelpress.store.local import local_errors
+
+    text = render(page)
+    if str(out) == "-":
+        typer.echo(text, nl=False)
+        return
+    with local_errors(f"writing {out}", writing=True):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".page-") as folder:
+            partial = Path(folder, out.name)
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, out)
+    echo(f"{page.title}: {len(text.encode()):,} bytes in {out}")

@@ -1,0 +1,166 @@
+"""What is known of a pack, gathered for a page: its manifest, its reports, its run, what gates said, who vouches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from modelpress import decisions, keys, load, pointer, run_records
+from modelpress.decisions import Kept
+from modelpress.errors import EncryptionKeyError, FormatError, TrustError
+from modelpress.manifest import Manifest
+from modelpress.pack_files import read_reports
+from modelpress.reports import QualityReport, Report, RunReport, RunStage
+from modelpress.scores import of_pack
+from modelpress.store.base import Store
+from modelpress.trust.packs import signatures_of
+
+ReportT = TypeVar("ReportT", bound=Report)
+QUALITY = "quality "
+"""Beginning of the keys of a pack's reports that hold the quality after a stage."""
+
+
+@dataclass(frozen=True)
+class Story:
+    """Everything that a page of one run, or of one pack, is made from."""
+
+    name: str
+    manifest: Manifest | None = None
+    """None where the run was stopped before it published."""
+    numbers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The pack's own reports by stage: numbers without times, of compress each tensor."""
+    run: RunReport | None = None
+    """The run that made it, in full; None where none is kept."""
+    metric: str = "quality"
+    """Name of the primary metric."""
+    decisions: tuple[Kept, ...] = ()
+    """What gates said of it, the oldest first."""
+    signatures: tuple[str, ...] = ()
+    """One line each."""
+    trusted: bool = False
+    """Whether the signatures were held to a trust file."""
+    aliases: tuple[tuple[str, str], ...] = ()
+    """Aliases that point at it, and since when."""
+    sealed: str | None = None
+    """Why its reports can't be read: it is encrypted, and no key opens it."""
+    refused: tuple[str, ...] = ()
+    """Why runs that are kept beside it do not count, where none counts."""
+
+    @property
+    def pack(self) -> str | None:
+        """Digest of the pack."""
+        return self.manifest.digest if self.manifest is not None else None
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The recipe."""
+        return self.manifest.config if self.manifest is not None else (self.run.config if self.run else {})
+
+    @property
+    def source_bytes(self) -> float | None:
+        """The source model's checkpoint."""
+        if self.run is not None and self.run.source_bytes is not None:
+            return self.run.source_bytes
+        found = self.numbers.get("source", {}).get("size_bytes")
+        return float(found) if isinstance(found, int | float) else None
+
+    @property
+    def stages(self) -> list[RunStage]:
+        """The stages of the run."""
+        return list(self.run.stages) if self.run is not None else []
+
+    def report(self, stage: str, kind: type[ReportT]) -> ReportT | None:
+        """A stage's report in full; None where it is not kept, or is of another release's form."""
+        found = self.run.stage(stage) if self.run is not None else None
+        return read_as(kind, found.report) if found is not None and found.report else None
+
+    def qualities(self) -> dict[str, QualityReport]:
+        """Quality by stage, from the run, else from what the pack itself says."""
+        if self.run is not None:
+            return {one.stage: one.evaluation.quality for one in self.stages if one.evaluation is not None}
+        found = {}
+        for key, values in self.numbers.items():
+            if key.startswith(QUALITY):
+                known = {name: value for name, value in values.items() if name in QualityReport.model_fields}
+                shown = {name: value for name, value in values.items() if name not in known}
+                quality = read_as(QualityReport, {**known, "metric": self.metric, "shown": shown})
+                if quality is not None:
+                    found[key.removeprefix(QUALITY)] = quality
+        return found
+
+
+def read_as(kind: type[ReportT], values: Mapping[str, Any]) -> ReportT | None:
+    """A report from JSON; what a later release added is left out, and None stands for what does not fit."""
+    try:
+        return kind.model_validate({key: value for key, value in values.items() if key in kind.model_fields})
+    except ValidationError:
+        return None
+
+
+def read_story(store: Store, name: str, ref: str, run: RunReport | None = None) -> Story:
+    """Read what a store says of a pack; no weight is read.
+
+    Args:
+        store: the publication store.
+        name: of the pack.
+        ref: an alias, a digest, or its beginning.
+        run: the run that made it, where it is at hand; else the newest that is kept beside the pack.
+
+    Raises:
+        NotFoundError: there is no such pack or alias.
+        TrustError, CorruptionError: see `load.load_manifest`.
+    """
+    digest = load.resolve(store, name, ref)
+    manifest = load.load_manifest(store, name, digest)
+    sealed, numbers, metric = None, {}, "quality"
+    try:
+        fetch = load.fetcher(store, manifest)
+        numbers = read_reports(manifest, fetch)
+        candidate = of_pack(manifest, fetch).get("candidate")
+        metric = candidate.metric if candidate is not None else metric
+    except EncryptionKeyError as error:
+        sealed = error.found or error.doing
+    refused: tuple[str, ...] = ()
+    if run is None:
+        run, refused = _told(store, name, digest)
+    policy = store.trust.policy() if store.trust is not None else None
+    signed = signatures_of(store, policy, name, digest)
+    return Story(
+        name=name,
+        manifest=manifest,
+        numbers={stage: found for stage, found in numbers.items() if isinstance(found, dict)},
+        run=run,
+        metric=metric,
+        decisions=tuple(decisions.kept(store, name, digest)),
+        signatures=tuple(one.line() for one in signed),
+        trusted=policy is not None,
+        aliases=tuple(_aliases(store, name, digest)),
+        sealed=sealed,
+        refused=refused,
+    )
+
+
+def _told(store: Store, name: str, digest: str) -> tuple[RunReport | None, tuple[str, ...]]:
+    """The newest run that counts; else why those that are there do not."""
+    kept = run_records.kept(store, name, digest)
+    counting = [one.record for one in kept if one.record is not None and one.problem is None]
+    if counting:
+        return counting[-1].run, ()
+    problems = (one.problem for one in kept if one.problem is not None)
+    return None, tuple(dict.fromkeys(problem.found or problem.doing for problem in problems))
+
+
+def _aliases(store: Store, name: str, digest: str) -> list[tuple[str, str]]:
+    """Aliases that point at the pack, and since when; one whose log does not count is no alias of anything."""
+    found = []
+    for alias in sorted(store.folders(f"{keys.manifests(name)}refs/")):
+        try:
+            entry = pointer.current(store, name, alias)
+        except (FormatError, TrustError):
+            continue
+        if entry is not None and entry.pack == digest:
+            found.append((alias, entry.created.isoformat(" ", "seconds")))
+    return found

@@ -1,0 +1,121 @@
+"""Runs that are kept beside packs: what is read back, and every way in which one does not count."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import pytest
+
+from modelpress import keys, run_records
+from modelpress.errors import (
+    ConfigError,
+    ConflictError,
+    CorruptionError,
+    KeyRefusedError,
+    NotFoundError,
+    SignatureError,
+    UnsignedError,
+    UnsupportedFormatError,
+)
+from modelpress.manifest import canonical_json
+from modelpress.reports import RunReport
+from modelpress.run_records import RunRecord
+from modelpress.store import Store
+from tests.page.stories import run_report
+from tests.trust.conftest import team
+from tests.trust.teams import Team
+
+__all__ = ["team"]
+
+PACK, NAME, PAGE = "a" * 64, "digits", b"<!doctype html>"
+
+
+def keep(store: Store, run: RunReport | None = None) -> RunRecord:
+    return run_records.keep(store, run or run_report(PACK), PAGE)
+
+
+def read(store: Store, record: RunRecord) -> RunRecord:
+    return run_records.read(store, record.name, record.pack, record.digest)
+
+
+def test_what_was_kept_is_read_back_whole(team: Team) -> None:
+    made = [keep(team.store("farm")), keep(team.store("farm"), run_report(PACK, stopped="no"))]
+    for record in made:
+        assert read(team.store(), record) == record
+        assert run_records.read_page(team.store(), record) == PAGE
+    assert [one.record for one in run_records.kept(team.store(), NAME, PACK)] == made
+    assert run_records.newest(team.store(), NAME, PACK) == made[1].run
+    assert run_records.newest(team.store(), NAME, "b" * 64) is None
+    assert keep(team.store("farm"), made[0].run).page == made[0].page, "the same page is one object"
+
+
+def test_who_does_not_count_is_not_counted(team: Team) -> None:
+    unsigned = keep(team.store(trusting=False))
+    other = keep(team.store("anna"))
+    for record, error in ((unsigned, UnsignedError), (other, KeyRefusedError)):
+        with pytest.raises(error):
+            read(team.store(), record)
+        assert read(team.store(trusting=False), record) == record, "nothing is asked where there is no trust file"
+    assert run_records.newest(team.store(), NAME, PACK) is None
+    assert all(one.problem is not None for one in run_records.kept(team.store(), NAME, PACK))
+    keep(team.store("farm"))
+    assert run_records.newest(team.store(), NAME, PACK) is not None
+
+
+def put(store: Store, document: dict[str, Any]) -> str:
+    data = canonical_json(document)
+    digest = hashlib.sha256(data).hexdigest()
+    store.put(keys.run(NAME, PACK, digest), data)
+    return digest
+
+
+def test_a_signature_is_of_this_run_and_of_nothing_else(team: Team) -> None:
+    document = json.loads(keep(team.store("farm")).to_bytes())
+    for change in ({"page": "b" * 64}, {"who": "somebody"}):
+        digest = put(team.store("farm"), document | change)
+        with pytest.raises(SignatureError):
+            run_records.read(team.store(), NAME, PACK, digest)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"format_version": 2}, UnsupportedFormatError),
+        ({"format_version": "1"}, CorruptionError),
+        ({"pack": "b" * 64}, CorruptionError),
+        ({"name": "other"}, CorruptionError),
+        ({"unknown": 1}, CorruptionError),
+        ({"run": {}}, CorruptionError),
+        ({"created": "yesterday"}, CorruptionError),
+    ],
+)
+def test_what_is_no_run_is_refused(team: Team, change: dict[str, Any], error: type[Exception]) -> None:
+    store = team.store(trusting=False)
+    document = json.loads(keep(store).to_bytes())
+    digest = put(store, document | change)
+    with pytest.raises(error):
+        run_records.read(store, NAME, PACK, digest)
+    assert run_records.newest(store, NAME, PACK) is not None, "it hides no other"
+
+
+def test_damage_and_limits(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = team.store(trusting=False)
+    with pytest.raises(ConfigError, match="published nothing"):
+        keep(store, run_report(None))
+    record = keep(store)
+    store.put(keys.page(NAME, PACK, record.page), b"<script>")
+    with pytest.raises(CorruptionError):
+        run_records.read_page(store, record)
+    with pytest.raises(ConflictError):
+        keep(store)
+    store.delete(keys.page(NAME, PACK, record.page))
+    with pytest.raises(NotFoundError):
+        run_records.read_page(store, record)
+    store.put(keys.run(NAME, PACK, record.digest), b"{}")
+    with pytest.raises(CorruptionError):
+        read(store, record)
+    monkeypatch.setattr(run_records, "MAX_RECORD_BYTES", 100)
+    with pytest.raises(ConfigError, match="at most 100"):
+        keep(store)
