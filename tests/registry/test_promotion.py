@@ -22,6 +22,7 @@ from modelpress.store import Store
 from modelpress.store.local import LocalStore
 from registry import figures, promotion, runs, versions
 from tests.conftest import OpenS3
+from tests.databases import Databases
 from tests.packs import make_pack, torch_checkpoint
 
 NAME = "demo"
@@ -29,9 +30,9 @@ GATE = GateConfig(min_compression_ratio=0, margin=0.3)
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
+def client(tmp_path_factory: pytest.TempPathFactory, databases: Databases) -> MlflowClient:
     folder = tmp_path_factory.mktemp("mlflow")
-    return runs.open_client(Settings(home=folder, tracking_uri=f"sqlite:///{folder}/mlflow.db"))
+    return runs.open_client(Settings(home=folder, tracking_uri=databases.mlflow(folder)))
 
 
 @pytest.fixture

@@ -12,15 +12,16 @@ from modelpress.errors import ConflictError, CorruptionError, StoreUnavailableEr
 from modelpress.settings import Settings
 from modelpress.store.local import LocalStore
 from registry import gates, promotion, reconcile, runs, versions
+from tests.databases import Databases
 from tests.registry.shelf import Shelf
 
 CHAMPION = reconcile.CHAMPION
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
+def client(tmp_path_factory: pytest.TempPathFactory, databases: Databases) -> MlflowClient:
     folder = tmp_path_factory.mktemp("mlflow")
-    return runs.open_client(Settings(home=folder, tracking_uri=f"sqlite:///{folder}/mlflow.db"))
+    return runs.open_client(Settings(home=folder, tracking_uri=databases.mlflow(folder)))
 
 
 @pytest.fixture

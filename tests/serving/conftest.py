@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +23,7 @@ from modelpress.publish import publish
 from modelpress.shard import draft_manifest, write_shards
 from modelpress.store import Store, open_store
 from serving.repository import Repository
+from tests import warm
 
 WIDTH, CLASSES = 64, 10
 START_SECONDS = 60.0
@@ -91,13 +90,9 @@ class Server:
     """A `modelpress serve` process on a free port."""
 
     def __init__(self, store: Store, *arguments: str, **environment: str) -> None:
-        command = [sys.executable, "-m", "modelpress.cli", "serve", "--port", "0", "--poll-seconds", "0.1"]
-        self.process = subprocess.Popen(
-            [*command, "--threads", "1", *arguments],
-            env=os.environ | {"MODELPRESS_STORE": store.uri} | environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        options = ["--port", "0", "--poll-seconds", "0.1", "--threads", "1"]
+        env = os.environ | {"MODELPRESS_STORE": store.uri} | environment
+        self.process = warm.servers().start("serve", *options, *arguments, env=env)
         self.url, self.lines = "", list[str]()
         self._listening = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -108,7 +103,6 @@ class Server:
         self.client = httpx.Client(base_url=self.url, timeout=30)
 
     def _read(self) -> None:
-        assert self.process.stderr
         for line in self.process.stderr:
             self.lines.append(line)
             if found := re.search(r"listening on (https?://\S+?)/v2", line):
