@@ -205,7 +205,7 @@ def _loads(ranks: list[dict[str, Any]]) -> Iterator[Row]:
 
 
 def _share(found: list[dict[str, Any]]) -> float:
-    return sum(one["shards"] / one["pack_shards"] for one in found) / len(found)
+    return float(sum(one["shards"] / one["pack_shards"] for one in found) / len(found))
 
 
 if __name__ == "__main__":
