@@ -89,6 +89,9 @@ def _rows(before: Load, during: Load, swaps: list[tuple[float, float]], promotio
     yield Row(case, "before", "throughput", "1/s", before.per_second)
     yield Row(case, "during a swap", "latency p99", "ms", float(np.quantile(swapping, 0.99)) * 1e3)
     yield Row(case, "during a swap", "answers", "1", float(len(swapping)))
+    lasted = [ended - began for began, ended in swaps]
+    yield Row(case, "during a swap", "lasts, median", "s", float(np.median(lasted)))
+    yield Row(case, "during a swap", "lasts, most", "s", max(lasted))
     yield Row(case, "all of the time", "latency p99", "ms", during.p99_seconds * 1e3)
     yield Row(case, "all of the time", "throughput", "1/s", during.per_second)
     yield Row(case, "all of the time", "answers", "1", float(during.count))
