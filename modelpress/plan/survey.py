@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from onnx import ModelProto
 
 from modelpress import graph
-from modelpress.agreement import Inputs
+from modelpress.agreement import Inputs, Judge, divergence
 from modelpress.checkpoint import Checkpoint
 from modelpress.config import CompressConfig, PlanConfig
 from modelpress.plan.candidates import Candidate, Floats
@@ -25,6 +25,8 @@ from modelpress.workload import Workload
 
 Choice = dict[str, Candidate]
 """What each weight becomes; one that is not in it stays in float."""
+Figures = tuple[int, float]
+"""Coded bytes, and disagreement."""
 
 
 @dataclass
@@ -160,6 +162,16 @@ class Survey:
             if name not in self._values or self._values[name][0] != candidate:
                 self._values[name] = candidate, self.weights[name].encode(candidate).dequantize()
         return {name: self._values[name][1] for name in choice}
+
+    @cached_property
+    def judge(self) -> Judge:
+        """Compares whole checkpoints with the float one, on the calibration data."""
+        return Judge(self.checkpoint, self.calibration, partial(divergence, outputs=self.workload.outputs))
+
+    def figures(self, options: Sequence[int]) -> Figures:
+        """Coded bytes and disagreement of the checkpoint that options make."""
+        made = self.build(self.choice(options))
+        return coded_bytes(made, self.compression), self.judge.disagreement(made)
 
     def build(self, choice: Choice) -> Checkpoint:
         """The checkpoint of a choice."""

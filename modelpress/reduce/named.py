@@ -60,6 +60,23 @@ class Answers(Partial):
         return Answers(pieces=union(self.pieces, other.pieces), peak_memory_bytes=max(peaks, default=None))
 
 
+class Points(Partial):
+    """Points of a plan's front, built and measured."""
+
+    kind: Literal["points"] = "points"
+    """Which partial this is."""
+    points: dict[int, tuple[int, float]] = Field(default_factory=dict)
+    """By the point's number: coded bytes, and disagreement."""
+
+    def merge(self, other: Points) -> Points:
+        """The points of both.
+
+        Raises:
+            ValueError: they share one.
+        """
+        return Points(points=union(self.points, other.points))
+
+
 class Sensitivity(Report):
     """A form that a weight may take, and what it costs."""
 
