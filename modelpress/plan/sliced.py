@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from modelpress.errors import StageError
 from modelpress.plan.candidates import Candidate
-from modelpress.plan.costs import Cost
+from modelpress.plan.costs import Cost, float_cost
 from modelpress.plan.sensitivity import Measured, measure
 from modelpress.plan.survey import Survey
 from modelpress.reduce import Points, Sensitivities, Sensitivity
@@ -40,6 +40,7 @@ def measure_units(work: Survey, numbers: Sequence[int]) -> Sensitivities:
     return Sensitivities(
         weights={one.name: [_told(row) for row in measure(one, work.few, work.compression)] for one in curves},
         alike={str(one): work.disagreement(work.alike(one)) for one in alike},
+        floats={one.name: tuple(float_cost(one, work.compression)) for one in curves},
     )
 
 
@@ -76,6 +77,7 @@ def take(work: Survey, found: Sensitivities) -> None:
             )
         work.curves[name] = curve
     work.known_alike |= found.alike
+    work.known_floats |= {name: Cost(*sizes) for name, sizes in found.floats.items()}
 
 
 def _dense(work: Survey) -> list[Candidate]:

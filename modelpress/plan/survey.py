@@ -53,6 +53,8 @@ class Survey:
     """All weights in one form."""
     known_alike: dict[str, float] = field(default_factory=dict)
     """By form, the disagreement with all weights in it, where another process measured it."""
+    known_floats: dict[str, Cost] = field(default_factory=dict)
+    """By weight, what it costs in float, where another process has coded it."""
     _costs: dict[tuple[str, Candidate | None], Cost] = field(default_factory=dict)
     _rest: int | None = None
     _values: dict[str, tuple[Candidate, Floats]] = field(default_factory=dict)
@@ -95,7 +97,7 @@ class Survey:
             weight = self.weights[name]
             known = next((one.cost for one in self.curves[name] if one.candidate == candidate), None)
             if candidate is None:
-                known = float_cost(weight, self.compression)
+                known = self.known_floats.get(name) or float_cost(weight, self.compression)
             elif known is None:
                 known = coding_cost(weight, weight.encode(candidate), self.compression)
             self._costs[key] = known

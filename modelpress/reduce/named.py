@@ -107,6 +107,8 @@ class Sensitivities(Partial):
     """By weight, its candidates in their order."""
     alike: dict[str, float] = Field(default_factory=dict)
     """By form, the disagreement with all weights in it."""
+    floats: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    """By weight, coded bytes and inline bytes where it stays in float."""
 
     def merge(self, other: Sensitivities) -> Sensitivities:
         """The weights and forms of both.
@@ -114,8 +116,8 @@ class Sensitivities(Partial):
         Raises:
             ValueError: they share one.
         """
-        weights = union(self.weights, other.weights)
-        return Sensitivities(weights=weights, alike=union(self.alike, other.alike))
+        weights, floats = union(self.weights, other.weights), union(self.floats, other.floats)
+        return Sensitivities(weights=weights, alike=union(self.alike, other.alike), floats=floats)
 
 
 class ByName(Partial):
