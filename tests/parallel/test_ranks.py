@@ -68,7 +68,9 @@ def make_pack(folder: Path) -> Manifest:
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     folder = tmp_path_factory.mktemp("ranks")
     manifest = make_pack(folder)
-    plans = {kind: plan_tensors(make(kind), 2, batch(kind)[0]) for kind in ("llama", "tied", "bert")} | {"residual": {}}
+    plans = {kind: plan_tensors(make(kind), 2, batch(kind)[0]) for kind in ("llama", "tied", "qwen", "bert")} | {
+        "residual": {}
+    }
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.parallel.work"])  # torch is imported once, not four times
     ranks = [context.Process(target=work, args=(rank, folder, plans, manifest.digest)) for rank in range(RANKS)]
@@ -102,7 +104,10 @@ def test_every_rank_came_to_its_end(launch: Launch) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("1f1b", "llama"), ("gpipe", "residual"), ("hybrid", "tied"), ("copies", "llama"), ("tensor", "bert")],
+    [
+        *[("1f1b", "llama"), ("gpipe", "residual"), ("hybrid", "tied"), ("copies", "llama")],
+        *[("norms", "qwen"), ("tensor", "bert")],
+    ],
 )
 def test_ranks_together_compute_what_one_process_computes(launch: Launch, name: str, kind: str) -> None:
     output, lost, grads = alone(kind)
@@ -124,6 +129,11 @@ def test_ranks_together_compute_what_one_process_computes(launch: Launch, name: 
     assert set(grads) - set(large) <= {name for name in grads if name.endswith(("key.bias", "query.bias"))}
     assert_close(torch.cat(outputs), output, f"{name}: outputs")  # of the copies, in their order
     assert sum(losses) / len(losses) == pytest.approx(float(lost), abs=BOUND)
+
+
+def test_a_layer_costs_two_sums_in_each_direction(launch: Launch) -> None:
+    """One for attention and one for the feed-forward part, and not one for each layer that reads the same."""
+    assert [launch.facts(rank)["sums"] for rank in range(RANKS)] == [2 * 2 * 2] * RANKS
 
 
 def test_a_rank_reads_its_own_shards_and_no_other(launch: Launch) -> None:
@@ -195,6 +205,7 @@ def test_what_does_not_fit_is_refused(launch: Launch) -> None:
         assert "2 parts\n  expected: 4" in facts["parts"]
         assert "2 tensor-parallel ranks, and no plan" in facts["plan"]
         assert "wants other shards, or another pack" in facts["others"]
+        assert "into 4 microbatches\n  found: input_ids: 6 samples" in launch.facts(rank)["uneven"]
 
 
 @pytest.mark.faults

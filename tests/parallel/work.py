@@ -12,12 +12,14 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import Buffer
 
 from modelpress import keys
@@ -94,9 +96,30 @@ def splits(folder: Path, rank: int, plans: dict[str, TensorPlan]) -> None:
         ("gpipe", "residual", MeshSizes(pipeline=4), [0, 2, 3, 4, 5], {"microbatches": 2, "schedule": "gpipe"}),
         ("hybrid", "tied", MeshSizes(pipeline=2, tensor=2), [0, 1, 4], {"microbatches": 2}),
         ("copies", "llama", MeshSizes(data=2, pipeline=2), [0, 2, 4], {"microbatches": 4}),
+        ("norms", "qwen", MeshSizes(pipeline=2, tensor=2), [0, 1, 2], {"microbatches": 2}),
         ("tensor", "bert", MeshSizes(data=2, tensor=2), [0, 2], {}),
     ):
         trained(folder, rank, name, kind, runner_of(kind, sizes, bounds, plans[kind], **options))
+
+
+class Sums(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts DTensor's sums over ranks."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(kind is DTensor for kind in types):
+            return NotImplemented  # what it does inside is seen
+        self.count += str(func).startswith("_c10d_functional.all_reduce")
+        return func(*args, **(kwargs or {}))
+
+
+def sums(plans: dict[str, TensorPlan]) -> int:
+    """How often a training step of the encoder sums over its two tensor-parallel ranks."""
+    runner = runner_of("bert", MeshSizes(data=2, tensor=2), [0, 2], plans["bert"])
+    with Sums() as counted:
+        runner.train_step(*own_slice(runner, "bert"))
+    return counted.count
 
 
 def from_pack(folder: Path, rank: int, plans: dict[str, TensorPlan], pack: str) -> Facts:
@@ -196,8 +219,11 @@ def work(rank: int, folder: Path, plans: dict[str, TensorPlan], pack: str) -> No
     splits(folder, rank, plans)
     facts: Facts = {"pack": from_pack(folder, rank, plans, pack), "copies": copies(folder, rank, pack)}
     facts["refusals"] = refusals(folder, rank, pack)
+    facts["sums"] = sums(plans)
     facts |= silence(folder, rank)
     last = runner_of("llama", MeshSizes(pipeline=4), [0, 1, 2, 3, 4], {}, microbatches=4)
+    uneven = {name: tensor[:6] for name, tensor in batch("llama")[0].items()}
+    facts["uneven"] = failed(lambda: last.infer(uneven))
     (folder / f"facts-{rank}.json").write_text(json.dumps(facts))
     facts |= death(rank, last)
     (folder / f"facts-{rank}.json").write_text(json.dumps(facts))
