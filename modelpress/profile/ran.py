@@ -38,6 +38,8 @@ class Ran:
     """Median of those that were."""
     activations_bytes: int | None
     """Most bytes of values alive at once; None where a value's shape is not known."""
+    watched_share: float = 0.5
+    """Of all runs, those that were watched."""
 
 
 def typical(seconds: Sequence[float]) -> float:

@@ -65,8 +65,10 @@ class OperatorTotals(Part):
     """Median time of a whole run without any profiling."""
     outside_seconds: Figure
     """`run_seconds` less `operator_seconds`, at least 0: what the runtime itself takes."""
+    watched_overhead: Figure
+    """Time of a watched run ÷ that of one that is not, less 1."""
     overhead: Figure
-    """Time of a profiled run ÷ that of one without profiling, less 1."""
+    """What watching some of the runs adds to the time of all, as a share of what they take without it."""
 
 
 class MatrixRate(Part):

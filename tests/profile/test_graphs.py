@@ -185,6 +185,12 @@ def test_what_watching_adds_is_measured_once_and_taken_off() -> None:
     added = graphs.watching_seconds()
     assert 0 <= added < 1e-3
     assert graphs.watching_seconds() == added
-    found = graphs.run_watched(graphs.chain(), {"x0": torch.zeros(1)}, CPU, 1, 0.01)
+
+
+def test_operators_of_a_microsecond_are_watched_in_few_runs() -> None:
+    """256 operators on one number: a watched run takes many times as long."""
+    found = graphs.run_watched(graphs.chain(), {"x0": torch.zeros(1)}, CPU, 1, 0.3)
     assert len(found.operators) == graphs.CHAIN
     assert all(one.flops == 1 for one in found.operators)
+    assert found.watched_seconds > found.run_seconds
+    assert found.watched_share < 0.3
