@@ -69,13 +69,16 @@ def _roofline(report: ProfileReport, axes: Axes) -> bool:
         if rate is not None:
             label = f"{dtype}: {rate / 1e9:.3g} Gop/s, {bandwidth / 1e9:.3g} GB/s"
             axes.plot(grid, np.minimum(rate, bandwidth * grid), style, color=INK, linewidth=1.6, label=label)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    rates = [rate for _, _, rate, _ in points]
+    axes.set_xlim(low, high)
+    axes.set_ylim(min(rates) / 5, max(*rates, bandwidth * low) * 5)
     largest = max(share for *_, share in points)
     for bound, colour in COLOURS.items():
         chosen = [point for point in points if point[0].bound == bound]
         if chosen:
             _scatter(axes, chosen, bound, colour, largest)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
     axes.set_xlabel("operations per byte moved")
     axes.set_ylabel("operations per second")
     axes.set_title(f"{report.subject}, batch {report.batch_size}: operators under the measured ceilings", fontsize=10)
@@ -97,9 +100,12 @@ def _scatter(axes: Axes, chosen: Sequence[Point], bound: str, colour: str, large
     label = f"{bound}: {len(chosen)} operators, {total:.0%} of all operators' time"
     axes.plot([], [], MARKS[bound], color=colour, label=label)  # a mark of its own size in the legend
     one, x, y, share = max(chosen, key=lambda point: point[3])
+    place = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))
+    right, high = place[0] > 0.5, place[1] > 0.3
     axes.annotate(
-        f"{_short(one.name)}, {share:.1%}", (x, y), (-12, -26), textcoords="offset points", color=colour, fontsize=8,
-        ha="right", arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8},
+        f"{_short(one.name)}, {share:.1%}", (x, y), (-14 if right else 14, -28 if high else 22), color=colour,
+        fontsize=8, ha="right" if right else "left", textcoords="offset points",
+        arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8},
     )  # fmt: skip
 
 

@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import onnx
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper
@@ -102,8 +101,8 @@ def run_watched(
     )
     return Ran(
         operators=[_operator(node, values, names, _times(node, runs, provider), taken_off) for node in nodes],
-        run_seconds=float(np.median(turns.plain)),
-        watched_seconds=float(np.median(turns.watched)),
+        run_seconds=typical(turns.plain),
+        watched_seconds=typical(turns.watched),
         watched_share=len(turns.watched) / (len(turns.plain) + len(turns.watched)),
         activations_bytes=alive_bytes(optimised, nodes, values),
     )
@@ -147,7 +146,7 @@ def _take_turns(
         turns.plain += times
         added = _ADDED_SECONDS * nodes
         if turns.watched:
-            added = float(np.median(turns.watched) - np.median(turns.plain))
+            added = typical(turns.watched) - typical(turns.plain)
         allowed = len(times) if added <= 0 else min(len(times), int(MOST_ADDED * sum(times) / added))
         found = _block(watched, inputs, runs=max(1, min(allowed - 1, most - len(turns.kept))))
         turns.watched += found

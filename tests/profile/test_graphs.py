@@ -171,10 +171,11 @@ def test_runs_that_are_missing_are_noticed(tmp_path: Path) -> None:
         graphs._by_node([[], []], onnx.ModelProto(), 3)
 
 
-def test_a_typical_time_leaves_the_slowest_twentieth_out() -> None:
-    assert typical([1.0] * 19 + [1000.0]) == 1.0
+def test_a_typical_time_is_that_of_the_middle_half() -> None:
+    assert typical([1.0] * 6 + [1000.0, 0.0]) == 1.0
     assert typical([1.0, 2.0]) == 1.5
     assert typical([7.0]) == 7.0
+    assert typical([9.0, 2.0, 3.0, 0.0]) == 2.5
 
 
 def test_operators_are_what_the_roofline_takes(ran: Ran) -> None:
