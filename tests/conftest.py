@@ -23,6 +23,7 @@ from botocore.config import Config
 
 from modelpress.settings import Settings
 from modelpress.store.s3 import S3Store
+from tests.databases import Databases
 
 hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is no reason to fail
 hypothesis.settings.load_profile("suite")
@@ -81,6 +82,15 @@ class S3Server:
             "s3_attempts": 3,
         }
         return Settings.model_validate(values | changes)
+
+
+@pytest.fixture(scope="session")
+def databases(tmp_path_factory: pytest.TempPathFactory) -> Databases:
+    """Migrated databases for this run of tests, which its processes share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "databases"
+    folder.mkdir(exist_ok=True)
+    return Databases(folder)
 
 
 OpenS3 = Callable[..., S3Store]

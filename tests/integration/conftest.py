@@ -10,7 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from cryptography.fernet import Fernet
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW, temporary_settings
 
 from tests.conftest import S3Server
+from tests.databases import Databases
 from tests.integration import postgres
 
 QUIET = {
@@ -32,19 +33,22 @@ START_SECONDS = 240
 
 
 @pytest.fixture(scope="session")
-def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def prefect_server(tmp_path_factory: pytest.TempPathFactory, databases: Databases) -> Iterator[str]:
     """API URL of a Prefect server on SQLite; flows of this process run on it."""
     home, port = tmp_path_factory.mktemp("prefect"), free_port()
     command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     url = f"http://127.0.0.1:{port}/api"
     here = {PREFECT_API_URL: url, PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW: "ignore"}
     environment = {"PREFECT_HOME": str(home), "PREFECT_UI_API_URL": url}  # the pages ask at port 4200 otherwise
-    with serving(command, f"{url}/health", home, environment), temporary_settings(here):
+    with ExitStack() as server:
+        with databases.ready("prefect", home / "prefect.db"):
+            server.enter_context(serving(command, f"{url}/health", home, environment))
+        server.enter_context(temporary_settings(here))
         yield url
 
 
 @pytest.fixture(scope="session")
-def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory, databases: Databases) -> Iterator[str]:
     """URL of an MLflow server on SQLite that keeps the artifacts itself, and sends webhooks to this machine."""
     home, port = tmp_path_factory.mktemp("mlflow"), free_port()
     webhooks = {
@@ -57,7 +61,9 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         *("mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
         *("--backend-store-uri", f"sqlite:///{home}/mlflow.db", "--artifacts-destination", str(home / "artifacts")),
     ]
-    with serving(command, f"http://127.0.0.1:{port}/health", home, webhooks):
+    with ExitStack() as server:
+        with databases.ready("mlflow", home / "mlflow.db"):
+            server.enter_context(serving(command, f"http://127.0.0.1:{port}/health", home, webhooks))
         yield f"http://127.0.0.1:{port}"
 
 
@@ -112,9 +118,9 @@ def mlflow_with_logins(
         database,
         {name: f"password of {name}" for name in names},
     )
-    (home / "auth.ini").write_text(
-        f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {database}\nadmin_username = admin\n"
-    )
+    lines = ("[mlflow]", "default_permission = READ", f"database_uri = {database}", "admin_username = admin")
+    # A password that was right is not hashed anew at each request: scrypt takes most of a flow's time otherwise.
+    (home / "auth.ini").write_text("\n".join((*lines, "auth_cache_ttl_seconds = 3600", "")))
     key, secret = s3_server.writer
     environment = {
         "MLFLOW_BACKEND_STORE_URI": database,

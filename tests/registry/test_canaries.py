@@ -22,6 +22,7 @@ from registry import canaries, canary_figure, gates, promotion, reconcile, runs,
 from registry.canaries import Looked
 from registry.gates import Approval
 from tests.canary.states import CANARY, SHADOW, config, shadowed, split
+from tests.databases import Databases
 from tests.registry.shelf import Shelf
 
 CONFIG = config({**SHADOW, "hold_seconds": 0}, {**CANARY, "hold_seconds": 0})
@@ -29,9 +30,9 @@ GOOD = (shadowed(400, 2.0), split(1000, slow=50))
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
+def client(tmp_path_factory: pytest.TempPathFactory, databases: Databases) -> MlflowClient:
     folder = tmp_path_factory.mktemp("mlflow")
-    return runs.open_client(Settings(home=folder, tracking_uri=f"sqlite:///{folder}/mlflow.db"))
+    return runs.open_client(Settings(home=folder, tracking_uri=databases.mlflow(folder)))
 
 
 class Case(Shelf):

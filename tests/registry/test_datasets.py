@@ -9,6 +9,7 @@ from modelpress.config import WorkloadConfig
 from modelpress.settings import Settings
 from modelpress.workload import check_disjoint
 from registry import datasets, runs
+from tests.databases import Databases
 from tests.integration.small_workloads import Small
 
 
@@ -27,8 +28,8 @@ def test_a_split_is_known_by_its_samples_in_whatever_order() -> None:
     assert [split for split in seen if changed[split] != seen[split]] == ["train"]
 
 
-def test_a_run_has_splits_as_inputs_without_a_login_and_without_data(tmp_path: Path) -> None:
-    client = runs.open_client(Settings(home=tmp_path, tracking_uri=f"sqlite:///{tmp_path}/mlflow.db"))
+def test_a_run_has_splits_as_inputs_without_a_login_and_without_data(tmp_path: Path, databases: Databases) -> None:
+    client = runs.open_client(Settings(home=tmp_path, tracking_uri=databases.mlflow(tmp_path)))
     run = client.create_run(client.create_experiment("data")).info.run_id
     config = WorkloadConfig(kind="image-classification", model="digits-cnn", data="http://anna:a-password@host/set")
     datasets.log(client, run, config, {"train": (7, "ab" * 32), "evaluation": (3, "cd" * 32)})

@@ -25,6 +25,7 @@ from registry import runs, versions
 from registry.loadable import MODEL_TYPE, log_pack
 from registry.pack_model import PackConfig
 from registry.versions import Version
+from tests.databases import Databases
 from tests.packs import Pack, make_pack, onnx_checkpoint
 from tests.trust.teams import Team
 
@@ -96,9 +97,9 @@ class Registry:
 
 
 @pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+def registry(tmp_path_factory: pytest.TempPathFactory, databases: Databases) -> Iterator[Registry]:
     folder = tmp_path_factory.mktemp("loadable")
-    settings = Settings(home=folder, tracking_uri=f"sqlite:///{folder}/mlflow.db")
+    settings = Settings(home=folder, tracking_uri=databases.mlflow(folder))
     client = runs.open_client(settings)
     experiment = client.create_experiment("packs", artifact_location=(folder / "artifacts").as_uri())
     with pytest.MonkeyPatch.context() as patch:

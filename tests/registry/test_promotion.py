@@ -22,6 +22,7 @@ from modelpress.store import Store
 from modelpress.store.local import LocalStore
 from registry import figures, promotion, runs, versions
 from tests.conftest import OpenS3
+from tests.databases import Databases
 from tests.packs import make_pack, torch_checkpoint
 
 NAME = "demo"
@@ -29,9 +30,9 @@ GATE = GateConfig(min_compression_ratio=0, margin=0.3)
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
+def client(tmp_path_factory: pytest.TempPathFactory, databases: Databases) -> MlflowClient:
     folder = tmp_path_factory.mktemp("mlflow")
-    return runs.open_client(Settings(home=folder, tracking_uri=f"sqlite:///{folder}/mlflow.db"))
+    return runs.open_client(Settings(home=folder, tracking_uri=databases.mlflow(folder)))
 
 
 @pytest.fixture
@@ -208,9 +209,9 @@ BECAUSE = Override(by="Anna", reason="the champion leaks")
 
 def test_each_judgement_is_kept_beside_the_pack_it_is_of(packs: list[str], store: Store, client: MlflowClient) -> None:
     refused = promotion.promote(store, client, NAME, packs[0], HARD)
-    kept = [one.record for one in decisions.kept(store, NAME, packs[0])]
-    assert [record.decision.promote for record in kept if record] == [True, False]
-    last = kept[1]
+    kept = [one.record for one in decisions.kept(store, NAME, packs[0]).found]
+    assert [record.decision.promote for record in kept if record] == [False, True]
+    last = kept[0]
     assert last is not None
     assert (last.decision, last.champion, last.after, last.alias) == (refused, packs[2], 3, "champion")
     assert last.gate["min_compression_ratio"] == 100_000
@@ -241,14 +242,14 @@ def test_an_override_moves_the_alias_with_its_name_on_it_and_a_later_judgement_t
 def test_no_override_promotes_damaged_bytes(packs: list[str], store: Store, client: MlflowClient) -> None:
     from modelpress import keys, load
 
-    before = len(decisions.kept(store, NAME))
+    before = len(decisions.kept(store, NAME).found)
     key = keys.blob(load.load_manifest(store, NAME, packs[0]).shards[0].sha256)
     data = store.get(key)
     store.put(key, data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(CorruptionError):
         promotion.promote(store, client, NAME, packs[0], HARD, override=BECAUSE)
     assert named(client) == packs[2]
-    assert len(decisions.kept(store, NAME)) == before
+    assert len(decisions.kept(store, NAME).found) == before
 
 
 @pytest.mark.parametrize("hardware", [None, "c7i.2xlarge"])

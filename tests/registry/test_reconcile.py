@@ -12,15 +12,16 @@ from modelpress.errors import ConflictError, CorruptionError, StoreUnavailableEr
 from modelpress.settings import Settings
 from modelpress.store.local import LocalStore
 from registry import gates, promotion, reconcile, runs, versions
+from tests.databases import Databases
 from tests.registry.shelf import Shelf
 
 CHAMPION = reconcile.CHAMPION
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
+def client(tmp_path_factory: pytest.TempPathFactory, databases: Databases) -> MlflowClient:
     folder = tmp_path_factory.mktemp("mlflow")
-    return runs.open_client(Settings(home=folder, tracking_uri=f"sqlite:///{folder}/mlflow.db"))
+    return runs.open_client(Settings(home=folder, tracking_uri=databases.mlflow(folder)))
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_a_click_that_passes_is_served_and_the_second_look_finds_nothing(shelf: 
     assert shelf.served() == shelf.named() == second
     entries = pointer.history(shelf.store, shelf.name, CHAMPION)
     assert [(entry.pack, entry.reason) for entry in entries] == [(first, "promote"), (second, reconcile.BY_ALIAS)]
-    (kept,) = [one.record for one in decisions.kept(shelf.store, shelf.name, second)]
+    (kept,) = [one.record for one in decisions.kept(shelf.store, shelf.name, second).found]
     assert kept is not None
     assert kept.decision == found.decision
     assert entries[-1].decision == found.decision.model_dump(mode="json") | {decisions.RECORD: kept.digest}

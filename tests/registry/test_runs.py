@@ -13,6 +13,7 @@ from modelpress.errors import ConfigError, SetupError
 from modelpress.reports import PruneReport, PruneStep, TrainReport
 from modelpress.settings import Settings
 from registry.runs import Run, named_errors, open_client, right_to_edit, run_url, version_url
+from tests.databases import Databases
 
 
 def test_the_page_of_a_run_is_shown_without_the_servers_login() -> None:
@@ -62,7 +63,7 @@ def test_a_refusal_is_told_from_a_server_that_is_down(
     assert "a-password" not in str(named.value)
 
 
-def test_the_losses_of_gradual_pruning_are_one_curve(tmp_path: Path) -> None:
+def test_the_losses_of_gradual_pruning_are_one_curve(tmp_path: Path, databases: Databases) -> None:
     def trained(*losses: float) -> TrainReport:
         return TrainReport(
             epochs=len(losses), updates=1, first_loss=losses[0], final_loss=losses[-1], losses=list(losses)
@@ -74,7 +75,7 @@ def test_the_losses_of_gradual_pruning_are_one_curve(tmp_path: Path) -> None:
     ]
     counts = dict.fromkeys(("eligible_parameters", "touched_parameters", "parameters_before", "parameters_after"), 10)
     report = PruneReport(method="magnitude", zeros_after=5, tensors=[], recovery=trained(1), steps=steps, **counts)
-    client = open_client(Settings(home=tmp_path, tracking_uri=f"sqlite:///{tmp_path}/mlflow.db"))
+    client = open_client(Settings(home=tmp_path, tracking_uri=databases.mlflow(tmp_path)))
     experiment = client.create_experiment("curves")
     run = Run(client, client.create_run(experiment).info.run_id, experiment)
     run.series(report.series())

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
@@ -24,10 +23,16 @@ from modelpress.config import CompressConfig, ShardConfig
 from modelpress.publish import publish
 from modelpress.shard import draft_manifest, write_shards
 from modelpress.store import Store, open_store
+from serving.app import create_app
+from serving.canary import Canaries
+from serving.infer import Limits
 from serving.repository import Repository
+from tests import warm
 
 WIDTH, CLASSES = 64, 10
 START_SECONDS = 60.0
+CAP = 200_000
+"""On bodies, in bytes, of the servers without a socket."""
 
 
 def scale_model(value: float) -> Checkpoint:
@@ -87,17 +92,32 @@ def repository(store: Store) -> Callable[..., Repository]:
     return make
 
 
+@asynccontextmanager
+async def client_of(
+    repository: Repository,
+    poll_seconds: float = 0.0,
+    workers: int = 2,
+    max_queue: int = 64,
+    canaries: Canaries | None = None,
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the application, without a socket."""
+    limits = Limits(queue=max_queue, body_bytes=CAP)
+    app = create_app(repository, poll_seconds=poll_seconds, workers=workers, limits=limits, canaries=canaries)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+    ):
+        yield client
+
+
 class Server:
     """A `modelpress serve` process on a free port."""
 
     def __init__(self, store: Store, *arguments: str, **environment: str) -> None:
-        command = [sys.executable, "-m", "modelpress.cli", "serve", "--port", "0", "--poll-seconds", "0.1"]
-        self.process = subprocess.Popen(
-            [*command, "--threads", "1", *arguments],
-            env=os.environ | {"MODELPRESS_STORE": store.uri} | environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        options = ["--port", "0", "--poll-seconds", "0.1", "--threads", "1"]
+        env = os.environ | {"MODELPRESS_STORE": store.uri} | environment
+        self.process = warm.servers().start("serve", *options, *arguments, env=env)
         self.url, self.lines = "", list[str]()
         self._listening = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -108,7 +128,6 @@ class Server:
         self.client = httpx.Client(base_url=self.url, timeout=30)
 
     def _read(self) -> None:
-        assert self.process.stderr
         for line in self.process.stderr:
             self.lines.append(line)
             if found := re.search(r"listening on (https?://\S+?)/v2", line):

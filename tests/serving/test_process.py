@@ -27,6 +27,7 @@ from modelpress import keys, load, pointer
 from modelpress.access import add_key, revoke_keys
 from modelpress.store import Store
 from serving.protocol import decode_response, encode_request
+from tests import warm
 from tests.conftest import OpenS3, S3Server
 from tests.serving.conftest import CLASSES, WIDTH, Server, publish_pack, scale_model
 
@@ -276,14 +277,8 @@ def test_a_full_server_refuses_a_large_body_on_the_wire(press: Call, serve: Call
 
 
 def failing(store: Store, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "modelpress.cli", "serve", *arguments],
-        env=os.environ | {"MODELPRESS_STORE": store.uri} | environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    env = os.environ | {"MODELPRESS_STORE": store.uri} | environment
+    return warm.servers().run("serve", *arguments, env=env)
 
 
 def test_a_port_in_use_is_said(store: Store, press: Call) -> None:

@@ -15,6 +15,7 @@ from modelpress.settings import Settings
 from registry import runs
 from tasks import evaluation, models
 from tasks.runner import RunContext, open_workload
+from tests.databases import Databases
 
 
 @pytest.fixture
@@ -39,9 +40,10 @@ def test_a_workload_is_read_once_in_a_flow_run_and_afresh_in_the_next(data: Path
 
 @pytest.fixture
 def context(
-    tmp_path: Path, workload: WorkloadConfig, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, workload: WorkloadConfig, monkeypatch: pytest.MonkeyPatch, databases: Databases
 ) -> Iterator[Callable[[], RunContext]]:
     """A new flow run's context, over one work store and one MLflow database."""
+    databases.mlflow(tmp_path / "home")
     monkeypatch.setenv("MODELPRESS_HOME", str(tmp_path / "home"))
     for name in ("MODELPRESS_WORK", "MODELPRESS_STORE", "MODELPRESS_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)

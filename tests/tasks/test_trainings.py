@@ -20,6 +20,7 @@ from registry import runs
 from tasks.records import Record, save_record
 from tasks.runner import RunContext, run_stage
 from tasks.trainings import StageShelf, clear_finished
+from tests.databases import Databases
 from tests.train.toy import Toy
 
 KEY = "a" * 64
@@ -83,8 +84,9 @@ class Killed(BaseException):
 
 
 def test_a_stage_that_was_cut_off_trains_on_and_its_run_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, databases: Databases
 ) -> None:
+    databases.mlflow(tmp_path)
     monkeypatch.setenv("MODELPRESS_HOME", str(tmp_path))
     monkeypatch.setenv("MODELPRESS_TRAINING_SECONDS", "0")
     for name in ("MODELPRESS_WORK", "MODELPRESS_STORE", "MODELPRESS_TRACKING_URI"):

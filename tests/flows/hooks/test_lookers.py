@@ -17,6 +17,7 @@ from modelpress.errors import SetupError
 from modelpress.settings import Settings
 from modelpress.store.local import LocalStore
 from registry import runs
+from tests.databases import Databases
 from tests.registry.shelf import Shelf
 
 
@@ -96,8 +97,9 @@ def test_a_flood_of_names_is_bounded(watched: Watched, monkeypatch: pytest.Monke
 
 
 def test_a_dead_prefect_and_a_dead_mlflow_end_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, databases: Databases
 ) -> None:
+    databases.mlflow(tmp_path)
     monkeypatch.setenv("MODELPRESS_HOME", str(tmp_path))
     for name in ("MODELPRESS_STORE", "MODELPRESS_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
