@@ -2,9 +2,9 @@
 
 64 clients ask without pause while the champion is changed a hundred times between two packs whose answers differ. Each
 answer is looked at: it must be 200, and its numbers those of the pack that it names. A swap lasts from the write of the
-pointer to the moment when the server's metadata name the new pack; the server looks at the pointer 20 times a second, so
-that it is the load that takes the time. The p99 of the answers in swaps stands beside the p99 before the first. The clients ask until the last swap is done. The run fails on a failed or mixed
-answer, and where a swap was not followed.
+pointer to the moment when the server's metadata name the new pack; the server looks at the pointer 20 times a second,
+so that it is the load that takes the time. The p99 of the answers in swaps stands beside the p99 before the first. The
+clients ask until the last swap is done. The run fails on a failed or mixed answer, and where a swap was not followed.
 """
 
 from __future__ import annotations

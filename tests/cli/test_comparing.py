@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -108,3 +109,17 @@ def test_an_override_has_a_name_and_a_reason(packs: list[str], run: Run, argumen
     code, _, err = run("promote", "scale", packs[0], *arguments)
     assert code == errors.ConfigError.exit_code
     assert said in err
+
+
+def test_conditions_from_a_file_are_checked_before_anything_is_judged(
+    packs: list[str], run: Run, tmp_path: Path
+) -> None:
+    path = tmp_path / "gate.yaml"
+    path.write_text("margn: 0.01\n")
+    code, _, err = run("promote", "scale", packs[0], "--gate", str(path))
+    assert code == errors.ConfigError.exit_code
+    assert "margn" in err
+    path.write_text("margin: 0.01\n")
+    code, _, err = run("promote", "scale", packs[0], "--gate", str(path), "--judge-only", "--canary", "default")
+    assert code == errors.ConfigError.exit_code
+    assert "--judge-only" in err

@@ -223,6 +223,19 @@ def test_each_judgement_is_kept_beside_the_pack_it_is_of(packs: list[str], store
         assert (record.pack, record.after, record.decision.promote) == (packs[number], number, True)
 
 
+def test_judging_alone_keeps_the_decision_and_moves_nothing(
+    packs: list[str], store: Store, client: MlflowClient
+) -> None:
+    before = pointer.history(store, NAME, "champion")
+    decision = promotion.promote(store, client, NAME, packs[0], GATE, move=False)
+    assert decision.promote
+    assert pointer.history(store, NAME, "champion") == before
+    assert named(client) == packs[2]
+    newest = decisions.kept(store, NAME, packs[0]).found[0].record
+    assert newest is not None
+    assert (newest.decision, newest.champion, newest.after) == (decision, packs[2], len(before))
+
+
 def test_an_override_moves_the_alias_with_its_name_on_it_and_a_later_judgement_takes_the_name_off(
     packs: list[str], store: Store, client: MlflowClient
 ) -> None:
