@@ -41,8 +41,8 @@ class Ran:
 
 
 def typical(seconds: Sequence[float]) -> float:
-    """Mean of the middle half, between the quartiles: what a busy machine disturbs weighs as little as with a median, and
-    it is finer where a clock counts whole microseconds."""
+    """Mean of the middle half, between the quartiles: what a busy machine disturbs weighs as little as with a median,
+    and it is finer where a clock counts whole microseconds."""
     ordered = np.sort(np.asarray(seconds, dtype=np.float64))
     cut = ordered.size // 4
     return float(ordered[cut : ordered.size - cut].mean())
