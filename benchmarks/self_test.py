@@ -5,7 +5,8 @@ sessions that differ in what may differ from machine to machine: threads, the le
 stands for other versions and kernels), and int8 kernels that can't saturate (which processors without VNNI use).
 `difference` is the largest, as a share of the largest answer, as `golden.check` has it; it must stay far below
 `tolerance`, and that below what a fault does. The faults, each in the largest matrix: 5 % too large, the least bits
-lost, the first two rows swapped.
+lost, the first two rows swapped, the sign of the largest weight turned. All of it with noise as inputs, which is the
+default, and with samples of the calibration data.
 
 `self-test` is the time of asking and comparing, after the session was made; `load` all of a load from a local store.
 """
@@ -25,7 +26,7 @@ import torch
 
 from benchmarks._encoder import encoder_config
 from benchmarks._report import Row, main
-from modelpress import golden, graph
+from modelpress import golden, golden_inputs, graph
 from modelpress.checkpoint import Checkpoint
 from modelpress.compress import compress
 from modelpress.config import CompressConfig, ExportConfig, QuantizeConfig, ShardConfig, WorkloadConfig
@@ -65,7 +66,12 @@ def measure(quick: bool) -> Iterator[Row]:
 
 
 def _case(case: str, checkpoint: Checkpoint, workload: Workload) -> Iterator[Row]:
-    inputs = {name: tensor.numpy() for name, tensor in workload.example(SAMPLES).items()}
+    real = {name: tensor.numpy() for name, tensor in workload.example(SAMPLES).items()}
+    yield from _asked(f"{case}, calibration samples", checkpoint, workload, real)
+    yield from _asked(case, checkpoint, workload, golden_inputs.of_workload(workload, SAMPLES))
+
+
+def _asked(case: str, checkpoint: Checkpoint, workload: Workload, inputs: dict[str, np.ndarray]) -> Iterator[Row]:
     samples = golden.make(checkpoint, inputs, classes=workload.outputs == "logits")
     assert samples is not None
     yield Row(case, "the file", "size", "bytes", len(samples.to_bytes()))
@@ -119,7 +125,18 @@ def _faults() -> dict[str, Fault]:
         other[[0, 1]] = weight[[1, 0]]
         return other
 
-    return {"a weight 5 % too large": scaled, "a weight's least bits lost": coarse, "two rows swapped": swapped}
+    def turned(weight: torch.Tensor) -> torch.Tensor:
+        other = weight.clone().reshape(-1)
+        place = other.to(torch.float32).abs().argmax()
+        other[place] = -other[place]
+        return other.reshape(weight.shape)
+
+    return {
+        "a matrix 5 % too large": scaled,
+        "a matrix' least bits lost": coarse,
+        "two rows swapped": swapped,
+        "one sign turned": turned,
+    }
 
 
 def _broken(checkpoint: Checkpoint, fault: Fault) -> Checkpoint | None:

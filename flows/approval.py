@@ -38,7 +38,13 @@ class Answer(RunInput):
 
 
 def approved(
-    name: str, pack: str, gate: GateConfig | None, decision: Decision, override: Override | None = None
+    name: str,
+    pack: str,
+    gate: GateConfig | None,
+    decision: Decision,
+    override: Override | None = None,
+    *,
+    move: bool = True,
 ) -> Decision:
     """The decision, with a person's answer where nothing else is missing.
 
@@ -48,12 +54,13 @@ def approved(
         gate: what it was judged by; None: the pack's own.
         decision: of the gate.
         override: what a person said against it, to be judged with again.
+        move: whether the alias moves then.
 
     Returns:
         A decision that waits for nobody, unless there is no server where anybody could answer.
     """
     while gates.waits(decision) and PREFECT_API_URL.value():
-        decision = release.promote(name, pack, gate, ask(name, pack, decision), override)
+        decision = release.promote(name, pack, gate, ask(name, pack, decision), override, move)
     return decision
 
 

@@ -15,7 +15,11 @@ from tasks import release
 
 @flow(name="promote", flow_run_name="promote-{name}-{candidate}")
 def promote(
-    name: PackName, candidate: str = "challenger", gate: GateConfig | None = None, override: Override | None = None
+    name: PackName,
+    candidate: str = "challenger",
+    gate: GateConfig | None = None,
+    override: Override | None = None,
+    move: bool = True,
 ) -> Decision:
     """Judge a published pack on its own bytes, and make it champion if it is no worse.
 
@@ -26,13 +30,15 @@ def promote(
         candidate: What is judged: an alias, a model version's number, or a pack's digest.
         gate: The conditions; left out, the ones in the pack's own config.
         override: Who promotes it although it does not pass, and why: kept in the decision, the pointer's log, MLflow.
+        move: Move the alias if it passes. Off: the decision is kept, for who moves it later.
 
     Raises:
         GateError: the gate refused; the champion is who it was.
     """
     with watched(name):
         pack = release.find_pack(name, candidate)
-        decision = approved(name, pack, gate, release.promote(name, pack, gate, override=override), override)
+        decision = release.promote(name, pack, gate, override=override, move=move)
+        decision = approved(name, pack, gate, decision, override, move=move)
     if not decision.promote:
         raise GateError(
             f"promoting {name} {pack}",

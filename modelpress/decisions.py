@@ -3,8 +3,12 @@
 Each decision is an object of its own, `packs/<name>/decisions/<pack>/<sha256>.json`, named by the sha256 of its bytes
 and created only if absent. None is ever changed; refusals are kept as well as promotions, and an override with the name
 of who gave it. It holds the pack's name and digest, so that it counts for no other, and is signed as pointer entries
-are where there is a key to sign with. A pointer's entry that a gate wrote holds the digest of its decision, so that one
-which was deleted later is missed. Decisions outlive their packs.
+are where there is a key to sign with. Decisions outlive their packs.
+
+One that was deleted later is missed: a pointer's entry that a gate wrote holds the digest of its decision, and each
+decision holds the digests of those that came right before it, on any pack of the name (`before`). That is mostly one;
+two, where two gates judged at a time. What nobody can miss is the end of this chain: refusals that were deleted before
+the next decision was made.
 
 A reader with a trust file counts a decision only where a key that may move aliases signed it.
 """
@@ -12,7 +16,8 @@ A reader with a trust file counts a decision only where a key that may move alia
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import heapq
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
@@ -23,16 +28,23 @@ from modelpress import keys, strictjson
 from modelpress.errors import ConfigError, ConflictError, CorruptionError, FormatError, NotFoundError, TrustError
 from modelpress.housekeeping.turns import who
 from modelpress.manifest import canonical_json, check_version
+from modelpress.pointer import Pointer
 from modelpress.reports import Decision
-from modelpress.store.base import Store, get_capped, stands
+from modelpress.store.base import ObjectInfo, Store, get_capped, stands
 from modelpress.trust import entries as trusted
 from modelpress.trust.entries import DECISION_TYPE, EntrySignature
 
 if TYPE_CHECKING:
     from modelpress.trust import Signer
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+"""The newest version that is read, and the one that is written. The first has no `before`."""
 MAX_RECORD_BYTES = 2**20
+PAGE = 50
+"""Decisions that `kept` reads at once unless it is told otherwise."""
+RECENT = 16
+"""Of the newest decisions, how many a new one looks at for those that came right before it. More judgements of one
+name at the same time than this leave some unchained."""
 RECORD = "record"
 """Key in a pointer entry's decision: the digest of the kept one."""
 
@@ -44,8 +56,11 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1, 2] = FORMAT_VERSION
     """Version of this layout."""
+    before: Annotated[tuple[Digest, ...], Field(max_length=RECENT)] | None = None
+    """Digests of the decisions on packs of this name that came right before, sorted; None, and not spelled, in
+    version 1."""
     name: str
     """Name of the pack."""
     pack: Digest
@@ -71,15 +86,23 @@ class Record(BaseModel):
     def _check(self) -> Self:
         if not keys.is_name(self.name) or not keys.is_alias(self.alias):
             raise ValueError(f"{self.name!r}@{self.alias!r} is no alias of a pack")
+        if (self.before is None) != (self.format_version == 1):
+            raise ValueError(f"`before` is {self.before} in version {self.format_version}")
+        if self.before is not None and list(self.before) != sorted(set(self.before)):
+            raise ValueError("`before` is not sorted, or names one twice")
         return self
 
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
-        return canonical_json(self.model_dump(mode="json", exclude=None if self.signature else {"signature"}))
+        return self._spelled(signature=self.signature is not None)
 
     def unsigned_bytes(self) -> bytes:
         """What is signed: canonical JSON of everything but the signature."""
-        return canonical_json(self.model_dump(mode="json", exclude={"signature"}))
+        return self._spelled(signature=False)
+
+    def _spelled(self, *, signature: bool) -> bytes:
+        left_out = ([] if signature else ["signature"]) + (["before"] if self.before is None else [])
+        return canonical_json(self.model_dump(mode="json", exclude=set(left_out)))
 
     def signed(self, signer: Signer | None) -> Record:
         """This record with a signature; as it is where there is no signer."""
@@ -95,13 +118,25 @@ class Record(BaseModel):
 
 @dataclass(frozen=True)
 class Kept:
-    """A decision that stands in a store, for people who look through them."""
+    """A decision that stands in a store, or should, for people who look through them."""
 
     key: str
     record: Record | None
     """None where it can't be read."""
-    problem: FormatError | TrustError | None
+    problem: FormatError | TrustError | NotFoundError | None
     """Why it does not count; None where it does, and where nothing is asked (there is no trust file)."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """Some of the decisions that a store has."""
+
+    found: list[Kept]
+    """The newest first; those that do not count as well."""
+    gone: list[Kept]
+    """Those that one of them names as the one before, and that are not there; their key has `*` for the pack."""
+    older: str | None
+    """To ask for the next page with; None: there is none."""
 
 
 def keep(
@@ -115,7 +150,7 @@ def keep(
     after: int,
     gate: dict[str, Any],
 ) -> Record:
-    """Write a decision beside its pack, signed with the store's key where it has one; the same one twice is one.
+    """Write a decision beside its pack, signed with the store's key where it has one, and naming those before it.
 
     Raises:
         ConfigError: it is larger than `MAX_RECORD_BYTES`, or holds what is no JSON.
@@ -123,6 +158,7 @@ def keep(
         StoreError: it can't be written.
     """
     made = Record(
+        before=_newest(store, name),
         name=name,
         pack=pack,
         alias=alias,
@@ -161,34 +197,112 @@ def read(store: Store, name: str, pack: str, record: str) -> Record:
     return found
 
 
-def kept(store: Store, name: str, pack: str = "") -> list[Kept]:
-    """All decisions on packs of a name, or on one pack, the oldest first; those that do not count as well.
+def kept(store: Store, name: str, pack: str = "", *, most: int = PAGE, older: str | None = None) -> Page:
+    """Decisions on packs of a name, or on one pack, the newest first by the store's clock.
+
+    All keys of the name are listed, and at most `most` decisions are read.
+
+    Args:
+        store: the publication store.
+        name: of the packs.
+        pack: digest of the one pack that is meant; empty: all of them.
+        most: how many.
+        older: `PACK/DECISION`, the digests of one of them: those that are older than it. None begins with the newest.
+
+    Raises:
+        NotFoundError: there is no decision `older` among them.
+        StoreError: the store does not answer.
+    """
+    everything = sorted(_listed(store, name), key=lambda row: _age(row[1]), reverse=True)
+    rows = [info for _, info in everything if info.key.startswith(keys.decisions(name, pack))]
+    start = 0
+    if older is not None:
+        places = [number for number, info in enumerate(rows) if _cursor(name, info) == older]
+        if not places:
+            doing = f"looking for decisions on {name} in {store.uri} that are older than {older}"
+            raise NotFoundError(doing, found="no such decision", expected="PACK/DECISION, the digests of one of them")
+        start = places[0] + 1
+    page = rows[start : start + most]
+    found = [one for info in page if (one := _looked_at(store, name, info)) is not None]
+    found.sort(key=lambda one: (one.record is not None, one.record.created if one.record else _EVER), reverse=True)
+    gone = _gone(name, found, {record for record, _ in everything})
+    return Page(found, gone, _cursor(name, page[-1]) if page and start + most < len(rows) else None)
+
+
+def unkept(store: Store, name: str, entries: Iterable[Pointer]) -> dict[int, str]:
+    """By number, the entries of a pointer's log whose decision is not there any more, with its digest.
 
     Raises:
         StoreError: the store does not answer.
     """
-    found = list(_kept(store, name, pack))
-    return sorted(found, key=lambda one: (one.record is None, one.record.created if one.record else _EVER, one.key))
+    named = {entry.number: record for entry in entries if (record := named_by(entry)) is not None}
+    there = {info.key for _, info in _listed(store, name)} if named else set()
+    packs = {entry.number: entry.pack for entry in entries}
+    return {number: one for number, one in named.items() if keys.decision(name, packs[number], one) not in there}
+
+
+def named_by(entry: Pointer) -> str | None:
+    """Digest of the kept decision that a pointer's entry rests on; None where it names none."""
+    record = (entry.decision or {}).get(RECORD)
+    return record if isinstance(record, str) and keys.is_digest(record) else None
 
 
 _EVER = datetime.min.replace(tzinfo=UTC)
 
 
-def _kept(store: Store, name: str, pack: str) -> Iterator[Kept]:
-    for info in store.list(keys.decisions(name, pack)):
+def _age(info: ObjectInfo) -> tuple[datetime, str]:
+    return info.modified, info.key
+
+
+def _cursor(name: str, info: ObjectInfo) -> str:
+    return info.key.removeprefix(keys.decisions(name)).removesuffix(".json")
+
+
+def _listed(store: Store, name: str) -> Iterator[tuple[str, ObjectInfo]]:
+    """Digest and object of each decision on packs of a name."""
+    for info in store.list(keys.decisions(name)):
         place = keys.place(info.key)
-        if place is None or place.kind != "decision":
+        if place is not None and place.kind == "decision":
+            yield place.record, info
+
+
+def _looked_at(store: Store, name: str, info: ObjectInfo) -> Kept | None:
+    """A decision that was listed; None where it was deleted since."""
+    place, record = keys.place(info.key), None
+    assert place is not None
+    try:
+        record = _read(store, name, place.digest, place.record)
+        _admit(store, record)
+    except NotFoundError:
+        return None
+    except (FormatError, TrustError) as error:
+        return Kept(info.key, record, error)
+    return Kept(info.key, record, None)
+
+
+def _gone(name: str, found: list[Kept], there: Collection[str]) -> list[Kept]:
+    """What those that count name as before them and is not there."""
+    missed: dict[str, Kept] = {}
+    for one in found:
+        if one.record is None or one.problem is not None:  # whoever can write to the store could name anything
             continue
-        record: Record | None = None
-        problem: FormatError | TrustError | None = None
-        try:
-            record = _read(store, name, place.digest, place.record)
-            _admit(store, record)
-        except NotFoundError:  # deleted since it was listed
-            continue
-        except (FormatError, TrustError) as error:
-            problem = error
-        yield Kept(info.key, record, problem)
+        for digest in set(one.record.before or ()).difference(there):
+            key = f"{keys.decisions(name)}*/{digest}.json"
+            problem = NotFoundError(f"looking for {key}", found=f"deleted: {one.record.digest[:12]} came after it")
+            missed[digest] = Kept(key, None, problem)
+    return [missed[digest] for digest in sorted(missed)]
+
+
+def _newest(store: Store, name: str) -> tuple[str, ...]:
+    """The decisions that no other one names as before it, among the newest that count."""
+    recent = heapq.nlargest(RECENT, (info for _, info in _listed(store, name)), key=_age)
+    records = [
+        one.record
+        for info in recent
+        if (one := _looked_at(store, name, info)) is not None and one.record is not None and one.problem is None
+    ]
+    named = {digest for record in records for digest in record.before or ()}
+    return tuple(sorted({record.digest for record in records} - named))
 
 
 def _read(store: Store, name: str, pack: str, record: str) -> Record:

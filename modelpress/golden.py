@@ -136,7 +136,8 @@ def make(checkpoint: Checkpoint, inputs: Mapping[str, np.ndarray], *, classes: b
     Raises:
         WorkloadError: the graph does not run on the inputs, or answers with NaN, infinity or text.
     """
-    doing, fix = "asking the graph for golden answers", "publish without them: upload.golden_samples 0"
+    doing = "asking the graph for golden answers"
+    fix = "publish real samples (upload.golden_inputs: calibration), or none (upload.golden_samples: 0)"
     session = graph.session(checkpoint, threads=1)
     names = [one.name for one in session.get_inputs()]
     missing = sorted(set(names) - set(inputs))

@@ -212,6 +212,23 @@ def difference(scores: Scores, baseline: Scores, confidence: float) -> Interval:
     )
 
 
+def rescaled(found: Interval, measured: float, confidence: float) -> Interval:
+    """About the interval that another confidence would have given, where the scores are not at hand any more.
+
+    Each half is stretched by the ratio of the normal distribution's quantiles. That is exact for Wald's interval and an
+    approximation for a bootstrap of a mean, which is normal in the limit.
+
+    Args:
+        found: an interval.
+        measured: its confidence, two-sided.
+        confidence: the one that is wanted, two-sided.
+    """
+    ratio = _quantile(confidence) / _quantile(measured)
+    return Interval(
+        found.value, found.value - ratio * (found.value - found.low), found.value + ratio * (found.high - found.value)
+    )
+
+
 def needed_samples(deviation: float, margin: float, confidence: float, power: float = 0.8) -> int:
     """Paired samples after which a true difference of zero is told from a loss of `margin`.
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 from modelpress import keys, strictjson
 from modelpress.errors import ConfigError, CorruptionError, ModelpressError
@@ -58,8 +58,7 @@ class Nudge:
     name: str
     """Of the pack to look at."""
     alias: str
-    canary: dict[str, Any] | None = None
-    """What the sender adds about a canary; it is handed on as it came."""
+    """That moved."""
 
 
 def sign(secret: bytes, nudge: str, timestamp: str, body: bytes) -> str:
@@ -90,12 +89,10 @@ def check(headers: Mapping[str, str], body: bytes, secrets: Sequence[bytes], *, 
         document = strictjson.loads(body, doing)
     except CorruptionError as error:
         raise RefusedNudgeError(doing, found=error.found, expected="a JSON object") from error
-    name, alias, canary = document.get("name"), document.get("alias"), document.get("canary")
+    name, alias = document.get("name"), document.get("alias")
     if not (isinstance(name, str) and keys.is_name(name) and isinstance(alias, str) and keys.is_alias(alias)):
         raise RefusedNudgeError(doing, found="another document", expected="the name of a pack and an alias")
-    if canary is not None and not isinstance(canary, dict):
-        raise RefusedNudgeError(doing, found="a canary that is no object", expected="an object, or nothing")
-    return Nudge(nudge, int(timestamp), name, alias, canary)
+    return Nudge(nudge, int(timestamp), name, alias)
 
 
 def read_secrets(path: Path, variable: str) -> list[bytes]:
@@ -134,10 +131,9 @@ class Nudger:
     def __init__(self, urls: Sequence[str], secret: bytes) -> None:
         self._urls, self._secret = list(urls), secret
 
-    def tell(self, name: str, alias: str, canary: Mapping[str, Any] | None = None) -> list[str]:
+    def tell(self, name: str, alias: str) -> list[str]:
         """Nudge every server, all at once; the ones that did not take it, each of which is a warning in the log."""
-        document = {"name": name, "alias": alias} | ({"canary": dict(canary)} if canary is not None else {})
-        body = json.dumps(document, sort_keys=True).encode()
+        body = json.dumps({"name": name, "alias": alias}, sort_keys=True).encode()
         with ThreadPoolExecutor(min(len(self._urls), 16), thread_name_prefix="nudge") as pool:
             problems = list(pool.map(lambda url: self._post(url, body), self._urls))
         failed = [(url, problem) for url, problem in zip(self._urls, problems, strict=True) if problem]

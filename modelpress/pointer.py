@@ -46,6 +46,10 @@ FORMAT_VERSION = 2
 """The newest version that is read. An entry without a signature is written as version 1."""
 MAX_ENTRY_BYTES = 2**20
 MAX_RACES = 20
+PROMOTE = "promote"
+"""Reason of an entry that a passed gate let through."""
+OVERRIDE = "override"
+"""The same of one that a person asked for although the gate did not let it through."""
 ROLLBACK = "rollback"
 RENEWAL = "renewal"
 """Reason of an entry that names the same pack as the one before, under another signature."""

@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from modelpress import decisions, intervals, keys, load, pointer, scores
-from modelpress.config import GateConfig, parse_config
+from modelpress.config import EvaluateConfig, GateConfig, parse_config
 from modelpress.errors import ModelpressError, NotFoundError, SetupError
 from modelpress.manifest import Manifest
 from modelpress.pack_files import read_reports
@@ -32,10 +32,6 @@ from registry.versions import Version
 
 CHALLENGER = "challenger"
 """Alias of the version that was judged last."""
-PROMOTE = "promote"
-"""Reason of a pointer's entry that a passed gate wrote."""
-OVERRIDE = "override"
-"""The same of one that a person asked for although the gate did not let it through."""
 TAG_OVERRIDE = "gate.override"
 """Tag of a version: who overrode the gate at the last judgement, and why."""
 log = logging.getLogger(__name__)
@@ -61,6 +57,7 @@ def promote(
     *,
     approval: Approval | None = None,
     override: Override | None = None,
+    move: bool = True,
 ) -> Decision:
     """Judge a published pack and, if it passes, make it champion in MLflow and in the store.
 
@@ -73,6 +70,7 @@ def promote(
         progress: told while the published bytes are read.
         approval: what a person answered, where the gate asks for it.
         override: a person's word for a candidate that does not pass; see `gates.BINDING` for what it is no match for.
+        move: False judges alone: the decision is kept, and nothing moves but the alias `challenger`.
 
     Returns:
         The decision, as it is kept beside the pack and in MLflow. A refusal moves nothing but the alias `challenger`,
@@ -87,7 +85,7 @@ def promote(
         SetupError: MLflow does not answer.
     """
     judged = judge(store, client, name, pack, gate, progress, approval=approval, override=override)
-    if judged.decision.promote:
+    if judged.decision.promote and move:
         put_in_service(store, client, judged)
     return judged.decision
 
@@ -177,9 +175,9 @@ def put_in_service(store: Store, client: MlflowClient, judged: Judged) -> None:
     versions.follow_pointer(store, client, judged.version.name, judged.gate.alias)
 
 
-def append(store: Store, judged: Judged, reason: str = PROMOTE) -> pointer.Pointer:
+def append(store: Store, judged: Judged, reason: str = pointer.PROMOTE) -> pointer.Pointer:
     """Move the pointer to what was judged, if nobody moved it since; the entry names the kept decision."""
-    version, reason = judged.version, OVERRIDE if judged.decision.override else reason
+    version, reason = judged.version, pointer.OVERRIDE if judged.decision.override else reason
     decision = judged.decision.model_dump(mode="json") | {decisions.RECORD: judged.record.digest}
     return pointer.append(store, version.name, judged.gate.alias, version.pack, reason, decision, after=judged.after)
 
@@ -263,6 +261,7 @@ def _gather(store: Store, manifest: Manifest, version: Version, champion: str | 
         compression_ratio=_compression_ratio(manifest, reports),
         speedup=versions.measured_number(version, "speedup"),
         attribution=_attribution(version),
+        attribution_confidence=_confidence(manifest),
         coverage=(reports.get("quantize") or reports.get("plan") or {}).get("coverage"),
         quantized=any(manifest.config.get(stage) is not None for stage in ("quantize", "plan")),
         pruning_coverage=(reports.get("prune") or {}).get("coverage"),
@@ -287,6 +286,12 @@ def _origin(manifest: Manifest) -> Origin:
 def _attribution(version: Version) -> intervals.Interval | None:
     value, low, high = (versions.measured_number(version, f"attribution_{end}") for end in ("agreement", "low", "high"))
     return None if value is None or low is None or high is None else intervals.Interval(value, low, high)
+
+
+def _confidence(manifest: Manifest) -> float:
+    """Of the intervals that the pack's run measured, two-sided."""
+    found = (manifest.config.get("evaluate") or {}).get("confidence")
+    return found if isinstance(found, float) and 0 < found < 1 else EvaluateConfig().confidence
 
 
 def _champion(store: Store, name: str, pack: str) -> Scored:

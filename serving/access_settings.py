@@ -26,10 +26,16 @@ class AccessSettings(BaseSettings):
     """File of hashed keys, as `modelpress access` makes it. Read again when it changes."""
     jwt_keys_file: Path | None = None
     """Public keys of an identity provider (JSON Web Key Set, or PEM) whose tokens count. Read again when it changes."""
+    jwt_keys_url: str = ""
+    """Where the provider has them (its `jwks_uri`), in place of a file: https, or http on loopback. Fetched again every
+    five minutes, and where a token names a key that is not known."""
     jwt_issuer: str = ""
     """What `iss` of such a token must be."""
     jwt_audience: str = ""
     """What `aud` of such a token must be, or hold."""
+    jwt_models_claim: str = ""
+    """The claim that names the models a token is for, with `*`; a token without it is for none. Empty: every token is
+    for every model."""
     jwt_leeway_seconds: float = Field(default=30.0, ge=0, le=300)
     """How far the provider's clock and this one may be apart."""
     open: bool = False
@@ -38,6 +44,9 @@ class AccessSettings(BaseSettings):
     rollback: bool = False
     """Let keys with the scope `promote` move a pointer back over HTTP. The server's credentials must be able to write
     pointers then, and sign them where a trust file asks for it."""
+    promote: bool = False
+    """Let keys with the scope `promote` move a pointer over HTTP to a pack that the gate let through. It takes the
+    rights that `rollback` takes."""
     tls_cert_file: Path | None = None
     """The server's certificate and those behind it, PEM: with it, only TLS is spoken. Read again when it changes."""
     tls_key_file: Path | None = None
@@ -55,18 +64,29 @@ class AccessSettings(BaseSettings):
         Raises:
             ConfigError: a setting without another that it needs, or with one that contradicts it.
         """
-        jwt = {"JWT_KEYS_FILE": self.jwt_keys_file, "JWT_ISSUER": self.jwt_issuer, "JWT_AUDIENCE": self.jwt_audience}
+        keys = "JWT_KEYS_URL" if self.jwt_keys_url else "JWT_KEYS_FILE"
+        jwt = {
+            keys: self.jwt_keys_url or self.jwt_keys_file,
+            "JWT_ISSUER": self.jwt_issuer,
+            "JWT_AUDIENCE": self.jwt_audience,
+        }
         missing = [f"MODELPRESS_SERVING_{name}" for name, value in jwt.items() if not value]
         if 0 < len(missing) < len(jwt):
             raise ConfigError(
                 "reading whose tokens count", found=f"no {' and no '.join(missing)}", expected="all three"
             )
+        if self.jwt_keys_url and self.jwt_keys_file:
+            doing, found = "reading whose tokens count", "MODELPRESS_SERVING_JWT_KEYS_FILE and _JWT_KEYS_URL"
+            raise ConfigError(doing, found=found, expected="one of them")
         issuer = None
-        if self.jwt_keys_file:
-            issuer = Issuer(self.jwt_issuer, self.jwt_audience, self.jwt_leeway_seconds)
-        sources = Sources(self.keys_file, self.token_file, self.jwt_keys_file, issuer)
-        if self.open and sources.files:
-            found = f"MODELPRESS_SERVING_OPEN, and keys in {', '.join(map(str, sources.files))}"
+        if not missing:
+            issuer = Issuer(self.jwt_issuer, self.jwt_audience, self.jwt_leeway_seconds, self.jwt_models_claim)
+        elif self.jwt_models_claim:
+            doing, found = "reading whose tokens count", "MODELPRESS_SERVING_JWT_MODELS_CLAIM alone"
+            raise ConfigError(doing, found=found, expected="keys of tokens, issuer and audience beside it")
+        sources = Sources(self.keys_file, self.token_file, self.jwt_keys_file, issuer, self.jwt_keys_url or None)
+        if self.open and sources.named:
+            found = f"MODELPRESS_SERVING_OPEN, and keys in {', '.join(sources.named)}"
             raise ConfigError("reading who may ask", found=found, expected="keys, or everybody")
         return sources
 
@@ -89,7 +109,7 @@ class AccessSettings(BaseSettings):
         Raises:
             ConfigError: no keys, an address that others reach, and no `open`.
         """
-        if sources.files or self.open or _is_loopback(host):
+        if sources.named or self.open or _is_loopback(host):
             return
         raise ConfigError(
             f"listening on {host}",

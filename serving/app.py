@@ -8,10 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, nullcontext
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
@@ -26,11 +25,11 @@ from modelpress.errors import ModelpressError
 from modelpress.store.threads import DaemonPool
 from serving import openapi
 from serving.canary import Canaries
-from serving.engine import Engine
 from serving.infer import GoneError, InferDoor, Inference, Limits, read_body, target
-from serving.processed import SUFFIX, Processed, ProcessedEngine, ProcessedModel
+from serving.metadata import metadata, store_state
+from serving.processed import ProcessedModel
 from serving.refusals import UNFORESEEN, NotReadyError, RequestError, told
-from serving.repository import Loaded, Repository, ServedModel
+from serving.repository import Repository, ServedModel
 from serving.tensors import short
 
 if TYPE_CHECKING:
@@ -180,7 +179,7 @@ class _Doors:
 
     async def ready(self, _request: Request) -> Response:
         ready = self._repository.ready
-        return _json({"ready": ready, **_store_state(self._repository.lost)}, 200 if ready else 503)
+        return _json({"ready": ready, **store_state(self._repository.lost)}, 200 if ready else 503)
 
     async def model_ready(self, request: Request) -> Response:
         model = self._model(request)
@@ -192,7 +191,7 @@ class _Doors:
 
     async def metadata(self, request: Request) -> Response:
         model = self._model(request)
-        document = _metadata(model, model.answering(request.path_params.get("version")))
+        document = metadata(model, model.answering(request.path_params.get("version")))
         if self._canaries is not None and (canary := self._canaries.shown(model.name)) is not None:
             document["parameters"]["canary"] = canary
         return _json(document)
@@ -262,46 +261,6 @@ async def _small_json(request: Request) -> dict[str, Any]:
 
 async def _in_thread(pool: Executor, work: Callable[[], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(pool, work)
-
-
-def _metadata(model: ServedModel | ProcessedModel, loaded: Loaded | Processed) -> dict[str, Any]:
-    engine, entry, failure = loaded.engine, loaded.pointer, model.failure
-    identity: dict[str, Any] = {"pack": engine.pack}
-    if entry is None:
-        identity["held"] = True
-    else:
-        since = {"alias": entry.alias, "pointer": entry.number, "since": entry.created.isoformat()}
-        identity |= since | ({"decision": _verdict(entry.decision)} if entry.decision else {})
-    identity |= {"provider": engine.provider, "batching": engine.rows.to_json(), "lineage": engine.lineage}
-    identity |= _tested(engine) | _store_state(model.lost)
-    identity |= {"processed": f"{model.name}{SUFFIX}"} if engine.front else {}
-    return {
-        "name": model.name,
-        "versions": model.versions(),
-        "platform": "onnxruntime_onnx",
-        "inputs": [spec.to_json() for spec in engine.inputs],
-        "outputs": [spec.to_json() for spec in engine.outputs],
-        "parameters": identity | ({"failure": failure.reason} if failure else {}),
-    }
-
-
-def _store_state(lost: datetime | None) -> dict[str, Any]:
-    """That the store does not answer, where it does not: what answers then may be older than what was promoted."""
-    return {} if lost is None else {"store": f"unreachable since {lost.isoformat(timespec='seconds')}"}
-
-
-def _tested(engine: Engine | ProcessedEngine) -> dict[str, Any]:
-    """How the pack answered its golden samples."""
-    tested = engine.tested
-    if tested is None:
-        return {"golden": False}
-    return {"golden": True, "golden_difference": tested.difference, "golden_tolerance": tested.tolerance}
-
-
-def _verdict(decision: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a decision of the gate, what everybody may read: that a person overrode it, and not who."""
-    told = {key: decision[key] for key in ("promote", "verdict", "reasons", "record") if key in decision}
-    return told | ({"overridden": True} if decision.get("override") else {})
 
 
 async def _answer_known(request: Request, error: ModelpressError) -> Response:

@@ -188,7 +188,7 @@ class Canaries:
         self._server, self._mirror = uuid.uuid4().hex, Mirror()
         self._trials: dict[str, Trial] = {}
         self._said: dict[str, str] = {}
-        self._stopped = threading.Event()
+        self._stopped, self._wanted = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._follow, name="canary", daemon=True)
 
     def start(self) -> None:
@@ -200,9 +200,14 @@ class Canaries:
     def stop(self) -> None:
         """End, and say what was counted; a store that hangs is not waited for long."""
         self._stopped.set()
+        self._wanted.set()
         if self._thread.is_alive():
             self._thread.join(timeout=2.0)
         self._mirror.stop()
+
+    def look_soon(self) -> None:
+        """Look at the logs at once, and not at the next poll: somebody says that one has changed."""
+        self._wanted.set()
 
     def turn(self, model: ServedModel, champion: Loaded, key: str | None = None) -> Turn | None:
         """A request's part in a canary of its model; None: it has none.
@@ -236,7 +241,11 @@ class Canaries:
                 self._report(trial)
 
     def _follow(self) -> None:
-        while not self._stopped.wait(self._seconds):
+        while True:
+            self._wanted.wait(self._seconds)
+            self._wanted.clear()
+            if self._stopped.is_set():
+                break
             self.poll()
         for trial in self._trials.values():
             self._report(trial, at_once=True)

@@ -19,6 +19,7 @@ import orjson
 
 from modelpress.errors import ModelpressError
 from serving.batching import Batcher, Bounds
+from serving.expansion import MAX_JSON_BYTES
 from serving.models import Loaded, ServedModel
 from serving.processed import Processed
 from serving.protocol import (
@@ -73,6 +74,8 @@ class Limits:
     """A larger request is refused before it is read. So bodies take at most `(workers + queue) * body_bytes`."""
     tensor_bytes: int = MAX_TENSOR_BYTES
     """A larger tensor is refused before it is made."""
+    json_bytes: int = MAX_JSON_BYTES
+    """JSON that would take more, once it is read, is refused unread: at most `workers` are read at a time."""
     tenant_share: float = 1.0
     """Share of all places that the requests of one tenant may hold."""
     bounds: Bounds = field(default_factory=Bounds)
@@ -232,10 +235,11 @@ class InferDoor:
         asks = _Asks.read(scope["headers"])
         with inference.places.one(scope.get(TENANT, ANONYMOUS)):
             body = await _body_in_time(receive, asks.body_bytes, inference.limits.body_bytes)
-            tensor_bytes = inference.limits.tensor_bytes
+            limits = inference.limits
 
             def decode(inputs: list[TensorSpec], outputs: list[TensorSpec]) -> InferRequest:
-                return decode_request(body, inputs, outputs, asks.header_bytes, max_tensor_bytes=tensor_bytes)
+                most = {"max_tensor_bytes": limits.tensor_bytes, "max_json_bytes": limits.json_bytes}
+                return decode_request(body, inputs, outputs, asks.header_bytes, **most)
 
             size = len(body) if asks.header_bytes is None else asks.header_bytes
             found = await inference.answer(

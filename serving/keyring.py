@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from modelpress.access import SCOPES, Key, Principal, digest, read_keys
 from modelpress.errors import ConfigError
+from serving.keysets import KeySet
 from serving.refusals import RequestError
 from serving.tls import fingerprint
 from serving.tokens import Issuer, Tokens, read_verify_keys
@@ -50,7 +51,7 @@ class ForbiddenError(RequestError):
 
 @dataclass(frozen=True)
 class Sources:
-    """The files that say who counts; none of them: everybody is answered."""
+    """What says who counts; nothing: everybody is answered."""
 
     keys_file: Path | None = None
     """Of hashed keys; see `modelpress.access`."""
@@ -59,12 +60,19 @@ class Sources:
     jwt_keys_file: Path | None = None
     """Of an identity provider's public keys; see `serving.tokens`."""
     issuer: Issuer | None = None
-    """Must stand beside `jwt_keys_file`."""
+    """Must stand beside `jwt_keys_file` or `jwt_keys_url`."""
+    jwt_keys_url: str | None = None
+    """Where such keys are fetched, in place of a file; see `serving.keysets`."""
 
     @property
     def files(self) -> list[Path]:
         """Those that are named."""
         return [path for path in (self.keys_file, self.token_file, self.jwt_keys_file) if path is not None]
+
+    @property
+    def named(self) -> list[str]:
+        """All of it, for messages."""
+        return [*map(str, self.files), *([self.jwt_keys_url] if self.jwt_keys_url else [])]
 
 
 class _Counts(NamedTuple):
@@ -97,20 +105,38 @@ class Keyring:
     """
 
     def __init__(self, sources: Sources, now: Callable[[], float] = time.time) -> None:
-        if (sources.jwt_keys_file is None) != (sources.issuer is None):
-            found = "one without the other"
+        given = [one for one in (sources.jwt_keys_file, sources.jwt_keys_url) if one is not None]
+        if len(given) != (sources.issuer is not None):
+            found = "a part of them" if len(given) < 2 else "keys in a file, and at an address"
             raise ConfigError("reading who may sign tokens", found=found, expected="keys, issuer and audience, or none")
+        self._remote: KeySet | None = None
+        if sources.jwt_keys_url and sources.issuer:
+            self._remote = KeySet(sources.jwt_keys_url, sources.issuer)
         self._sources, self._now = sources, now
         self._seen = self._look()
         self._known = self._read()
         self._next_look = time.monotonic() + LOOK_SECONDS
-        self.stale: str | None = None
-        """Why the files that stand now are not what counts; None: they are."""
+        self._stale: str | None = None
 
     @property
     def is_open(self) -> bool:
         """Whether nobody is asked who they are."""
-        return not self._sources.files
+        return not self._sources.named
+
+    @property
+    def stale(self) -> str | None:
+        """Why what stands in the files now, or at the provider's address, is not what counts; None: it is."""
+        return self._stale or (self._remote.problem if self._remote is not None else None)
+
+    def start(self) -> None:
+        """Fetch the keys that are fetched; without this none of them count."""
+        if self._remote is not None:
+            self._remote.start()
+
+    def close(self) -> None:
+        """Fetch no more."""
+        if self._remote is not None:
+            self._remote.stop()
 
     def check(self, authorization: str | None, *scopes: str, model: str | None = None) -> Principal:
         """Who asks, if they may.
@@ -148,17 +174,17 @@ class Keyring:
         metrics and on the status page.
         """
         seen = self._look()
-        if seen == self._seen and self.stale is None:
+        if seen == self._seen and self._stale is None:
             return
         self._seen = seen
         try:
             self._known = self._read()
         except ConfigError as error:
-            if self.stale != str(error):
+            if self._stale != str(error):
                 log.error("who may ask is as it was before: %s", error)
-            self.stale = str(error)
+            self._stale = str(error)
             return
-        self.stale = None
+        self._stale = None
         log.info("read again who may ask: %s", ", ".join(map(str, self._sources.files)))
 
     def _principal(self, authorization: str | None) -> Principal | None:
@@ -172,8 +198,9 @@ class Keyring:
             return key.principal if self._now() < key.until else None
         if known.token is not None and hmac.compare_digest(known.token, name):
             return Principal("token", frozenset(SCOPES), "token")
-        if known.tokens is not None and text.count(".") == 2:
-            return known.tokens.principal(text)
+        tokens = self._remote.tokens if self._remote is not None else known.tokens
+        if tokens is not None and text.count(".") == 2:
+            return tokens.principal(text)
         return None
 
     def _read(self) -> _Known:

@@ -26,13 +26,14 @@ from modelpress.errors import ConfigError, ModelpressError, SetupError
 from modelpress.nudge import read_secrets
 from modelpress.settings import Settings
 from modelpress.store import open_store
-from serving import rollback
+from serving import promote, rollback
 from serving.access_settings import AccessSettings
 from serving.app import create_app
 from serving.audit import Audit
 from serving.batching import Bounds
 from serving.canary import Canaries
 from serving.canary_metrics import CanaryMetrics
+from serving.expansion import MAX_JSON_BYTES
 from serving.guard import Guard
 from serving.heads import heads_within
 from serving.infer import MAX_BODY_BYTES, MAX_QUEUE, Limits
@@ -90,6 +91,9 @@ class ServingSettings(AccessSettings):
     Bodies take at most (workers + max_queue) x max_body_bytes of memory."""
     max_tensor_bytes: int = Field(default=MAX_TENSOR_BYTES, ge=1)
     """A larger tensor is refused before memory is taken for it."""
+    max_json_bytes: int = Field(default=MAX_JSON_BYTES, ge=1)
+    """A request whose JSON would take more memory than this, once it is read, is refused before it is. Small values
+    take many times their bytes; binary tensor data take none of it."""
     tenant_share: float = Field(default=1.0, gt=0, le=1)
     """Share of the places of `workers` and `max_queue` that one tenant, the name of a key, may hold at a time."""
     batch_rows: int = Field(default=Bounds.rows, ge=1)
@@ -172,9 +176,11 @@ def run(base: Settings, serving: ServingSettings) -> None:
     with (
         contextlib.closing(store),
         kept or contextlib.nullcontext(),
+        contextlib.closing(keyring),
         contextlib.closing(Audit(serving.audit_file)) as audit,
         _bound(serving.host, serving.port) as listener,
     ):
+        keyring.start()
         repository.start()
         traces = Traces.wanted()
         with nudges:
@@ -210,6 +216,8 @@ def application(
     metrics = Metrics(repository, keyring, workers)
     canaries = Canaries(repository.store, repository, serving.poll_seconds)
     metrics.add(CanaryMetrics(canaries))
+    if nudges is not None:
+        nudges.listen(lambda _: canaries.look_soon())
     app = create_app(
         repository,
         poll_seconds=serving.poll_seconds,
@@ -221,6 +229,7 @@ def application(
             *Status(repository, metrics, keyring, canaries, rollback=serving.rollback).routes(),
             (nudges or Nudges(repository, [])).route(),
             Route(rollback.PATH, rollback.Rollback(repository, serving.rollback).endpoint, methods=["POST"]),
+            Route(promote.PATH, promote.Promote(repository, serving.promote).endpoint, methods=["POST"]),
         ],
         rpc=_rpc(serving, Watch(keyring, audit, metrics, traces), certificate),
     )
@@ -280,7 +289,12 @@ def _limits(serving: ServingSettings) -> Limits:
         serving.batch_rows, serving.batch_milliseconds / 1e3, delay_seconds=serving.batch_delay_milliseconds / 1e3
     )
     return Limits(
-        serving.max_queue, serving.max_body_bytes, serving.max_tensor_bytes, serving.tenant_share, bounds=bounds
+        queue=serving.max_queue,
+        body_bytes=serving.max_body_bytes,
+        tensor_bytes=serving.max_tensor_bytes,
+        json_bytes=serving.max_json_bytes,
+        tenant_share=serving.tenant_share,
+        bounds=bounds,
     )
 
 

@@ -94,6 +94,10 @@ class Nudges:
         """The door."""
         return Route(PATH, self._endpoint, methods=["POST"])
 
+    def listen(self, listener: Listener) -> None:
+        """Tell one more of each nudge; before the start."""
+        self._listeners.append(listener)
+
     def take(self, headers: dict[str, str], body: bytes) -> Nudge:
         """Check a nudge, and let the thread look.
 

@@ -78,7 +78,8 @@ SCHEMAS: dict[str, Schema] = {
     "Empty": {"type": "object"},
     "Text": TEXT,
     "Rollback": _object({"to": _DIGEST, "from": _DIGEST, "token": _TOKEN}, [], additionalProperties=False),
-    "RolledBack": _object(
+    "Promote": _object({"pack": _DIGEST, "from": _DIGEST, "token": _TOKEN}, ["pack"], additionalProperties=False),
+    "Moved": _object(
         {"name": TEXT, "alias": TEXT, "pack": TEXT, "pointer": COUNT, "before": _MAYBE, "answers": _MAYBE},
         ["name", "alias", "pack", "pointer"],
     ),
@@ -181,7 +182,7 @@ SCHEMAS: dict[str, Schema] = {
         },
         ["model_name", "model_version", "outputs"],
     ),
-    "Nudge": _object({"name": TEXT, "alias": TEXT, "canary": {"type": "object"}}, ["name", "alias"]),
+    "Nudge": _object({"name": TEXT, "alias": TEXT}, ["name", "alias"]),
     "Nudged": _object({"look": TEXT}, ["look"]),
     "IndexRequest": {"type": "object", "properties": {"ready": YES_NO}},
     "Index": {
@@ -293,9 +294,17 @@ OPERATIONS = [
         "/v2/repository/models/{name}/rollback",
         "rollback",
         "Move the pointer back to an earlier pack, where the operator allows it",
-        {200: "RolledBack"},
+        {200: "Moved"},
         body="Rollback",
         body_required=False,
+    ),
+    Operation(
+        "POST",
+        "/v2/repository/models/{name}/promote",
+        "promote",
+        "Move the pointer to a pack that the gate let through, where the operator allows it",
+        {200: "Moved"},
+        body="Promote",
     ),
     Operation("GET", "/v2/status", "status", "Models, gates, canaries, latencies", {200: "Status"}),
     Operation("GET", "/status", "status_page", "The status page", {200: "Text"}, media="text/html"),

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from serving.expansion import MAX_JSON_BYTES, check_expansion
 from serving.raw import BYTES, as_strings, from_raw, to_raw
 from serving.refusals import (
     BusyError,
@@ -93,6 +94,7 @@ def decode_request(
     header_bytes: int | None = None,
     *,
     max_tensor_bytes: int = MAX_TENSOR_BYTES,
+    max_json_bytes: int = MAX_JSON_BYTES,
 ) -> InferRequest:
     """Decode and check an inference request against what the model takes and gives.
 
@@ -105,11 +107,13 @@ def decode_request(
         outputs: what it gives.
         header_bytes: length of the JSON (Inference-Header-Content-Length); None: there is nothing behind it.
         max_tensor_bytes: an input that is larger, decoded, is refused.
+        max_json_bytes: JSON whose objects would take more is refused, unread.
 
     Raises:
         RequestError: not such a request; says which tensor and what it should have been.
     """
     blobs = _Blobs(body, header_bytes)
+    check_expansion(blobs.header, max_json_bytes)
     document = _parse(blobs.header)
     request_id = document.get("id")
     if request_id is not None and not isinstance(request_id, str):

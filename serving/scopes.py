@@ -35,6 +35,7 @@ NEEDS: dict[str, Needs] = {
     "/v2/repository/models/{name}/load": ("admin",),
     "/v2/repository/models/{name}/unload": ("admin",),
     "/v2/repository/models/{name}/rollback": ("promote",),
+    "/v2/repository/models/{name}/promote": ("promote",),
     "/v2/repository/nudge": EVERYBODY,
     "/metrics": ("metrics",),
     "/v2/status": WATCHERS,
@@ -46,6 +47,7 @@ ACTIONS: dict[str, str] = {
     "/v2/repository/models/{name}/load": "load",
     "/v2/repository/models/{name}/unload": "unload",
     "/v2/repository/models/{name}/rollback": "rollback",
+    "/v2/repository/models/{name}/promote": "promote",
     "/v2/repository/nudge": "nudge",
 }
 """Doors behind which something is changed, and what the audit calls it."""

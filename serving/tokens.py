@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from modelpress import strictjson
-from modelpress.access import SCOPES, Principal
+from modelpress.access import EVERY, SCOPES, Principal
 from modelpress.errors import ConfigError, CorruptionError
 
 PublicKey = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey
@@ -33,6 +34,10 @@ MAX_SUBJECT_CHARACTERS = 200
 MIN_RSA_BITS = 2048
 MAX_KNOWN = 4096
 """Tokens whose signature was checked and is not checked again; all are forgotten when there are more."""
+MAX_MODELS = 100
+"""Names of models that a token may have; what comes behind them does not count."""
+MODEL = re.compile(r"[a-z0-9._*-]{1,64}")
+"""A name of models, as keys of ours have it (`modelpress.access.Key`)."""
 REQUIRED = ("exp", "nbf", "iss", "aud", "sub")
 PEM = re.compile(rb"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----", re.DOTALL)
 
@@ -47,6 +52,9 @@ class Issuer:
     """Must be `aud`, or among them."""
     leeway_seconds: float = 30.0
     """How far clocks may be apart."""
+    models_claim: str = ""
+    """The claim that names the models a token is for, in words or in a list, with `*`; a token without it is for none.
+    Empty: every token is for every model."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +69,16 @@ class VerifyKey:
 
 
 class Tokens:
-    """Checks tokens. Safe to call from threads."""
+    """Checks tokens. Safe to call from threads.
 
-    def __init__(self, keys: list[VerifyKey], issuer: Issuer) -> None:
-        self._keys, self._issuer = keys, issuer
+    Args:
+        keys: that may sign.
+        issuer: whose tokens count.
+        unknown: called where a token names a key that is none of them.
+    """
+
+    def __init__(self, keys: list[VerifyKey], issuer: Issuer, unknown: Callable[[], None] = lambda: None) -> None:
+        self._keys, self._issuer, self._unknown = keys, issuer, unknown
         self._known: dict[bytes, tuple[Principal, float]] = {}
 
     def principal(self, text: str) -> Principal | None:
@@ -81,7 +95,8 @@ class Tokens:
         subject, scopes = claims["sub"], _scopes(claims)
         if not isinstance(subject, str) or not _presentable(subject):
             return None
-        found = Principal(subject, scopes, "jwt")
+        claim = self._issuer.models_claim
+        found = Principal(subject, scopes, "jwt", models=_models(claims.get(claim)) if claim else EVERY)
         if len(self._known) >= MAX_KNOWN:
             self._known.clear()
         self._known[name] = found, claims["exp"] + self._issuer.leeway_seconds
@@ -112,6 +127,8 @@ class Tokens:
         fitting = [key for key in self._keys if key.algorithm == header.get("alg")]
         if "kid" in header:
             fitting = [key for key in fitting if key.kid == header["kid"]]
+            if all(key.kid != header["kid"] for key in self._keys):
+                self._unknown()
         return fitting[0] if len(fitting) == 1 else None
 
 
@@ -121,12 +138,19 @@ def _presentable(subject: str) -> bool:
 
 def _scopes(claims: dict[str, Any]) -> frozenset[str]:
     """Those of ours that `scope` (RFC 9068: words in a string) or `scp` (a list) has."""
-    found: set[str] = set()
-    for value in (claims.get("scope"), claims.get("scp")):
-        words = value.split() if isinstance(value, str) else value
-        if isinstance(words, list):
-            found |= {word for word in words if isinstance(word, str)}
+    found = {*_words(claims.get("scope")), *_words(claims.get("scp"))}
     return frozenset(found & set(SCOPES))
+
+
+def _models(value: object) -> tuple[str, ...]:
+    """Names of models; what is none is left out, so that it opens nothing."""
+    return tuple(word for word in _words(value)[:MAX_MODELS] if MODEL.fullmatch(word))
+
+
+def _words(value: object) -> list[str]:
+    """Of a string, or of a list."""
+    words = value.split() if isinstance(value, str) else value
+    return [word for word in words if isinstance(word, str)] if isinstance(words, list) else []
 
 
 def read_verify_keys(path: Path) -> list[VerifyKey]:
@@ -144,7 +168,26 @@ def read_verify_keys(path: Path) -> list[VerifyKey]:
         raise ConfigError(doing, found=error.strerror, expected="a file that can be read") from error
     if len(data) > MAX_FILE_BYTES:
         raise ConfigError(doing, found=f"more than {MAX_FILE_BYTES} bytes", expected="public keys")
-    keys = _from_set(data, doing) if data.lstrip().startswith(b"{") else _from_pem(data, doing)
+    if data.lstrip().startswith(b"{"):
+        return parse_key_set(data, doing)
+    return _told_apart(_from_pem(data, doing), doing)
+
+
+def parse_key_set(data: bytes, doing: str, *, skip: bool = False) -> list[VerifyKey]:
+    """The keys of a JSON Web Key Set that are for signatures.
+
+    Args:
+        data: JSON.
+        doing: for messages.
+        skip: leave out public keys of kinds that are not used here, as providers have them.
+
+    Raises:
+        ConfigError: it is none, holds no key, or one that must not be used; see `read_verify_keys`.
+    """
+    return _told_apart(_from_set(data, doing, skip), doing)
+
+
+def _told_apart(keys: list[VerifyKey], doing: str) -> list[VerifyKey]:
     if not keys:
         raise ConfigError(doing, found="no key", expected="a JSON Web Key Set, or PUBLIC KEY in PEM")
     kids = [(key.kid, key.algorithm) for key in keys]
@@ -162,7 +205,7 @@ def _from_pem(data: bytes, doing: str) -> list[VerifyKey]:
         raise ConfigError(doing, found="PEM that is no public key", expected="PUBLIC KEY in PEM") from error
 
 
-def _from_set(data: bytes, doing: str) -> list[VerifyKey]:
+def _from_set(data: bytes, doing: str, skip: bool) -> list[VerifyKey]:
     try:
         documents = strictjson.loads(data, doing).get("keys")
     except CorruptionError as error:
@@ -181,13 +224,22 @@ def _from_set(data: bytes, doing: str) -> list[VerifyKey]:
         if kid is not None and not isinstance(kid, str):
             raise ConfigError(where, found="a `kid` that is no text", expected="text, or none")
         try:
-            key = _verify_key(kid, jwt.PyJWK.from_dict({**one, "alg": _algorithm_of(one)}).key, where)
-        except (jwt.PyJWTError, ValueError, TypeError, KeyError) as error:
-            raise ConfigError(where, found="no key that can be used", expected=EXPECTED) from error
-        if one.get("alg", key.algorithm) != key.algorithm:
-            raise ConfigError(where, found=f"alg {one['alg']!r:.40}", expected=f"{key.algorithm} for this kind of key")
-        keys.append(key)
+            keys.append(_of_document(kid, one, where))
+        except ConfigError:
+            if not skip:
+                raise
     return keys
+
+
+def _of_document(kid: str | None, document: dict[str, Any], where: str) -> VerifyKey:
+    try:
+        key = _verify_key(kid, jwt.PyJWK.from_dict({**document, "alg": _algorithm_of(document)}).key, where)
+    except (jwt.PyJWTError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(where, found="no key that can be used", expected=EXPECTED) from error
+    if document.get("alg", key.algorithm) != key.algorithm:
+        found, expected = f"alg {document['alg']!r:.40}", f"{key.algorithm} for this kind of key"
+        raise ConfigError(where, found=found, expected=expected)
+    return key
 
 
 EXPECTED = f"RSA of {MIN_RSA_BITS} bits or more (RS256), P-256 (ES256), P-384 (ES384) or Ed25519 (EdDSA)"

@@ -14,7 +14,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from modelpress import keys
-from modelpress.config import CompressConfig, OptimizeConfig, ShardConfig
+from modelpress.config import CompressConfig, OptimizeConfig, ShardConfig, UploadConfig
 from modelpress.progress import Progress
 from modelpress.reports import ArtifactRef, CompressReport, Report, ShardReport, UploadReport
 from modelpress.settings import Settings, read_settings
@@ -138,7 +138,7 @@ def upload(
             files = _shard_files(shards, Path(folder))
             manifest, blobs = draft_manifest(
                 config.name,
-                _with_files(context, coded, provenance, config.upload.golden_samples),
+                _with_files(context, coded, provenance, config.upload),
                 files,
                 config=config.model_dump(mode="json", exclude={"gpu", "workers"}),  # where it was made is no other pack
                 lineage=provenance.lineage,
@@ -191,12 +191,14 @@ def _shard_files(shards: Mapping[str, ArtifactRef], folder: Path) -> list[ShardF
     return files
 
 
-def _with_files(context: RunContext, coded: ArtifactRef, provenance: Provenance, samples: int) -> Coded:
+def _with_files(context: RunContext, coded: ArtifactRef, provenance: Provenance, config: UploadConfig) -> Coded:
     """The coded tensors with the files that travel in the pack: graph, the workload's own, scores, golden samples."""
     from modelpress import scores
     from modelpress.container import Coded
 
-    golden = _golden(context, provenance.graph, samples) if samples else {}  # first: it holds the model, too
+    golden = (
+        _golden(context, provenance.graph, config) if config.golden_samples else {}
+    )  # first: it holds the model, too
     found = Coded.from_bytes(load_artifact(coded))
     vectors = {
         name: scores.load(load_artifact(ref))["scores"]
@@ -223,12 +225,15 @@ def _processing(context: RunContext, files: Mapping[str, bytes]) -> dict[str, by
     return {process.PROCESSING_FILE: spec.to_bytes()}
 
 
-def _golden(context: RunContext, graph: ArtifactRef, samples: int) -> dict[str, bytes]:
+def _golden(context: RunContext, graph: ArtifactRef, config: UploadConfig) -> dict[str, bytes]:
     """A few inputs and the graph's answers, as a file by name; nothing where a single input is too large for it."""
-    from modelpress import golden
+    from modelpress import golden, golden_inputs
 
-    workload = open_workload(context.workload, context.mlflow_run)
-    inputs = {name: tensor.numpy() for name, tensor in workload.example(samples).items()}
+    workload, samples = open_workload(context.workload, context.mlflow_run), config.golden_samples
+    if config.golden_inputs == "synthetic":
+        inputs = golden_inputs.of_workload(workload, samples)
+    else:
+        inputs = {name: tensor.numpy() for name, tensor in workload.example(samples).items()}
     made = golden.make(fetch_checkpoint(graph), inputs, classes=workload.outputs == "logits")
     if made is None:
         text = "upload: no golden samples, one input takes more than %d bytes; servers can't test the pack"

@@ -103,15 +103,18 @@ def promote(
     config: GateConfig | None = None,
     approval: Approval | None = None,
     override: Override | None = None,
+    move: bool = True,
 ) -> Decision:
-    """Judge a published pack on its own bytes, freshly read, and move the alias if it passes, or a person overrides."""
+    """Judge a published pack on its own bytes, freshly read; `move` the alias if it passes, or a person overrides."""
     from registry import promotion
 
     settings = read_settings()
     store = open_store(settings.store_uri, settings)
     with StageProgress("gate") as progress, runs.named_errors(settings.mlflow_uri, runs.right_to_edit(name)):
         client = runs.open_client(settings)
-        decision = promotion.promote(store, client, name, pack, config, progress, approval=approval, override=override)
+        decision = promotion.promote(
+            store, client, name, pack, config, progress, approval=approval, override=override, move=move
+        )
     get_run_logger().info("gate: %s", decision.line(), extra={"stage": "gate"})
     return decision
 

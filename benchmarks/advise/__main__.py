@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks._report import Row, main
 from benchmarks.advise.cases import CASES, QUICK, Kept, found, measure_of
-from benchmarks.advise.plot import draw
+from benchmarks.advise.plot import MEASURED, draw
 from benchmarks.advise.search import Ran
 from modelpress.reports import AdviceReport, Advised, Predicted
 
@@ -19,8 +19,8 @@ budget on the evaluation split, which the advice never sees. *Behind the best* i
 what was asked, as measured; asked: at most 10 %. *Kept* says whether it keeps the budget on the evaluation split (1
 yes). *Foretold* is what the advice said of it. In the last tables, of all recipes of a model: how far what was foretold
 lies from what was measured (|measured ÷ foretold − 1|), and the share of measurements inside the foretold interval.
-Bytes are those of real packs; times are the fastest of many calls, so that medians, which are foretold, are a few
-percent above them.
+Bytes are those of real packs. Who is best is told by the fastest of many calls, which other work on the machine strikes
+least; errors are those of medians, which is what is foretold.
 """
 NAMES = {
     "published_bytes": ("bytes", "B", 1.0),
@@ -119,7 +119,7 @@ def pairs_of(kept: Kept, metric: str) -> list[tuple[Predicted, float]]:
     for one in kept.reports[0].ranked:
         told = getattr(one.outlook, metric) if one.outlook else None
         if isinstance(told, Predicted) and one.label in rows:
-            found.append((told, float(getattr(rows[one.label], metric))))
+            found.append((told, float(getattr(rows[one.label], MEASURED.get(metric, metric)))))
     return found
 
 

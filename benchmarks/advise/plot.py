@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from benchmarks.advise.cases import Kept
 from modelpress.reports import Predicted
 
+MEASURED = {"latency_seconds": "median_latency_seconds", "batch_seconds": "median_batch_seconds"}
+"""What is foretold as a median is held against one."""
 PANELS = {
     "published_bytes": ("bytes of a pack", 1.0),
     "latency_seconds": ("milliseconds of a call, batch 1", 1000.0),
@@ -32,7 +34,7 @@ def draw(kept: Mapping[str, Kept], path: Path) -> None:
             for advised in one.reports[0].ranked:
                 told = getattr(advised.outlook, metric) if advised.outlook else None
                 if isinstance(told, Predicted) and advised.label in rows:
-                    points.append((told, factor * getattr(rows[advised.label], metric)))
+                    points.append((told, factor * getattr(rows[advised.label], MEASURED.get(metric, metric))))
             if not points:
                 continue
             values = [factor * told.value for told, _ in points]

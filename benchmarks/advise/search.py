@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from torch import nn
 
 from modelpress import golden, graph, scores
 from modelpress.advise.grid import Candidate
+from modelpress.agreement import Inputs
 from modelpress.checkpoint import Checkpoint
 from modelpress.compress import compress
 from modelpress.config import AdviseRecipe, EvaluateConfig, OptimizeConfig, ShardConfig, UploadConfig
@@ -22,7 +24,7 @@ from modelpress.evaluate import evaluate
 from modelpress.export import export
 from modelpress.load import load_checkpoint
 from modelpress.plan import plan
-from modelpress.plan.latency import in_turns
+from modelpress.plan.latency import LEAST_CALLS, WARM_UP_CALLS
 from modelpress.process import PROCESSING_FILE
 from modelpress.prune import prune_
 from modelpress.publish import publish
@@ -54,7 +56,11 @@ class Ran(BaseModel):
     load_seconds: float = 0.0
     """Reading the pack from this disk, every digest and tensor checked, to a session."""
     latency_seconds: float = 0.0
+    """Fastest call with one sample."""
     batch_seconds: float = 0.0
+    """Fastest call with the larger batch."""
+    median_latency_seconds: float = 0.0
+    median_batch_seconds: float = 0.0
     seconds: float = 0.0
     """Time that it took to make and to judge."""
 
@@ -139,6 +145,21 @@ def _published(
     return row.model_copy(update={"published_bytes": float(report.published_bytes), "load_seconds": seconds})
 
 
+def _in_turns(checkpoints: Sequence[Checkpoint], inputs: Inputs, seconds: float) -> list[dict[str, float]]:
+    """The fastest and the median call to each graph, called in turns."""
+    sessions = [graph.session(one) for one in checkpoints]
+    for session in sessions * WARM_UP_CALLS:
+        graph.run(session, inputs)
+    times: list[list[float]] = [[] for _ in sessions]
+    started = time.perf_counter()
+    while len(times[0]) < LEAST_CALLS or time.perf_counter() - started < seconds:
+        for session, found in zip(sessions, times, strict=True):
+            before = time.perf_counter()
+            graph.run(session, inputs)
+            found.append(time.perf_counter() - before)
+    return [{"fastest": min(found), "median": statistics.median(found)} for found in times]
+
+
 def _timed(
     recipe: AdviseRecipe, workload: Workload, now: Ran, rows: list[Ran], made: list[Checkpoint]
 ) -> tuple[Ran, list[Ran]]:
@@ -146,14 +167,16 @@ def _timed(
     places = [place for place, row in enumerate(rows) if not row.failed]
     for batch, name in ((1, "latency_seconds"), (recipe.advise.batch_size, "batch_seconds")):
         inputs = workload.example(batch)
-        reference: float | None = None
+        reference: dict[str, float] | None = None
         for start in range(0, len(places), TOGETHER - 1):
             group = range(start, min(start + TOGETHER - 1, len(places)))
             graphs = [made[0], *(made[1 + index] for index in group)]
-            first, *times = in_turns(graphs, inputs, TURN_SECONDS * len(graphs))
+            first, *times = _in_turns(graphs, inputs, TURN_SECONDS * len(graphs))
             reference = reference or first
-            for index, seconds in zip(group, times, strict=True):
-                scaled = seconds * reference / first
-                rows[places[index]] = rows[places[index]].model_copy(update={name: scaled})
-        now = now.model_copy(update={name: reference or 0.0})
+            for index, found in zip(group, times, strict=True):
+                scaled = {key: found[key] * reference[key] / first[key] for key in found}
+                update = {name: scaled["fastest"], f"median_{name}": scaled["median"]}
+                rows[places[index]] = rows[places[index]].model_copy(update=update)
+        if reference is not None:
+            now = now.model_copy(update={name: reference["fastest"], f"median_{name}": reference["median"]})
     return now, rows

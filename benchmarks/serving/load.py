@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import selectors
 import socket
 import subprocess
@@ -26,6 +27,8 @@ import numpy as np
 TOLERANCE = 1e-3
 """Of a number of an answer, to the one that its pack gives: packs differ by far more."""
 ANSWER_SECONDS = 60.0
+LOOK_SECONDS = 0.1
+"""How often `Job.until` is looked for."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Job:
     headers: dict[str, str] = field(default_factory=dict)
     expected: dict[str, list[float]] | None = None
     """By `model_version`, what its answer must be; None: only its status is looked at."""
+    until: str = ""
+    """A file: it stops when this is there, at the latest after `seconds`. Empty: none is looked for."""
 
 
 @dataclass
@@ -113,6 +118,23 @@ class _Line:
         return int(self._got[9:12]), self._got[self._body_at : self._needed]
 
 
+class _End:
+    """Whether it is time to stop."""
+
+    def __init__(self, job: Job, started: float) -> None:
+        self._requests, self._until = job.requests, job.until
+        self._end, self._next_look = started + job.seconds, started
+
+    def reached(self, now: float) -> bool:
+        if self._requests:
+            return False
+        if self._until and now >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            if os.path.exists(self._until):
+                self._end = now
+        return now >= self._end
+
+
 class _Tally:
     def __init__(self, job: Job) -> None:
         self.job, self.times, self.failed, self.mixed = job, list[float](), 0, 0
@@ -153,7 +175,7 @@ def work(job: Job) -> Load:
         selector.register(line.socket, selectors.EVENT_READ, line)
         line.ask()
         left -= 1
-    end = started + job.seconds
+    end = _End(job, started)
     while selector.get_map():
         ready = selector.select(ANSWER_SECONDS)
         if not ready:
@@ -173,7 +195,7 @@ def work(job: Job) -> Load:
                 continue
             now, (status, answer) = time.perf_counter(), found
             tally.answered(status, answer, now - line.began)
-            if left > 0 and (job.requests or now < end):
+            if left > 0 and not end.reached(now):
                 left -= 1
                 line.ask()
             else:

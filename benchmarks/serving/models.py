@@ -30,7 +30,7 @@ from modelpress.store import Store
 from modelpress.workload import load_workload
 from serving.protocol import encode_request
 
-FREE_PORT = {"MODELPRESS_SERVING_PORT": "0", "MODELPRESS_SERVING_POLL_SECONDS": "0.05"}
+FREE_PORT = {"MODELPRESS_SERVING_PORT": "0"}
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,8 @@ class Running:
 def server(store: Store, more: Mapping[str, Any] | None = None, code: str = "") -> Iterator[Running]:
     """`modelpress serve` on the store, on a free port; `more` of its environment, and `code` that runs first."""
     command = [sys.executable, "-c", f"{code}\nfrom serving.main import main\nmain()"]
-    environment = (
-        os.environ | {"MODELPRESS_STORE": store.uri} | {name: str(value) for name, value in (more or {}).items()}
-    )
+    given = {name: str(value) for name, value in (more or {}).items()}
+    environment = os.environ | FREE_PORT | {"MODELPRESS_STORE": store.uri} | given
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     lines: list[str] = []
     try:

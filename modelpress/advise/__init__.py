@@ -22,11 +22,14 @@ from modelpress.advise.grid import Candidate, candidates
 from modelpress.advise.outlook import Errors, Found, Known, outlook
 from modelpress.advise.past import Past
 from modelpress.advise.trial import Trial, Trials
-from modelpress.config import AdviseRecipe
+from modelpress.config import AdviseRecipe, ProfileConfig
 from modelpress.config.advise import Objective
 from modelpress.cores import usable_cores
 from modelpress.errors import ConfigError, ModelpressError
 from modelpress.evaluate import measure_latency
+from modelpress.plan.latency import in_turns
+from modelpress.profile.run import Subject
+from modelpress.profile.run import profile as measure_profile
 from modelpress.progress import Progress, silent
 from modelpress.reports import AdviceReport, Advised, NotPredicted, Outlook, ProfileReport
 from modelpress.reports.measured import value_of
@@ -51,13 +54,13 @@ def advise(
     Args:
         recipe: what is asked, and what it may cost.
         workload: the recipe's.
-        profile: of the model on this machine: says what binds, and what was measured is not measured again.
+        profile: of the model on this machine: says what binds, and what it measured is not measured again. None: one
+            is made where the recipe does not say what is to be best.
         home: folder that keeps measured speeds and earlier checks; None keeps nothing.
         source: the trained module, where it is at hand; None: the workload's.
         progress: told of each candidate.
 
     Raises:
-        ConfigError: no objective, and no profile that says what binds.
         WorkloadError: too few calibration samples, or splits that share some.
         ExportError: the model has no ONNX graph.
     """
@@ -92,7 +95,6 @@ class Advisor:
     ) -> None:
         self.began = time.perf_counter()
         self.recipe, self.profile = recipe, profile
-        objective_of(recipe, profile)  # before anything takes time
         self.past = Past.read(home / CHECKS_FILE if home else None)
         module = source if source is not None else workload.source(progress)
         self.speeds = Bench(home / SPEEDS_FILE if home else None, recipe.advise.kernel_seconds, chained=False)
@@ -100,6 +102,8 @@ class Advisor:
         self.traits = graphs.traits(graphs.named(self.trials.exported))
         self.speeds.chained = bool(self.traits.convolutions)
         self.grid = candidates(recipe, self.traits)
+        if profile is None and recipe.advise.objective is None:
+            self.profile = self._profiled(workload, progress)
         self.now = self.trials.now()
         self.known = self._measure()
         self.tried = self._try_all(progress)
@@ -113,7 +117,7 @@ class Advisor:
         every = [self._advised(one, now, recipe, objective) for one in self.tried]
         every += others.others(now, self.known, asked, objective)
         order = rank.ranked(every, objective)
-        chosen = rank.chosen(order)
+        chosen = rank.chosen(order, objective)
         config = None
         if chosen is not None:
             candidate = next(one.candidate for one in self.tried if one.candidate.label == chosen.label)
@@ -135,9 +139,22 @@ class Advisor:
             seconds=time.perf_counter() - self.began,
         )
 
+    def _profiled(self, workload: Workload, progress: Progress) -> ProfileReport:
+        """Measure what binds, on the line that was asked about."""
+        asked = self.recipe.advise
+        config = ProfileConfig(
+            threads=self.recipe.evaluate.threads,
+            batch_sizes=[1, asked.batch_size],
+            seconds=self.recipe.evaluate.latency_seconds,
+            loads=[0.6],
+            bandwidths={"asked": asked.hardware.bandwidth_bits_per_second / 8},
+        )
+        subject = Subject(self.recipe.name, self.trials.exported, workload.example)
+        return measure_profile(subject, config, self.recipe.compress, progress=progress)
+
     def _measure(self) -> Known:
         """The model as it is: from the profile where it has measured that, else now."""
-        seconds: dict[int, float] = {}
+        seconds, fastest = dict[int, float](), dict[int, float]()
         known = {row.batch_size: row.p50_seconds for row in self.profile.latency} if self.profile else {}
         for size, inputs in self.trials.batches.items():
             if size not in known:
@@ -145,10 +162,12 @@ class Advisor:
                 spent = self.recipe.evaluate.latency_seconds
                 known[size] = measure_latency(partial(graph.run, session), inputs, size, spent).p50_seconds
             seconds[size] = known[size]
+            fastest[size] = in_turns([self.trials.exported], inputs, self.recipe.advise.kernel_seconds)[0]
         started = time.perf_counter()
         graph.session(self.trials.exported)
         return Known(
             seconds=seconds,
+            fastest=fastest,
             plans=self.now.plans,
             session_seconds=time.perf_counter() - started,
             activations_bytes=value_of(self.profile.memory.activations_bytes) if self.profile else None,
@@ -220,7 +239,7 @@ def objective_of(recipe: AdviseRecipe, profile: ProfileReport | None) -> tuple[O
             f"advising on {recipe.name!r}",
             found="no advise.objective and no profile",
             expected="one of them: what is to be best, or what binds",
-            fix="set advise.objective to bytes, latency, throughput, cold-start or cost, or give --profile",
+            fix="set advise.objective to bytes, latency, throughput, cold-start or cost, or give a profile",
         )
     verdict = profile.verdict
     return rank.BINDING[verdict.binds], f"{verdict.binds} binds: {verdict.reason}"

@@ -67,7 +67,7 @@ class Bench:
             self._known = _read(self.path)
 
     def seconds(self, work: Work, kernel: Kernel, alike: int = 1) -> Prediction:
-        """Of one product: the mean of two measurements, which are the ends of the interval."""
+        """Of one product: the faster of two measurements; both are the ends of the interval."""
         if not work.takes(kernel):
             return NotPredicted(not_predicted=f"{work.op_type} has no kernel {kernel}")
         count = micro.copies(work, alike)
@@ -79,7 +79,7 @@ class Bench:
         if isinstance(found, str):
             said = NotPredicted(not_predicted=f"{work} by {kernel}: {found}")
         else:
-            said = Predicted(value=sum(found) / 2, low=min(found), high=max(found), by="measured by itself")
+            said = Predicted(value=min(found), low=min(found), high=max(found), by="measured by itself")
         self.used[key] = KernelSpeed(shape=str(work), kernel=kernel, seconds=said)
         return said
 

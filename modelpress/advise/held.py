@@ -24,7 +24,7 @@ from modelpress.workload import Batch, Split, Workload
 BATCH = 8
 FITTED_SHARE = 0.25
 """Of the calibration batches: ranges and moments settle on few samples, a difference in quality on many."""
-ENOUGH_HELD = 256
+ENOUGH_HELD = 1024
 """Samples to judge by, where training data were never trained on."""
 LEAST_HELD = 16
 CONFIDENCE = 0.95

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from modelpress.advise.work import Kernel, Plan, Speeds, Work, changed_seconds
+from modelpress.advise.work import Kernel, Plan, Speeds, Work, changed_seconds, elementwise_seconds
 from modelpress.config import HardwareConfig
 from modelpress.reports import NotPredicted, Outlook, Predicted, Prediction
 
@@ -18,6 +18,8 @@ class Known:
 
     seconds: dict[int, float]
     """Median time of a call by batch size."""
+    fastest: dict[int, float]
+    """The fastest of many calls, as products are measured."""
     plans: Plans
     """Its products."""
     session_seconds: float
@@ -95,7 +97,12 @@ def _seconds(
     if _same(before, after):
         now = known.seconds[batch]
         return Predicted(value=now, low=now * (1 - error / 2), high=now * (1 + error / 2), by="the float graph's own")
-    return changed_seconds(known.seconds[batch], before, after, speeds, error)
+    moving = elementwise_seconds(known.fastest, known.plans, speeds)[batch]
+    found = changed_seconds(known.fastest[batch], before, after, speeds, error, moving)
+    if isinstance(found, NotPredicted):
+        return found
+    # Whatever else the machine does strikes medians, of one graph as of the other.
+    return found.scaled(known.seconds[batch] / known.fastest[batch])
 
 
 def _same(before: Plan, after: Plan) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from modelpress.config import BudgetConfig, HardwareConfig
@@ -17,6 +18,9 @@ MEASURES: dict[Objective, Metric] = {
     "cost": "cost_per_million",
 }
 """What is to be least; of throughput, most."""
+
+TIE = 1.02
+"""What is foretold to be worse by less than this factor is as good."""
 
 BINDING: dict[str, Objective] = {
     "storage-transfer": "cold-start",
@@ -84,15 +88,31 @@ def ranked(every: Sequence[Advised], objective: Objective) -> list[Advised]:
     Of two that are foretold the same, the one that loses less quality comes first.
     """
 
-    def key(one: Advised) -> tuple[bool, bool, float, float]:
-        value = one.outlook.value(MEASURES[objective]) if one.outlook else None
-        sign = -1 if objective == "throughput" else 1
+    def key(one: Advised) -> tuple[bool, float, float]:
         drop = one.outlook.value("quality_drop") if one.outlook else None
-        return not one.fits, value is None, sign * (value or 0.0), drop if drop is not None else float("inf")
+        return not one.fits, _cost(one, objective), drop if drop is not None else math.inf
 
     return sorted(every, key=key)
 
 
-def chosen(every: Sequence[Advised]) -> Advised | None:
-    """The first of a ranking that a recipe can say and that fits."""
-    return next((one for one in every if one.fits and one.in_recipe), None)
+def chosen(every: Sequence[Advised], objective: Objective) -> Advised | None:
+    """Of those that a recipe can say and that fit, the best; of those that are as good, the one of fewest stages, and
+    of these the one that loses least: nobody takes a risk for a gain that no measurement would find."""
+    fit = [one for one in every if one.fits and one.in_recipe and _cost(one, objective) < math.inf]
+    if not fit:
+        return None
+    best = min(_cost(one, objective) for one in fit)
+
+    def key(one: Advised) -> tuple[int, float, float]:
+        drop = one.outlook.value("quality_drop") if one.outlook else None
+        return len(one.stages), drop if drop is not None else math.inf, _cost(one, objective)
+
+    return min((one for one in fit if _cost(one, objective) <= TIE * best), key=key)
+
+
+def _cost(one: Advised, objective: Objective) -> float:
+    """What is to be least; infinite where nothing is foretold."""
+    value = one.outlook.value(MEASURES[objective]) if one.outlook else None
+    if value is None:
+        return math.inf
+    return 1 / max(value, 1e-300) if objective == "throughput" else value

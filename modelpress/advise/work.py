@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from modelpress.reports import NotPredicted, Predicted, Prediction
+from modelpress.reports.measured import value_of
+from modelpress.reports.profile import MachineProfile
 
 Kernel = Literal["float", "dynamic", "static", "nbits-8", "nbits-4"]
 """How a product is computed: in float, whatever its weight is stored as; in int8 with activations ranged per call, or
@@ -107,6 +109,17 @@ class Roofline:
     error: float = 0.5
     """Half-width of the interval, as a share: what is on paper is at most this sure."""
 
+    @classmethod
+    def of(cls, machine: MachineProfile) -> Roofline:
+        """By the ceilings that a profile measured."""
+        rates = {one.dtype: value_of(one.flops_per_second) for one in machine.matrix_rates}
+        return cls(
+            copy_bytes_per_second=value_of(machine.copy_bytes_per_second),
+            float_flops_per_second=rates.get("float32"),
+            int8_flops_per_second=rates.get("int8"),
+            call_seconds=value_of(machine.call_seconds) or 0.0,
+        )
+
     def seconds(self, work: Work, kernel: Kernel, alike: int = 1) -> Prediction:  # noqa: ARG002 - the protocol's
         """Of one product."""
         if not work.takes(kernel):
@@ -151,12 +164,33 @@ def activations(plan: Plan) -> int:
     return sum(math.prod(work.output) for work, _ in plan)
 
 
-def changed_seconds(now: float, before: Plan, after: Plan, speeds: Speeds, error: float) -> Prediction:
+def elementwise_seconds(seconds: Mapping[int, float], plans: Mapping[int, Plan], speeds: Speeds) -> dict[int, float]:
+    """What of a call goes with the elements that products give, by batch size: normalisations, activations, softmax.
+
+    What is no product grows by a sample's part with each sample of a larger call; what does not grow is the price of
+    calling operators at all, and stays whatever their width.
+
+    Args:
+        seconds: of a call, measured at two batch sizes.
+        plans: its products at both.
+        speeds: of single products.
+    """
+    (small, large), rest = sorted(seconds), {}
+    for batch, now in seconds.items():
+        products = total(plans[batch], speeds)
+        rest[batch] = max(now - products.value, 0.0) if isinstance(products, Predicted) else 0.0
+    slope = max(rest[large] - rest[small], 0.0) / (large - small)
+    return {batch: min(slope * batch, rest[batch]) for batch in seconds}
+
+
+def changed_seconds(
+    now: float, before: Plan, after: Plan, speeds: Speeds, error: float, elementwise: float = 0.0
+) -> Prediction:
     """Seconds of a call once its products are others: what was measured of the whole, less what the products took, plus
     what the new ones take.
 
-    What is no product (normalisations, activations, softmax) goes with the elements that products give: it shrinks
-    where structures were removed, and stays where only kernels changed.
+    What is no product stays, but for the part that goes with the elements that products give: that shrinks where
+    structures were removed.
 
     Args:
         now: seconds of a call as it is, measured, above 0.
@@ -164,6 +198,7 @@ def changed_seconds(now: float, before: Plan, after: Plan, speeds: Speeds, error
         after: those of the changed graph.
         speeds: of single products.
         error: how far off such sums are known to be, as a share.
+        elementwise: seconds of `now` that go with the elements.
     """
     old, new = total(before, speeds), total(after, speeds)
     for found in (old, new):
@@ -173,7 +208,9 @@ def changed_seconds(now: float, before: Plan, after: Plan, speeds: Speeds, error
     assert isinstance(new, Predicted)
     # Products by themselves may be measured to take longer than all of the call, where it is short.
     scale = min(1.0, now / old.value) if old.value else 1.0
-    rest = max(now - scale * old.value, 0.0) * activations(after) / max(activations(before), 1)
+    left = 1 - activations(after) / max(activations(before), 1)
+    rest = max(now - scale * old.value, 0.0)
+    rest = max(rest - left * min(elementwise, rest), 0.0)
     value = rest + scale * new.value
     spread = scale * ((old.high - old.low) + (new.high - new.low)) / 2 if before != after else 0.0
     margin = spread + error * value

@@ -42,7 +42,6 @@ def advise(
 
     show.check_folder(to, checked.name)
     known = _profile(profile)
-    advising.objective_of(checked, known)
     workload = load_workload(checked.workload)
     with Bar("advise") as progress:
         report = advising.advise(checked, workload, profile=known, home=read_settings().home, progress=progress)

@@ -25,13 +25,14 @@ if TYPE_CHECKING:
     from modelpress.canary.decide import Finding
     from modelpress.canary.log import Standing
     from modelpress.canary.tally import Tallies
+    from modelpress.config import GateConfig
 
 DEFAULT = "default"
 canary_app = typer.Typer(name="canary", help="Candidates that take over step by step.", no_args_is_help=True)
 app.add_typer(canary_app)
 
 
-def begin(name: str, candidate: str, config: str, store: str | None) -> None:
+def begin(name: str, candidate: str, config: str, store: str | None, gate: GateConfig | None = None) -> None:
     """Judge a candidate and begin its canary: `modelpress promote --canary`."""
     from modelpress.config import CanaryConfig, load_canary
 
@@ -42,7 +43,7 @@ def begin(name: str, candidate: str, config: str, store: str | None) -> None:
     with terminal():
         from flows.canary import promote_canary
 
-        decision = promote_canary(name, candidate, checked)
+        decision = promote_canary(name, candidate, checked, gate)
     echo(f"{name}: the canary begins; " + "; ".join(decision.reasons))
     echo(f"the deployment `canary` does its steps, or: modelpress canary watch {name}")
 

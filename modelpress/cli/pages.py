@@ -19,12 +19,27 @@ OutOption = Annotated[Path | None, typer.Option("--out", help="File to write; `-
 
 
 @app.command()
-def report(pack: PackArgument, out: OutOption = None, store: StoreOption = None) -> None:
+def report(
+    pack: PackArgument,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option("--with", metavar="FILE", help="A report of `profile` or `advise` to be shown as well; several."),
+    ] = None,
+    out: OutOption = None,
+    store: StoreOption = None,
+) -> None:
     """Write one HTML page on a pack and the run that made it: quality, bytes, speed, layers, gate, origin."""
-    from modelpress.page import read_story, report_page
+    from dataclasses import replace
+
+    from modelpress.page import read_beside, read_story, report_page
+    from modelpress.reports import ProfileReport
+
+    others = [read_beside(path) for path in beside or ()]
 
     name, ref = parse_pack(pack)
     story = read_story(opened_store(store), name, ref)
+    for one in others:
+        story = replace(story, profile=one) if isinstance(one, ProfileReport) else replace(story, advice=one)
     _write(report_page(story), out or Path(f"{name}-{(story.pack or ref)[:SHORT]}.html"))
 
 

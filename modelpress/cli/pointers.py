@@ -23,6 +23,7 @@ from modelpress.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from modelpress.config import GateConfig
     from modelpress.decisions import Kept
     from modelpress.reports import Override
 
@@ -42,16 +43,25 @@ def promote(
         str | None,
         typer.Option(metavar="CONFIG", help="Step by step, watched by tests: a YAML file of steps, or `default`."),
     ] = None,
+    gate: Annotated[
+        str | None,
+        typer.Option(metavar="CONFIG", help="By the conditions in this YAML file, and not by the pack's own."),
+    ] = None,
+    judge_only: Annotated[
+        bool, typer.Option("--judge-only", help="Keep the decision, and move nothing: for who promotes it later.")
+    ] = False,
     store: StoreOption = None,
 ) -> None:
     """Judge a published pack on its own bytes, and move the alias if it passes."""
     against = _override(override, by)
+    conditions = _conditions(gate)
     if canary is not None:
-        if against is not None:
+        if against is not None or judge_only:
             from modelpress.errors import ConfigError
 
-            raise ConfigError("beginning a canary", found="--override", expected="a candidate that passes the gate")
-        begin(name, candidate, canary, store)
+            found = "--judge-only" if judge_only else "--override"
+            raise ConfigError("beginning a canary", found=found, expected="a candidate that passes the gate")
+        begin(name, candidate, canary, store, conditions)
         return
     export_store(store)
     from flows.console import terminal
@@ -59,8 +69,18 @@ def promote(
     with terminal():
         from flows.promote import promote as flow
 
-        decision = flow(name, candidate, override=against)
-    echo(f"{name}: promoted ({decision.outcome()}); " + "; ".join(decision.reasons))
+        decision = flow(name, candidate, conditions, against, not judge_only)
+    done = "judged, and not moved" if judge_only else "promoted"
+    echo(f"{name}: {done} ({decision.outcome()}); " + "; ".join(decision.reasons))
+
+
+def _conditions(path: str | None) -> GateConfig | None:
+    """Those in a file; None: the pack's own."""
+    if path is None:
+        return None
+    from modelpress.config import load_gate
+
+    return load_gate(path)
 
 
 def _override(reason: str | None, by: str | None) -> Override | None:
@@ -127,11 +147,14 @@ def history(
     name: NameArgument, alias: AliasOption = CHAMPION, store: StoreOption = None, as_json: JsonOption = False
 ) -> None:
     """Show the log of an alias: when, who, why, what the gate said, which pack."""
+    from modelpress import decisions as kept
     from modelpress import pointer
     from modelpress.errors import NotFoundError
 
     opened = opened_store(store)
     entries = pointer.history(opened, name, alias)
+    for number, record in kept.unkept(opened, name, entries).items():
+        typer.echo(f"entry {number}: the decision {record} that it rests on is gone", err=True)
     if as_json:
         typer.echo(json.dumps([entry.model_dump(mode="json") for entry in entries], indent=2))
         return
@@ -152,10 +175,18 @@ def history(
 
 
 @app.command()
-def decisions(target: PackOrNameArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Show what gates decided of a pack, or of all packs of a name: promotions, refusals, overrides.
+def decisions(
+    target: PackOrNameArgument,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many at most.")] = 50,
+    older: Annotated[
+        str | None, typer.Option(metavar="PACK/DECISION", help="Those that are older than this one: the next page.")
+    ] = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what gates decided of a pack, or of all packs of a name, the newest first: promotions, refusals, overrides.
 
-    Of a single pack (NAME@REF), with the reasons.
+    Of a single pack (NAME@REF), with the reasons. Decisions that were deleted are shown where one after them is.
     """
     from modelpress import decisions as kept
     from modelpress.errors import NotFoundError
@@ -166,7 +197,10 @@ def decisions(target: PackOrNameArgument, store: StoreOption = None, as_json: Js
         from modelpress import load  # pulls in torch
 
         pack = load.resolve(opened, name, ref)
-    found = kept.kept(opened, name, pack)
+    page = kept.kept(opened, name, pack, most=limit, older=older)
+    found = [*page.found, *page.gone]
+    if page.older is not None:
+        typer.echo(f"older ones: modelpress decisions {target} --limit {limit} --older {page.older}", err=True)
     if as_json:
         typer.echo(json.dumps([_described(one) for one in found], indent=2))
         return

@@ -83,7 +83,7 @@ class AdviseConfig(Config):
     trained, no student is tried, and pruning is repaired alone."""
     students: list[dict[str, int | float | str | bool | list[int]]] = []
     """For `distill`: architectures of students, as in `distill.architecture`."""
-    kernel_seconds: float = Field(default=0.3, gt=0, le=60)
+    kernel_seconds: float = Field(default=0.5, gt=0, le=60)
     """Time spent on measuring each class of products with each kernel; what was measured is kept for this machine."""
     caution: float = Field(default=0.0, ge=0, le=1)
     """What must keep the budget: 0 takes the foretold value, 1 the worse end of its interval, and a number between

@@ -54,5 +54,14 @@ class UploadConfig(Config):
     """Encrypt every shard, file and report with the model's secret, which a key of the settings opens. The manifest
     stays readable."""
     golden_samples: int = Field(default=4, ge=0, le=64)
-    """Samples of the calibration data that are published with the answers to them: a server asks the same before it
-    lets a pack answer. They can be read by who reads the pack. 0: none."""
+    """Inputs that are published with the graph's answers to them: a server asks the same before it lets a pack answer.
+    0: none."""
+    golden_inputs: Literal["synthetic", "calibration"] = "synthetic"
+    """`synthetic`: noise of the calibration data's types, shapes and ranges. `calibration`: samples of that data, which
+    can be read by who reads the pack."""
+
+    @model_validator(mode="after")
+    def _check(self) -> UploadConfig:
+        if not self.golden_samples:
+            refuse_unread(self, "upload", {"golden_inputs": "upload.golden_samples"})
+        return self

@@ -195,6 +195,15 @@ def load_blockwise_recipe(path: str | Path) -> BlockwiseRecipe:
     return _checked(BlockwiseRecipe, _read_yaml(path), str(path))
 
 
+def load_gate(path: str | Path) -> GateConfig:
+    """Read a `GateConfig` from a YAML file.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    return _checked(GateConfig, _read_yaml(path), str(path))
+
+
 def load_canary(path: str | Path) -> CanaryConfig:
     """Read a `CanaryConfig` from a YAML file.
 

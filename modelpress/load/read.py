@@ -21,6 +21,7 @@ from modelpress.load.names import check_trust, load_manifest, resolve
 from modelpress.load.stream import stream_tensors
 from modelpress.manifest import Manifest
 from modelpress.pack_files import read_files, read_reports
+from modelpress.parallel.slices import whole
 from modelpress.progress import Progress, silent
 from modelpress.reports import VerifyReport
 from modelpress.store.base import Store
@@ -31,7 +32,8 @@ def load_checkpoint(
 ) -> tuple[Manifest, Checkpoint]:
     """Read a pack while its bytes come, with everything verified (see `stream_tensors`); `progress` counts bytes.
 
-    With a `cache`, blobs that are there are read from there, and the others are kept there.
+    With a `cache`, blobs that are there are read from there, and the others are kept there. Tensors that are stored as
+    the shares of tensor-parallel ranks come whole.
 
     Raises:
         NotFoundError: the pack, or one of its blobs, is not there.
@@ -43,7 +45,8 @@ def load_checkpoint(
     parts = open_parts(store, manifest, progress, cache)
     with contextlib.closing(parts.stream()) as stream:
         tensors = dict(stream)
-    return manifest, Checkpoint(manifest.kind, tensors, read_files(manifest, parts.fetch), dict(manifest.metadata))
+    found = Checkpoint(manifest.kind, tensors, read_files(manifest, parts.fetch), dict(manifest.metadata))
+    return manifest, whole(found)
 
 
 def verify(store: Store, name: str, ref: str, progress: Progress = silent) -> VerifyReport:

@@ -13,6 +13,7 @@ from modelpress.cores import usable_cores
 from modelpress.errors import ConfigError, SetupError, WorkloadError
 from modelpress.load.names import load_manifest, resolve
 from modelpress.load.read import Parts, load_checkpoint, open_parts
+from modelpress.parallel.slices import joined
 from modelpress.progress import Progress, silent
 from modelpress.store.base import Store, open_store
 
@@ -61,7 +62,8 @@ def state_dict(
     progress: Progress = silent,
     cache: BlobCache | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a torch pack by name, tied ones under each of their names, verified, on a device.
+    """The tensors of a torch pack by name, tied ones under each of their names, verified, on a device. Tensors that are
+    stored as the shares of tensor-parallel ranks come whole.
 
     On CUDA each tensor goes through pinned memory and is copied while the next ones are fetched and decoded; its digest
     was checked before. Beyond the model and the shards in flight this takes two tensors of host memory.
@@ -92,6 +94,7 @@ def state_dict(
         )
     tensors = open_parts(opened, manifest, progress, cache or open_cache()).stream()
     found = dict(tensors) if place.type == "cpu" else _to_cuda(tensors, place)
+    found = joined(found, manifest.metadata)
     tied: dict[str, str] = manifest.metadata.get("tied", {})
     return found | {alias: found[stored] for alias, stored in tied.items() if stored in found}
 

@@ -229,6 +229,8 @@ def _scale(axes: Axes, which: Literal["x", "y"], *, log: bool) -> None:
         axis.set_major_locator(MaxNLocator(4 if which == "x" else 5))
         if max(map(abs, limits())) >= 1e5:
             axis.set_major_formatter(EngFormatter(sep=""))
+        elif max(map(abs, limits())) < 1e-3:
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.1e}".replace("-", "−")))
         return
     axes.set(**{f"{which}scale": "log"})
     low, high = limits()

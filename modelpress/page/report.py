@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from modelpress.page import words
 from modelpress.page.parts import Fact, Item, Link, Page, present
-from modelpress.page.sections import choice, gate, layers, numbers, origin, profile, reasons, sizes, way
+from modelpress.page.sections import advice, choice, gate, layers, numbers, origin, profile, reasons, sizes, way
 from modelpress.page.story import Story
 from modelpress.reports import LatencyReport, QualityReport, RunStage
 
@@ -22,6 +22,7 @@ def report_page(story: Story) -> Page:
             layers.section,
             reasons.section,
             profile.section,
+            advice.section,
             gate.section,
             origin.section,
             numbers.section,
@@ -43,7 +44,7 @@ def _about(story: Story) -> list[Item]:
     if story.aliases:
         items.append(Item("is", ", ".join(alias for alias, _ in story.aliases)))
     if story.run is not None:
-        items += [Item(name, "", link=Link("open", address)) for name, address in story.run.links.items()]
+        items += [Item(name, "", link=Link(f"open the {name}", address)) for name, address in story.run.links.items()]
     return items
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from modelpress import decisions, keys, load, pointer, run_records
+from modelpress import decisions, keys, load, pointer, run_records, strictjson
 from modelpress.decisions import Kept
-from modelpress.errors import EncryptionKeyError, FormatError, TrustError
+from modelpress.errors import ConfigError, EncryptionKeyError, FormatError, TrustError
 from modelpress.manifest import Manifest
 from modelpress.pack_files import read_reports
-from modelpress.reports import QualityReport, Report, RunReport, RunStage
+from modelpress.reports import ProfileReport, QualityReport, Report, RunReport, RunStage
+from modelpress.reports.advice import AdviceReport
 from modelpress.scores import of_pack
 from modelpress.store.base import Store
 from modelpress.trust.packs import signatures_of
@@ -44,6 +46,10 @@ class Story:
     """Whether the signatures were held to a trust file."""
     aliases: tuple[tuple[str, str], ...] = ()
     """Aliases that point at it, and since when."""
+    profile: ProfileReport | None = None
+    """A profile that was made beside the run; else the run's own counts."""
+    advice: AdviceReport | None = None
+    """An advice that was asked for before it."""
     sealed: str | None = None
     """Why its reports can't be read: it is encrypted, and no key opens it."""
     refused: tuple[str, ...] = ()
@@ -92,6 +98,25 @@ class Story:
         return found
 
 
+def read_beside(path: Path) -> ProfileReport | AdviceReport:
+    """A report that another command wrote: of `modelpress profile`, or of `modelpress advise`.
+
+    Raises:
+        ConfigError: it can't be read, or is neither.
+    """
+    doing = f"reading the report {path}"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(doing, found=str(error), expected="a file") from error
+    document = strictjson.loads(data, doing)
+    found = read_as(AdviceReport, document) or read_as(ProfileReport, document)
+    if found is None:
+        keys_ = ", ".join(sorted(document)[:8]) or "nothing"
+        raise ConfigError(doing, found=f"JSON with {keys_}", expected="the report of `profile`, or of `advise`")
+    return found
+
+
 def read_as(kind: type[ReportT], values: Mapping[str, Any]) -> ReportT | None:
     """A report from JSON; what a later release added is left out, and None stands for what does not fit."""
     try:
@@ -134,7 +159,7 @@ def read_story(store: Store, name: str, ref: str, run: RunReport | None = None) 
         numbers={stage: found for stage, found in numbers.items() if isinstance(found, dict)},
         run=run,
         metric=metric,
-        decisions=tuple(decisions.kept(store, name, digest)),
+        decisions=tuple(reversed(decisions.kept(store, name, digest).found)),
         signatures=tuple(one.line() for one in signed),
         trusted=policy is not None,
         aliases=tuple(_aliases(store, name, digest)),

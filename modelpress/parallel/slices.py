@@ -87,6 +87,18 @@ def joined(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[s
     return found
 
 
+def whole(checkpoint: Checkpoint) -> Checkpoint:
+    """Undo `sliced`; a checkpoint of whole tensors as it is.
+
+    Raises:
+        CorruptionError: see `joined`.
+    """
+    if KEY not in checkpoint.metadata:
+        return checkpoint
+    metadata = {key: value for key, value in checkpoint.metadata.items() if key != KEY}
+    return replace(checkpoint, tensors=joined(checkpoint.tensors, checkpoint.metadata), metadata=metadata)
+
+
 def cut_of(metadata: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
     """Into how many shares the tensors of a checkpoint are cut, and along which axes; (1, {}) where none is.
 
@@ -99,9 +111,9 @@ def cut_of(metadata: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
     ranks = stated.get("ranks") if isinstance(stated, dict) else None
     axes = stated.get("axes") if isinstance(stated, dict) else None
     if isinstance(ranks, int) and isinstance(axes, dict) and type(ranks) is int and 1 <= ranks <= 2**16:  # no bool
-        whole: dict[str, int] = {str(name): axis for name, axis in axes.items() if type(axis) is int and 0 <= axis < 64}
-        if len(whole) == len(axes):
-            return ranks, whole
+        legal: dict[str, int] = {str(name): axis for name, axis in axes.items() if type(axis) is int and 0 <= axis < 64}
+        if len(legal) == len(axes):
+            return ranks, legal
     raise CorruptionError(
         f"reading a checkpoint's metadata.{KEY}", found=repr(stated)[:200], expected="ranks, and axes by name"
     )

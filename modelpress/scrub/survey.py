@@ -23,6 +23,10 @@ class Survey:
     """Name and alias of each pointer."""
     signatures: int = 0
     decisions: int = 0
+    decided: set[tuple[str, str]] = field(default_factory=set)
+    """Name and digest of each decision."""
+    followed: dict[tuple[str, str], str] = field(default_factory=dict)
+    """Name and digest of each that another one names as before it, and the key of that."""
     runs: int = 0
     findings: list[Finding] = field(default_factory=list)
 
@@ -50,6 +54,7 @@ def survey(store: Store) -> Survey:
             _decision(store, place, found)
         elif place.kind == "run":
             _run(store, place, found)
+    _chained(found)
     there = {(row.name, row.digest) for row in found.packs}
     for place in signed:
         _signature(store, place, (place.name, place.digest) in there, found)
@@ -111,8 +116,10 @@ def _decision(store: Store, place: Place, found: Survey) -> None:
     """What a gate decided. One that nobody signed, or by a key that does not count any more, is in order: nothing is
     served by it."""
     key = keys.decision(place.name, place.digest, place.record)
+    found.decided.add((place.name, place.record))
     try:
-        decisions.read(store, place.name, place.digest, place.record)
+        record = decisions.read(store, place.name, place.digest, place.record)
+        found.followed |= {(place.name, one): key for one in record.before or ()}
     except NotFoundError:  # deleted since it was listed
         return
     except (UnsignedError, KeyRefusedError):
@@ -121,6 +128,15 @@ def _decision(store: Store, place: Place, found: Survey) -> None:
         found.findings.append(Finding(kind="damaged", key=key, pack=of(place), problem=_told(error)))
         return
     found.decisions += 1
+
+
+def _chained(found: Survey) -> None:
+    """That each decision is there which another one came after."""
+    for (name, digest), key in sorted(found.followed.items()):
+        if (name, digest) not in found.decided:
+            lost = f"no such decision, and {key} came after it"
+            place = f"{keys.decisions(name)}*/{digest}.json"
+            found.findings.append(Finding(kind="missing", key=place, pack=name, problem=lost))
 
 
 def _run(store: Store, place: Place, found: Survey) -> None:
@@ -161,8 +177,8 @@ def _pointer(store: Store, name: str, alias: str, found: Survey) -> None:
 def _kept_decisions(store: Store, name: str, alias: str, entries: list[pointer.Pointer], found: Survey) -> None:
     """That each decision that an entry names is there; whether it is in order is seen where it is listed."""
     for entry in entries:
-        record = (entry.decision or {}).get(decisions.RECORD)
-        if not isinstance(record, str) or not keys.is_digest(record):
+        record = decisions.named_by(entry)
+        if record is None:
             continue
         key = keys.decision(name, entry.pack, record)
         if store.info(key) is None:

@@ -1,7 +1,7 @@
 """The gate: who may become champion. Pure arithmetic on numbers that others measured.
 
-`evidence` is all that it looks at, `comparisons` tests quality sample by sample, `conditions` holds the other numbers
-to their bounds, and `judgement` joins the checks into a `Decision`.
+`evidence` is all that it looks at, `comparisons` tests quality sample by sample, `reasons` asks why it answers so,
+`conditions` holds the other numbers to their bounds, and `judgement` joins the checks into a `Decision`.
 """
 
 from modelpress.reports import Check, Decision, Override, Verdict

@@ -51,9 +51,9 @@ class Question:
     """And below this; infinite where nothing is too good."""
     told: Callable[[intervals.Interval], str]
     """The numbers, for people."""
-    deviation: float
-    """Of what the mean is taken of; `needed` looks at it."""
-    samples: int
+    deviation: float | None = None
+    """Of what the mean is taken of; `needed` looks at it. None: it is not known any more."""
+    samples: int = 0
     """How many there are."""
 
     def verdict(self, found: intervals.Interval) -> Verdict:
@@ -64,6 +64,8 @@ class Question:
 
     def needed(self, confidence: float) -> int | None:
         """Samples that would decide if what was observed were the truth; None where no number of them would."""
+        if self.deviation is None:
+            return None
         value = self.interval(confidence).value
         distance = min(abs(value - self.low), abs(value - self.high))
         scale = self.high - self.low if math.isfinite(self.high) else 2 * abs(self.low)
@@ -74,7 +76,12 @@ class Question:
 
 
 def compare(
-    candidate: Scored, references: Sequence[tuple[str, Scored]], config: GateConfig, *, unpaired: bool = False
+    candidate: Scored,
+    references: Sequence[tuple[str, Scored]],
+    config: GateConfig,
+    *,
+    unpaired: bool = False,
+    beside: Sequence[Question | Check] = (),
 ) -> list[Check]:
     """Judge a candidate's scores against those of others: the metric, further metrics, and slices.
 
@@ -84,6 +91,7 @@ def compare(
         config: which metrics and slices, with which margins; `equivalence` is asked against the source alone, as a
             candidate may well be better than the champion.
         unpaired: where the samples differ, compare means and not samples; else that is inconclusive.
+        beside: further questions of the same family, by other intervals.
 
     Returns:
         A check for each comparison, in a fixed order.
@@ -91,6 +99,7 @@ def compare(
     asked = [
         *(part for who, reference in references for part in _against(who, candidate, reference, config, unpaired)),
         *_floors(candidate, config),
+        *beside,
     ]
     questions = [one for one in asked if isinstance(one, Question)]
     answers = iter(_answer(questions, config))

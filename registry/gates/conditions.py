@@ -1,4 +1,4 @@
-"""What else must hold: bytes, speed, coverage, reasons, origin, and that what was judged is what is published."""
+"""What else must hold: bytes, speed, coverage, origin, and that what was judged is what is published."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
-from modelpress import intervals
 from modelpress.config import GateConfig
 from modelpress.reports import Check, Verdict
 from registry.gates.evidence import Evidence, Figures, Origin, Published
@@ -25,8 +24,6 @@ def conditions(evidence: Evidence, config: GateConfig) -> Iterator[Check]:
         yield _at_least("speed-up", evidence.speedup, config.min_speedup)
     if config.hardware is not None:
         yield from _fast_enough(evidence, config, config.hardware)
-    if config.min_attribution_agreement > 0:
-        yield _same_reasons(evidence.attribution, config.min_attribution_agreement)
     if evidence.quantized:
         yield _covered("quantization coverage", evidence.coverage, config.min_quantization_coverage, "quantized")
     if evidence.pruned:
@@ -90,16 +87,6 @@ def _throughput(found: Figures, least: float, hardware: str) -> Check:
         return Check(name="throughput", verdict="fail", reason=f"not measured on {hardware}, {asked}")
     verdict: Verdict = "pass" if value >= least else "fail"
     return Check(name="throughput", verdict=verdict, reason=f"{value:,.1f} samples/s on {hardware}, {asked}")
-
-
-def _same_reasons(found: intervals.Interval | None, least: float) -> Check:
-    name = "attribution agreement"
-    if found is None or not all(map(math.isfinite, (found.value, found.low, found.high))):
-        reason = f"not measured, at least {least:g} is asked; set evaluate.attribution_samples"
-        return Check(name=name, verdict="fail", reason=reason)
-    verdict: Verdict = "pass" if found.low >= least else "fail" if found.high < least else "inconclusive"
-    numbers = f"rank correlation {found.value:.3f} [{found.low:.3f}, {found.high:.3f}], at least {least:g} is asked"
-    return Check(name=name, verdict=verdict, reason=numbers)
 
 
 def _covered(name: str, coverage: float | None, least: float, done: str) -> Check:

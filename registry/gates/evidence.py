@@ -62,6 +62,8 @@ class Evidence:
     """Share of the eligible weights that are integers; read only where `quantized`."""
     quantized: bool
     """Whether the recipe asked for quantization."""
+    attribution_confidence: float = 0.95
+    """Of that interval, two-sided."""
     pruning_coverage: float | None = None
     """Share of the eligible weights in tensors that were pruned; read only where `pruned`."""
     pruned: bool = False

@@ -11,6 +11,7 @@ from modelpress.scores import Scored
 from registry.gates.comparisons import CHAMPION, PUBLICATION, SOURCE, compare
 from registry.gates.conditions import PUBLISHED, SIGNATURE, conditions
 from registry.gates.evidence import Evidence
+from registry.gates.reasons import reasons
 
 APPROVAL = "approval"
 """Name of the check that a person answers."""
@@ -38,7 +39,8 @@ def decide(evidence: Evidence, config: GateConfig) -> Decision:
     references = [(SOURCE, evidence.source)]
     if evidence.champion is not None:
         references.append((CHAMPION, evidence.champion))
-    return _conclude([*compare(evidence.candidate, references, config), *conditions(evidence, config)])
+    quality = compare(evidence.candidate, references, config, beside=list(reasons(evidence, config)))
+    return _conclude([*quality, *conditions(evidence, config)])
 
 
 def recheck(found: Scored, published: Mapping[str, Scored], config: GateConfig) -> Decision:

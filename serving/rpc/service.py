@@ -21,6 +21,7 @@ from modelpress import __version__
 from modelpress.errors import ModelpressError, SetupError
 from serving.infer import CANARY_KEY, CLOSED_BY_CLIENT, Inference
 from serving.keyring import NOBODY, ForbiddenError
+from serving.metadata import described
 from serving.refusals import RETRY_SECONDS, UNFORESEEN, NotReadyError, RequestError, one_line, told
 from serving.rpc import tensors
 from serving.rpc.messages import METHODS, SERVICE
@@ -139,14 +140,7 @@ class _Calls:
 
     async def ModelMetadata(self, request: Any, _context: Any, _tenant: str) -> dict[str, Any]:  # noqa: N802
         model = self._repository.asked(request.name)
-        engine = model.answering(request.version or None).engine
-        return {
-            "name": model.name,
-            "versions": model.versions(),
-            "platform": "onnxruntime_onnx",
-            "inputs": [spec.to_json() for spec in engine.inputs],
-            "outputs": [spec.to_json() for spec in engine.outputs],
-        }
+        return described(model, model.answering(request.version or None))
 
     async def ModelInfer(self, request: Any, context: Any, tenant: str) -> Any:  # noqa: N802
         inference, received = self._inference, asyncio.get_running_loop().time()

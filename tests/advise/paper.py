@@ -47,7 +47,8 @@ class Paper:
             found = total(self.plan(batch, "float"), MACHINE)
             assert isinstance(found, Predicted)
             seconds[batch] = 1.1 * found.value  # a tenth of what is no product
-        return Known(seconds, self.plans("float"), session_seconds=1e-4, activations_bytes=None, cores=2)
+        plans = self.plans("float")
+        return Known(seconds, seconds, plans, session_seconds=1e-4, activations_bytes=None, cores=2)
 
     def found(self, kernel: Kernel, bits: float, drop: float, inner: float = 1.0) -> Found:
         """A form of the model: its kernel, and the bits that a weight takes in a pack."""

@@ -72,10 +72,28 @@ def test_what_fits_no_device_is_split(paper: Paper, devices: int) -> None:
     assert order[0].technique == "model-parallel"
     assert order[0].fits
     assert not any(one.fits for one in order[1:])
-    assert rank.chosen(order) is None  # no recipe can say it
+    assert rank.chosen(order, "latency") is None  # no recipe can say it
     small = hardware | {"memory_bytes": round(0.55 * paper.parameters)}
     _, order = ranking(paper, asked("latency", hardware=small))
     assert order[0].technique == "weight-only"
+
+
+def test_no_risk_is_taken_for_what_is_as_good() -> None:
+    """One per cent of time is no reason to change a model, and ten are."""
+    paper = Paper()
+    for share, expected in ((0.99, "lossless"), (0.9, "static")):
+        now, order = ranking(paper, asked("latency"))
+        time = now.value("latency_seconds") or 0
+        rows = []
+        for one in order:
+            if one.outlook is None or one.technique not in ("lossless", "static"):
+                continue
+            changed = {"latency_seconds": near(share * time)} if one.technique == "static" else {}
+            stages = {"quantize": {}} if one.technique == "static" else {}
+            rows.append(one.model_copy(update={"outlook": one.outlook.model_copy(update=changed), "stages": stages}))
+        found = rank.chosen(rows, "latency")
+        assert found is not None
+        assert found.technique == expected
 
 
 def test_replicas_are_for_throughput() -> None:
@@ -86,7 +104,7 @@ def test_replicas_are_for_throughput() -> None:
     assert order[0].outlook.value("throughput_per_second") == pytest.approx(
         64 * (now.value("throughput_per_second") or 0)
     )
-    assert rank.chosen(order) is not None
+    assert rank.chosen(order, "throughput") is not None
     _, order = ranking(paper, asked("latency", hardware={"devices": 64}))
     assert order[0].technique != "data-parallel"
 
@@ -97,7 +115,7 @@ def test_a_slower_network_never_advises_more_bytes(paper: Paper, speeds: list[fl
     sizes = []
     for speed in sorted(speeds):
         _, order = ranking(paper, asked("cold-start", hardware={"bandwidth_bits_per_second": speed}))
-        first = rank.chosen(order)
+        first = rank.chosen(order, "cold-start")
         assert first is not None
         assert first.outlook is not None
         sizes.append(first.outlook.value("published_bytes"))
@@ -128,17 +146,22 @@ def test_no_budget_is_broken(
         "min_throughput_per_second": (now.value("throughput_per_second") or 0) / share / 3,
     }
     _, order = ranking(paper, asked(objective, budget=limits, caution=caution), drops)
-    first = rank.chosen(order)
-    kept = [one for one in order if one.in_recipe and one.outlook and keeps(one, limits, caution)]
+    first = rank.chosen(order, objective)  # type: ignore[arg-type]
+    tried = [one for one in order if one.in_recipe]
+    for one in tried:  # but for what rounding decides
+        assert keeps(one, limits, caution, 1e-9) if one.fits else not keeps(one, limits, caution, -1e-9)
+        assert one.fits == (not one.obstacles)
+    kept = [one for one in tried if one.fits]
     assert (first is None) == (not kept)
     if first is None:
         return
     assert first in kept
     measure, sign = rank.MEASURES[objective], -1 if objective == "throughput" else 1  # type: ignore[index]
-    assert all(sign * value(first, measure) <= sign * value(one, measure) for one in kept)
+    worst = value(first, measure) / rank.TIE**sign  # of those that are as good, the one that loses least is taken
+    assert all(sign * worst <= sign * value(one, measure) * (1 + sign * 1e-9) for one in kept)
 
 
-def keeps(one: Advised, limits: dict[str, float], caution: float) -> bool:
+def keeps(one: Advised, limits: dict[str, float], caution: float, slack: float) -> bool:
     """The budget again, written another way."""
     assert one.outlook is not None
     drop, size, time, rate = (
@@ -147,9 +170,9 @@ def keeps(one: Advised, limits: dict[str, float], caution: float) -> bool:
     )
     high = [(1 - caution) * found.value + caution * found.high for found in (drop, size, time)]
     low = (1 - caution) * rate.value + caution * rate.low
-    close = 1 + 1e-12
-    return (
-        high[0] <= limits["max_quality_drop"] + 1e-15
+    close = 1 + slack
+    return bool(
+        high[0] <= limits["max_quality_drop"] + slack
         and high[1] <= limits["max_bytes"] * close
         and high[2] <= limits["max_latency_seconds"] * close
         and low * close >= limits["min_throughput_per_second"]

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelpress.advise.work import KERNELS, Plan, Roofline, Work, changed_seconds, total
-from modelpress.reports import NotPredicted, Predicted
+from modelpress.advise.work import KERNELS, Plan, Roofline, Work, changed_seconds, elementwise_seconds, total
+from modelpress.reports import Measured, NotMeasured, NotPredicted, Predicted
+from modelpress.reports.profile import MachineProfile, MatrixRate
 
 MACHINE = Roofline(copy_bytes_per_second=1e10, float_flops_per_second=1e11, int8_flops_per_second=4e11)
 UP = Work("MatMul", (64, 256), (4, 16, 64))
@@ -82,6 +83,43 @@ def test_what_is_no_product_shrinks_with_the_structures() -> None:
     new = total(half, MACHINE)
     assert isinstance(old, Predicted)
     assert isinstance(new, Predicted)
-    found = changed_seconds(old.value + 1.0, [(UP, "float"), (DOWN, "float")], half, MACHINE, 0.0)
-    assert isinstance(found, Predicted)
-    assert found.value == pytest.approx(new.value + (128 + 64) / (256 + 64))
+    full: Plan = [(UP, "float"), (DOWN, "float")]
+    for elementwise in (0.0, 0.4, 1.0, 7.0):  # no more than what is no product can shrink
+        found = changed_seconds(old.value + 1.0, full, half, MACHINE, 0.0, elementwise)
+        assert isinstance(found, Predicted)
+        gone = min(elementwise, 1.0) * (1 - (128 + 64) / (256 + 64))
+        assert found.value == pytest.approx(new.value + 1.0 - gone)
+
+
+def test_what_grows_with_a_batch_is_elementwise() -> None:
+    plans: dict[int, Plan] = {}
+    products = {}
+    for batch in (1, 8):
+        plans[batch] = [(Work("MatMul", (64, 256), (batch, 16, 64)), "float")]
+        found = total(plans[batch], MACHINE)
+        assert isinstance(found, Predicted)
+        products[batch] = found.value
+    calls, each = 3e-5, 1e-5  # of a call at all, and of each sample
+    seconds = {batch: products[batch] + calls + each * batch for batch in (1, 8)}
+    assert elementwise_seconds(seconds, plans, MACHINE) == pytest.approx({1: each, 8: 8 * each})
+    assert elementwise_seconds(products, plans, MACHINE) == pytest.approx({1: 0, 8: 0}, abs=1e-12)
+
+
+def test_ceilings_come_from_a_profile() -> None:
+    missing = NotMeasured(not_measured="no such unit")
+    machine = MachineProfile(
+        cpu="some", cores=2, memory_bytes=1, device="cpu", gpu=None, gpu_memory_bytes=missing, threads=2,
+        copy_bytes_per_second=Measured(value=1e10),
+        matrix_rates=[
+            MatrixRate(dtype="float32", flops_per_second=Measured(value=1e11)),
+            MatrixRate(dtype="int8", flops_per_second=missing),
+        ],
+        call_seconds=Measured(value=1e-6),
+    )  # fmt: skip
+    found = Roofline.of(machine)
+    expected = MACHINE.seconds(UP, "float")
+    told = found.seconds(UP, "float")
+    assert isinstance(told, Predicted)
+    assert isinstance(expected, Predicted)
+    assert told.value == pytest.approx(expected.value + 1e-6)
+    assert isinstance(found.seconds(UP, "static"), NotPredicted)

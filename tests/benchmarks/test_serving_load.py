@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import threading
+from pathlib import Path
 
 import pytest
 
-from benchmarks.serving.load import Job, canned, work
+from benchmarks.serving.load import Job, Load, canned, work
 from benchmarks.serving.malformed import FAULTS
 from benchmarks.serving.models import Model, digits
 
@@ -46,3 +48,18 @@ def model() -> Model:
 def test_every_fault_makes_many_different_requests(model: Model, kind: str) -> None:
     rng = random.Random(0)
     assert len({FAULTS[kind](model, rng) for _ in range(40)}) > 5
+
+
+def test_it_asks_until_it_is_told_to_stop(tmp_path: Path) -> None:
+    done, found = tmp_path / "done", list[Load]()
+    with canned(b"{}") as (host, port):
+        asking = threading.Thread(
+            target=lambda: found.append(work(Job(host, port, "/", "{}", 2, 3600.0, until=str(done))))
+        )
+        asking.start()
+        asking.join(0.5)
+        assert asking.is_alive()
+        done.touch()
+        asking.join(60)
+    assert found[0].count > 0
+    assert found[0].failed == 0

@@ -57,10 +57,11 @@ def test_advise_ranks_writes_and_is_checked(recipe: Path, tmp_path: Path, run: R
 
 
 def test_what_is_missing_is_said_before_anything_is_trained(recipe: Path, tmp_path: Path, run: Run) -> None:
-    recipe.write_text(RECIPE.replace("objective: bytes, ", ""))
+    recipe.write_text(RECIPE.replace("objective: bytes", "objektive: bytes"))
     code, _, err = run("advise", str(recipe), "--to", str(tmp_path / "out"))
     assert code == errors.ConfigError.exit_code
-    assert "no advise.objective and no profile" in err
+    assert "advise.objektive: unknown field" in err
+    recipe.write_text(RECIPE)
     code, _, err = run("advise", str(recipe), "--profile", str(tmp_path / "none.json"))
     assert code == errors.ConfigError.exit_code
     assert "reading profile" in err

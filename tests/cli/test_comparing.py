@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_decisions_of_a_name_and_of_a_pack(packs: list[str], store: Store, run: 
     assert (code, "none is kept" in err) == (errors.StoreError.exit_code, True)
     keep(store, packs[0], REFUSED), keep(store, packs[1], FORCED)
     code, out, _ = run("decisions", "scale")
-    first, second = out.splitlines()[1:]
+    second, first = out.splitlines()[1:]
     assert code == 0
     assert first.split()[-3:] == ["fail", "no", packs[0]]
     assert "fail, overridden by Anna: it is Friday" in second
@@ -67,6 +68,18 @@ def test_a_damaged_decision_is_shown_and_hides_no_other(packs: list[str], store:
     assert packs[1] in out
 
 
+def test_decisions_come_in_pages_and_one_that_is_gone_is_shown(packs: list[str], store: Store, run: Run) -> None:
+    made = [keep(store, packs[0], REFUSED) for _ in range(3)]
+    code, out, err = run("decisions", "scale", "--limit", "2", "--json")
+    assert (code, len(json.loads(out))) == (0, 2)
+    following = err.split("modelpress ")[1].split()
+    assert len(json.loads(run(*following, "--json")[1])) == 1
+    store.delete(f"packs/scale/decisions/{packs[0]}/{made[0].digest}.json")
+    rows = json.loads(run("decisions", "scale", "--json")[1])
+    assert [row["problem"] for row in rows] == [None, None, f"deleted: {made[1].digest[:12]} came after it"]
+    assert f"deleted: {made[1].digest[:12]} came after it" in run("decisions", "scale")[1]
+
+
 def test_history_says_what_the_gate_said(packs: list[str], store: Store, run: Run) -> None:
     record = keep(store, packs[0], FORCED)
     said = FORCED.model_dump(mode="json") | {decisions.RECORD: record.digest}
@@ -77,6 +90,8 @@ def test_history_says_what_the_gate_said(packs: list[str], store: Store, run: Ru
     assert rows[2].split()[-2:] == ["–", packs[1]]
     assert "override  fail, overridden by Anna: it is Friday" in rows[3]
     assert rows[4].split()[-2:] == ["?", packs[1]]
+    store.delete(f"packs/scale/decisions/{packs[0]}/{record.digest}.json")
+    assert f"entry 3: the decision {record.digest} that it rests on is gone" in run("history", "scale")[2]
 
 
 @pytest.mark.parametrize(
@@ -94,3 +109,17 @@ def test_an_override_has_a_name_and_a_reason(packs: list[str], run: Run, argumen
     code, _, err = run("promote", "scale", packs[0], *arguments)
     assert code == errors.ConfigError.exit_code
     assert said in err
+
+
+def test_conditions_from_a_file_are_checked_before_anything_is_judged(
+    packs: list[str], run: Run, tmp_path: Path
+) -> None:
+    path = tmp_path / "gate.yaml"
+    path.write_text("margn: 0.01\n")
+    code, _, err = run("promote", "scale", packs[0], "--gate", str(path))
+    assert code == errors.ConfigError.exit_code
+    assert "margn" in err
+    path.write_text("margin: 0.01\n")
+    code, _, err = run("promote", "scale", packs[0], "--gate", str(path), "--judge-only", "--canary", "default")
+    assert code == errors.ConfigError.exit_code
+    assert "--judge-only" in err

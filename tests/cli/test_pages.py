@@ -8,6 +8,7 @@ import pytest
 
 from modelpress import errors
 from tests.cli.conftest import Run
+from tests.page.beside import advice, profile
 
 
 def test_a_report_is_a_file(packs: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,6 +23,11 @@ def test_a_report_is_a_file(packs: list[str], run: Run, tmp_path: Path, monkeypa
     assert list(tmp_path.glob(".page-*")) == []
     printed = run("report", "scale", "--out", "-")[1]
     assert printed == made.read_text()
+    Path("advice.json").write_text(advice().model_dump_json())
+    Path("profile.json").write_text(profile().model_dump_json())
+    assert run("report", "scale", "--with", "advice.json", "--with", "profile.json", "--out", "both.html")[0] == 0
+    assert all(text in Path("both.html").read_text() for text in ("What was advised", "Which resource binds"))
+    assert run("report", "scale", "--with", "none.json")[0] == errors.ConfigError.exit_code
     assert run("report", "other")[0] == errors.StoreError.exit_code
     assert run("report", "scale", "--out", str(made / "under"))[0] != 0
 

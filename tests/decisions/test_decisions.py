@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from modelpress import decisions, keys
-from modelpress.decisions import MAX_RECORD_BYTES, Record
+from modelpress.decisions import MAX_RECORD_BYTES, Page, Record
 from modelpress.errors import (
     ConfigError,
     ConflictError,
@@ -26,6 +26,7 @@ from modelpress.errors import (
     UnsupportedFormatError,
 )
 from modelpress.manifest import canonical_json
+from modelpress.pointer import Pointer
 from modelpress.reports import Check, Decision, Override
 from modelpress.store import Store
 from modelpress.store.local import LocalStore
@@ -62,7 +63,7 @@ def test_what_was_kept_is_read_back_whole(team: Team) -> None:
         assert read(team.store(), record) == record
         assert record.signature is not None
         assert record.signature.keyid == team.signers["farm"].key_id
-    found = decisions.kept(team.store(), NAME, PACK)
+    found = decisions.kept(team.store(), NAME, PACK).found[::-1]
     assert [one.record for one in found] == made
     assert [one.problem for one in found] == [None, None]
     assert found[1].record is not None
@@ -73,10 +74,10 @@ def test_what_was_kept_is_read_back_whole(team: Team) -> None:
 def test_each_pack_has_its_own_and_a_name_has_all(team: Team) -> None:
     store = team.store("farm")
     first, second, foreign = keep(store), keep(store, pack=OTHER), keep(store, name="other")
-    assert [one.record for one in decisions.kept(store, NAME, OTHER)] == [second]
-    assert [one.record for one in decisions.kept(store, NAME)] == [first, second]
-    assert [one.record for one in decisions.kept(store, "other")] == [foreign]
-    assert decisions.kept(store, "nobody") == []
+    assert [one.record for one in decisions.kept(store, NAME, OTHER).found] == [second]
+    assert [one.record for one in decisions.kept(store, NAME).found] == [second, first]
+    assert [one.record for one in decisions.kept(store, "other").found] == [foreign]
+    assert decisions.kept(store, "nobody") == Page([], [], None)
 
 
 def test_without_a_key_nothing_is_signed_and_without_a_trust_file_nothing_is_asked(team: Team) -> None:
@@ -86,7 +87,7 @@ def test_without_a_key_nothing_is_signed_and_without_a_trust_file_nothing_is_ask
     assert read(team.store(trusting=False), record) == record
     with pytest.raises(UnsignedError, match="no signature"):
         read(team.store(), record)
-    (found,) = decisions.kept(team.store(), NAME)
+    (found,) = decisions.kept(team.store(), NAME).found
     assert found.record == record
     assert isinstance(found.problem, UnsignedError)
 
@@ -143,8 +144,10 @@ def test_a_decision_counts_for_no_other_pack(team: Team, pack: str, name: str) -
     assert digest == record.digest
     with pytest.raises(CorruptionError, match=f"a decision on {NAME}@{PACK}"):
         decisions.read(team.store(), name, pack, digest)
-    (found,) = decisions.kept(team.store(), name, pack)
+    (found,) = decisions.kept(team.store(), name, pack).found
     assert (found.record, isinstance(found.problem, CorruptionError)) == (None, True)
+    (still,) = decisions.kept(team.store(), NAME, PACK).found
+    assert still.record == record, "a copy hides nothing"
 
 
 def test_a_signature_of_a_pointers_entry_is_none_of_a_decision(team: Team) -> None:
@@ -171,7 +174,7 @@ def test_changed_bytes_under_the_old_name_are_found(team: Team) -> None:
         (b"", CorruptionError),
         (b"[]", CorruptionError),
         (b'{"format_version":1}', CorruptionError),
-        (b'{"format_version":2}', UnsupportedFormatError),
+        (b'{"format_version":3}', UnsupportedFormatError),
         (b'{"format_version":true}', CorruptionError),
         (b"{" * 3_000, CorruptionError),
         (b" " * (MAX_RECORD_BYTES + 1), CorruptionError),
@@ -226,7 +229,7 @@ def test_a_decision_beyond_any_use_is_not_written(team: Team) -> None:
     long = REFUSED.model_copy(update={"reasons": ["x" * MAX_RECORD_BYTES]})
     with pytest.raises(ConfigError, match="at most"):
         keep(team.store(), long)
-    assert decisions.kept(team.store(), NAME) == []
+    assert decisions.kept(team.store(), NAME).found == []
 
 
 def test_one_that_was_deleted_is_not_found(team: Team) -> None:
@@ -242,3 +245,133 @@ def test_one_that_was_deleted_is_not_found(team: Team) -> None:
 def test_an_override_without_a_name_or_a_reason_is_none(fields: dict[str, str]) -> None:
     with pytest.raises(ValidationError):
         Override.model_validate(fields)
+
+
+FIRST_VERSION = {
+    "format_version": 1,
+    "name": NAME,
+    "pack": PACK,
+    "alias": "champion",
+    "champion": None,
+    "after": 0,
+    "gate": {"margin": 0.01},
+    "decision": REFUSED.model_dump(mode="json"),
+    "created": "2026-11-22T12:00:00Z",
+    "who": "anna@farm",
+}
+
+
+def test_one_of_the_first_version_is_read_and_chained_as_well(team: Team) -> None:
+    store = team.store(trusting=False)
+    digest = put(store, FIRST_VERSION)
+    assert decisions.read(store, NAME, PACK, digest).before is None
+    made = keep(store)
+    assert (made.format_version, made.before) == (2, (digest,))
+    store.delete(keys.decision(NAME, PACK, digest))
+    (gone,) = decisions.kept(store, NAME).gone
+    assert gone.key == f"packs/{NAME}/decisions/*/{digest}.json"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"before": []},
+        {"format_version": 2},
+        {"format_version": 2, "before": ["b" * 64, "a" * 64]},
+        {"format_version": 2, "before": ["a" * 64, "a" * 64]},
+        {"format_version": 2, "before": ["a"]},
+        {"format_version": 2, "before": [f"{number:064x}" for number in range(17)]},
+    ],
+    ids=["too early", "missing", "unsorted", "twice", "no digest", "too many"],
+)
+def test_a_chain_that_is_none_is_refused(team: Team, change: dict[str, Any]) -> None:
+    with pytest.raises(CorruptionError):
+        decisions.read(team.store(trusting=False), NAME, PACK, put(team.store(), FIRST_VERSION | change))
+
+
+def test_a_refusal_that_was_deleted_is_missed_by_the_next_decision(team: Team) -> None:
+    """On whatever pack of the name it was, and from whichever pack one looks."""
+    store = team.store("farm")
+    refused, other, last = keep(store), keep(store, pack=OTHER), keep(store)
+    assert (refused.before, other.before, last.before) == ((), (refused.digest,), (other.digest,))
+    assert decisions.kept(store, NAME).gone == []
+    store.delete(keys.decision(NAME, OTHER, other.digest))
+    for pack in ("", PACK):
+        (gone,) = decisions.kept(store, NAME, pack).gone
+        assert (gone.record, isinstance(gone.problem, NotFoundError)) == (None, True)
+        assert gone.key.endswith(f"/*/{other.digest}.json")
+        assert last.digest[:12] in str(gone.problem)
+
+
+def test_judgements_at_the_same_time_are_both_named_by_the_next(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = team.store("farm")
+    first = keep(store)
+    with monkeypatch.context() as at_once:
+        at_once.setattr(decisions, "_newest", lambda *_: (first.digest,))
+        both = sorted(keep(store, pack=pack).digest for pack in (PACK, OTHER))
+    assert keep(store).before == tuple(both)
+
+
+def test_what_does_not_count_is_neither_named_nor_believed(team: Team) -> None:
+    """Whoever can write to the bucket can't take a decision out of the chain by one that names it, nor raise alarms."""
+    first = keep(team.store("farm"))
+    forged = keep(team.store())
+    assert forged.before == (first.digest,)
+    put(team.store(), json.loads(forged.to_bytes()) | {"before": ["c" * 64]})
+    assert keep(team.store("farm")).before == (first.digest,)
+    assert decisions.kept(team.store(), NAME).gone == []
+
+
+def test_pages_hold_each_decision_once_and_read_no_more_than_asked(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = team.store("farm")
+    made = {keep(store, pack=pack).digest for pack in (PACK, OTHER) * 3 + (PACK,)}
+    read: list[str] = []
+    really = decisions._read
+
+    def counted(store: Store, name: str, pack: str, record: str) -> Record:
+        read.append(record)
+        return really(store, name, pack, record)
+
+    monkeypatch.setattr(decisions, "_read", counted)
+    seen, older = list[str](), None
+    for size in (3, 3, 1):
+        page = decisions.kept(store, NAME, most=3, older=older)
+        assert len(page.found) == size == len(read)
+        seen += [one.record.digest for one in page.found if one.record]
+        older = page.older
+        read.clear()
+    assert older is None
+    assert (len(seen), set(seen)) == (7, made)
+    with pytest.raises(NotFoundError, match="no such decision"):
+        decisions.kept(store, NAME, older="d" * 64)
+
+
+def test_the_decision_of_an_entry_that_is_gone_is_missed(team: Team) -> None:
+    store = team.store("farm")
+    record, other = keep(store, FORCED), keep(store, FORCED, OTHER)
+    said: list[tuple[str, dict[str, Any] | None]] = [
+        (PACK, {"record": record.digest}),
+        (OTHER, {"record": other.digest}),
+        (PACK, {"record": other.digest}),
+        (PACK, {"record": "of a caller"}),
+        (PACK, None),
+    ]
+    entries = [
+        Pointer(
+            name=NAME,
+            alias="champion",
+            number=number,
+            pack=pack,
+            previous=None,
+            reason="promote",
+            decision=decision,
+            created=record.created,
+            who="anna@farm",
+            token="t" * 32,
+        )
+        for number, (pack, decision) in enumerate(said, 1)
+    ]
+    assert decisions.unkept(store, NAME, entries) == {3: other.digest}, "a decision on another pack is none"
+    store.delete(keys.decision(NAME, PACK, record.digest))
+    assert decisions.unkept(store, NAME, entries) == {1: record.digest, 3: other.digest}
+    assert decisions.unkept(store, NAME, []) == {}

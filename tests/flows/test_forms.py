@@ -69,7 +69,7 @@ def test_every_field_of_the_form_has_help() -> None:
 
 def test_the_other_forms_are_typed() -> None:
     fields = {flow.name: schema(flow)["properties"] for flow in OTHERS}
-    assert set(fields["promote"]) == {"name", "candidate", "gate", "override"}
+    assert set(fields["promote"]) == {"name", "candidate", "gate", "override", "move"}
     assert set(fields["promote-canary"]) == {"name", "candidate", "canary", "gate"}
     assert set(fields["canary"]) == {"name"}
     assert set(fields["rollback"]) == {"name", "alias", "to"}

@@ -141,7 +141,7 @@ def test_a_graph_without_finite_answers_has_no_golden_ones() -> None:
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 2])
     body = helper.make_graph([helper.make_node("Log", ["x"], ["y"])], "g", [x], [y])
     checkpoint = graph.split(helper.make_model(body, opset_imports=[helper.make_opsetid("", 18)], ir_version=9))
-    with pytest.raises(WorkloadError, match="golden_samples 0"):
+    with pytest.raises(WorkloadError, match="golden_samples: 0"):
         golden.make(checkpoint, {"x": -np.ones((2, 2), np.float32)}, classes=False)
     with pytest.raises(WorkloadError, match="also"):
         golden.make(checkpoint, {"z": np.ones((2, 2), np.float32)}, classes=False)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonpatch
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -207,7 +208,35 @@ def secrets_documented() -> set[tuple[str, str]]:
     table = text.split("\n| secret | keys | for |\n")[1].split("\n\n")[0]
     rows = re.findall(r"^\| `([a-z0-9-]+)` \| ([^|]+) \|", table, re.MULTILINE)
     assert len(rows) > 3
-    return {(name, key) for name, keys in rows for key in re.findall("`([a-z-]+)`", keys)}
+    return {(name, key) for name, keys in rows for key in re.findall("`([a-z.-]+)`", keys)}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_server_speaks_tls_with_what_it_is_given(overlay: str) -> None:
+    stack = STACKS[overlay]
+    (spec,) = [spec for name, _, spec in pods(stack) if name == "serving"]
+    (container,) = spec["containers"]
+    (volume,) = [one for one in spec["volumes"] if one["name"] == "tls"]
+    (mount,) = [one for one in container["volumeMounts"] if one["name"] == "tls"]
+    files = {f"{mount['mountPath']}/{item['path']}": item["key"] for item in volume["secret"]["items"]}
+    values = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert files[values["MODELPRESS_SERVING_TLS_CERT_FILE"]] == "tls.crt"
+    assert files[values["MODELPRESS_SERVING_TLS_KEY_FILE"]] == "tls.key"
+    assert not volume["secret"]["defaultMode"] & 0o007, "the server refuses a key that everybody can read"
+    for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[kind]["httpGet"]["scheme"] == "HTTPS"
+    for certificate in of_kind(stack, "Certificate").values():
+        assert certificate["spec"]["secretName"] == volume["secret"]["secretName"]
+        assert {"serving", "serving.modelpress.svc"} <= set(certificate["spec"]["dnsNames"])
+    assert bool(of_kind(stack, "Certificate")) == (overlay == "production")
+
+
+def test_a_certificate_with_a_field_that_is_none_is_refused() -> None:
+    broken = copy.deepcopy(of_kind(STACKS["production"], "Certificate")["serving"])
+    check(broken, NEWEST)
+    broken["spec"]["dnsName"] = broken["spec"].pop("dnsNames")
+    with pytest.raises(jsonschema.ValidationError):
+        check(broken, NEWEST)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

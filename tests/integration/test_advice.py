@@ -17,8 +17,7 @@ RECIPE = AdviseRecipe.model_validate(
         "workload": {"kind": "custom", "factory": "tests.integration.small_workloads:Small"},
         "evaluate": {"latency_seconds": 0.05},
         "advise": {
-            "objective": "bytes",
-            "batch_size": 8,
+            "batch_size": 8,  # and no objective: a profile says what binds
             "kernel_seconds": 0.02,
             "techniques": ["dynamic", "static", "weight-only", "codebook"],
             "budget": {"max_quality_drop": 0.3},
@@ -33,6 +32,7 @@ def test_the_advised_recipe_runs_and_is_checked(
     monkeypatch.setenv("MODELPRESS_HOME", str(tmp_path))
     monkeypatch.setenv("MODELPRESS_TRACKING_URI", mlflow_server)
     report = advise(RECIPE, load_workload(RECIPE.workload), home=tmp_path)
+    assert " binds: " in report.binding
     show.write(report, tmp_path / "advice")
     config = load_config(tmp_path / "advice" / "advised.yaml")
     result = optimize(config)
@@ -47,5 +47,5 @@ def test_the_advised_recipe_runs_and_is_checked(
     assert rows["latency_seconds"].measured is not None
     assert rows["quality_drop"].measured is not None
     past.keep(found, tmp_path / CHECKS_FILE)
-    again = advise(RECIPE, load_workload(RECIPE.workload), home=tmp_path)
-    assert any("1 checks" in line for line in again.checks)
+    known = past.Past.read(tmp_path / CHECKS_FILE)
+    assert any("1 checks" in line for line in known.said(report.machine))

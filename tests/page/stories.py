@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ from modelpress.scores import SCORES_FILE, Scored, dump
 from modelpress.shard import draft_manifest, write_shards
 from modelpress.store import Store
 from tests.packs import COMPRESS, torch_checkpoint
+from tests.page.beside import advice, profile
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=2>\"'$\\frac{&\u202e{{7*7}}"
 NAME = "digits"
@@ -252,4 +254,5 @@ def publish_story(store: Store, folder: Path, *, word: str = "", name: str = NAM
 def told(store: Store, folder: Path, *, word: str = "") -> Story:
     """A story with everything in it."""
     pack = publish_story(store, folder, word=word)
-    return read_story(store, NAME, pack, run_report(pack, word=word))
+    found = read_story(store, NAME, pack, run_report(pack, word=word))
+    return replace(found, profile=profile(word), advice=advice(word))

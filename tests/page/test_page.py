@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from modelpress import keys, pointer
+from modelpress.errors import ConfigError
 from modelpress.manifest import Manifest, TensorEntry
-from modelpress.page import Story, read_story, render, report_page
+from modelpress.page import Story, read_beside, read_story, render, report_page
 from modelpress.page.compare import comparison_page, read_comparison
 from modelpress.page.fleet import fleet_page, read_fleet
 from modelpress.page.sections.sizes import grouped
 from modelpress.reports import QuantizeReport, RunReport, RunStage, SensitivityRow
 from modelpress.store import Store, open_store
+from tests.page.beside import advice, profile
 from tests.page.stories import HOSTILE, NAME, publish_story, run_report, told
 
 ALLOWED = {
@@ -97,6 +99,12 @@ def test_it_has_everything_that_was_measured(page: str, story: Story) -> None:
     assert "layer.2.weight" in text
     assert '"method": "static"' in text
     assert "2.00× the source's" in text
+    assert "memory-bandwidth binds: most operators wait for memory" in text
+    assert "0.2 EUR (c7i)" in text
+    assert "0.02 J" in text
+    assert "no counter here" in text, "why it was not measured"
+    assert "Advised is int8, static." in text
+    assert "92.7 kB to 113 kB" in text, "what was foretold, beside what was measured"
     assert seen.values("lang") == ["en"]
     assert seen.tags.count("h1") == 1
     assert seen.tags.count("svg") >= 10
@@ -156,6 +164,18 @@ def test_what_is_nested_without_end_is_no_end_of_the_page() -> None:
     text = " ".join(sound(render(report_page(Story("deep", run=run)))).text)
     assert "nested too deep to be shown" in text
     assert "1 fields" in text
+
+
+def test_reports_of_other_commands_are_shown_beside(tmp_path: Path) -> None:
+    for number, one in enumerate((profile(), advice())):
+        path = tmp_path / f"{number}.json"
+        path.write_text(one.model_dump_json())
+        assert read_beside(path) == one
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match="the report of `profile`"):
+        read_beside(path)
+    with pytest.raises(ConfigError, match="a file"):
+        read_beside(tmp_path / "none.json")
 
 
 def test_thousands_of_tensors_are_summed_up() -> None:

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from modelpress import keys
+from modelpress import keys, load
 from modelpress.config import ShardConfig
 from modelpress.container.base import PackTensors
 from modelpress.delta import compress_against
 from modelpress.errors import ConfigError, CorruptionError, NotFoundError, WorkloadError
 from modelpress.parallel.rank_load import load_into_, load_tensors
-from modelpress.parallel.slices import Share
+from modelpress.parallel.slices import Share, sliced
 from modelpress.shard import draft_manifest, write_shards
-from tests.packs import COMPRESS, Pack, make_pack, onnx_checkpoint, torch_checkpoint
+from tests.packs import COMPRESS, Pack, assert_same, make_pack, onnx_checkpoint, torch_checkpoint
 from tests.parallel.work import CountingStore
 
 LARGE = "layer.2.weight"
@@ -96,6 +96,24 @@ def test_what_the_pack_does_not_have_is_refused(tmp_path: Path, store: CountingS
     graph.publish(store)
     with pytest.raises(WorkloadError, match="a pack of kind onnx"):
         load_tensors(store, "graph", graph.digest, {"w": None})
+
+
+def test_a_pack_of_shares_gives_whole_tensors(tmp_path: Path, store: CountingStore) -> None:
+    whole = torch_checkpoint()
+    cut = sliced(whole, lambda name: {LARGE: 0, "layer.0.weight": 1}.get(name), 3)
+    pack = make_pack(tmp_path / "cut", cut, name="cut")
+    pack.publish(store)
+    _, found = load.load_checkpoint(store, "cut", pack.digest)
+    assert_same(found, whole)
+    by_name = load.state_dict(store, "cut", pack.digest)
+    assert all(torch.equal(by_name[name], tensor) for name, tensor in whole.tensors.items())
+    store.read.clear()
+    wanted = {LARGE: Share(0, 1, 3), "layer.0.weight": Share(1, 1, 2), "scale": None}
+    parts, _ = load_tensors(store, "cut", pack.digest, wanted)
+    assert torch.equal(parts[LARGE], whole.tensors[LARGE].chunk(3)[1])
+    assert torch.equal(parts["layer.0.weight"], whole.tensors["layer.0.weight"].chunk(2, 1)[1])
+    held = ["rank1of3." + LARGE, "rank1of3.layer.0.weight", "rank2of3.layer.0.weight", "scale"]
+    assert sorted(store.read) == sorted(shards_of(pack, *held))
 
 
 class Layer(nn.Module):

@@ -126,6 +126,11 @@ def test_ranks_together_compute_what_one_process_computes(launch: Launch, name: 
     assert sum(losses) / len(losses) == pytest.approx(float(lost), abs=BOUND)
 
 
+def test_a_layer_costs_two_sums_in_each_direction(launch: Launch) -> None:
+    """One for attention and one for the feed-forward part, and not one for each layer that reads the same."""
+    assert [launch.facts(rank)["sums"] for rank in range(RANKS)] == [2 * 2 * 2] * RANKS
+
+
 def test_a_rank_reads_its_own_shards_and_no_other(launch: Launch) -> None:
     """Stages 0 and 1 of two blocks each, two tensor-parallel ranks: by name, shard and digest."""
     module = make("llama")

@@ -12,12 +12,14 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import Buffer
 
 from modelpress import keys
@@ -97,6 +99,26 @@ def splits(folder: Path, rank: int, plans: dict[str, TensorPlan]) -> None:
         ("tensor", "bert", MeshSizes(data=2, tensor=2), [0, 2], {}),
     ):
         trained(folder, rank, name, kind, runner_of(kind, sizes, bounds, plans[kind], **options))
+
+
+class Sums(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts DTensor's sums over ranks."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(kind is DTensor for kind in types):
+            return NotImplemented  # what it does inside is seen
+        self.count += str(func).startswith("_c10d_functional.all_reduce")
+        return func(*args, **(kwargs or {}))
+
+
+def sums(plans: dict[str, TensorPlan]) -> int:
+    """How often a training step of the encoder sums over its two tensor-parallel ranks."""
+    runner = runner_of("bert", MeshSizes(data=2, tensor=2), [0, 2], plans["bert"])
+    with Sums() as counted:
+        runner.train_step(*own_slice(runner, "bert"))
+    return counted.count
 
 
 def from_pack(folder: Path, rank: int, plans: dict[str, TensorPlan], pack: str) -> Facts:
@@ -196,6 +218,7 @@ def work(rank: int, folder: Path, plans: dict[str, TensorPlan], pack: str) -> No
     splits(folder, rank, plans)
     facts: Facts = {"pack": from_pack(folder, rank, plans, pack), "copies": copies(folder, rank, pack)}
     facts["refusals"] = refusals(folder, rank, pack)
+    facts["sums"] = sums(plans)
     facts |= silence(folder, rank)
     last = runner_of("llama", MeshSizes(pipeline=4), [0, 1, 2, 3, 4], {}, microbatches=4)
     (folder / f"facts-{rank}.json").write_text(json.dumps(facts))

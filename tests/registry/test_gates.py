@@ -72,6 +72,19 @@ def test_attributions_are_asked_for_by_the_config(found: Interval | None, verdic
     assert "attribution agreement" not in [one.name for one in decide(evidence(attribution=found), GATE).checks]
 
 
+def test_attributions_fail_by_the_same_correction_as_quality_does() -> None:
+    """Below the bound by a little more than one comparison alone would need, at 95 % one-sided."""
+    asked = GATE.model_copy(update={"min_attribution_agreement": 0.8})
+    near = Interval(0.7, 0.585, 0.815)  # two-sided 95 %: one-sided 95 % ends at 0.7965
+    alone = decide(evidence(attribution=near, champion=None), asked.model_copy(update={"margin": 0.5}))
+    among = next(one for one in alone.checks if one.name == "attribution agreement")
+    assert among.verdict == "inconclusive"
+    assert "too little to fail by, among 2 comparisons" in among.reason
+    assert among.required_samples is None
+    wider = decide(evidence(attribution=near, attribution_confidence=0.99, champion=None), asked)
+    assert check(wider, "attribution agreement") == "fail", "what was sure at 99 % is surer at 95 %"
+
+
 def check(decision: Decision, name: str) -> str:
     return next(check.verdict for check in decision.checks if check.name == name)
 

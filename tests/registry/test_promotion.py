@@ -209,9 +209,9 @@ BECAUSE = Override(by="Anna", reason="the champion leaks")
 
 def test_each_judgement_is_kept_beside_the_pack_it_is_of(packs: list[str], store: Store, client: MlflowClient) -> None:
     refused = promotion.promote(store, client, NAME, packs[0], HARD)
-    kept = [one.record for one in decisions.kept(store, NAME, packs[0])]
-    assert [record.decision.promote for record in kept if record] == [True, False]
-    last = kept[1]
+    kept = [one.record for one in decisions.kept(store, NAME, packs[0]).found]
+    assert [record.decision.promote for record in kept if record] == [False, True]
+    last = kept[0]
     assert last is not None
     assert (last.decision, last.champion, last.after, last.alias) == (refused, packs[2], 3, "champion")
     assert last.gate["min_compression_ratio"] == 100_000
@@ -221,6 +221,19 @@ def test_each_judgement_is_kept_beside_the_pack_it_is_of(packs: list[str], store
         assert entry.decision is not None
         record = decisions.read(store, NAME, entry.pack, entry.decision[decisions.RECORD])
         assert (record.pack, record.after, record.decision.promote) == (packs[number], number, True)
+
+
+def test_judging_alone_keeps_the_decision_and_moves_nothing(
+    packs: list[str], store: Store, client: MlflowClient
+) -> None:
+    before = pointer.history(store, NAME, "champion")
+    decision = promotion.promote(store, client, NAME, packs[0], GATE, move=False)
+    assert decision.promote
+    assert pointer.history(store, NAME, "champion") == before
+    assert named(client) == packs[2]
+    newest = decisions.kept(store, NAME, packs[0]).found[0].record
+    assert newest is not None
+    assert (newest.decision, newest.champion, newest.after) == (decision, packs[2], len(before))
 
 
 def test_an_override_moves_the_alias_with_its_name_on_it_and_a_later_judgement_takes_the_name_off(
@@ -242,14 +255,14 @@ def test_an_override_moves_the_alias_with_its_name_on_it_and_a_later_judgement_t
 def test_no_override_promotes_damaged_bytes(packs: list[str], store: Store, client: MlflowClient) -> None:
     from modelpress import keys, load
 
-    before = len(decisions.kept(store, NAME))
+    before = len(decisions.kept(store, NAME).found)
     key = keys.blob(load.load_manifest(store, NAME, packs[0]).shards[0].sha256)
     data = store.get(key)
     store.put(key, data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(CorruptionError):
         promotion.promote(store, client, NAME, packs[0], HARD, override=BECAUSE)
     assert named(client) == packs[2]
-    assert len(decisions.kept(store, NAME)) == before
+    assert len(decisions.kept(store, NAME).found) == before
 
 
 @pytest.mark.parametrize("hardware", [None, "c7i.2xlarge"])

@@ -52,7 +52,7 @@ def test_a_click_that_passes_is_served_and_the_second_look_finds_nothing(shelf: 
     assert shelf.served() == shelf.named() == second
     entries = pointer.history(shelf.store, shelf.name, CHAMPION)
     assert [(entry.pack, entry.reason) for entry in entries] == [(first, "promote"), (second, reconcile.BY_ALIAS)]
-    (kept,) = [one.record for one in decisions.kept(shelf.store, shelf.name, second)]
+    (kept,) = [one.record for one in decisions.kept(shelf.store, shelf.name, second).found]
     assert kept is not None
     assert kept.decision == found.decision
     assert entries[-1].decision == found.decision.model_dump(mode="json") | {decisions.RECORD: kept.digest}

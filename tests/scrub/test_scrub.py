@@ -166,13 +166,13 @@ def champion_gone(place: Place) -> str:
 
 
 def decision_changed(place: Place) -> str:
-    (found,) = decisions.kept(place.store, "demo", place.packs[0].digest)
+    (found,) = decisions.kept(place.store, "demo", place.packs[0].digest).found
     place.store.put(found.key, place.store.get(found.key).replace(b'"after":1', b'"after":2'))
     return found.key
 
 
 def decision_forged(place: Place) -> str:
-    (found,) = decisions.kept(place.store, "demo", place.packs[0].digest)
+    (found,) = decisions.kept(place.store, "demo", place.packs[0].digest).found
     assert found.record is not None
     forged = found.record.model_copy(update={"after": 7})
     key = keys.decision("demo", forged.pack, forged.digest)
@@ -181,7 +181,7 @@ def decision_forged(place: Place) -> str:
 
 
 def decision_gone(place: Place) -> str:
-    (found,) = decisions.kept(place.store, "demo", place.packs[1].digest)
+    (found,) = decisions.kept(place.store, "demo", place.packs[1].digest).found
     place.store.delete(found.key)
     return found.key
 
@@ -266,6 +266,17 @@ def test_decisions_from_before_there_was_trust_and_of_packs_that_are_gone_are_in
     keep(place.team.store("farm"), "9" * 64)
     report = place.scrub()
     assert (report.findings, report.decisions) == ((), 4)
+
+
+def test_a_refusal_that_somebody_deleted_is_missed(place: Place) -> None:
+    store = place.team.store("farm")
+    refused, later = keep(store, place.packs[0].digest, after=8), keep(store, place.packs[1].digest, after=9)
+    assert later.before == (refused.digest,)
+    store.delete(keys.decision("demo", place.packs[0].digest, refused.digest))
+    (finding,) = place.scrub().findings
+    assert (finding.kind, finding.pack, finding.is_error) == ("missing", "demo", True)
+    assert finding.key == f"packs/demo/decisions/*/{refused.digest}.json"
+    assert later.digest in finding.problem
 
 
 class Cut(LocalStore):

@@ -6,7 +6,8 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
@@ -22,11 +23,16 @@ from modelpress.config import CompressConfig, ShardConfig
 from modelpress.publish import publish
 from modelpress.shard import draft_manifest, write_shards
 from modelpress.store import Store, open_store
+from serving.app import create_app
+from serving.canary import Canaries
+from serving.infer import Limits
 from serving.repository import Repository
 from tests import warm
 
 WIDTH, CLASSES = 64, 10
 START_SECONDS = 60.0
+CAP = 200_000
+"""On bodies, in bytes, of the servers without a socket."""
 
 
 def scale_model(value: float) -> Checkpoint:
@@ -84,6 +90,25 @@ def repository(store: Store) -> Callable[..., Repository]:
         return made
 
     return make
+
+
+@asynccontextmanager
+async def client_of(
+    repository: Repository,
+    poll_seconds: float = 0.0,
+    workers: int = 2,
+    max_queue: int = 64,
+    canaries: Canaries | None = None,
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the application, without a socket."""
+    limits = Limits(queue=max_queue, body_bytes=CAP)
+    app = create_app(repository, poll_seconds=poll_seconds, workers=workers, limits=limits, canaries=canaries)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+    ):
+        yield client
 
 
 class Server:

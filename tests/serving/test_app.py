@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -15,13 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modelpress import __version__, graph
-from serving.app import create_app
-from serving.infer import Limits
 from serving.protocol import decode_response, encode_request
-from serving.repository import Repository
-from tests.serving.conftest import CLASSES, WIDTH, lookup_model, scale_model
+from tests.serving.conftest import CAP, CLASSES, WIDTH, client_of, lookup_model, scale_model
 
-CAP = 200_000
 INFER = "/v2/models/scale/infer"
 Call = Callable[..., Any]
 
@@ -31,20 +26,6 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
-
-
-@asynccontextmanager
-async def client_of(
-    repository: Repository, poll_seconds: float = 0.0, workers: int = 2, max_queue: int = 64
-) -> AsyncIterator[httpx.AsyncClient]:
-    limits = Limits(queue=max_queue, body_bytes=CAP)
-    app = create_app(repository, poll_seconds=poll_seconds, workers=workers, limits=limits)
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
-    ):
-        yield client
 
 
 @pytest.fixture

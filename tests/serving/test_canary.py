@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import httpx
@@ -25,7 +25,6 @@ from modelpress.errors import AccessDeniedError, StoreUnavailableError
 from modelpress.store import Store
 from serving import canary as serving_canary
 from serving import counting, mirror
-from serving.app import create_app
 from serving.canary import Canaries
 from serving.canary_metrics import CanaryMetrics
 from serving.counting import Counter
@@ -34,7 +33,7 @@ from serving.protocol import decode_response, encode_request
 from serving.refusals import BusyError, NotReadyError, RequestError
 from serving.repository import Repository
 from tests.canary.states import config, state
-from tests.serving.conftest import CLASSES, WIDTH, lookup_model, scale_model
+from tests.serving.conftest import CLASSES, WIDTH, client_of, lookup_model, scale_model
 
 Call = Callable[..., Any]
 INFER = "/v2/models/scale/infer"
@@ -80,15 +79,8 @@ class Place:
             self.canaries._report(trial, at_once=True)
         return tally.read(self.store, "scale", "1" * 32)
 
-    @asynccontextmanager
-    async def client(self) -> AsyncIterator[httpx.AsyncClient]:
-        app = create_app(self.repository, poll_seconds=0.0, workers=2, canaries=self.canaries)
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with (
-            app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://test") as client,
-        ):
-            yield client
+    def client(self) -> AbstractAsyncContextManager[httpx.AsyncClient]:
+        return client_of(self.repository, canaries=self.canaries)
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from serving.app import create_app
 from serving.infer import Limits, Places, target
 from serving.protocol import BusyError, decode_response, encode_request
 from serving.repository import Repository
-from tests.serving.conftest import WIDTH, lookup_model, scale_model
-from tests.serving.test_app import CAP, INFER, check_error, client_of
+from tests.serving.conftest import CAP, WIDTH, client_of, lookup_model, scale_model
+from tests.serving.test_app import INFER, check_error
 
 Call = Callable[..., Any]
 ONE = encode_request({"x": np.ones((1, WIDTH), np.float32)})

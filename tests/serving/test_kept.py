@@ -32,8 +32,7 @@ from modelpress.store.s3 import S3Store
 from serving.kept import Kept
 from serving.protocol import decode_response, encode_request
 from serving.repository import Repository
-from tests.serving.conftest import WIDTH, Server, publish_pack, scale_model
-from tests.serving.test_app import client_of
+from tests.serving.conftest import WIDTH, Server, client_of, publish_pack, scale_model
 from tests.serving.test_repository import answer, flip_bit
 from tests.serving.test_self_test import with_golden
 from tests.trust.teams import Team

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from modelpress import pointer
+from modelpress.canary import log
 from modelpress.nudge import ID, PATH, SIGNATURE, TIMESTAMP, Nudge, sign
 from modelpress.settings import Settings
 from modelpress.store import Store, open_store
@@ -20,6 +21,7 @@ from serving.app import create_app
 from serving.nudge import Nudges, ReplayedNudgeError
 from serving.refusals import NotServedError
 from serving.repository import Repository
+from tests.canary.states import config, state
 from tests.serving.conftest import Server, scale_model
 from tests.serving.test_app import check_error
 from tests.serving.test_process import wait_for
@@ -126,11 +128,11 @@ def test_many_nudges_are_one_look(models: Repository) -> None:
         nudges.take(headers(0), BODY)
         assert going.wait(30)
         for number in range(1, 50):
-            body = b'{"alias": "champion", "canary": {"number": %d}, "name": "scale"}' % number
+            body = b'{"alias": "canary-%d", "name": "scale"}' % number
             nudges.take(headers(number, body), body)
         go_on.set()
         wait_for(lambda: len(looked) == 2)
-    assert [nudge.canary for nudge in told] == [None, {"number": 49}]
+    assert [nudge.alias for nudge in told] == ["champion", "canary-49"]
 
 
 def test_what_is_remembered_is_bounded_and_forgotten(models: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,17 +164,21 @@ def test_models_that_wait_are_bounded(store: Store, monkeypatch: pytest.MonkeyPa
         named.take(headers(9, body), body)
 
 
-def test_a_promotion_reaches_a_server_that_does_not_poll(
+def test_a_canary_and_a_promotion_reach_a_server_that_does_not_poll(
     store: Store, press: Call, serve: Call, tmp_path: Path
 ) -> None:
     """From the promotion's settings to the answer of another process, by sockets and files alone."""
-    press(scale_model(2.0))
+    first = press(scale_model(2.0))
     secret = tmp_path / "secret"
     secret.write_text("s" * 64)
     secret.chmod(0o600)
     server: Server = serve("scale", "--poll-seconds", "3600", MODELPRESS_SERVING_NUDGE_SECRET_FILE=str(secret))
     second = press(scale_model(3.0), alias=None)
     telling = open_store(str(tmp_path / "store"), Settings(nudge_urls=server.url, nudge_secret_file=secret))
+    metadata = lambda: server.client.get("/v2/models/scale").json()  # noqa: E731
+    begun = state(0, config({"mode": "shadow", "share": 1.0}), candidate=second, champion=first)
+    log.write(telling, "scale", begun, 0, first)
+    wait_for(lambda: "canary" in metadata()["parameters"])
     pointer.append(telling, "scale", "champion", second, "promote")
-    wait_for(lambda: server.client.get("/v2/models/scale").json()["versions"] == [second])
+    wait_for(lambda: metadata()["versions"] == [second])
     assert server.stop() == 0

@@ -19,8 +19,7 @@ from modelpress import golden, graph
 from modelpress.checkpoint import Checkpoint
 from modelpress.errors import CorruptionError, SelfTestError
 from serving.repository import Repository
-from tests.serving.conftest import WIDTH, scale_model
-from tests.serving.test_app import client_of
+from tests.serving.conftest import WIDTH, client_of, scale_model
 
 Call = Callable[..., Any]
 X = np.random.default_rng(0).normal(size=(4, WIDTH)).astype(np.float32)

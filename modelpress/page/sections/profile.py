@@ -17,7 +17,7 @@ LISTED = 60
 
 def profile_of(story: Story) -> ProfileReport | None:
     """The profile of the run, where there is one."""
-    return story.report("profile", ProfileReport)
+    return story.profile or story.report("profile", ProfileReport)
 
 
 def energy_and_cost(story: Story) -> tuple[str, str]:

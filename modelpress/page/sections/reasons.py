@@ -10,8 +10,9 @@ from modelpress.page.story import Story
 from modelpress.reports import AttributionExample, AttributionReport
 
 METHODS = {
-    "integrated-gradients": "integrated gradients (Sundararajan et al. 2017)",
-    "occlusion": "occlusion: how much the answer falls when one part is taken away (Zeiler and Fergus 2014)",
+    "integrated-gradients": "Modules are explained by integrated gradients (Sundararajan et al. 2017).",
+    "occlusion": "Graphs are explained by occlusion: how much the answer falls when one part is taken away (Zeiler and "
+    "Fergus 2014).",
 }
 PARTS = 12
 """Parts of a flat sample that are drawn, the weightiest."""
@@ -27,12 +28,10 @@ def section(story: Story) -> Section | None:
     if not judged:
         return None
     last = judged[-1][1]
-    methods = " Graphs are explained by ".join(
-        METHODS[method] for method in dict.fromkeys(found.method for _, found in judged)
-    )
+    methods = " ".join(METHODS[method] for method in dict.fromkeys(found.method for _, found in judged))
     lead = [
         "Of each sample, Spearman's rank correlation between what the source model looks at and what this one does: 1 "
-        f"is the same order, 0 none. Explained by {methods}.",
+        f"is the same order, 0 none. {methods}",
     ]
     return Section(
         key="reasons",
