@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 BLOCKS = 4
 
@@ -20,6 +20,23 @@ class Llama(nn.Module):
             use_cache=False,
         )  # fmt: skip
         self.model = LlamaForCausalLM(config)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids, attention_mask=attention_mask).logits
+        return logits
+
+
+class Qwen(nn.Module):
+    """A decoder that normalises each head's queries and keys by weights that all heads share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = Qwen3Config(
+            vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=4, intermediate_size=24, max_position_embeddings=16, attn_implementation="eager", use_cache=False,
+            tie_word_embeddings=False,
+        )  # fmt: skip
+        self.model = Qwen3ForCausalLM(config)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         logits: Tensor = self.model(input_ids, attention_mask=attention_mask).logits
@@ -84,8 +101,8 @@ class _Block(nn.Module):
 def make(kind: str, seed: int = 0) -> nn.Module:
     """A model by name, random, in eval mode."""
     torch.manual_seed(seed)
-    makers = {"llama": Llama, "tied": lambda: Llama(tied=True), "bert": Bert, "residual": Residual, "bridged": Bridged}
-    return makers[kind]().double().eval()
+    makers = {"llama": Llama, "tied": lambda: Llama(tied=True), "qwen": Qwen, "bert": Bert}
+    return (makers | {"residual": Residual, "bridged": Bridged})[kind]().double().eval()
 
 
 def batch(kind: str, samples: int = 8) -> tuple[dict[str, Tensor], Tensor]:

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from modelpress import keys, load
+from modelpress.checkpoint import from_module
 from modelpress.config import ShardConfig
 from modelpress.container.base import PackTensors
 from modelpress.delta import compress_against
 from modelpress.errors import ConfigError, CorruptionError, NotFoundError, WorkloadError
-from modelpress.parallel.rank_load import load_into_, load_tensors
+from modelpress.parallel.rank_load import load_into_, load_tensors, tied_names
 from modelpress.parallel.slices import Share, sliced
 from modelpress.shard import draft_manifest, write_shards
 from tests.packs import COMPRESS, Pack, assert_same, make_pack, onnx_checkpoint, torch_checkpoint
@@ -122,6 +123,34 @@ class Layer(nn.Module):
     def __init__(self, inputs: int = 96, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.layer = nn.ModuleList([nn.Linear(inputs, 64, dtype=dtype)])
+
+
+class Tied(nn.Module):
+    """An output layer that shares the embedding's weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.out.weight = self.table.weight
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_tied_weights_are_found_by_either_name(tmp_path: Path, store: CountingStore, stated: bool) -> None:
+    """Whether the pack says so or, as one that was made of a folder, does not; the stage has the output layer alone."""
+    source = Tied()
+    checkpoint = from_module(source)
+    if not stated:
+        checkpoint.metadata.pop("tied")
+    pack = make_pack(tmp_path / "tied", checkpoint, name="tied")
+    pack.publish(store)
+    last = nn.ModuleDict({"out": nn.Linear(4, 7, bias=False)})
+    load_into_(last, store, "tied", pack.digest, tied=None if stated else tied_names(source))
+    assert torch.equal(last["out"].weight, source.table.weight)
+    whole = Tied().to("meta")
+    whole.out.weight = whole.table.weight
+    load_into_(whole, store, "tied", pack.digest, tied=tied_names(whole))
+    assert whole.out.weight is whole.table.weight
+    assert torch.equal(whole.out.weight, source.table.weight)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -68,7 +68,9 @@ def make_pack(folder: Path) -> Manifest:
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     folder = tmp_path_factory.mktemp("ranks")
     manifest = make_pack(folder)
-    plans = {kind: plan_tensors(make(kind), 2, batch(kind)[0]) for kind in ("llama", "tied", "bert")} | {"residual": {}}
+    plans = {kind: plan_tensors(make(kind), 2, batch(kind)[0]) for kind in ("llama", "tied", "qwen", "bert")} | {
+        "residual": {}
+    }
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.parallel.work"])  # torch is imported once, not four times
     ranks = [context.Process(target=work, args=(rank, folder, plans, manifest.digest)) for rank in range(RANKS)]
@@ -102,7 +104,10 @@ def test_every_rank_came_to_its_end(launch: Launch) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("1f1b", "llama"), ("gpipe", "residual"), ("hybrid", "tied"), ("copies", "llama"), ("tensor", "bert")],
+    [
+        *[("1f1b", "llama"), ("gpipe", "residual"), ("hybrid", "tied"), ("copies", "llama")],
+        *[("norms", "qwen"), ("tensor", "bert")],
+    ],
 )
 def test_ranks_together_compute_what_one_process_computes(launch: Launch, name: str, kind: str) -> None:
     output, lost, grads = alone(kind)
@@ -200,6 +205,7 @@ def test_what_does_not_fit_is_refused(launch: Launch) -> None:
         assert "2 parts\n  expected: 4" in facts["parts"]
         assert "2 tensor-parallel ranks, and no plan" in facts["plan"]
         assert "wants other shards, or another pack" in facts["others"]
+        assert "into 4 microbatches\n  found: input_ids: 6 samples" in launch.facts(rank)["uneven"]
 
 
 @pytest.mark.faults

@@ -33,6 +33,14 @@ def test_a_model_states_its_plan_itself(llama: nn.Module) -> None:
     assert len(plan) == 4 * 7 + 1
 
 
+def test_weights_that_all_heads_share_are_whole_and_summed() -> None:
+    plan = plan_tensors(make("qwen"), 2)
+    assert {name for name, style in plan.items() if style == "summed"} == {
+        f"model.model.layers.{layer}.self_attn.{name}_norm" for layer in range(2) for name in "qk"
+    }
+    assert axis_of("model.model.layers.0.self_attn.q_norm.weight", plan) is None
+
+
 def test_a_tied_output_layer_stays_whole() -> None:
     assert "model.lm_head" not in plan_tensors(make("tied"), 2)
 

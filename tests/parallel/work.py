@@ -96,6 +96,7 @@ def splits(folder: Path, rank: int, plans: dict[str, TensorPlan]) -> None:
         ("gpipe", "residual", MeshSizes(pipeline=4), [0, 2, 3, 4, 5], {"microbatches": 2, "schedule": "gpipe"}),
         ("hybrid", "tied", MeshSizes(pipeline=2, tensor=2), [0, 1, 4], {"microbatches": 2}),
         ("copies", "llama", MeshSizes(data=2, pipeline=2), [0, 2, 4], {"microbatches": 4}),
+        ("norms", "qwen", MeshSizes(pipeline=2, tensor=2), [0, 1, 2], {"microbatches": 2}),
         ("tensor", "bert", MeshSizes(data=2, tensor=2), [0, 2], {}),
     ):
         trained(folder, rank, name, kind, runner_of(kind, sizes, bounds, plans[kind], **options))
@@ -221,6 +222,8 @@ def work(rank: int, folder: Path, plans: dict[str, TensorPlan], pack: str) -> No
     facts["sums"] = sums(plans)
     facts |= silence(folder, rank)
     last = runner_of("llama", MeshSizes(pipeline=4), [0, 1, 2, 3, 4], {}, microbatches=4)
+    uneven = {name: tensor[:6] for name, tensor in batch("llama")[0].items()}
+    facts["uneven"] = failed(lambda: last.infer(uneven))
     (folder / f"facts-{rank}.json").write_text(json.dumps(facts))
     facts |= death(rank, last)
     (folder / f"facts-{rank}.json").write_text(json.dumps(facts))
