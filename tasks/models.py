@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -207,7 +208,8 @@ def plan(
         elif (workers := slices.crew()) and config.objective == "bytes":
             survey = opened(checkpoint, workload, config, compression)
             slices.sensitivities(workers, context, graph, survey, progress)
-            planned, report = settle(measured(survey, progress), config.max_disagreement, progress)
+            points = functools.partial(slices.front, workers, context, graph, survey, progress)
+            planned, report = settle(measured(survey, progress), config.max_disagreement, progress, points)
         else:
             planned, report = run(checkpoint, workload, config, compression, progress)
         return {"output": planned.to_bytes()}, report

@@ -113,6 +113,26 @@ def sensitivities(on: Crew, context: RunContext, graph: ArtifactRef, work: Surve
     sliced.take(work, _mapped(on, context, graph, asked, len(units), Sensitivities, progress))
 
 
+def front(
+    on: Crew,
+    context: RunContext,
+    graph: ArtifactRef,
+    work: Survey,
+    progress: Progress,
+    choices: Sequence[tuple[int, ...]],
+) -> list[tuple[int, float]]:
+    """Coded bytes and disagreement of points of a plan's front; raises what `answers` does."""
+    from modelpress.reduce import Points
+
+    if not choices:
+        return []
+    coding = work.compression.fingerprint() if work.compression else None
+    asked = {"kind": "points", "choices": choices, "plan": work.config, "compress": work.compression}
+    of = _digest("points", graph.sha256, choices, work.config.fingerprint(), coding)
+    found = _mapped(on, context, graph, {**asked, "of": of}, len(choices), Points, progress).points
+    return [found[number] for number in range(len(choices))]
+
+
 class Observing:
     """A `modelpress.quantize.ranges.Observer` whose workers run a slice of the calibration batches each.
 
@@ -229,6 +249,7 @@ def _error(failure: Failure | None) -> ModelpressError:
     """The worker's error, as it would have been raised here."""
     if failure is None:
         return StageError("reading a worker's reply", found="neither a result nor an error", expected="one of the two")
-    kind = getattr(errors, failure.kind, StageError)
-    made: ModelpressError = kind(failure.doing, found=failure.found, expected=failure.expected, fix=failure.fix)
-    return made
+    kind = getattr(errors, failure.kind, None)
+    if not (isinstance(kind, type) and issubclass(kind, ModelpressError)):
+        kind = StageError
+    return kind(failure.doing, found=failure.found, expected=failure.expected, fix=failure.fix)

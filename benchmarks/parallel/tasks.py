@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -34,7 +34,8 @@ from modelpress.evaluate import running
 from modelpress.export import export
 from modelpress.plan import measured, opened, settle
 from modelpress.plan import sliced as plan_slices
-from modelpress.reduce import Answers, Cut, Ledger, Part, Sensitivities, deal
+from modelpress.reduce import Answers, Cut, Ledger, Part, Points, Sensitivities, deal
+from modelpress.reduce.partials import PartialT
 from modelpress.store.artifacts import save_artifact
 from modelpress.store.base import open_store
 from modelpress.workers.pool import Pool
@@ -154,10 +155,7 @@ def _evaluation(case: _Case) -> Iterator[Row]:
         with Pool(count, threads=1) as pool:
             start = _warm(pool, case.job)
             parts, seconds[count] = _mapped(pool, case.job, cut, _run)
-        ledger = Ledger(cut, Answers)
-        for part in parts:
-            ledger.add(part)
-        if sliced.put_together(ledger.reduce().value, marks).outputs.tobytes() != whole.tobytes():
+        if sliced.put_together(_merged(cut, parts, Answers), marks).outputs.tobytes() != whole.tobytes():
             raise RuntimeError("slices gave other answers than one process")
         yield Row("evaluation of MiniLM", f"{count} workers", "start", "s", start)
         yield Row("evaluation of MiniLM", f"{count} workers", "slices", "s", seconds[count])
@@ -165,27 +163,16 @@ def _evaluation(case: _Case) -> Iterator[Row]:
 
 
 def _search(case: _Case, quick: bool) -> Iterator[Row]:
-    config = PlanConfig(num_bits=[8, 4], points=2, sparsity=[0.0]) if quick else PlanConfig()
+    bits = [8, 4] if quick else [8, 6, 4]
+    config = PlanConfig(num_bits=bits, sparsity=[0.0], points=2 if quick else 4)
     job = case.job.model_copy(update={"kind": "sensitivities", "plan": config, "compress": CODING})
-    units = plan_slices.units(opened(case.graph, case.workload, config, CODING))
-    cut = deal("search", len(units), SLICES, seed=0)
     seconds: dict[int, float] = {}
     whole: dict[int, float] = {}
     plans = set()
     for count in COUNTS:
-        started = time.perf_counter()
-        work = opened(case.graph, case.workload, config, CODING)
-        opening = time.perf_counter() - started
         with Pool(count, threads=1) as pool:
             start = _warm(pool, job)
-            parts, seconds[count] = _mapped(pool, job, cut, _run)
-        ledger = Ledger(cut, Sensitivities)
-        for part in parts:
-            ledger.add(part)
-        started = time.perf_counter()
-        plan_slices.take(work, ledger.reduce().value)
-        made, _ = settle(measured(work), config.max_disagreement)
-        whole[count] = opening + seconds[count] + time.perf_counter() - started
+            made, seconds[count], whole[count] = _searched(case, pool, job, config)
         plans.add(made.to_bytes())
         for metric, value in (("start", start), ("slices", seconds[count]), ("whole search", whole[count])):
             yield Row("plan of MiniLM", f"{count} workers", metric, "s", value)
@@ -193,6 +180,35 @@ def _search(case: _Case, quick: bool) -> Iterator[Row]:
         raise RuntimeError("two workers found another plan than one")
     yield Row("plan of MiniLM", "2 workers", "speed-up of the slices", "×", seconds[1] / seconds[2])
     yield Row("plan of MiniLM", "2 workers", "speed-up of the whole search", "×", whole[1] / whole[2])
+
+
+def _searched(case: _Case, pool: Pool, job: Job, config: PlanConfig) -> tuple[Checkpoint, float, float]:
+    """The plan, the seconds of its slices, and of the whole search."""
+    started, sliced_seconds = time.perf_counter(), 0.0
+
+    def front(choices: Sequence[tuple[int, ...]]) -> list[tuple[int, float]]:
+        nonlocal sliced_seconds
+        asked = job.model_copy(update={"kind": "points", "choices": [list(choice) for choice in choices]})
+        cut = deal("front", len(choices), SLICES, seed=0)
+        parts, spent = _mapped(pool, asked, cut, _run)
+        sliced_seconds += spent
+        points = _merged(cut, parts, Points).points
+        return [points[number] for number in range(len(choices))]
+
+    work = opened(case.graph, case.workload, config, CODING)
+    cut = deal("search", len(plan_slices.units(work)), SLICES, seed=0)
+    parts, spent = _mapped(pool, job, cut, _run)
+    sliced_seconds += spent
+    plan_slices.take(work, _merged(cut, parts, Sensitivities))
+    made, _ = settle(measured(work), config.max_disagreement, measure_front=front)
+    return made, sliced_seconds, time.perf_counter() - started
+
+
+def _merged(cut: Cut, parts: Iterable[Part], kind: type[PartialT]) -> PartialT:
+    ledger = Ledger(cut, kind)
+    for part in parts:
+        ledger.add(part)
+    return ledger.reduce().value
 
 
 def _killed(case: _Case) -> Iterator[Row]:

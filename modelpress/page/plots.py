@@ -8,6 +8,7 @@ from typing import Literal
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection, PatchCollection
 from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -176,18 +177,19 @@ def grids(key: str, alt: str, pair: Sequence[tuple[str, Sequence[Sequence[float]
     colour, and crossed."""
 
     def paint(axes: Axes) -> None:
-        left = 0.0
+        left, boxes, crosses = 0.0, list[Rectangle](), list[list[tuple[float, float]]]()
         for title, grid in pair:
             columns = max(len(row) for row in grid)
             axes.text(left + columns / 2, -0.5, short(title, 22), ha="center", va="bottom", fontsize=10)
             for y, row in enumerate(grid):
                 for x, value in enumerate(row):
-                    colour = SERIES[0] if value >= 0 else SERIES[1]
                     strength = min(1.0, abs(value))
-                    axes.add_patch(_box((left + x, y), colour, strength))
+                    boxes.append(_box((left + x, y), SERIES[0] if value >= 0 else SERIES[1], strength))
                     if value < 0 and strength > 0.3:
-                        axes.plot([left + x + 0.3, left + x + 0.7], [y + 0.3, y + 0.7], color=INK, linewidth=0.6)
+                        crosses.append([(left + x + 0.3, y + 0.3), (left + x + 0.7, y + 0.7)])
             left += columns + 1.0
+        axes.add_collection(PatchCollection(boxes, match_original=True))
+        axes.add_collection(LineCollection(crosses, colors=INK, linewidths=0.6))
         axes.set_xlim(-0.05, left - 0.95)
         axes.set_ylim(max(len(grid) for _, grid in pair) + 0.05, -1.6)
         axes.set_aspect("equal")

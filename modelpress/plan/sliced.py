@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 from modelpress.errors import StageError
 from modelpress.plan.candidates import Candidate
-from modelpress.plan.costs import Cost
+from modelpress.plan.costs import Cost, float_cost
 from modelpress.plan.sensitivity import Measured, measure
 from modelpress.plan.survey import Survey
-from modelpress.reduce import Sensitivities, Sensitivity
+from modelpress.reduce import Points, Sensitivities, Sensitivity
 
 
 def units(work: Survey) -> list[str]:
@@ -40,7 +40,24 @@ def measure_units(work: Survey, numbers: Sequence[int]) -> Sensitivities:
     return Sensitivities(
         weights={one.name: [_told(row) for row in measure(one, work.few, work.compression)] for one in curves},
         alike={str(one): work.disagreement(work.alike(one)) for one in alike},
+        floats={one.name: tuple(float_cost(one, work.compression)) for one in curves},
     )
+
+
+def measure_points(work: Survey, choices: Sequence[Sequence[int]], numbers: Sequence[int]) -> Points:
+    """Build and measure some of the choices, each an option for every weight, by their numbers.
+
+    Raises:
+        StageError: a choice of another graph.
+    """
+    for number in numbers:
+        if number >= len(choices) or len(choices[number]) != len(work.weights):
+            raise StageError(
+                "measuring a point of a plan's front",
+                found=f"point {number} of {len(choices)}, of other weights",
+                expected=f"an option for each of {len(work.weights)} weights",
+            )
+    return Points(points={number: work.figures(choices[number]) for number in numbers})
 
 
 def take(work: Survey, found: Sensitivities) -> None:
@@ -60,6 +77,7 @@ def take(work: Survey, found: Sensitivities) -> None:
             )
         work.curves[name] = curve
     work.known_alike |= found.alike
+    work.known_floats |= {name: Cost(*sizes) for name, sizes in found.floats.items()}
 
 
 def _dense(work: Survey) -> list[Candidate]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from modelpress.agreement import Judge, divergence
+from modelpress.agreement import Judge
 from modelpress.checkpoint import Checkpoint
 from modelpress.config import CompressConfig, PlanConfig
 from modelpress.errors import BudgetExceededError
@@ -17,11 +16,14 @@ from modelpress.plan.importance import weighed
 from modelpress.plan.search import fill, furthest, spread, too_far
 from modelpress.plan.sensitivity import HOPE, measure, on_hull
 from modelpress.plan.solver import Chain, Option, chain
-from modelpress.plan.survey import Choice, Survey
+from modelpress.plan.survey import Choice, Figures, Survey
 from modelpress.plan.tensors import eligible_elements, planned_weights
 from modelpress.progress import Progress, silent
 from modelpress.reports import PlannedTensor, PlanPoint, PlanReport
 from modelpress.workload import Workload
+
+MeasureFront = Callable[[Sequence[tuple[int, ...]]], Iterable[Figures]]
+"""The figures of choices, an option for each weight, in their order."""
 
 
 def survey(
@@ -69,8 +71,11 @@ def measured(found: Survey, progress: Progress = silent) -> Survey:
     return found
 
 
-def settle(work: Survey, max_disagreement: float, progress: Progress = silent) -> tuple[Checkpoint, PlanReport]:
-    """The part of a plan that holds a budget, which may be another than the survey's config says.
+def settle(
+    work: Survey, max_disagreement: float, progress: Progress = silent, measure_front: MeasureFront | None = None
+) -> tuple[Checkpoint, PlanReport]:
+    """The part of a plan that holds a budget, which may be another than the survey's config says. `measure_front`
+    builds and measures the points of the front elsewhere.
 
     Raises:
         BudgetExceededError: no plan but the float graph is within it.
@@ -83,14 +88,14 @@ def settle(work: Survey, max_disagreement: float, progress: Progress = silent) -
             progress(work.steps - points - 2, work.steps, f"disagreement {tried[chosen]:.3g} of the whole plan")
         return tried[chosen]
 
-    judge = Judge(work.checkpoint, work.calibration, partial(divergence, outputs=work.workload.outputs))
     filled, solutions, position = _searched(work, disagreement, max_disagreement)
-    made, choice, found = _within(work, judge, [filled, *_backwards(solutions, position)], max_disagreement)
+    made, choice, found = _within(work, work.judge, [filled, *_backwards(solutions, position)], max_disagreement)
     size = coded_bytes(made, work.compression)
     front = [_own(size, found, work.foretold(choice))] if points else []
-    for done, place in enumerate(spread(solutions, position, points)):
-        progress(work.steps - points - 1 + done, work.steps, "Pareto front")
-        front.append(_point(work, solutions, place, judge))
+    places = spread(solutions, position, points)
+    choices = [solutions.choice(place) for place in places]
+    figures = measure_front(choices) if measure_front else _figures(work, choices, progress)
+    front += [_point(solutions, *one) for one in zip(places, figures, strict=True)]
     progress(work.steps - 1, work.steps, "held-out data")
     verdict = held_out.compare(work.checkpoint, made, work.workload)
     progress(work.steps, work.steps, f"disagreement {found:.3g}")
@@ -189,12 +194,17 @@ def _own(size: int, disagreement: float, foretold: float | None) -> PlanPoint:
     return PlanPoint(label="the plan", coded_bytes=size, disagreement=disagreement, predicted_disagreement=foretold)
 
 
-def _point(work: Survey, solutions: Chain, position: int, judge: Judge) -> PlanPoint:
-    made = work.build(work.choice(solutions.choice(position)))
+def _figures(work: Survey, choices: Sequence[tuple[int, ...]], progress: Progress) -> Iterator[Figures]:
+    for done, choice in enumerate(choices):
+        progress(work.steps - work.config.points - 1 + done, work.steps, "Pareto front")
+        yield work.figures(choice)
+
+
+def _point(solutions: Chain, position: int, figures: Figures) -> PlanPoint:
     return PlanPoint(
         label=f"plan {position} of {len(solutions.moves)}",
-        coded_bytes=coded_bytes(made, work.compression),
-        disagreement=judge.disagreement(made),
+        coded_bytes=figures[0],
+        disagreement=figures[1],
         predicted_disagreement=solutions.errors[position],
     )
 

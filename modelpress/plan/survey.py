@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from onnx import ModelProto
 
 from modelpress import graph
-from modelpress.agreement import Inputs
+from modelpress.agreement import Inputs, Judge, divergence
 from modelpress.checkpoint import Checkpoint
 from modelpress.config import CompressConfig, PlanConfig
 from modelpress.plan.candidates import Candidate, Floats
@@ -25,6 +25,8 @@ from modelpress.workload import Workload
 
 Choice = dict[str, Candidate]
 """What each weight becomes; one that is not in it stays in float."""
+Figures = tuple[int, float]
+"""Coded bytes, and disagreement."""
 
 
 @dataclass
@@ -51,6 +53,8 @@ class Survey:
     """All weights in one form."""
     known_alike: dict[str, float] = field(default_factory=dict)
     """By form, the disagreement with all weights in it, where another process measured it."""
+    known_floats: dict[str, Cost] = field(default_factory=dict)
+    """By weight, what it costs in float, where another process has coded it."""
     _costs: dict[tuple[str, Candidate | None], Cost] = field(default_factory=dict)
     _rest: int | None = None
     _values: dict[str, tuple[Candidate, Floats]] = field(default_factory=dict)
@@ -93,7 +97,7 @@ class Survey:
             weight = self.weights[name]
             known = next((one.cost for one in self.curves[name] if one.candidate == candidate), None)
             if candidate is None:
-                known = float_cost(weight, self.compression)
+                known = self.known_floats.get(name) or float_cost(weight, self.compression)
             elif known is None:
                 known = coding_cost(weight, weight.encode(candidate), self.compression)
             self._costs[key] = known
@@ -160,6 +164,16 @@ class Survey:
             if name not in self._values or self._values[name][0] != candidate:
                 self._values[name] = candidate, self.weights[name].encode(candidate).dequantize()
         return {name: self._values[name][1] for name in choice}
+
+    @cached_property
+    def judge(self) -> Judge:
+        """Compares whole checkpoints with the float one, on the calibration data."""
+        return Judge(self.checkpoint, self.calibration, partial(divergence, outputs=self.workload.outputs))
+
+    def figures(self, options: Sequence[int]) -> Figures:
+        """Coded bytes and disagreement of the checkpoint that options make."""
+        made = self.build(self.choice(options))
+        return coded_bytes(made, self.compression), self.judge.disagreement(made)
 
     def build(self, choice: Choice) -> Checkpoint:
         """The checkpoint of a choice."""

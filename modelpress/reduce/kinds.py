@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from modelpress.reduce.named import Answers, ByName, Sensitivities
+from modelpress.reduce.named import Answers, ByName, Points, Sensitivities
 from modelpress.reduce.partials import (
     ChannelMoments,
     Confusion,
@@ -29,6 +29,7 @@ AnyPartial = Annotated[
     | PairedScores
     | Answers
     | ByName
+    | Points
     | Sensitivities,
     Field(discriminator="kind"),
 ]

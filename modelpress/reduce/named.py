@@ -60,6 +60,23 @@ class Answers(Partial):
         return Answers(pieces=union(self.pieces, other.pieces), peak_memory_bytes=max(peaks, default=None))
 
 
+class Points(Partial):
+    """Points of a plan's front, built and measured."""
+
+    kind: Literal["points"] = "points"
+    """Which partial this is."""
+    points: dict[int, tuple[int, float]] = Field(default_factory=dict)
+    """By the point's number: coded bytes, and disagreement."""
+
+    def merge(self, other: Points) -> Points:
+        """The points of both.
+
+        Raises:
+            ValueError: they share one.
+        """
+        return Points(points=union(self.points, other.points))
+
+
 class Sensitivity(Report):
     """A form that a weight may take, and what it costs."""
 
@@ -90,6 +107,8 @@ class Sensitivities(Partial):
     """By weight, its candidates in their order."""
     alike: dict[str, float] = Field(default_factory=dict)
     """By form, the disagreement with all weights in it."""
+    floats: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    """By weight, coded bytes and inline bytes where it stays in float."""
 
     def merge(self, other: Sensitivities) -> Sensitivities:
         """The weights and forms of both.
@@ -97,8 +116,8 @@ class Sensitivities(Partial):
         Raises:
             ValueError: they share one.
         """
-        weights = union(self.weights, other.weights)
-        return Sensitivities(weights=weights, alike=union(self.alike, other.alike))
+        weights, floats = union(self.weights, other.weights), union(self.floats, other.floats)
+        return Sensitivities(weights=weights, alike=union(self.alike, other.alike), floats=floats)
 
 
 class ByName(Partial):

@@ -12,11 +12,11 @@ from modelpress.checkpoint import Checkpoint
 from modelpress.config import PlanConfig
 from modelpress.errors import ConfigError, WorkloadError
 from modelpress.evaluate import PeakMemory, Runner, running
-from modelpress.plan.sliced import measure_units
+from modelpress.plan.sliced import measure_points, measure_units
 from modelpress.plan.smallest import opened
 from modelpress.plan.survey import Survey
 from modelpress.quantize import calibration_batches, ranges
-from modelpress.reduce import Answers, ByName, Part, Piece, Sensitivities
+from modelpress.reduce import Answers, AnyPartial, ByName, Part, Piece, Points, Sensitivities
 from modelpress.reports import ArtifactRef
 from modelpress.settings import read_settings
 from modelpress.sliced import answer_batches
@@ -41,8 +41,12 @@ class Bench:
         Raises:
             ModelpressError: what the library raises for its model, data or config.
         """
-        work = {"answers": self._answers, "sensitivities": self._sensitivities}.get(job.kind, self._observed)
-        value = work(job)
+        if job.kind == "answers":
+            value: AnyPartial = self._answers(job)
+        elif job.kind in ("sensitivities", "points"):
+            value = self._planned(job)
+        else:
+            value = self._observed(job)
         return Part(of=job.of, slice=job.slice, attempt=job.attempt, value=value)
 
     def _answers(self, job: Job) -> Answers:
@@ -58,10 +62,13 @@ class Bench:
         }
         return Answers(pieces=pieces, peak_memory_bytes=memory.peak_bytes)
 
-    def _sensitivities(self, job: Job) -> Sensitivities:
+    def _planned(self, job: Job) -> Sensitivities | Points:
         if job.plan is None:
             raise ConfigError("measuring a slice of a plan", found="no plan's config", expected="one in the job")
-        return measure_units(self._surveyed(job, job.plan), job.units)
+        work = self._surveyed(job, job.plan)
+        if job.kind == "points":
+            return measure_points(work, job.choices, job.units)
+        return measure_units(work, job.units)
 
     def _observed(self, job: Job) -> ByName:
         workload = self._data(job)

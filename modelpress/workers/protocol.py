@@ -14,7 +14,7 @@ from modelpress.reports import ArtifactRef, Report
 class Job(Report):
     """One slice of a stage's work."""
 
-    kind: Literal["answers", "sensitivities", "extremes", "histograms"]
+    kind: Literal["answers", "sensitivities", "points", "extremes", "histograms"]
     """What is to be done; see `modelpress.workers.jobs`."""
     of: str
     """Digest of the whole work."""
@@ -33,9 +33,11 @@ class Job(Report):
     run: str
     """A worker reads the data anew for another run."""
     plan: PlanConfig | None = None
-    """For `sensitivities`: what may be chosen."""
+    """For `sensitivities` and `points`: what may be chosen."""
     compress: CompressConfig | None = None
-    """For `sensitivities`: how bytes are counted; None: every tensor raw."""
+    """For `sensitivities` and `points`: how bytes are counted; None: every tensor raw."""
+    choices: list[list[int]] = Field(default_factory=list)
+    """For `points`: all of the front, each an option for every weight."""
     values: list[str] = Field(default_factory=list)
     """For `extremes`: names of the graph's values."""
     edges: dict[str, tuple[float, float]] = Field(default_factory=dict)

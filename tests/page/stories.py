@@ -255,4 +255,5 @@ def told(store: Store, folder: Path, *, word: str = "") -> Story:
     """A story with everything in it."""
     pack = publish_story(store, folder, word=word)
     found = read_story(store, NAME, pack, run_report(pack, word=word))
-    return replace(found, profile=profile(word), advice=advice(word))
+    profiled = profile(word) if word else profile().model_copy(update={"subject": f"{NAME}@{pack[:12]}"})
+    return replace(found, profile=profiled, advice=advice(word))

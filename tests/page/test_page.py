@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from modelpress.manifest import Manifest, TensorEntry
 from modelpress.page import Story, read_beside, read_story, render, report_page
 from modelpress.page.compare import comparison_page, read_comparison
 from modelpress.page.fleet import fleet_page, read_fleet
+from modelpress.page.sections.profile import energy_and_cost
 from modelpress.page.sections.sizes import grouped
 from modelpress.reports import QuantizeReport, RunReport, RunStage, SensitivityRow
 from modelpress.store import Store, open_store
@@ -164,6 +166,19 @@ def test_what_is_nested_without_end_is_no_end_of_the_page() -> None:
     text = " ".join(sound(render(report_page(Story("deep", run=run)))).text)
     assert "nested too deep to be shown" in text
     assert "1 fields" in text
+
+
+def test_energy_stands_with_the_model_that_was_profiled(story: Story) -> None:
+    assert story.profile is not None
+    stages = [stage.stage for stage in story.stages]
+    for subject, stage in (
+        (f"{NAME}@{str(story.pack)[:12]}", "quantize"),
+        (f"{NAME}@{'0' * 12}", None),
+        (NAME, "source (onnx)"),
+    ):
+        told = replace(story, profile=story.profile.model_copy(update={"subject": subject}))
+        known = [one for one in stages if energy_and_cost(told, one)[0] == "0.02 J"]
+        assert known == ([stage] if stage else [])
 
 
 def test_reports_of_other_commands_are_shown_beside(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
+
 import pytest
 
 from modelpress.checkpoint import Checkpoint
@@ -33,7 +36,14 @@ def test_slices_in_any_order_make_the_same_plan(encoder: tuple[TextToy, Checkpoi
         part = Part(of="plan", slice=number, attempt=1, value=value)
         ledger.add(Part.model_validate_json(part.model_dump_json()))
     sliced.take(work, ledger.reduce().value)
-    made, report = settle(measured(work), CONFIG.max_disagreement)
+    other = opened(checkpoint, workload, CONFIG, CODING)
+
+    def front(choices: Sequence[tuple[int, ...]]) -> list[tuple[int, float]]:
+        parts = [sliced.measure_points(other, choices, [number]) for number in range(len(choices))]
+        return [reduce(lambda one, two: two.merge(one), parts).points[number] for number in range(len(choices))]
+
+    made, report = settle(measured(work), CONFIG.max_disagreement, measure_front=front)
+    assert len(report.front) > 1
     whole, expected = plan(checkpoint, workload, CONFIG, CODING)
     assert report == expected
     assert made.to_bytes() == whole.to_bytes()
@@ -57,3 +67,5 @@ def test_slices_of_another_plan_are_refused(encoder: tuple[TextToy, Checkpoint])
         sliced.take(work, sliced.measure_units(other, [0]))
     with pytest.raises(StageError, match="unit 99"):
         sliced.measure_units(work, [99])
+    with pytest.raises(StageError, match="point 0 of 1"):
+        sliced.measure_points(work, [(0,)], [0])

@@ -20,10 +20,18 @@ def profile_of(story: Story) -> ProfileReport | None:
     return story.profile or story.report("profile", ProfileReport)
 
 
-def energy_and_cost(story: Story) -> tuple[str, str]:
-    """Joules of a request, and the least cost of a million, in words."""
+def profiled_stage(story: Story, profile: ProfileReport) -> str | None:
+    """The stage whose model was profiled: what is served, where this pack was; else the source model."""
+    if "@" in profile.subject:
+        served = story.run.served if story.run is not None else None
+        return served if profile.subject == f"{story.name}@{(story.pack or '')[:12]}" else None
+    return "source" if profile.runtime == "torch" else "source (onnx)"
+
+
+def energy_and_cost(story: Story, stage: str) -> tuple[str, str]:
+    """Joules of a request, and the least cost of a million, in words, where this stage's model was profiled."""
     profile = profile_of(story)
-    if profile is None:
+    if profile is None or profiled_stage(story, profile) != stage:
         return words.UNMEASURED, words.UNMEASURED
     energy = profile.energy
     joules = [
@@ -49,7 +57,7 @@ def section(story: Story) -> Section | None:
         f"Measured of {profile.subject} in {profile.runtime} on {machine.cpu}, {machine.cores} cores"
         f"{f', {machine.gpu}' if machine.gpu else ''}, batch {profile.batch_size}.",
     ]
-    tables = [_resources(profile), _operators(profile), _load(profile), _costs(profile.costs), _reasons(profile)]
+    tables = [_resources(profile), _load(profile), _costs(profile.costs), _reasons(profile)]
     return Section(
         key="profile",
         title="Which resource binds",
@@ -101,6 +109,7 @@ def _roofline(profile: ProfileReport) -> Figure | None:
             logs=(True, True),
             joined=frozenset({"roof"}),
         ),
+        table=_operators(profile),
     )
 
 
@@ -141,9 +150,10 @@ def _memory(profile: ProfileReport) -> Figure | None:
     if len(timeline) < 2:
         return None
     spots = [Spot(point.seconds, point.resident_bytes / 1e6, point.mark) for point in _thinned(timeline, 300)]
-    rows = [
-        [point.mark, words.time(point.seconds), words.size(point.resident_bytes)] for point in timeline if point.mark
-    ]
+    largest = max(timeline, key=lambda point: point.resident_bytes)
+    told = [("at first", timeline[0]), ("most", largest), ("at last", timeline[-1])]
+    told += [(point.mark, point) for point in timeline if point.mark]
+    rows = [[what, words.time(point.seconds), words.size(point.resident_bytes)] for what, point in told]
     key = "profile-memory"
     return Figure(
         key=key,
@@ -156,7 +166,7 @@ def _memory(profile: ProfileReport) -> Figure | None:
             axes_named=("seconds", "MB"),
             joined=frozenset({"resident"}),
         ),
-        table=Table("Memory where something began", ["what", "after", "resident"], rows, numbers=frozenset({1, 2})),
+        table=Table("Memory over time", ["what", "after", "resident"], rows, numbers=frozenset({1, 2})),
     )
 
 

@@ -60,17 +60,16 @@ def _speeds(story: Story, stages: Sequence[RunStage]) -> Table | None:
     for stage, found in judged:
         latency = {row.batch_size: row for row in found}
         last = latency.get(batches[-1])
-        served = story.run is not None and stage.stage == story.run.served
         rows.append(
             [
                 stage.stage,
                 *(_times(latency.get(batch)) for batch in batches),
                 words.rate(last.throughput_per_second if last else None),
                 words.size(stage.evaluation.peak_memory_bytes if stage.evaluation else None),
-                *(energy_and_cost(story) if served else (words.UNMEASURED, words.UNMEASURED)),
+                *energy_and_cost(story, stage.stage),
             ]
         )
-    note = "Energy of a request and cost of a million requests are measured of the served graph, by the profile."
+    note = "Energy of a request and cost of a million requests are known of the model that was profiled alone."
     return Table("Time, throughput, memory, energy and cost", heads, rows, frozenset(range(1, len(heads))), note)
 
 
