@@ -11,7 +11,7 @@ from modelpress.errors import ConfigError
 from modelpress.parallel import launch
 from modelpress.parallel.jobs import Job
 from modelpress.progress import Progress
-from modelpress.reports import ArtifactRef
+from modelpress.reports import ArtifactRef, ParallelReport, trainings
 from modelpress.resume import open_shelf
 from tasks.records import ReportT
 from tasks.runner import RunContext, find_source
@@ -56,4 +56,16 @@ def spread(
         output, result = launch.wait_elsewhere(job, states.folder, progress, say, reuse=states.reuse)
     for text in result.told:
         shelf.tell(text)
-    return output, report_type.model_validate(result.report)
+    report = report_type.model_validate(result.report)
+    for training in trainings(report):
+        _warn(stage, training.parallel)
+    return output, report
+
+
+def _warn(stage: str, report: ParallelReport | None) -> None:
+    log, extra = get_run_logger(), {"stage": stage}
+    if report is not None and report.restarts:
+        log.warning("%s: a rank died, and all were started again, %d times", stage, report.restarts, extra=extra)
+    if report is not None and not report.weights_agree:
+        text = "%s: the ranks ended with weights of other bits, the first's are kept: are their machines alike?"
+        log.warning(text, stage, extra=extra)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.advise.cases import Kept
 from modelpress.reports import Predicted
@@ -50,6 +51,10 @@ def draw(kept: Mapping[str, Kept], path: Path) -> None:
             axes.plot([low, high], [low, high], color="#999999", linewidth=0.8, linestyle="--")
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+            axis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("measured")
         axes.set_ylabel("foretold")
         axes.set_title(title, fontsize=10)

@@ -54,9 +54,9 @@ def run_here(
         ModelpressError: what a rank refused, of the same class.
         StageError: a rank died, more often than it was started again.
     """
-    from modelpress.parallel.ranks import device_of
+    from modelpress.parallel.ranks import require
 
-    device_of(job.parallel, job.parallel.processes - 1)
+    require(job.parallel, job.parallel.processes - 1)
     with tempfile.TemporaryDirectory(prefix="modelpress-ranks-") as made:
         folder = Path(made)
         store = open_store(str(folder / "job"))
@@ -158,6 +158,7 @@ def _environment(processes: int) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": loopback,
         **os.environ,
         "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see `ranks.joined`
         jobs.WATCHED: "1",
     }
 

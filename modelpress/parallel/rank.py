@@ -13,7 +13,7 @@ import sys
 import threading
 from typing import NoReturn
 
-from modelpress.errors import ModelpressError, StoreError
+from modelpress.errors import ModelpressError, SetupError, StoreError
 from modelpress.parallel import jobs
 from modelpress.parallel.ranks import Ranks, joined
 from modelpress.place import Place, pinned
@@ -34,6 +34,11 @@ def main(folder: str) -> int:
                 _run(job, store, ranks)
             except ModelpressError as error:
                 _leave(store, error)
+    except SetupError as error:
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT") == os.environ.get("TORCHELASTIC_MAX_RESTARTS"):
+            _leave(store, error)
+        print(error, file=sys.stderr, flush=True)  # a port that somebody took meanwhile: the next attempt has another
+        os._exit(error.exit_code)
     except ModelpressError as error:
         _leave(store, error)
     return 0

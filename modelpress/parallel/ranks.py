@@ -145,7 +145,20 @@ def joined(config: ParallelConfig, environment: Mapping[str, str] | None = None)
 
 
 def device_of(config: ParallelConfig, local: int) -> torch.device:
-    """The device of a machine's rank number `local`.
+    """The device of a machine's rank number `local`, which becomes CUDA's current one.
+
+    Raises:
+        SetupError: see `require`.
+    """
+    require(config, local)
+    if config.backend != "nccl":
+        return torch.device(DEVICES[config.backend])
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def require(config: ParallelConfig, local: int) -> None:
+    """Refuse what a machine's rank number `local` could not compute with; nothing is set up.
 
     Raises:
         SetupError: the backend is not here, or there are fewer devices.
@@ -158,17 +171,13 @@ def device_of(config: ParallelConfig, local: int) -> torch.device:
             expected=f"a PyTorch and devices that have {config.backend}",
             fix=lacking[1],
         )
-    if config.backend == "nccl":
-        if local >= torch.cuda.device_count():
-            raise SetupError(
-                f"giving rank {local} of this machine a device",
-                found=f"{torch.cuda.device_count()} devices",
-                expected="one for each rank",
-                fix="lower parallel.processes, show it more devices (CUDA_VISIBLE_DEVICES), or take more machines",
-            )
-        torch.cuda.set_device(local)
-        return torch.device("cuda", local)
-    return torch.device(DEVICES[config.backend])
+    if config.backend == "nccl" and local >= torch.cuda.device_count():
+        raise SetupError(
+            f"giving rank {local} of this machine a device",
+            found=f"{torch.cuda.device_count()} devices",
+            expected="one for each rank",
+            fix="lower parallel.processes, show it more devices (CUDA_VISIBLE_DEVICES), or take more machines",
+        )
 
 
 def missing(backend: str) -> tuple[str, str] | None:
@@ -206,5 +215,13 @@ def _who(environment: Mapping[str, str]) -> tuple[int, int, int]:
             else f"RANK={environment['RANK']}, WORLD_SIZE={environment['WORLD_SIZE']}",
             expected="what torchrun sets: RANK below WORLD_SIZE, MASTER_ADDR and MASTER_PORT",
             fix="start it with torchrun, or through a recipe (parallel.processes)",
+        )
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # The agent keeps its store for all attempts: ranks that are started again read where the dead ones listened.
+        raise ConfigError(
+            "meeting the other ranks",
+            found="a store that torchrun shares between all attempts, with addresses of ranks that are gone",
+            expected="a store for each attempt",
+            fix="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started",
         )
     return rank, size, local

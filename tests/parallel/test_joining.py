@@ -31,6 +31,7 @@ DIGITS = {
         ({"MASTER_PORT": None, "MASTER_ADDR": None}, "no MASTER_ADDR, MASTER_PORT"),
         ({"RANK": "2"}, "RANK=2, WORLD_SIZE=2"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
+        ({"TORCHELASTIC_USE_AGENT_STORE": "True"}, "addresses of ranks that are gone"),
     ],
 )
 def test_a_process_that_torchrun_did_not_start_says_so(wrong: dict[str, str | None], said: str) -> None:

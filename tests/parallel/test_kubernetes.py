@@ -43,6 +43,7 @@ def test_torchrun_takes_its_arguments_and_starts_a_rank() -> None:
     assert told.module
     assert importlib.util.find_spec(told.training_script) is not None
     assert told.training_script_args == ["$(JOB)"]
+    assert {"name": "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "value": "1"} in RANKS["env"]
     assert told.max_restarts == ParallelConfig().restarts
 
 

@@ -26,7 +26,7 @@ def config(processes: int, train: TrainConfig = BATCH, **ways: Any) -> TrainConf
 
 def distance(found: dict[str, Any], expected: dict[str, Any], what: str) -> float:
     assert found[what].keys() == expected[what].keys()
-    scale = max(float(np.abs(value).max()) for value in expected[what].values())
+    scale = max(float(np.abs(value).max()) for value in expected[what].values() if value.dtype.kind == "f")
     return max(
         float(np.abs(found[what][name] - value).max()) / scale
         for name, value in expected[what].items()
@@ -49,15 +49,15 @@ def assert_close(found: dict[str, Any], expected: dict[str, Any], bound: float) 
 
 
 SPREAD = {
-    "ddp": (2, Case("blocks", loss="teacher"), {}),
-    "accumulated": (2, Case("blocks", loss="teacher"), {"gradient_accumulation": 3}),
-    "fsdp": (2, Case("blocks", loss="teacher"), {"strategy": "fsdp"}),
-    "fsdp accumulated": (2, Case("blocks"), {"strategy": "fsdp", "gradient_accumulation": 2}),
-    "streamed": (2, Case("mlp", loss="teacher"), {"data": "stream"}),
-    "batch normalisation": (2, Case("norms"), {}),
-    "hidden states": (2, Case("blocks", loss="hidden"), {}),
+    "streamed, accumulated": (2, Case("blocks", loss="teacher"), {"data": "stream", "gradient_accumulation": 3}),
+    "fsdp, accumulated": (2, Case("blocks", loss="teacher"), {"strategy": "fsdp", "gradient_accumulation": 2}),
+    "fsdp, hidden states": (2, Case("blocks", loss="hidden"), {"strategy": "fsdp"}),
     "masked": (3, Case("blocks", loss="masked"), {}),
-    "fewer samples than ranks": (3, Case("norms", train=BATCH.model_copy(update={"batch_size": 47})), {}),
+    "batch normalisation, fewer samples than ranks": (
+        3,
+        Case("norms", train=BATCH.model_copy(update={"batch_size": 47})),
+        {},
+    ),
     "more pieces than samples": (
         2,
         Case("mlp", train=BATCH.model_copy(update={"batch_size": 4})),
@@ -117,7 +117,7 @@ def test_a_killed_rank_goes_on_to_the_same_weights_with_any_number_of_ranks(tmp_
     cut = together(2, train, dataclasses.replace(case, folder=str(tmp_path), cut=5))
     assert [value for value, _ in cut] == [None, None]
     state = (tmp_path / "0").read_bytes()
-    for ranks in (2, 3, 1):
+    for ranks in (2, 3, 1) if strategy == "ddp" else (2, 1):
         (tmp_path / "0").write_bytes(state)
         again = dataclasses.replace(case, folder=str(tmp_path))
         if ranks == 1:
