@@ -52,7 +52,7 @@ def run_stages(line: Line, config: OptimizeConfig) -> Iterator[tuple[Part, Artif
     model = line.judged("source", source(run))
     exported = line.judged("source (onnx)", export(run, model, config.export, label="export-source"), of="source")
     if config.profile:
-        line.profiled(profile(run, model, exported, config.profile, config.compress, config.shard))
+        line.profiled(profile(run, model, exported, config.profile, config.compress))
     yield "source", model
     if config.distill:
         model = line.judged("distill", distill(run, model, config.distill))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from modelpress.config import CompressConfig, GpuConfig, ProfileConfig, ShardConfig
+from modelpress.config import CompressConfig, GpuConfig, ProfileConfig
 from modelpress.progress import Progress
 from modelpress.reports import ArtifactRef, ProfileReport
 from modelpress.settings import read_settings
@@ -23,12 +23,11 @@ def profile(
     graph: ArtifactRef,
     config: ProfileConfig,
     compression: CompressConfig | None,
-    sharding: ShardConfig,
 ) -> Finished[ProfileReport]:
     """Measure where the time, the bytes, the joules and the money of a model go on this machine.
 
-    `graph` is what `model` was exported to; the pack that is started anew is coded by `compression` and cut by
-    `sharding`."""
+    `graph` is what `model` was exported to; the pack that is started anew is coded by
+    `compression`."""
     hardware = read_settings().hardware or None
     if compression is not None:  # that pack stands alone
         compression = compression.model_copy(update={"base": None})
@@ -45,14 +44,13 @@ def profile(
             subject = Subject(context.name, checkpoint, workload.example, module=module)
         else:
             subject = Subject(context.name, fetch_checkpoint(graph), workload.example)
-        report = run(subject, config, compression, sharding, progress)
+        report = run(subject, config, compression, progress)
         return {}, report.model_copy(update={"hardware": hardware})
 
     on_gpu = config.provider != "CPUExecutionProvider"
     extra = {
         "host": host_fingerprint(),
         "compress": compression.fingerprint() if compression else None,
-        "shard": sharding.fingerprint(),
         **({"hardware": hardware} if hardware else {}),
     }
     return run_stage(

@@ -48,7 +48,7 @@ def profile(
     with Bar("profile") as progress:
         if checked is not None:
             subject = _of_recipe(checked, config, progress)
-            report = run(subject, config, checked.compress, checked.shard, progress)
+            report = run(subject, config, checked.compress, progress)
         else:
             report = run(_of_pack(opened_store(store), what, of_pack), config, progress=progress)
     report = report.model_copy(update={"hardware": read_settings().hardware or None})

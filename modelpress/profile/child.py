@@ -40,7 +40,7 @@ class Task(TypedDict):
     threads: int
     """Of one operator."""
     inputs: list[str]
-    """Files of inputs (safetensors): the first one's are answered first, each batch a few times where memory is
+    """Files of inputs (safetensors): the first one's are answered first, each further batch a few times where memory is
     watched."""
     watch: bool
     """Whether resident memory is sampled all the time."""
@@ -119,7 +119,7 @@ def main() -> None:
     inputs: dict[str, Tensor] = safetensors.torch.load_file(task["inputs"][0])
     graph.run(session, inputs)
     watcher.part("first_answer")
-    for path in task["inputs"] if task["watch"] else ():
+    for path in task["inputs"][1:] if task["watch"] else ():
         batch = safetensors.torch.load_file(path)
         watcher.mark(f"batch {len(next(iter(batch.values())))}")
         for _ in range(3):

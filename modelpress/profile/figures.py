@@ -23,8 +23,8 @@ INK = "#808080"
 COLOURS = {"compute": "#2f81c4", "memory": "#c8752d", "latency": "#8f6bc0"}
 MARKS = {"compute": "o", "memory": "s", "latency": "^"}
 _LINES = ("#2f81c4", "#c8752d", "#3f9a5f", "#8f6bc0", "#c2557a", "#7d8c2f")
-_NAMED = 4
-"""Operators whose names stand beside their marks."""
+Point = tuple[OperatorProfile, float, float, float]
+"""An operator, its operations per byte, its operations per second, its share of the time."""
 
 
 def draw(report: ProfileReport, folder: Path) -> list[Path]:
@@ -36,6 +36,8 @@ def draw(report: ProfileReport, folder: Path) -> list[Path]:
         axes = figure.subplots()
         if plot(report, axes):
             _style(axes)
+            if axes.get_legend_handles_labels()[1]:
+                figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False, labelcolor=INK)
             figure.patch.set_alpha(0.0)
             path = folder / f"{name}.png"
             figure.savefig(path, dpi=110, transparent=True)
@@ -51,11 +53,6 @@ def _style(axes: Axes) -> None:
     for text in (axes.xaxis.label, axes.yaxis.label, axes.title):
         text.set_color(INK)
     axes.grid(visible=True, which="major", color=INK, alpha=0.25, linewidth=0.6)
-    legend = axes.get_legend()
-    if legend is not None:
-        legend.set_frame_on(False)
-        for text in legend.get_texts():
-            text.set_color(INK)
 
 
 def _roofline(report: ProfileReport, axes: Axes) -> bool:
@@ -67,39 +64,52 @@ def _roofline(report: ProfileReport, axes: Axes) -> bool:
     at = [intensity for _, intensity, _, _ in points]
     low, high = min(at) / 3, max(*at, 100.0) * 3
     grid = np.geomspace(low, high, 200)
-    for colour, dtype in zip(_LINES, _dtypes(report), strict=False):
+    for style, dtype in zip(("-", "--", "-.", ":"), _dtypes(report), strict=False):
         rate = matrix_rate(report.machine, dtype)
         if rate is not None:
-            label = f"{dtype}: {rate / 1e9:.0f} Gop/s, {bandwidth / 1e9:.1f} GB/s"
-            axes.plot(grid, np.minimum(rate, bandwidth * grid), color=colour, linewidth=1.6, label=label)
-    largest = max(share for *_, share in points)
-    for bound, colour in COLOURS.items():
-        chosen = [(one, x, y, share) for one, x, y, share in points if one.bound == bound]
-        if chosen:
-            total = sum(share for *_, share in chosen)
-            axes.scatter(
-                [x for _, x, _, _ in chosen],
-                [y for _, _, y, _ in chosen],
-                s=[25 + 350 * share / largest for *_, share in chosen],
-                marker=MARKS[bound],
-                color=colour,
-                alpha=0.75,
-                linewidths=0,
-                label=f"{bound}: {len(chosen)} operators, {total:.0%} of their time",
-            )
-    for one, x, y, share in sorted(points, key=lambda point: -point[3])[:_NAMED]:
-        label = f"{one.op_type} {_short(one.name)}, {share:.0%}"
-        axes.annotate(label, (x, y), (0, -16), textcoords="offset points", color=INK, fontsize=8, ha="center")
+            label = f"{dtype}: {rate / 1e9:.3g} Gop/s, {bandwidth / 1e9:.3g} GB/s"
+            axes.plot(grid, np.minimum(rate, bandwidth * grid), style, color=INK, linewidth=1.6, label=label)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    rates = [rate for _, _, rate, _ in points]
+    axes.set_xlim(low, high)
+    axes.set_ylim(min(rates) / 5, max(*rates, bandwidth * low) * 5)
+    largest = max(share for *_, share in points)
+    for bound, colour in COLOURS.items():
+        chosen = [point for point in points if point[0].bound == bound]
+        if chosen:
+            _scatter(axes, chosen, bound, colour, largest)
     axes.set_xlabel("operations per byte moved")
     axes.set_ylabel("operations per second")
     axes.set_title(f"{report.subject}, batch {report.batch_size}: operators under the measured ceilings", fontsize=10)
-    axes.legend(fontsize=8, loc="lower right")
     return True
 
 
-def _point(one: OperatorProfile) -> tuple[OperatorProfile, float, float, float] | None:
+def _scatter(axes: Axes, chosen: Sequence[Point], bound: str, colour: str, largest: float) -> None:
+    """Operators of one class, the one that takes most of the time by its name."""
+    axes.scatter(
+        [x for _, x, _, _ in chosen],
+        [y for _, _, y, _ in chosen],
+        s=[20 + 300 * share / largest for *_, share in chosen],
+        marker=MARKS[bound],
+        color=colour,
+        alpha=0.6,
+        linewidths=0,
+    )
+    total = sum(share for *_, share in chosen)
+    label = f"{bound}: {len(chosen)} operators, {total:.0%} of all operators' time"
+    axes.plot([], [], MARKS[bound], color=colour, label=label)  # a mark of its own size in the legend
+    one, x, y, share = max(chosen, key=lambda point: point[3])
+    place = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))
+    right, high = place[0] > 0.5, place[1] > 0.3
+    axes.annotate(
+        f"{_short(one.name)}, {share:.1%}", (x, y), (-14 if right else 14, -28 if high else 22), color=colour,
+        fontsize=8, ha="right" if right else "left", textcoords="offset points",
+        arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8},
+    )  # fmt: skip
+
+
+def _point(one: OperatorProfile) -> Point | None:
     """An operator's place; None for one that computes nothing, or whose figures are not all known."""
     intensity, flops, seconds = value_of(one.intensity), value_of(one.flops), value_of(one.seconds)
     if not intensity or not flops or not seconds:
@@ -136,7 +146,6 @@ def _latency(report: ProfileReport, axes: Axes) -> bool:
     axes.set_xlabel("latency from the intended arrival, ms")
     axes.set_ylabel("percent of requests that are no slower")
     axes.set_title(f"{report.subject}: latency", fontsize=10)
-    axes.legend(fontsize=8, loc="lower right")
     return True
 
 
@@ -150,18 +159,19 @@ def _memory(report: ProfileReport, axes: Axes) -> bool:
     axes.plot(seconds, mebibytes, color=_LINES[0], linewidth=1.5)
     axes.fill_between(seconds, mebibytes, color=_LINES[0], alpha=0.2)
     top = max(mebibytes)
-    last, level = -np.inf, 0
+    end, last, level, levels = max(seconds), -np.inf, 0, 0
     for point in (one for one in points if one.mark):
         axes.axvline(point.seconds, color=INK, linewidth=0.8, linestyle=":")
         # Marks that are close together stand below one another.
-        level = level + 1 if point.seconds - last < 0.06 * max(seconds) else 0
-        last = point.seconds
+        level = level + 1 if point.seconds - last < 0.12 * end else 0
+        last, levels = point.seconds, max(levels, level)
+        right = point.seconds > 0.8 * end
         axes.annotate(
-            point.mark, (point.seconds, top * (1.18 - 0.06 * level)), (3, 0), textcoords="offset points",
-            color=INK, fontsize=8, va="top",
+            point.mark, (point.seconds, 1 - 0.055 * level), (-3 if right else 3, -2), color=INK, fontsize=8, va="top",
+            ha="right" if right else "left", xycoords=("data", "axes fraction"), textcoords="offset points",
         )  # fmt: skip
-    axes.set_ylim(0, top * 1.22)
-    axes.set_xlim(0, max(seconds) * 1.12)
+    axes.set_ylim(0, top / (0.94 - 0.055 * levels))
+    axes.set_xlim(0, end)
     axes.set_xlabel("seconds since the process began")
     axes.set_ylabel("resident memory, MiB")
     axes.set_title(f"{report.subject}: memory of a new process that loads and runs the model", fontsize=10)

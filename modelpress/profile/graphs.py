@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import onnx
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper
@@ -36,13 +35,17 @@ MAX_EVENTS = 500_000
 """ONNX Runtime drops events beyond a million; a run has some more than one for each node."""
 TICK_SECONDS = 1e-6
 """ONNX Runtime cuts times to whole microseconds: half of one is added to each, which is what is cut on the mean."""
+MOST_ADDED = 0.05
+"""What watching may add to the time of all runs, as a share of it: where a watched run is far slower, as with operators
+of a microsecond, few runs are watched. `LEAST_RUNS` are in any case."""
 LEAST_SECONDS = 1e-7
 """No operator is faster: what is left of a time after watching was taken off may be nothing, or less."""
 CHAIN = 256
 """Operators of the graph by which calls and watching are measured."""
 _BLOCK_SECONDS = 0.1
 """Time of a block: long against the time that idle threads of the other session keep their cores busy."""
-_BLOCK_RUNS = 3
+_ADDED_SECONDS = 1e-5
+"""What watching is taken to add to a node's time until it has been measured."""
 _CALIBRATION_RUNS = 50
 _WARM_UP_RUNS = 3
 _TYPES = {"float": "float32", "double": "float64", "float8e4m3fn": "float8", "float8e5m2": "float8"}
@@ -98,8 +101,9 @@ def run_watched(
     )
     return Ran(
         operators=[_operator(node, values, names, _times(node, runs, provider), taken_off) for node in nodes],
-        run_seconds=float(np.median(turns.plain)),
-        watched_seconds=float(np.median(turns.watched)),
+        run_seconds=typical(turns.plain),
+        watched_seconds=typical(turns.watched),
+        watched_share=len(turns.watched) / (len(turns.plain) + len(turns.watched)),
         activations_bytes=alive_bytes(optimised, nodes, values),
     )
 
@@ -126,7 +130,10 @@ class _Turns:
 def _take_turns(
     plain: graph.Session, watched: graph.Session, inputs: Mapping[str, Tensor], seconds: float, nodes: int
 ) -> _Turns:
-    """Blocks of runs without and with watching; the first of a block is not kept."""
+    """Blocks of runs without and with watching, as many with it as `MOST_ADDED` allows; the first of each is not kept.
+
+    The first watched block has to do without measured times: it goes by `_ADDED_SECONDS`.
+    """
     turns = _Turns()
     for _ in range(_WARM_UP_RUNS):
         graph.run(plain, inputs)
@@ -135,20 +142,24 @@ def _take_turns(
     most = max(LEAST_RUNS, MAX_EVENTS // (2 * max(1, nodes)))
     start = time.perf_counter()
     while len(turns.kept) < most and (len(turns.watched) < LEAST_RUNS or time.perf_counter() - start < seconds):
-        block = min(_BLOCK_SECONDS, seconds / 4)
-        turns.plain += _block(plain, inputs, block, most)
-        found = _block(watched, inputs, block, most - len(turns.kept))
+        times = _block(plain, inputs, seconds=min(_BLOCK_SECONDS, seconds / 4))
+        turns.plain += times
+        added = _ADDED_SECONDS * nodes
+        if turns.watched:
+            added = typical(turns.watched) - typical(turns.plain)
+        allowed = len(times) if added <= 0 else min(len(times), int(MOST_ADDED * sum(times) / added))
+        found = _block(watched, inputs, runs=max(1, min(allowed - 1, most - len(turns.kept))))
         turns.watched += found
         turns.kept += [False, *(True for _ in found)]
     return turns
 
 
-def _block(session: graph.Session, inputs: Mapping[str, Tensor], seconds: float, most: int) -> list[float]:
-    """Times of some runs after a first one."""
+def _block(session: graph.Session, inputs: Mapping[str, Tensor], *, seconds: float = 0.0, runs: int = 1) -> list[float]:
+    """Times of so many runs, and of more until the time is over, after a first one that is not timed."""
     graph.run(session, inputs)
     times: list[float] = []
     start = time.perf_counter()
-    while len(times) < _BLOCK_RUNS or (time.perf_counter() - start < seconds and len(times) < most):
+    while len(times) < runs or time.perf_counter() - start < seconds:
         before = time.perf_counter()
         graph.run(session, inputs)
         times.append(time.perf_counter() - before)

@@ -17,7 +17,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,7 +72,7 @@ def run_watched(module: nn.Module, inputs: Mapping[str, Tensor], seconds: float)
         times, watched, own = _take_turns(module, inputs, seconds)
     named = dict(module.named_modules())
     operators = [_operator(name, named[name], parts[name], own[name]) for name in own if name in parts]
-    return Ran(operators, float(np.median(times)), float(np.median(watched)), most_alive)
+    return Ran(operators, typical(times), typical(watched), most_alive)
 
 
 def count(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Part], int]:

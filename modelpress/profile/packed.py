@@ -51,22 +51,21 @@ class Placed:
         return self.manifest.published_bytes
 
 
-def put_away(
-    checkpoint: Checkpoint, name: str, compression: CompressConfig | None, shard: ShardConfig, to: Path
-) -> Placed:
+def put_away(checkpoint: Checkpoint, name: str, compression: CompressConfig | None, to: Path) -> Placed:
     """Publish a graph in a folder, as the line would in its store, without golden samples and signatures.
+
+    Shards have the default size: a recipe's is for what its stages leave, and a source model's tensors may not fit it.
 
     Args:
         checkpoint: what would be published.
         name: of the pack.
         compression: of its tensors; None stores them raw. A `base` is left out: the pack stands alone.
-        shard: how it is cut.
         to: an empty folder.
     """
     if compression is not None:
         compression = compression.model_copy(update={"base": None})
     coded, _ = compress(checkpoint, compression)
-    shards, _ = write_shards(coded, shard, to / "shards")
+    shards, _ = write_shards(coded, ShardConfig(), to / "shards")
     manifest, blobs = draft_manifest(name, coded, shards)
     store = LocalStore(to / "store")
     publish(store, manifest, shards, blobs, source_bytes=manifest.raw_bytes)

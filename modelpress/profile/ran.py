@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_SLOWEST_LEFT_OUT = 0.05
-
 
 @dataclass(frozen=True)
 class Operator:
@@ -33,15 +31,18 @@ class Ran:
     operators: list[Operator]
     """In the order in which they ran."""
     run_seconds: float
-    """Median of the runs that were not watched."""
+    """Typical time of those that were not watched."""
     watched_seconds: float
-    """Median of those that were."""
+    """Typical time of those that were."""
     activations_bytes: int | None
     """Most bytes of values alive at once; None where a value's shape is not known."""
+    watched_share: float = 0.5
+    """Of all runs, those that were watched."""
 
 
 def typical(seconds: Sequence[float]) -> float:
-    """Mean without the slowest twentieth: a median would be of no use where the clock counts whole microseconds."""
+    """Mean of the middle half, between the quartiles: what a busy machine disturbs weighs as little as with a median,
+    and it is finer where a clock counts whole microseconds."""
     ordered = np.sort(np.asarray(seconds, dtype=np.float64))
-    kept = max(1, int(np.ceil(ordered.size * (1 - _SLOWEST_LEFT_OUT))))
-    return float(ordered[:kept].mean())
+    cut = ordered.size // 4
+    return float(ordered[cut : ordered.size - cut].mean())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modelpress import graph
 from modelpress.checkpoint import Checkpoint
-from modelpress.config import CompressConfig, ProfileConfig, ShardConfig
+from modelpress.config import CompressConfig, ProfileConfig
 from modelpress.errors import ConfigError
 from modelpress.profile import energy, graphs, loops, machine, modules, packed, roofline, verdict
 from modelpress.profile.ran import Ran
@@ -44,7 +44,6 @@ def profile(
     subject: Subject,
     config: ProfileConfig,
     compression: CompressConfig | None = None,
-    shard: ShardConfig | None = None,
     progress: Progress = silent,
 ) -> ProfileReport:
     """Measure where time, bytes, joules and money of a model go on this machine.
@@ -53,7 +52,6 @@ def profile(
         subject: the model and its inputs.
         config: what is measured and how long.
         compression: how the pack would be coded, where there is none yet; None stores tensors raw.
-        shard: how it would be cut.
         progress: told of each part.
 
     Raises:
@@ -68,11 +66,11 @@ def profile(
             expected="'torch' with a torch module, 'onnxruntime' with a graph",
         )
     with machine.torch_threads(config.threads):
-        return _profile(subject, config, compression, shard or ShardConfig(), _Steps(progress))
+        return _profile(subject, config, compression, _Steps(progress))
 
 
 def _profile(
-    subject: Subject, config: ProfileConfig, compression: CompressConfig | None, shard: ShardConfig, steps: _Steps
+    subject: Subject, config: ProfileConfig, compression: CompressConfig | None, steps: _Steps
 ) -> ProfileReport:
     steps("ceilings of the machine")
     ceilings = machine.measure(config.runtime, config.provider, config.threads, config.seconds / 4)
@@ -96,7 +94,7 @@ def _profile(
         uses_gpu=config.provider != "CPUExecutionProvider",
     )
     steps("storage and start")
-    storage, start, memory = _around(subject, config, compression, shard, ran)
+    storage, start, memory = _around(subject, config, compression, ran)
     prices = verdict.costs(config, latency, joules)
     steps("verdict")
     return ProfileReport(
@@ -169,7 +167,7 @@ def _load(call: Callable[[], object], config: ProfileConfig) -> list[LoadProfile
 
 
 def _around(
-    subject: Subject, config: ProfileConfig, compression: CompressConfig | None, shard: ShardConfig, ran: Ran
+    subject: Subject, config: ProfileConfig, compression: CompressConfig | None, ran: Ran
 ) -> tuple[StorageProfile, ColdStart, MemoryProfile]:
     """Storage, start and memory, each by a new process; of a torch module, what is known of it here."""
     weights = sum(tensor.nbytes for tensor in subject.checkpoint.tensors.values())
@@ -186,7 +184,7 @@ def _around(
         return packed.no_storage(subject.checkpoint), packed.no_cold_start(), memory
     with tempfile.TemporaryDirectory(prefix="modelpress-profile-") as name:
         folder = Path(name)
-        placed = subject.placed or packed.put_away(subject.checkpoint, "profiled", compression, shard, folder)
+        placed = subject.placed or packed.put_away(subject.checkpoint, "profiled", compression, folder)
         batches = [subject.example(size) for size in (1, *sorted(config.batch_sizes))]
         found = packed.start_anew(placed, config.provider, config.threads, batches[:1], folder, watch=False)
         watched = packed.start_anew(placed, config.provider, config.threads, batches, folder, watch=True)

@@ -82,7 +82,8 @@ def figures(report: ProfileReport) -> list[Row]:
     rows = [
         ("a run, unwatched", seconds(report.totals.run_seconds), report.totals.run_seconds),
         ("operators in it", seconds(report.totals.operator_seconds), report.totals.operator_seconds),
-        ("what watching costs", percent(report.totals.overhead), report.totals.overhead),
+        ("watching adds to it", percent(report.totals.watched_overhead), report.totals.watched_overhead),
+        ("watching adds to all", percent(report.totals.overhead), report.totals.overhead),
         ("weights", show_bytes(memory.weights_bytes), None),
         ("activations", size(memory.activations_bytes), memory.activations_bytes),
         ("peak resident", size(memory.peak_resident_bytes), memory.peak_resident_bytes),

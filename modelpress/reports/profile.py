@@ -40,7 +40,7 @@ class OperatorProfile(Part):
     intensity: Figure
     """flops ÷ (read + written bytes): operations per byte."""
     seconds: Figure
-    """Time of it in one run: the mean, without the slowest twentieth of the runs, and without what watching adds."""
+    """Time of it in one run: the mean of the middle half of the runs, without what watching adds."""
     share: Figure
     """Of the time of all operators, 0 to 1."""
     modelled_seconds: Figure
@@ -62,11 +62,13 @@ class OperatorTotals(Part):
     operator_seconds: Figure
     """Sum of the operators' times."""
     run_seconds: Figure
-    """Median time of a whole run without any profiling."""
+    """Time of a whole run without any profiling: the mean of the middle half."""
     outside_seconds: Figure
     """`run_seconds` less `operator_seconds`, at least 0: what the runtime itself takes."""
+    watched_overhead: Figure
+    """Time of a watched run ÷ that of one that is not, less 1."""
     overhead: Figure
-    """Time of a profiled run ÷ that of one without profiling, less 1."""
+    """What watching some of the runs adds to the time of all, as a share of what they take without it."""
 
 
 class MatrixRate(Part):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from tests.conftest import ROOT, OpenS3, S3Server
 from tests.integration.small_workloads import WIDTH
 from tests.serving.conftest import Server
 from tests.store.test_s3 import Proxy
+from tests.warm import FLOWS, Warm
 
 NAME = "small"
 RECIPE = {
@@ -45,7 +47,8 @@ COMMAND = str(Path(sys.executable).with_name("modelpress"))
 LIMITED = (
     "import resource, os, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000)); os.execv(*eval(sys.argv[1]))"
 )
-SECONDS = 60
+SECONDS = 240
+"""Patience with a command, which takes seconds on a machine that is not busy."""
 
 
 @dataclass(frozen=True)
@@ -56,35 +59,31 @@ class Place:
     environment: dict[str, str]
     store: Store
     mlflow: MlflowClient
+    warm: Warm
 
     def recipe(self, name: str = "recipe", **changes: object) -> str:
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump({**RECIPE, **changes}))
         return str(path)
 
-    def start(self, *arguments: str, limited: bool = False, **environment: str) -> subprocess.Popen[str]:
-        command = [COMMAND, *arguments]
-        if limited:
-            command = [sys.executable, "-c", LIMITED, repr((COMMAND, command))]
-        return subprocess.Popen(
-            command,
-            env=self.environment | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=self.folder,
-        )
-
-    def run(self, *arguments: str, limited: bool = False, **environment: str) -> tuple[int, str, str]:
-        process = self.start(*arguments, limited=limited, **environment)
-        out, err = process.communicate(timeout=SECONDS)
-        return process.returncode, out, err
+    def run(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
+        (found,) = self.together([*arguments], **environment)
+        return found
 
     def together(self, *commands: list[str], **environment: str) -> list[tuple[int, str, str]]:
         """The outcomes of commands that run side by side."""
-        running = [self.start(*command, **environment) for command in commands]
+        env = self.environment | environment
+        running = [self.warm.start(*command, env=env, cwd=self.folder) for command in commands]
         ended = [process.communicate(timeout=SECONDS) for process in running]
-        return [(process.returncode, *texts) for process, texts in zip(running, ended, strict=True)]
+        return [(process.wait(), *texts) for process, texts in zip(running, ended, strict=True)]
+
+    def run_limited(self, *arguments: str) -> tuple[int, str, str]:
+        """As the installed command, where no file may grow beyond some bytes."""
+        command = [sys.executable, "-c", LIMITED, repr((COMMAND, [COMMAND, *arguments]))]
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, cwd=self.folder, timeout=SECONDS, check=False
+        )
+        return done.returncode, done.stdout, done.stderr
 
     def packs(self) -> list[str]:
         return [info.key for info in self.store.list(keys.PACKS)]
@@ -100,7 +99,7 @@ def refused(found: tuple[int, str, str], code: int, *words: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, prefect_server: str, mlflow_server: str) -> Place:
+def place(tmp_path_factory: pytest.TempPathFactory, prefect_server: str, mlflow_server: str) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("bad")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MODELPRESS_", "AWS_"))}
     environment = clean | {
@@ -110,7 +109,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, prefect_server: str, mlflow_
         "PYTHONPATH": str(ROOT),
     }
     store = open_store(str(folder / "home" / "store"))
-    return Place(folder, environment, store, MlflowClient(mlflow_server, mlflow_server))
+    with closing(Warm(FLOWS, environment)) as warm:
+        yield Place(folder, environment, store, MlflowClient(mlflow_server, mlflow_server), warm)
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +262,7 @@ def test_a_manifest_of_a_newer_format(place: Place, candidate: str, tmp_path: Pa
 
 def test_a_full_disk(place: Place, tmp_path: Path) -> None:
     """No file may grow beyond some bytes: writing fails as it does on a full disk."""
-    found = place.run("run", place.recipe(), "--store", str(tmp_path / "full"), limited=True)
+    found = place.run_limited("run", place.recipe(), "--store", str(tmp_path / "full"))
     refused(found, 8, "free space")
     assert list(open_store(str(tmp_path / "full")).list(keys.PACKS)) == []
 

@@ -93,7 +93,7 @@ def test_who_may_not_write_is_told_whom_to_ask(
 def test_what_was_granted_may_be_written(
     done: OptimizeResult, logins: MlflowLogins, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As docs/operations.md says. MLflow checks a password with scrypt, more than once at each request: minutes."""
+    """As docs/operations.md says."""
     logins.log_in(monkeypatch, "colleague")
     experiment = MlflowClient().get_run(done.mlflow_run).info.experiment_id
     logins.grant("colleague", "experiment", experiment)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
 from mlflow import MlflowClient
 
 from modelpress import decisions, keys, pointer
@@ -16,12 +15,14 @@ from modelpress.trust import Signer
 from registry import versions
 from tests.registry.shelf import Shelf
 from tests.trust.teams import Team
+from tests.warm import FLOWS, Warm
 
 NAME = "forced"
-COMMAND = str(Path(sys.executable).with_name("modelpress"))
 
 
-def test_a_promotion_by_override(tmp_path: Path, prefect_server: str, mlflow_server: str) -> None:
+def test_a_promotion_by_override(
+    tmp_path: Path, prefect_server: str, mlflow_server: str, request: pytest.FixtureRequest
+) -> None:
     team = Team(tmp_path, farm="publisher")
     client = MlflowClient(mlflow_server, mlflow_server)
     shelf = Shelf(team.store("farm"), client, tmp_path / "shards", NAME)
@@ -37,8 +38,11 @@ def test_a_promotion_by_override(tmp_path: Path, prefect_server: str, mlflow_ser
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
 
+    warm = Warm(FLOWS, environment)
+    request.addfinalizer(warm.close)
+
     def run(*arguments: str) -> tuple[int, str, str]:
-        done = subprocess.run([COMMAND, *arguments], env=environment, capture_output=True, text=True, check=False)
+        done = warm.run(*arguments, env=environment)
         return done.returncode, done.stdout, done.stderr
 
     code, _, err = run("promote", NAME, pack)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import parse_qs, quote, urlsplit
@@ -28,6 +26,7 @@ from tests.conftest import ROOT, OpenS3, S3Server
 from tests.integration.small_workloads import WIDTH
 from tests.integration.test_bad_input import NAME, RECIPE
 from tests.serving.conftest import Server
+from tests.warm import FLOWS, Warm
 
 KEY = b"a wrapping key of known bytes..!"
 PASSWORD = "tracking-password-5f2c"
@@ -73,6 +72,7 @@ def test_secrets_stay_out_of_all_that_is_written(
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     store = open_store(f"{open_s3('writer').uri}/secret", s3_server.settings())
     host = urlsplit(mlflow_server).netloc
@@ -90,12 +90,13 @@ def test_secrets_stay_out_of_all_that_is_written(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     printed: dict[str, bytes] = {}
+    warm = Warm(FLOWS, os.environ)
+    request.addfinalizer(warm.close)
 
-    def command(*arguments: str, code: int = 0, **more: str) -> bytes:
-        line = [sys.executable, "-m", "modelpress.cli", *arguments]
-        done = subprocess.run(line, env=os.environ | more, capture_output=True, timeout=240, check=False, cwd=tmp_path)
-        printed[f"printed by {' '.join(arguments[:2])} {len(printed)}"] = done.stdout + done.stderr
-        assert done.returncode == code, done.stderr.decode()
+    def command(*arguments: str, code: int = 0, **more: str) -> str:
+        done = warm.run(*arguments, env=os.environ | more, timeout=240, cwd=tmp_path)
+        printed[f"printed by {' '.join(arguments[:2])} {len(printed)}"] = (done.stdout + done.stderr).encode()
+        assert done.returncode == code, done.stderr
         return done.stdout
 
     recipe = tmp_path / "recipe.yaml"

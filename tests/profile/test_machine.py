@@ -65,3 +65,10 @@ def test_a_device_without_its_software_is_not_usable(tmp_path: Path) -> None:
         assert not found["fpga"].usable
         assert "no board" not in found["fpga"].found
     assert "kfd" not in found["rocm"].found
+
+
+def test_the_faster_of_two_ceilings_counts() -> None:
+    slow, fast, none = Measured(value=1.0), Measured(value=2.0), NotMeasured(not_measured="no kernel")
+    assert machine.faster(slow, fast) == machine.faster(fast, slow) == fast
+    assert machine.faster(none, slow) == machine.faster(slow, none) == slow
+    assert machine.faster(none, none) == none

@@ -11,7 +11,7 @@ from matplotlib.image import imread
 
 from modelpress import golden
 from modelpress.checkpoint import Checkpoint, from_module
-from modelpress.config import CompressConfig, ExportConfig, ProfileConfig, ShardConfig
+from modelpress.config import CompressConfig, ExportConfig, ProfileConfig
 from modelpress.errors import ConfigError, StageError, WorkloadError
 from modelpress.export import export
 from modelpress.profile import figures, packed, show
@@ -36,7 +36,7 @@ def graph_of_toy() -> Checkpoint:
 def report(graph_of_toy: Checkpoint) -> ProfileReport:
     steps: list[str] = []
     subject = Subject("toy", graph_of_toy, ImageToy().example)
-    found = profile(subject, CONFIG, CompressConfig(), ShardConfig(), lambda _done, _of, note="": steps.append(note))
+    found = profile(subject, CONFIG, CompressConfig(), lambda _done, _of, note="": steps.append(note))
     assert len(steps) == len(set(steps)) == 7
     return found
 
@@ -72,7 +72,7 @@ def test_memory_is_that_of_a_new_process(report: ProfileReport) -> None:
     assert measured(memory.peak_resident_bytes) > measured(memory.rise_resident_bytes) > 0
     assert len(memory.timeline) <= packed.MAX_POINTS
     marks = ", ".join(point.mark for point in memory.timeline if point.mark).split(", ")
-    assert marks == ["import", "fetch", "verify", "decode", "session", "first answer", "batch 1", "batch 1", "batch 4"]
+    assert marks == ["import", "fetch", "verify", "decode", "session", "first answer", "batch 1", "batch 4"]
     assert [point.seconds for point in memory.timeline] == sorted(point.seconds for point in memory.timeline)
 
 
@@ -153,7 +153,7 @@ def test_runtime_and_model_must_fit(graph_of_toy: Checkpoint) -> None:
 
 
 def test_a_damaged_pack_stops_the_start_with_its_own_words(graph_of_toy: Checkpoint, tmp_path: Path) -> None:
-    placed = packed.put_away(graph_of_toy, "toy", None, ShardConfig(), tmp_path)
+    placed = packed.put_away(graph_of_toy, "toy", None, tmp_path)
     (shard,) = placed.manifest.shards
     path = next(tmp_path.glob(f"store/**/{shard.sha256}"))
     data = bytearray(path.read_bytes())
