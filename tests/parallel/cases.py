@@ -42,7 +42,8 @@ class Blocks(nn.Module):
         x = self.first(x)
         for layer in self.layers:
             x = x + layer(x).tanh()
-        return self.last(x)
+        answer: Tensor = self.last(x)
+        return answer
 
 
 def norms() -> nn.Module:
@@ -167,8 +168,8 @@ def losses(case: Case, teacher: nn.Module, student: nn.Module, workload: Data) -
     if case.loss == "teacher":
         yield answers
         return
-    pairs = [(one.get_submodule("body.layers"), one) for one in (teacher, student)]
-    with recorded(list(pairs[0][0])) as taught, recorded(list(pairs[1][0])) as learned:
+    layers = [list(one.get_submodule("body.layers").children()) for one in (teacher, student)]
+    with recorded(layers[0]) as taught, recorded(layers[1]) as learned:
 
         def loss(module: nn.Module, batch: Batch) -> Tensor:
             value = answers(module, batch)

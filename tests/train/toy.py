@@ -25,7 +25,8 @@ class Named(nn.Module):
         self.body = body
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)
+        answer: Tensor = self.body(x)
+        return answer
 
 
 class Toy(Workload):
