@@ -76,7 +76,15 @@ def runs_so_far() -> int:
 
 
 def test_every_field_is_there_by_its_own_name_with_help_default_and_choices(form: Page) -> None:
-    for stage in ("DistillConfig", "PruneConfig", "QuantizeConfig", "PlanConfig", "GpuConfig"):
+    for stage in (
+        "DistillConfig",
+        "PruneConfig",
+        "QuantizeConfig",
+        "PlanConfig",
+        "GpuConfig",
+        "ProfileConfig",
+        "WorkersConfig",
+    ):
         form.get_by_role("tab", name=stage).click()
     shown = {label.removesuffix(" (Optional)") for label in form.locator("label").all_inner_texts()}
     definitions = json.loads((ROOT / "tests/golden/optimize_schema.json").read_text())["definitions"]
