@@ -73,6 +73,7 @@ def _page(case: str, story: Callable[[], Story]) -> Iterator[Row]:
 
 def _digits(home: Path, recipe: str) -> tuple[Store, str]:
     """A run of the shipped recipe in this process, which keeps its report beside its pack."""
+    home.mkdir(parents=True)
     os.environ |= {**QUIET, "PREFECT_HOME": str(home / "prefect"), "MODELPRESS_HOME": str(home)}
     from benchmarks.orchestration import CONFIGS
     from flows.optimize import optimize
