@@ -24,7 +24,8 @@ from torch import Tensor
 from modelpress import place
 from modelpress.checkpoint import Checkpoint
 from modelpress.cores import usable_cores
-from modelpress.errors import CorruptionError, SetupError, WorkloadError
+from modelpress.errors import CorruptionError, WorkloadError
+from modelpress.providers import CPU, check_takes_part, provider_error
 
 GRAPH_FILE = "model.onnx"
 WATCHED_GRAPH = "optimized.onnx"
@@ -152,7 +153,7 @@ def external(checkpoint: Checkpoint) -> tuple[ModelProto, list[TensorProto]]:
 
 def session(
     checkpoint: Checkpoint,
-    provider: str = "CPUExecutionProvider",
+    provider: str = CPU,
     threads: int = 0,
     tuning: Tuning | None = None,
     watch: Path | None = None,
@@ -168,12 +169,14 @@ def session(
             (`WATCHED_GRAPH`); None: runs are not watched.
 
     Raises:
-        SetupError: the provider is not in this build of ONNX Runtime, or does not start on this machine.
+        SetupError: the provider is not in this build of ONNX Runtime, does not start on this machine, takes no part of
+            the graph, or is given options that do not fit (see `place.provider_options`).
+        ConfigError: MODELPRESS_PROVIDER_OPTIONS is not legal.
         CorruptionError: the checkpoint is no ONNX one, or ONNX Runtime refuses its graph.
     """
     available = onnxruntime.get_available_providers()
     if provider not in available:
-        raise _provider_error(provider, f"this build of ONNX Runtime has {', '.join(available)}")
+        raise provider_error(provider, f"this build of ONNX Runtime has {', '.join(available)}")
     model = parse(checkpoint)
     names = [initializer.name for initializer in _external(model)]
     tensors = [_matching(initializer, checkpoint) for initializer in _external(model)]
@@ -190,6 +193,8 @@ def session(
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     if not _multiplies_bytes_exactly():
         options.add_session_config_entry("session.x64quantprecision", "1")
+    if provider != CPU:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
         weights = [_to_value(one, tensor) for one, tensor in zip(_external(model), tensors, strict=True)]
         options.add_external_initializers(names, weights)
@@ -204,18 +209,27 @@ def session(
             "making an ONNX Runtime session", found=str(error), expected="a graph that ONNX Runtime accepts"
         ) from error
     except (*LOST_DEVICE, native.RuntimeException) as error:
-        if provider == "CPUExecutionProvider":
+        if provider == CPU:
             raise CorruptionError(
                 "making an ONNX Runtime session", found=str(error), expected="a graph that the CPU runs"
             ) from error
-        raise _provider_error(provider, str(error)) from error
+        raise provider_error(provider, str(error)) from error
     except (ValueError, RuntimeError) as error:
-        raise _provider_error(provider, str(error)) from error
+        raise provider_error(provider, str(error)) from error
     # A provider that does not start is only logged by ONNX Runtime.
     if made.get_providers()[0] != provider:
-        raise _provider_error(provider, f"ONNX Runtime fell back to {made.get_providers()[0]}")
+        raise provider_error(provider, f"ONNX Runtime fell back to {made.get_providers()[0]}")
+    if provider != CPU:
+        check_takes_part(provider, _takers(made))
     made.operators = frozenset(_operators(model))
     return made
+
+
+def _takers(session: onnxruntime.InferenceSession) -> set[str]:
+    """The execution providers that nodes of a session's graph were given to; ONNX Runtime before 1.24 does not tell."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return set()
+    return {part.ep_name for part in session.get_provider_graph_assignment_info()}
 
 
 def _operators(model: ModelProto) -> Iterator[str]:
@@ -387,17 +401,3 @@ def _to_value(initializer: TensorProto, tensor: Tensor) -> onnxruntime.OrtValue:
     if array.dtype == onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type):
         return onnxruntime.OrtValue.ortvalue_from_numpy(array)
     return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, initializer.data_type)
-
-
-def _provider_error(provider: str, found: str) -> SetupError:
-    fixes = {
-        "CUDAExecutionProvider": "install the CUDA 12 or 13 and cuDNN 9 libraries that this onnxruntime-gpu asks for",
-        "TensorrtExecutionProvider": "install TensorRT 10 beside CUDA and cuDNN",
-    }
-    return SetupError(
-        f"starting ONNX Runtime on {provider}",
-        found=found,
-        expected=f"{provider} in use",
-        fix=fixes.get(provider, "name a provider that this build has")
-        + ", or set the provider to CPUExecutionProvider",
-    )

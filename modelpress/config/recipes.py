@@ -22,6 +22,7 @@ from modelpress.config.quantize import ExportConfig, QuantizeConfig
 from modelpress.config.workers import WorkersConfig
 from modelpress.config.workload import WorkloadConfig
 from modelpress.errors import ConfigError
+from modelpress.providers import CPU
 
 Checked = TypeVar("Checked", bound=Config)
 
@@ -78,8 +79,8 @@ class OptimizeConfig(Config):
         self._check_spread()
         if self.gate.provider not in (None, self.evaluate.provider):
             raise ValueError(f"gate.provider needs evaluate.provider {self.gate.provider}: it is what is measured on")
-        if self.workers and self.evaluate.provider != "CPUExecutionProvider":
-            raise ValueError("workers share cores, not a GPU: leave them out, or set evaluate.provider to the CPU's")
+        if self.workers and self.evaluate.provider != CPU:
+            raise ValueError("workers share cores, not a device: leave them out, or set evaluate.provider to the CPU's")
         return self
 
     def _check_spread(self) -> None:
