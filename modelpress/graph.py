@@ -8,7 +8,7 @@ from memory: nothing is written to disk to make a session.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +23,10 @@ from torch import Tensor
 
 from modelpress import place
 from modelpress.checkpoint import Checkpoint
+from modelpress.compiled import Feed, by_row, row_axes, with_own_cache
 from modelpress.cores import usable_cores
 from modelpress.errors import CorruptionError, WorkloadError
-from modelpress.providers import CPU, check_takes_part, provider_error
+from modelpress.providers import CPU, check_takes_part, provider_error, takes_one_row
 
 GRAPH_FILE = "model.onnx"
 WATCHED_GRAPH = "optimized.onnx"
@@ -80,14 +81,26 @@ class Tuning:
 class Session(onnxruntime.InferenceSession):  # type: ignore[misc]
     """An ONNX Runtime session that owns the memory of its weights."""
 
-    def __init__(self, graph: bytes, options: onnxruntime.SessionOptions, provider: str, weights: list[object]) -> None:
+    def __init__(
+        self,
+        graph: bytes,
+        options: onnxruntime.SessionOptions,
+        provider: str,
+        told: Mapping[str, str],
+        weights: list[object],
+    ) -> None:
         self.operators: frozenset[str] = frozenset()
         """Names of all operators in the graph, also inside of others and of functions."""
         # ONNX Runtime reads external initializers in place and does not copy them.
         self._weights = weights
+        self._one_row = takes_one_row(provider)
         # With fallback on, a call that fails on the GPU would quietly be repeated on the CPU.
-        chosen = (provider, place.provider_options(provider))
-        super().__init__(graph, options, providers=[chosen], enable_fallback=0)
+        super().__init__(graph, options, providers=[(provider, dict(told))], enable_fallback=0)
+
+    def run(self, output_names: Sequence[str] | None, input_feed: Feed, run_options: object = None) -> list[np.ndarray]:
+        """As ONNX Runtime's; row by row where the provider takes one at a time."""
+        one = functools.partial(super().run, output_names, run_options=run_options)
+        return by_row(one, input_feed) if self._one_row else one(input_feed)
 
 
 def split(model: ModelProto, threshold: int = INLINE_BELOW) -> Checkpoint:
@@ -180,21 +193,8 @@ def session(
     model = parse(checkpoint)
     names = [initializer.name for initializer in _external(model)]
     tensors = [_matching(initializer, checkpoint) for initializer in _external(model)]
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or usable_cores()
-    options.log_severity_level = 3
-    if tuning is not None:
-        options.enable_cpu_mem_arena, options.enable_mem_pattern = tuning.arena, tuning.memory_pattern
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if tuning.spinning else "0")
-    if watch is not None:
-        options.enable_profiling, options.profile_file_prefix = True, str(watch / "run")
-        options.optimized_model_filepath = str(watch / WATCHED_GRAPH)
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
-        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-    if not _multiplies_bytes_exactly():
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    if provider != CPU:
-        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    options = _options(model, provider, threads, tuning, watch)
+    told = with_own_cache(provider, place.provider_options(provider), checkpoint)
     try:
         weights = [_to_value(one, tensor) for one, tensor in zip(_external(model), tensors, strict=True)]
         options.add_external_initializers(names, weights)
@@ -203,7 +203,7 @@ def session(
             "handing the weights to ONNX Runtime", found=str(error), expected="one tensor per initializer"
         ) from error
     try:
-        made = Session(checkpoint.files[GRAPH_FILE], options, provider, weights)
+        made = Session(checkpoint.files[GRAPH_FILE], options, provider, told, weights)
     except _REFUSALS as error:
         raise CorruptionError(
             "making an ONNX Runtime session", found=str(error), expected="a graph that ONNX Runtime accepts"
@@ -223,6 +223,29 @@ def session(
         check_takes_part(provider, _takers(made))
     made.operators = frozenset(_operators(model))
     return made
+
+
+def _options(
+    model: ModelProto, provider: str, threads: int, tuning: Tuning | None, watch: Path | None
+) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or usable_cores()
+    options.log_severity_level = 3
+    if tuning is not None:
+        options.enable_cpu_mem_arena, options.enable_mem_pattern = tuning.arena, tuning.memory_pattern
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if tuning.spinning else "0")
+    if watch is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(watch / "run")
+        options.optimized_model_filepath = str(watch / WATCHED_GRAPH)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    if not _multiplies_bytes_exactly():
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    if provider != CPU:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    for axis in row_axes(model) if takes_one_row(provider) else ():
+        options.add_free_dimension_override_by_name(axis, 1)
+    return options
 
 
 def _takers(session: onnxruntime.InferenceSession) -> set[str]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from modelpress.providers import CPU, PROVIDERS, check_paths, on_gpu
+from modelpress.providers import CPU, PROVIDERS, check_options, on_gpu
 from modelpress.settings import read_settings
 
 
@@ -90,12 +90,12 @@ def provider_options(provider: str) -> dict[str, str]:
 
     Raises:
         ConfigError: MODELPRESS_PROVIDER_OPTIONS is not legal.
-        SetupError: it names a file or a folder that is not there.
+        SetupError: see `check_options`.
     """
     if provider == CPU or provider not in PROVIDERS:
         return {}
     options = read_settings().options_of(provider)
-    check_paths(provider, options)
+    check_options(provider, options)
     place = current()
     if place is None or place.device.type != "cuda" or not on_gpu(provider):  # torch's ROCm build says "cuda" as well
         return options

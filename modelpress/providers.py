@@ -44,6 +44,12 @@ class About:
     """Options that name a file."""
     folders: tuple[str, ...] = ()
     """Options that name a folder."""
+    cache_folder: str = ""
+    """The option that names the folder of compiled graphs, where they are found by the graph alone."""
+    cache_key: str = ""
+    """The option that names a model's place in the cache, where there is one; it is set by the model's content."""
+    one_row: bool = False
+    """Whether it takes graphs of fixed shapes alone: a run then has one row."""
 
 
 PROVIDERS: Mapping[str, About] = {
@@ -53,12 +59,13 @@ PROVIDERS: Mapping[str, About] = {
         "install the CUDA 12 or 13 and cuDNN 9 libraries that this onnxruntime-gpu asks for",
         memory_option="gpu_mem_limit",
     ),
-    TENSORRT: About("cuda", "install TensorRT 10 beside CUDA and cuDNN"),
+    TENSORRT: About("cuda", "install TensorRT 10 beside CUDA and cuDNN", cache_folder="trt_engine_cache_path"),
     MIGRAPHX: About(
         "rocm",
         "install ROCm and, in place of onnxruntime-gpu, AMD's build of ONNX Runtime (onnxruntime-migraphx)",
         memory_option="migraphx_mem_limit",
         folders=("migraphx_model_cache_dir",),
+        cache_folder="migraphx_model_cache_dir",
     ),
     VITIS_AI: About(
         "fpga",
@@ -66,6 +73,8 @@ PROVIDERS: Mapping[str, About] = {
         "Runtime that comes with it (onnxruntime-vitisai)",
         files=("config_file", "xclbin"),
         folders=("cache_dir",),
+        cache_key="cache_key",
+        one_row=True,
     ),
 }
 """By name."""
@@ -81,15 +90,22 @@ def on_gpu(provider: str) -> bool:
     return is_of("cuda", provider) or is_of("rocm", provider)
 
 
-def check_paths(provider: str, options: Mapping[str, str]) -> None:
-    """Refuse options that name a file or a folder that is not there.
+def check_options(provider: str, options: Mapping[str, str]) -> None:
+    """Refuse options that name a file or a folder that is not there, and a key of the cache.
 
-    Vitis AI only warns of them, and then leaves the graph to the CPU.
+    Vitis AI only warns of what is not there, and then leaves the graph to the CPU. One key would be that of all models.
 
     Raises:
-        SetupError: one is not there; the option is named.
+        SetupError: the option is named.
     """
     about = PROVIDERS[provider]
+    if about.cache_key in options:
+        raise SetupError(
+            f"starting ONNX Runtime on {provider}",
+            found=f"its option {about.cache_key} is set for all models",
+            expected="none: each model has a key of its content",
+            fix=f"take {about.cache_key} out of MODELPRESS_PROVIDER_OPTIONS",
+        )
     for name, value in options.items():
         wanted = "a file" if name in about.files else "a folder" if name in about.folders else ""
         there = os.path.isfile(value) if wanted == "a file" else os.path.isdir(value)
@@ -131,3 +147,8 @@ def check_takes_part(provider: str, takers: Collection[str]) -> None:
             fix="a graph of operators, types and shapes that it takes (docs/processors.md), or set the provider to "
             f"{CPU}",
         )
+
+
+def takes_one_row(provider: str) -> bool:
+    """Whether a provider runs one row at a time; an unknown one does not."""
+    return provider in PROVIDERS and PROVIDERS[provider].one_row
