@@ -118,6 +118,15 @@ class PlanRecipe(Config):
     """The codecs whose bytes are counted."""
 
 
+class ExportRecipe(Config):
+    """One run of `modelpress export`: source → StableHLO."""
+
+    workload: WorkloadConfig
+    """The model, and the data whose shapes it is traced with."""
+    export: ExportConfig = ExportConfig()
+    """Its `tolerance`; `opset` is of ONNX graphs."""
+
+
 class QuantizeRecipe(Config):
     """One run of `modelpress quantize`: source → quantize → a Hugging Face folder."""
 
@@ -176,6 +185,15 @@ def load_plan_recipe(path: str | Path) -> PlanRecipe:
         ConfigError: see `load_config`.
     """
     return _checked(PlanRecipe, _read_yaml(path), str(path))
+
+
+def load_export_recipe(path: str | Path) -> ExportRecipe:
+    """Read an `ExportRecipe` from a YAML file.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    return _checked(ExportRecipe, _read_yaml(path), str(path))
 
 
 def load_quantize_recipe(path: str | Path) -> QuantizeRecipe:
