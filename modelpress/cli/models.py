@@ -182,6 +182,6 @@ def export_program(
         typer.echo(report.model_dump_json(indent=2))
         return
     echo(
-        f"{report.weights} tensors, {report.weights_bytes:,} bytes; for {', '.join(report.platforms)}; differs by up to "
-        f"{report.max_difference:.3g} on {report.ran_on}\nwrote {to}"
+        f"{report.weights} tensors, {report.weights_bytes:,} bytes; for {', '.join(report.platforms)}; differs by "
+        f"up to {report.max_difference:.3g} on {report.ran_on}\nwrote {to}"
     )
