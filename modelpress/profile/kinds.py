@@ -1,8 +1,8 @@
 """Kinds of processors that a model could run on, each with a real check of whether it can here.
 
-CUDA and ROCm run by torch and by ONNX Runtime's execution providers. TPUs run torch modules by torch_xla, and FPGAs run
-graphs by ONNX Runtime's Vitis AI provider: these two are declared backends. Their checks are real; no model of ours was
-run on either.
+CUDA and ROCm run by torch and by ONNX Runtime's execution providers. TPUs run torch modules by torch_xla and exported
+ones by JAX, and FPGAs run graphs by ONNX Runtime's Vitis AI provider: these two are declared backends. Their checks are
+real; no model of ours was run on either.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ import torch
 
 from modelpress.providers import CPU, PROVIDERS, Kind
 from modelpress.reports.profile import DeviceKind
+
+TPU_PACKAGES = ("torch_xla", "jax")
+"""What trains there (`parallel.backend: xla`), and what runs programs of `modelpress export`."""
 
 
 def device_kinds(devices: Path = Path("/dev")) -> list[DeviceKind]:
@@ -65,13 +68,13 @@ def _rocm(devices: Path) -> DeviceKind:
 
 def _tpu(devices: Path) -> DeviceKind:
     found = [path.name for pattern in ("accel*", "vfio/[0-9]*") for path in sorted(devices.glob(pattern))]
-    installed = importlib.util.find_spec("torch_xla") is not None
-    lacks = [] if installed else ["the package torch_xla is not installed"]
+    packages = [name for name in TPU_PACKAGES if importlib.util.find_spec(name) is not None]
+    lacks = [] if packages else [f"none of {', '.join(TPU_PACKAGES)} is installed"]
     if not found:
         lacks.append(f"no {devices / 'accel0'} and no {devices / 'vfio/0'}")
-    usable = installed and bool(found)
+    usable = bool(packages) and bool(found)
     return DeviceKind(
-        kind="tpu", usable=usable, by=["torch_xla"] if usable else [], found="; ".join(lacks) or ", ".join(found)
+        kind="tpu", usable=usable, by=packages if usable else [], found="; ".join(lacks) or ", ".join(found)
     )
 
 
