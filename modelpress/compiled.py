@@ -1,7 +1,8 @@
 """Graphs for execution providers that compile them: a cache of each model's own, and one row at a time.
 
 Compilers name what they keep by the graph, by a file or by a key, and two versions of a model have the same graph with
-other weights: a cache that they share could answer with the weights of the first. So each model's place in it is named by its content.
+other weights: a cache that they share could answer with the weights of the first. So each model's place in
+it is named by its content.
 """
 
 from __future__ import annotations

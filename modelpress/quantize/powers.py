@@ -71,7 +71,7 @@ def scales(model: ModelProto, nodes: Collection[str], ranges: TensorsData) -> _S
     """
     typed = {one.name for one in (*model.graph.value_info, *model.graph.input, *model.graph.output)}
     activations = {
-        name: covering(*(float(end) for end in ranges[name].range_value))
+        name: covering(*(np.asarray(end).item() for end in ranges[name].range_value))
         for name in ranges.keys()  # noqa: SIM118
         if name in typed and np.isfinite(ranges[name].range_value).all()
     }
@@ -83,8 +83,9 @@ def scales(model: ModelProto, nodes: Collection[str], ranges: TensorsData) -> _S
         least = _least_for_bias(node, activations, constants)
         found = weight_scale(numpy_helper.to_array(constants[node.input[1]]), least)
         weights[node.input[1]] = max(found, weights.get(node.input[1], 0.0))
-    zero = np.int8(0)
-    return {name: [{"scale": np.float32(one), "zero_point": zero}] for name, one in (activations | weights).items()}
+    zero = np.array(0, np.int8)
+    every = (activations | weights).items()
+    return {name: [{"scale": np.array(one, np.float32), "zero_point": zero}] for name, one in every}
 
 
 def fuse_activations_(model: ModelProto, nodes: Collection[str]) -> None:

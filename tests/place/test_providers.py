@@ -66,7 +66,7 @@ def test_the_ways_out_differ() -> None:
 
 def test_the_machine_tells_a_provider_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "vitisai_config.json").write_text("{}")
-    options = {"config_file": str(tmp_path / "vitisai_config.json"), "cache_dir": str(tmp_path), "cache_key": "digits"}
+    options = {"config_file": str(tmp_path / "vitisai_config.json"), "cache_dir": str(tmp_path)}
     monkeypatch.setenv(GIVEN, json.dumps({VITIS_AI: options, MIGRAPHX: {"migraphx_fp16_enable": "1"}}))
     assert provider_options(VITIS_AI) == options
     assert provider_options(MIGRAPHX) == {"migraphx_fp16_enable": "1"}

@@ -131,7 +131,7 @@ def test_every_scale_is_a_power_of_two_and_every_zero_point_0(
     assert len(found) > 2 * len(CNN_WEIGHTS)
     for operator, scale, zero in found:
         assert scale.size == 1, operator
-        assert is_power_of_two(float(scale)), operator
+        assert is_power_of_two(scale.item()), operator
         assert zero.dtype in (np.int8, np.int32), operator  # int32: a bias
         assert not zero.any(), operator
     expected, answered = outputs(checkpoint, workload), outputs(made, workload)
