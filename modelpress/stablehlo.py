@@ -100,12 +100,23 @@ def check_folder(folder: Path) -> None:
         except importlib.metadata.PackageNotFoundError:
             missing.append(name)
     if missing:
-        raise SetupError(
-            doing,
-            found=f"no {', '.join(missing)}",
-            expected="torchax and JAX",
-            fix="pip install 'modelpress[xla]', in an environment of its own if JAX's versions disagree with yours",
-        )
+        raise _setup_error(doing, f"no {', '.join(missing)}")
+    try:
+        import torchax.export  # noqa: F401
+    except (ImportError, AttributeError) as error:  # it asks torch for operators that another version may not have
+        version = importlib.metadata.version("torchax")
+        found = f"torchax {version} does not load beside torch {torch.__version__}: {_first_line(error)}"
+        raise _setup_error(doing, found) from error
+
+
+def _setup_error(doing: str, found: str) -> SetupError:
+    return SetupError(
+        doing,
+        found=found,
+        expected="torchax, and JAX, that go with this torch",
+        fix="pip install 'modelpress[xla]' in an environment of its own, with a torch that torchax knows "
+        "(docs/processors.md)",
+    )
 
 
 def _traced(module: nn.Module, workload: Workload, doing: str) -> torch.export.ExportedProgram:
