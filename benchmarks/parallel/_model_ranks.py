@@ -59,7 +59,7 @@ def in_one_precision(model: nn.Module) -> nn.Module:
     for name, child in list(model.named_modules()):
         if type(child).__name__.endswith("RMSNorm") and not isinstance(child, nn.RMSNorm):
             weight: Any = child.weight
-            norm = nn.RMSNorm(weight.shape, eps=float(child.variance_epsilon))  # type: ignore[arg-type]
+            norm = nn.RMSNorm(weight.shape, eps=float(child.variance_epsilon))
             norm.weight = weight
             model.set_submodule(name, norm, strict=True)
     return model
