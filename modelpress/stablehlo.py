@@ -102,11 +102,20 @@ def check_folder(folder: Path) -> None:
     if missing:
         raise _setup_error(doing, f"no {', '.join(missing)}")
     try:
-        import torchax.export  # noqa: F401
+        _import_torchax()
     except (ImportError, AttributeError) as error:  # it asks torch for operators that another version may not have
         version = importlib.metadata.version("torchax")
         found = f"torchax {version} does not load beside torch {torch.__version__}: {_first_line(error)}"
         raise _setup_error(doing, found) from error
+
+
+def _import_torchax() -> None:
+    """Import it, though it names an operator for tensors with named axes, which torch 2.13 no longer has.
+
+    The name stands in a table of autocasting, which is of no concern here (torchax 0.0.13)."""
+    if not hasattr(torch.ops.aten.prod, "dim_Dimname"):
+        torch.ops.aten.prod.dim_Dimname = torch.ops.aten.prod.default
+    import torchax.export  # noqa: F401
 
 
 def _setup_error(doing: str, found: str) -> SetupError:
