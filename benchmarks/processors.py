@@ -26,7 +26,7 @@ from modelpress.quantize import quantize
 from modelpress.workload import Workload, load_workload
 
 CALIBRATIONS = ("mse", "minmax", "percentile", "entropy")
-FORMS = {
+FORMS: dict[str, dict[str, object]] = {
     "float scales, by channel": {},
     "float scales, by tensor": {"per_channel": False},
     "powers of two, by tensor": {"per_channel": False, "scales": "power-of-two"},
@@ -42,7 +42,7 @@ def measure(quick: bool) -> Iterator[Row]:
     for calibration in CALIBRATIONS[: 1 if quick else None]:
         for form, options in FORMS.items():
             # Every layer in integers, whatever it costs: that is the question.
-            asked = {"calibration": calibration, "max_quality_drop": 1.0, **options}
+            asked: dict[str, object] = {"calibration": calibration, "max_quality_drop": 1.0, **options}
             made, report = quantize(float_graph, digits, QuantizeConfig.model_validate(asked))
             yield Row("digits", f"{form}, {calibration}", "accuracy", "share", _accuracy(made, digits))
             yield Row("digits", f"{form}, {calibration}", "disagreement", "1 − cosine", 1 - report.agreement)

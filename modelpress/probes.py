@@ -31,7 +31,7 @@ def _convolution() -> ModelProto:
     nodes.insert(3, helper.make_node("Conv", ["x_value", "weight"], ["product"], pads=[_KERNEL // 2] * 4))
     shape = [1, _CHANNELS, _SIZE, _SIZE]
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "y")]
-    constants = {
+    constants: dict[str, np.ndarray] = {
         "step": np.array(_STEP, np.float32),
         "zero": np.array(0, np.int8),
         "codes": np.ones((_CHANNELS, _CHANNELS, _KERNEL, _KERNEL), np.int8),

@@ -79,7 +79,7 @@ class Settings(BaseSettings):
     hardware: str = Field(default="", pattern=r"^([a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?)?$")
     """Class of this machine, a name of your own such as `c7i-2xlarge`: what is measured here counts for it in the gate
     (`gate.hardware`). Empty: figures have no class."""
-    provider_options: Json[dict[Provider, dict[str, str]]] = Field(default="{}")  # settings check their defaults
+    provider_options: Json[dict[Provider, dict[str, str]]] = Field(default="{}")  # type: ignore[arg-type]  # checked as if given
     """JSON: for an execution provider of ONNX Runtime, by its name, the options that this machine gives it, such as
     `{"VitisAIExecutionProvider": {"config_file": "/etc/vitisai_config.json", "cache_dir": "/var/cache/vitisai"}}`."""
     log: Literal["text", "json"] = "text"

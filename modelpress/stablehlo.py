@@ -32,6 +32,20 @@ PROGRAM_FILE, WEIGHTS_FILE, REPORT_FILE = "model.jax", "model.safetensors", "mod
 PLATFORMS = ("cpu", "tpu")
 """The program is lowered for each; no TPU is needed for that."""
 PACKAGES = ("torchax", "jax", "jaxlib")
+NAMED_AXES = {
+    "all": "dimname dimname_out",
+    "index_add": "dimname",
+    "index_copy": "dimname",
+    "index_copy_": "dimname",
+    "index_fill": "Dimname_Scalar Dimname_Tensor",
+    "index_fill_": "Dimname_Scalar Dimname_Tensor",
+    "norm": "names_ScalarOpt_dim names_ScalarOpt_dim_dtype names_dtype_out names_out",
+    "prod": "dim_Dimname",
+    "std": "correction_names correction_names_out names_dim names_out",
+    "std_mean": "correction_names names_dim",
+    "unbind": "Dimname",
+}
+"""Operators of torch, and their overloads that torchax names."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +124,23 @@ def check_folder(folder: Path) -> None:
 
 
 def _import_torchax() -> None:
-    """Import it, though it names an operator for tensors with named axes, which torch 2.13 no longer has.
+    """Import torchax, which lists overloads for tensors with named axes (0.0.13); torch has none since 2.13.
 
-    The name stands in a table of autocasting, which is of no concern here (torchax 0.0.13)."""
-    if not hasattr(torch.ops.aten.prod, "dim_Dimname"):
-        torch.ops.aten.prod.dim_Dimname = torch.ops.aten.prod.default
-    import torchax.export  # noqa: F401
+    While it is imported, the operator's first overload stands for each: what it lists is to be cast or decomposed, and
+    nothing here has named axes.
+    """
+    stand_ins: list[tuple[Any, str]] = []
+    for operator, names in NAMED_AXES.items():
+        packet: Any = getattr(torch.ops.aten, operator)
+        for name in names.split():
+            if not hasattr(packet, name):
+                setattr(packet, name, getattr(packet, packet.overloads()[0]))
+                stand_ins.append((packet, name))
+    try:
+        import torchax.export  # noqa: F401
+    finally:
+        for packet, name in stand_ins:
+            delattr(packet, name)
 
 
 def _setup_error(doing: str, found: str) -> SetupError:

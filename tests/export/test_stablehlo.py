@@ -50,7 +50,9 @@ def test_a_folder_answers_as_the_module_without_torch(toy: type[ImageToy] | type
     ]
     assert 0 <= report.max_difference <= 1e-4
     assert report.ran_on == "cpu"
-    assert report.weights_bytes == sum(one.nbytes for one in workload.module.state_dict().values() if one.ndim)
+    state = workload.module.state_dict().values()
+    assert report.weights == len(state)
+    assert report.weights_bytes == sum(_narrow(one).nbytes for one in state)
     inputs = workload.example(5)
     np.savez(tmp_path / "inputs.npz", **{name: _narrow(tensor) for name, tensor in inputs.items()})
     command = [sys.executable, "-c", READER, str(tmp_path / "out")]
