@@ -5,6 +5,8 @@ A run is two objects, each named by the sha256 of its bytes and created only if 
 digest, and its page's digest, and is signed as decisions are where there is a key to sign with, so that a signature
 vouches for both. Times, speeds and machines are in it, which a manifest has none of: the same pack may have been
 measured by several runs. They go with their pack.
+
+A run whose page could not be drawn is kept without one: its numbers are what a page is made from, at any time.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ import hashlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
 
 from modelpress import keys, strictjson
 from modelpress.errors import ConfigError, ConflictError, CorruptionError, FormatError, NotFoundError, TrustError
@@ -29,7 +31,8 @@ from modelpress.trust.entries import RUN_TYPE, EntrySignature
 if TYPE_CHECKING:
     from modelpress.trust import Signer
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+"""The newest version that is read. It is written where version 1 can't say it: a run without a page."""
 MAX_RECORD_BYTES = 2**24
 MAX_PAGE_BYTES = 2**24
 MOST = 200
@@ -43,7 +46,7 @@ class RunRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1, 2]
     """Version of this layout."""
     name: str
     """Name of the pack."""
@@ -51,14 +54,20 @@ class RunRecord(BaseModel):
     """Digest of the pack."""
     run: RunReport
     """What the run did."""
-    page: Digest
-    """Digest of the page that was drawn when the run ended."""
+    page: Digest | None
+    """Digest of the page that was drawn when the run ended; None, in version 2, where none could be."""
     created: AwareDatetime
     """When, UTC."""
     who: str
     """User and host of the process that ran it."""
     signature: EntrySignature | None = None
     """By whom it is signed; not spelled where nobody did."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.page is None) != (self.format_version == 2):
+            raise ValueError(f"`page` is {self.page} in version {self.format_version}")
+        return self
 
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
@@ -91,8 +100,13 @@ class KeptRun:
     """Why it does not count; None where it does, and where nothing is asked (there is no trust file)."""
 
 
-def keep(store: Store, run: RunReport, page: bytes) -> RunRecord:
+def keep(store: Store, run: RunReport, page: bytes | None) -> RunRecord:
     """Keep a run that published, and its page, beside the pack; the page first, so that no record lacks its page.
+
+    Args:
+        store: the publication store.
+        run: what the run did.
+        page: HTML; None where it could not be drawn: the numbers are kept, and a page can be made of them later.
 
     Raises:
         ConfigError: it published nothing, or record or page are larger than `MAX_RECORD_BYTES`, `MAX_PAGE_BYTES`.
@@ -102,18 +116,22 @@ def keep(store: Store, run: RunReport, page: bytes) -> RunRecord:
     doing = f"keeping the run of {run.name}"
     if run.pack is None:
         raise ConfigError(doing, found="a run that published nothing", expected="the digest of its pack")
-    shown = hashlib.sha256(page).hexdigest()
-    made = RunRecord(name=run.name, pack=run.pack, run=run, page=shown, created=datetime.now(UTC), who=who()).signed(
-        store.signer
-    )
-    data = made.to_bytes()
-    for what, found, most in (("record", data, MAX_RECORD_BYTES), ("page", page, MAX_PAGE_BYTES)):
-        if len(found) > most:
-            raise ConfigError(doing, found=f"a {what} of {len(found)} bytes", expected=f"at most {most}")
-    for key, content in (
-        (keys.page(run.name, run.pack, shown), page),
-        (keys.run(run.name, run.pack, made.digest), data),
-    ):
+    made = RunRecord(
+        format_version=1 if page is not None else 2,
+        name=run.name,
+        pack=run.pack,
+        run=run,
+        page=hashlib.sha256(page).hexdigest() if page is not None else None,
+        created=datetime.now(UTC),
+        who=who(),
+    ).signed(store.signer)
+    wanted = [("record", keys.run(run.name, run.pack, made.digest), made.to_bytes(), MAX_RECORD_BYTES)]
+    if page is not None and made.page is not None:
+        wanted.insert(0, ("page", keys.page(run.name, run.pack, made.page), page, MAX_PAGE_BYTES))
+    for what, _, content, most in wanted:
+        if len(content) > most:
+            raise ConfigError(doing, found=f"a {what} of {len(content)} bytes", expected=f"at most {most}")
+    for _, key, content, _ in wanted:
         if not store.put(key, content, if_absent=True) and not stands(store, key, content):
             raise ConflictError(
                 doing,
@@ -142,9 +160,15 @@ def read_page(store: Store, record: RunRecord) -> bytes:
     """The page of a record, held to its digest.
 
     Raises:
-        NotFoundError: it is not there.
+        NotFoundError: it is not there, or none was drawn.
         CorruptionError: its bytes do not have the digest that the record says.
     """
+    if record.page is None:
+        raise NotFoundError(
+            f"reading the page of the run {store.uri}/{keys.run(record.name, record.pack, record.digest)}",
+            found="a run whose page could not be drawn when it ended",
+            fix=f"`modelpress report {record.name}@{record.pack}` draws one of its numbers",
+        )
     key = keys.page(record.name, record.pack, record.page)
     doing = f"reading the page {store.uri}/{key}"
     data = get_capped(store, key, MAX_PAGE_BYTES, doing)
@@ -176,6 +200,15 @@ def kept(store: Store, name: str, pack: str) -> list[KeptRun]:
             problem = error
         found.append(KeptRun(info.key, record, problem))
     return sorted(found, key=lambda one: (one.record.created if one.record else _EVER, one.key))
+
+
+def counts(store: Store, name: str, pack: str) -> bool:
+    """Whether a run that counts is kept beside a pack.
+
+    Raises:
+        StoreError: the store does not answer.
+    """
+    return any(one.record is not None and one.problem is None for one in kept(store, name, pack))
 
 
 def newest(store: Store, name: str, pack: str) -> RunReport | None:

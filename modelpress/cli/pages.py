@@ -31,7 +31,7 @@ def report(
     """Write one HTML page on a pack and the run that made it: quality, bytes, speed, layers, gate, origin."""
     from dataclasses import replace
 
-    from modelpress.page import read_beside, read_story, report_page
+    from modelpress.page import drawing, read_beside, read_story, report_page
     from modelpress.reports import ProfileReport
 
     others = [read_beside(path) for path in beside or ()]
@@ -40,7 +40,9 @@ def report(
     story = read_story(opened_store(store), name, ref)
     for one in others:
         story = replace(story, profile=one) if isinstance(one, ProfileReport) else replace(story, advice=one)
-    _write(report_page(story), out or Path(f"{name}-{(story.pack or ref)[:SHORT]}.html"))
+    with drawing(f"drawing the page of {name}@{story.pack or ref}"):
+        page = report_page(story)
+    _write(page, out or Path(f"{name}-{(story.pack or ref)[:SHORT]}.html"))
 
 
 @app.command()
@@ -51,13 +53,16 @@ def compare(
     store: StoreOption = None,
 ) -> None:
     """Write one HTML page on two packs side by side; `diff` says what of it is words."""
+    from modelpress.page import drawing
     from modelpress.page.compare import comparison_page, read_comparison
 
     name, ref = parse_pack(before)
     other, other_ref = parse_pack(after)
     found, one, two = read_comparison(opened_store(store), (name, ref), (other or name, other_ref))
     named = f"{one.name}-{found.before.pack[:SHORT]}-{found.after.pack[:SHORT]}.html"
-    _write(comparison_page(found, one, two), out or Path(named))
+    with drawing(f"drawing the comparison of {before} and {after}"):
+        page = comparison_page(found, one, two)
+    _write(page, out or Path(named))
 
 
 @app.command()
@@ -67,11 +72,14 @@ def fleet(
     store: StoreOption = None,
 ) -> None:
     """Write one HTML page on all models in the store: what each alias serves, how large, how good, how fast."""
+    from modelpress.page import drawing
     from modelpress.page.fleet import fleet_page, read_fleet
 
     with Bar("fleet") as progress:
         found = read_fleet(opened_store(store), alias, progress)
-    _write(fleet_page(found), out or Path("fleet.html"))
+    with drawing(f"drawing the page of all models in {found.uri}"):
+        page = fleet_page(found)
+    _write(page, out or Path("fleet.html"))
 
 
 def _write(page: Page, out: Path) -> None:

@@ -52,6 +52,8 @@ def _warnings(story: Story) -> list[str]:
     found = []
     if story.run is not None and story.run.stopped:
         found.append(f"This run was stopped, and published nothing: {words.cut(story.run.stopped, 600)}")
+    if story.unread is not None:
+        found.append(f"What lies beside the pack could not be read, and is not told here: {words.cut(story.unread)}")
     if story.sealed is not None:
         found.append(f"The pack is encrypted, and its reports can't be read here: {words.cut(story.sealed)}")
     for problem in story.refused:

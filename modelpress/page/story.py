@@ -54,6 +54,8 @@ class Story:
     """Why its reports can't be read: it is encrypted, and no key opens it."""
     refused: tuple[str, ...] = ()
     """Why runs that are kept beside it do not count, where none counts."""
+    unread: str | None = None
+    """Why nothing that lies beside the pack is told: it could not be read when the run ended."""
 
     @property
     def pack(self) -> str | None:

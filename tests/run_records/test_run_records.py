@@ -51,6 +51,17 @@ def test_what_was_kept_is_read_back_whole(team: Team) -> None:
     assert keep(team.store("farm"), made[0].run).page == made[0].page, "the same page is one object"
 
 
+def test_a_run_counts_without_a_page_too(team: Team) -> None:
+    assert not run_records.counts(team.store(), NAME, PACK)
+    record = run_records.keep(team.store("farm"), run_report(PACK), None)
+    assert read(team.store(), record) == record
+    assert json.loads(record.to_bytes())["page"] is None
+    assert run_records.counts(team.store(), NAME, PACK)
+    assert run_records.newest(team.store(), NAME, PACK) == record.run
+    with pytest.raises(NotFoundError, match=r"(?s)could not be drawn.*modelpress report digits@a"):
+        run_records.read_page(team.store(), record)
+
+
 def test_who_does_not_count_is_not_counted(team: Team) -> None:
     unsigned = keep(team.store(trusting=False))
     other = keep(team.store("anna"))
@@ -82,7 +93,9 @@ def test_a_signature_is_of_this_run_and_of_nothing_else(team: Team) -> None:
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"format_version": 2}, UnsupportedFormatError),
+        ({"format_version": 3}, UnsupportedFormatError),
+        ({"format_version": 2}, CorruptionError),
+        ({"page": None}, CorruptionError),
         ({"format_version": "1"}, CorruptionError),
         ({"pack": "b" * 64}, CorruptionError),
         ({"name": "other"}, CorruptionError),
