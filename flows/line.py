@@ -70,7 +70,10 @@ class Line:
         workload = sources.pin(settings, config.workload)
         if workload != config.workload:  # an alias, which may name another version by the end of the run
             run.tag("source_model", workload.model)
-        self.context = RunContext(name=config.name, mlflow_run=run.id, workload=workload, gpu=config.gpu)
+        self.reports_to_mlflow = settings.reports_to_mlflow(encrypted=config.upload.encrypt)
+        self.context = RunContext(
+            name=config.name, mlflow_run=run.id, workload=workload, gpu=config.gpu, reports=self.reports_to_mlflow
+        )
         self.mlflow_url = runs.run_url(settings, run.id, run.experiment_id)
         self.links = {"MLflow run": self.mlflow_url} | ({"Prefect flow run": flow_run_url} if flow_run_url else {})
         self.published: UploadReport | None = None
@@ -222,7 +225,7 @@ class Line:
             mlflow_url=self.mlflow_url,
             flow_run_url=self.flow_run_url,
         )
-        self.run.json("result.json", result.model_dump(mode="json"))
+        self._log_result()
         get_run_logger().info(
             "%s is published as %s: %s bytes, %.1f× fewer than the source, %.1f× its throughput; %s",
             result.name,
@@ -232,6 +235,11 @@ class Line:
             speedup,
             f"recomputed {', '.join(self.recomputed)}" if self.recomputed else "everything reused, nothing recomputed",
         )
+
+    def _log_result(self) -> None:
+        """The result as an artifact in MLflow; where reports are not for it, without attributions of single samples."""
+        without: Any = None if self.reports_to_mlflow else {"stages": {"__all__": {"attribution": {"examples"}}}}
+        self.run.json("result.json", self.result.model_dump(mode="json", exclude=without))
 
     @property
     def result(self) -> OptimizeResult:
@@ -266,9 +274,10 @@ class Line:
 
     def _draw(self, folder: Path) -> list[PageError]:
         """The plots and the page, as files; what of them could not be drawn or kept."""
-        problems = pages.draw_plots(folder, self.config.name, self.rows, self.reports)
+        told = self.reports_to_mlflow
+        problems = pages.draw_plots(folder, self.config.name, self.rows, self.reports, layers=told)
         drawn = self._page()
-        if drawn.page is not None:
+        if told and drawn.page is not None:
             with local_errors(f"writing the page into {folder}", writing=True):
                 (folder / pages.PAGE).write_text(drawn.page, encoding="utf-8")
         return [*problems, *drawn.problems]
@@ -283,11 +292,13 @@ class Line:
         self.run.tag("page_problems", "\n".join(map(str, problems))[: runs.MAX_TAG_LENGTH])
         if self._result is not None:
             self._result = self._result.model_copy(update={"page_problems": [str(one) for one in problems]})
-            self.run.json("result.json", self._result.model_dump(mode="json"))
+            self._log_result()
 
     def _text(self, problems: Sequence[PageError]) -> str:
         """The report in Markdown."""
         pack = f"Pack `{self.published.pack}`, `{self.published.uri}`\n\n" if self.published else ""
+        if self.published and not self.reports_to_mlflow:
+            pack += f"Its page: `modelpress report {self.config.name}@{self.published.pack}`\n\n"
         links = " · ".join(f"[{name}]({url})" for name, url in self.links.items())
         notes = [*memory_notes(self.reports), *(f"- **not done**: {' '.join(str(one).split())}" for one in problems)]
         noted = "\n".join([*notes, "", ""]) if notes else ""

@@ -17,6 +17,7 @@ from flows import figures
 from flows.result import StageRow
 from modelpress.config import OptimizeConfig
 from modelpress.errors import ModelpressError, PageError
+from modelpress.manifest import Encryption
 from modelpress.reports import (
     CompressReport,
     EvaluationReport,
@@ -80,8 +81,14 @@ def run_report(
     )
 
 
-def draw_plots(folder: Path, name: str, rows: Sequence[StageRow], reports: Mapping[str, Report]) -> list[PageError]:
-    """The plots of a run as files: of its stages, its plan, its profile. Returns what could not be drawn."""
+def draw_plots(
+    folder: Path, name: str, rows: Sequence[StageRow], reports: Mapping[str, Report], *, layers: bool = True
+) -> list[PageError]:
+    """The plots of a run as files: of its stages and, with `layers`, of its plan and its profile, which name them.
+
+    Returns:
+        What could not be drawn.
+    """
     from modelpress.plan import figure
     from modelpress.profile import figures as profiling
 
@@ -89,9 +96,9 @@ def draw_plots(folder: Path, name: str, rows: Sequence[StageRow], reports: Mappi
     planned, compressed, profiled = (reports.get(stage) for stage in ("plan", "compress", "profile"))
     with noted(problems, f"drawing the plots of {name}"):
         figures.draw(rows, compressed if isinstance(compressed, CompressReport) else None, folder / STAGES)
-        if isinstance(planned, PlanReport):
+        if layers and isinstance(planned, PlanReport):
             figure.draw(planned, folder / "plan.png")
-        if isinstance(profiled, ProfileReport):
+        if layers and isinstance(profiled, ProfileReport):
             profiling.draw(profiled, folder)
     return problems
 
@@ -126,19 +133,18 @@ def draw_and_keep(settings: Settings, run: RunReport, *, keep: bool) -> Drawn:
             story = replace(story, unread=problems[0].found)
     with noted(problems, f"drawing the page of {run.name}", _later(run)):
         page = render(report_page(story))
-    # Who encrypts a pack has its reports encrypted as well: MLflow alone gets them in the clear.
-    if store is not None and story.manifest is not None and story.manifest.encryption is None:
+    if store is not None and story.manifest is not None:
         with noted(problems, f"keeping the run, and its page, beside pack {run.name}@{run.pack}", _again(run)):
-            _keep(store, run, page, always=keep)
+            _keep(store, run, page, story.manifest.encryption, always=keep)
     return Drawn(page, problems)
 
 
-def _keep(store: Store, run: RunReport, page: str | None, *, always: bool) -> None:
+def _keep(store: Store, run: RunReport, page: str | None, encryption: Encryption | None, *, always: bool) -> None:
     from modelpress import run_records
 
     assert run.pack is not None
     if always or not run_records.counts(store, run.name, run.pack):
-        run_records.keep(store, run, page.encode() if page is not None else None)
+        run_records.keep(store, run, page.encode() if page is not None else None, encryption)
 
 
 @contextmanager

@@ -6,23 +6,27 @@ digest, and its page's digest, and is signed as decisions are where there is a k
 vouches for both. Times, speeds and machines are in it, which a manifest has none of: the same pack may have been
 measured by several runs. They go with their pack.
 
-A run whose page could not be drawn is kept without one: its numbers are what a page is made from, at any time.
+A run whose page could not be drawn is kept without one: its numbers are what a page is made from, at any time. Beside
+an encrypted pack both are sealed under the pack's secret; the record then tells the pack, when and who, and no more.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
-from typing import TYPE_CHECKING, Annotated, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, TypeVar
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
 
 from modelpress import keys, strictjson
+from modelpress.cipher import open_bytes, seal_bytes, secret_of
 from modelpress.errors import ConfigError, ConflictError, CorruptionError, FormatError, NotFoundError, TrustError
 from modelpress.housekeeping.turns import who
-from modelpress.manifest import canonical_json, check_version
+from modelpress.manifest import Encryption, Plain, canonical_json, check_version
 from modelpress.reports import RunReport
 from modelpress.store.base import Store, get_capped, stands
 from modelpress.trust import entries as trusted
@@ -32,13 +36,29 @@ if TYPE_CHECKING:
     from modelpress.trust import Signer
 
 FORMAT_VERSION: Final = 2
-"""The newest version that is read. It is written where version 1 can't say it: a run without a page."""
+"""The newest version that is read. It is written where version 1 can't say it: a run without a page, or sealed."""
 MAX_RECORD_BYTES = 2**24
 MAX_PAGE_BYTES = 2**24
 MOST = 200
 """Runs of one pack that are read."""
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+class Sealed(BaseModel):
+    """What a record tells of a run to who has a key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    encryption: Encryption
+    """As the manifest of the pack has it."""
+    run: Plain
+    """The run as canonical JSON, before it was sealed."""
+    data: str
+    """The sealed run, base64."""
+    page: Plain | None
+    """The page before it was sealed; None where there is none."""
 
 
 class RunRecord(BaseModel):
@@ -52,10 +72,12 @@ class RunRecord(BaseModel):
     """Name of the pack."""
     pack: Digest
     """Digest of the pack."""
-    run: RunReport
-    """What the run did."""
+    run: RunReport | None = None
+    """What the run did; None, and not spelled, where it is sealed. `told` has it in either case."""
+    sealed: Sealed | None = None
+    """The same beside an encrypted pack, in version 2; else None, and not spelled."""
     page: Digest | None
-    """Digest of the page that was drawn when the run ended; None, in version 2, where none could be."""
+    """Digest of the page's bytes, as they are stored; None, in version 2, where it could not be drawn."""
     created: AwareDatetime
     """When, UTC."""
     who: str
@@ -65,17 +87,25 @@ class RunRecord(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (self.page is None) != (self.format_version == 2):
-            raise ValueError(f"`page` is {self.page} in version {self.format_version}")
+        if (self.run is None) == (self.sealed is None):
+            raise ValueError("a run is told in one of two ways: `run`, or `sealed`")
+        if (self.page is None or self.sealed is not None) != (self.format_version == 2):
+            raise ValueError(f"what a record of version {3 - self.format_version} would say, in {self.format_version}")
+        if self.sealed is not None and (self.sealed.page is None) != (self.page is None):
+            raise ValueError("a page before it was sealed, or after that, and not both")
         return self
 
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
-        return canonical_json(self.model_dump(mode="json", exclude=None if self.signature else {"signature"}))
+        return self._spelled(signature=self.signature is not None)
 
     def unsigned_bytes(self) -> bytes:
         """What is signed: canonical JSON of everything but the signature."""
-        return canonical_json(self.model_dump(mode="json", exclude={"signature"}))
+        return self._spelled(signature=False)
+
+    def _spelled(self, *, signature: bool) -> bytes:
+        left_out = {"run" if self.run is None else "sealed"} | (set() if signature else {"signature"})
+        return canonical_json(self.model_dump(mode="json", exclude=left_out))
 
     def signed(self, signer: Signer | None) -> RunRecord:
         """This record with a signature; as it is where there is no signer."""
@@ -100,34 +130,40 @@ class KeptRun:
     """Why it does not count; None where it does, and where nothing is asked (there is no trust file)."""
 
 
-def keep(store: Store, run: RunReport, page: bytes | None) -> RunRecord:
+def keep(store: Store, run: RunReport, page: bytes | None, encryption: Encryption | None = None) -> RunRecord:
     """Keep a run that published, and its page, beside the pack; the page first, so that no record lacks its page.
 
     Args:
         store: the publication store.
         run: what the run did.
         page: HTML; None where it could not be drawn: the numbers are kept, and a page can be made of them later.
+        encryption: of the pack's manifest; None where the pack is not encrypted.
 
     Raises:
         ConfigError: it published nothing, or record or page are larger than `MAX_RECORD_BYTES`, `MAX_PAGE_BYTES`.
         ConflictError: other bytes stand under one of the names.
+        EncryptionKeyError: none of the keys opens the pack's secret; nothing is kept.
         StoreError: they can't be written.
     """
     doing = f"keeping the run of {run.name}"
     if run.pack is None:
         raise ConfigError(doing, found="a run that published nothing", expected="the digest of its pack")
+    sealed = None
+    if encryption is not None:
+        sealed, page = _sealed(store, run, page, encryption, doing)
     made = RunRecord(
-        format_version=1 if page is not None else 2,
+        format_version=1 if page is not None and sealed is None else 2,
         name=run.name,
         pack=run.pack,
-        run=run,
+        run=run if sealed is None else None,
+        sealed=sealed,
         page=hashlib.sha256(page).hexdigest() if page is not None else None,
         created=datetime.now(UTC),
         who=who(),
     ).signed(store.signer)
     wanted = [("record", keys.run(run.name, run.pack, made.digest), made.to_bytes(), MAX_RECORD_BYTES)]
-    if page is not None and made.page is not None:
-        wanted.insert(0, ("page", keys.page(run.name, run.pack, made.page), page, MAX_PAGE_BYTES))
+    if page is not None:
+        wanted.insert(0, ("page", _page_key(made), page, MAX_PAGE_BYTES))
     for what, _, content, most in wanted:
         if len(content) > most:
             raise ConfigError(doing, found=f"a {what} of {len(content)} bytes", expected=f"at most {most}")
@@ -140,6 +176,47 @@ def keep(store: Store, run: RunReport, page: bytes | None) -> RunRecord:
                 fix="the object was damaged or tampered with: keep it for inquiry, delete it, and run again",
             )
     return made
+
+
+def _sealed(
+    store: Store, run: RunReport, page: bytes | None, encryption: Encryption, doing: str
+) -> tuple[Sealed, bytes | None]:
+    secret = secret_of(store, run.name, encryption)
+    plain, data = seal_bytes(canonical_json(run.model_dump(mode="json")), secret, encryption, doing)
+    sealed = Sealed(encryption=encryption, run=plain, data=base64.b64encode(data).decode(), page=None)
+    if page is None:
+        return sealed, None
+    shown, stored = seal_bytes(page, secret, encryption, doing)
+    return sealed.model_copy(update={"page": shown}), stored
+
+
+def _page_key(record: RunRecord) -> str:
+    assert record.page is not None
+    return keys.page(record.name, record.pack, record.page, sealed=record.sealed is not None)
+
+
+def told(store: Store, record: RunRecord) -> RunReport:
+    """What a run did, opened where it is sealed.
+
+    Raises:
+        EncryptionKeyError: none of the keys that the settings name opens it.
+        CorruptionError: what was sealed is no run of this pack, or it was not sealed under the pack's secret.
+    """
+    if record.run is not None:
+        return record.run
+    assert record.sealed is not None
+    sealed, doing = record.sealed, _doing(store, record.name, record.pack, record.digest)
+    secret = secret_of(store, record.name, sealed.encryption)
+    try:
+        data = base64.b64decode(sealed.data, validate=True)
+    except binascii.Error as error:
+        raise CorruptionError(doing, found=str(error), expected="a sealed run as base64") from error
+    document = strictjson.loads(open_bytes(data, sealed.run, secret, sealed.encryption, doing), doing)
+    run = _validated(RunReport, document, doing)
+    if (run.name, run.pack) != (record.name, record.pack):
+        found = f"a run of {run.name}@{run.pack}"
+        raise CorruptionError(doing, found=found, expected=f"one of {record.name}@{record.pack}")
+    return run
 
 
 def read(store: Store, name: str, pack: str, record: str) -> RunRecord:
@@ -157,11 +234,26 @@ def read(store: Store, name: str, pack: str, record: str) -> RunRecord:
 
 
 def read_page(store: Store, record: RunRecord) -> bytes:
-    """The page of a record, held to its digest.
+    """The page of a record, held to its digest, and opened where it is sealed.
 
     Raises:
         NotFoundError: it is not there, or none was drawn.
         CorruptionError: its bytes do not have the digest that the record says.
+        EncryptionKeyError: none of the keys that the settings name opens it.
+    """
+    data, sealed = check_page(store, record), record.sealed
+    if sealed is None:
+        return data
+    assert sealed.page is not None
+    secret = secret_of(store, record.name, sealed.encryption)
+    return open_bytes(data, sealed.page, secret, sealed.encryption, f"reading the page {store.uri}/{_page_key(record)}")
+
+
+def check_page(store: Store, record: RunRecord) -> bytes:
+    """The page of a record as it is stored, held to its digest; no key is needed.
+
+    Raises:
+        NotFoundError, CorruptionError: see `read_page`.
     """
     if record.page is None:
         raise NotFoundError(
@@ -169,7 +261,7 @@ def read_page(store: Store, record: RunRecord) -> bytes:
             found="a run whose page could not be drawn when it ended",
             fix=f"`modelpress report {record.name}@{record.pack}` draws one of its numbers",
         )
-    key = keys.page(record.name, record.pack, record.page)
+    key = _page_key(record)
     doing = f"reading the page {store.uri}/{key}"
     data = get_capped(store, key, MAX_PAGE_BYTES, doing)
     found = hashlib.sha256(data).hexdigest()
@@ -211,10 +303,23 @@ def counts(store: Store, name: str, pack: str) -> bool:
     return any(one.record is not None and one.problem is None for one in kept(store, name, pack))
 
 
-def newest(store: Store, name: str, pack: str) -> RunReport | None:
-    """The newest run of a pack that counts; None where there is none."""
-    counting = [one.record for one in kept(store, name, pack) if one.record is not None and one.problem is None]
-    return counting[-1].run if counting else None
+def newest(store: Store, name: str, pack: str) -> tuple[RunReport | None, list[FormatError | TrustError]]:
+    """The newest run of a pack that counts; where there is none, None and why those that are there do not.
+
+    Raises:
+        EncryptionKeyError: it is sealed, and none of the keys that the settings name opens it.
+        StoreError: the store does not answer.
+    """
+    found = kept(store, name, pack)
+    problems = [one.problem for one in found if one.problem is not None]
+    for one in reversed(found):
+        if one.record is None or one.problem is not None:
+            continue
+        try:
+            return told(store, one.record), []
+        except FormatError as error:
+            problems.append(error)
+    return None, problems
 
 
 _EVER = datetime.min.replace(tzinfo=UTC)
@@ -251,8 +356,12 @@ def _parse(data: bytes, digest: str, doing: str) -> RunRecord:
         raise CorruptionError(doing, found=f"sha256 {found}", expected=f"sha256 {digest}")
     document = strictjson.loads(data, doing)
     check_version(document.get("format_version"), doing, FORMAT_VERSION)
+    return _validated(RunRecord, document, doing)
+
+
+def _validated(kind: type[ModelT], document: dict[str, Any], doing: str) -> ModelT:
     try:
-        return RunRecord.model_validate(document)
+        return kind.model_validate(document)
     except ValidationError as error:
-        told = str(error.errors(include_url=False)[0])[:300]
-        raise CorruptionError(doing, found=told, expected="a run") from error
+        found = str(error.errors(include_url=False)[0])[:300]
+        raise CorruptionError(doing, found=found, expected="a run") from error

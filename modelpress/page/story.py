@@ -152,7 +152,11 @@ def read_story(store: Store, name: str, ref: str, run: RunReport | None = None) 
         sealed = error.found or error.doing
     refused: tuple[str, ...] = ()
     if run is None:
-        run, refused = _told(store, name, digest)
+        try:
+            run, problems = run_records.newest(store, name, digest)
+            refused = tuple(dict.fromkeys(problem.found or problem.doing for problem in problems))
+        except EncryptionKeyError as error:
+            sealed = error.found or error.doing
     policy = store.trust.policy() if store.trust is not None else None
     signed = signatures_of(store, policy, name, digest)
     return Story(
@@ -168,16 +172,6 @@ def read_story(store: Store, name: str, ref: str, run: RunReport | None = None) 
         sealed=sealed,
         refused=refused,
     )
-
-
-def _told(store: Store, name: str, digest: str) -> tuple[RunReport | None, tuple[str, ...]]:
-    """The newest run that counts; else why those that are there do not."""
-    kept = run_records.kept(store, name, digest)
-    counting = [one.record for one in kept if one.record is not None and one.problem is None]
-    if counting:
-        return counting[-1].run, ()
-    problems = (one.problem for one in kept if one.problem is not None)
-    return None, tuple(dict.fromkeys(problem.found or problem.doing for problem in problems))
 
 
 def _aliases(store: Store, name: str, digest: str) -> list[tuple[str, str]]:

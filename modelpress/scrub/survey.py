@@ -145,7 +145,7 @@ def _run(store: Store, place: Place, found: Survey) -> None:
     try:
         record = run_records.read_unasked(store, place.name, place.digest, place.record)
         if record.page is not None:
-            run_records.read_page(store, record)
+            run_records.check_page(store, record)
     except NotFoundError as error:
         if store.info(key) is not None:  # else it was deleted since it was listed
             finding = Finding(kind="missing", key=key, pack=of(place), problem=f"its page is not there: {error.found}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +14,15 @@ from matplotlib.figure import Figure
 from flows import pages
 from flows.pages import Drawn, draw_and_keep
 from modelpress import keys, run_records, scrub
+from modelpress.cipher import LocalKey, seal_pack, secrets
 from modelpress.errors import NotFoundError, PageError, StoreFullError
 from modelpress.page import drawing, read_story, render, report_page
+from modelpress.publish import publish
 from modelpress.reports import RunReport
 from modelpress.settings import Settings
 from modelpress.store import Store, open_store
 from tests.flows.test_result import ROWS
+from tests.packs import make_pack
 from tests.page.stories import NAME, publish_story, run_report
 
 
@@ -153,6 +157,34 @@ def test_a_page_that_can_not_be_drawn_leaves_the_numbers(
     assert "The way, stage by stage" in render(report_page(story)), "and it can be drawn later"
     assert stopped.page is None
     assert "with the runs of the stages in MLflow" in problem(stopped)
+
+
+def test_the_page_of_an_encrypted_pack_lies_sealed_beside_it(
+    settings: Settings, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODELPRESS_KEY", base64.b64encode(b"K" * 32).decode())
+    made = make_pack(tmp_path / "shards", name=NAME)
+    secret = secrets.current(store, NAME, [LocalKey(b"K" * 32)])
+    manifest, shards, blobs = seal_pack(made.manifest, made.shards, made.blobs, secret, tmp_path / "sealed")
+    publish(store, manifest, shards, blobs, source_bytes=1)
+    run = run_report(manifest.digest)
+    drawn = draw_and_keep(settings, run, keep=True)
+    assert drawn.problems == []
+    assert drawn.page is not None
+    (record,) = kept(store, run)
+    assert run_records.read_page(store, record) == drawn.page.encode()
+    stored = [store.get(info.key) for info in store.list(keys.runs(NAME, manifest.digest))]
+    assert not [data for data in stored if b"accuracy" in data or b"<html" in data]
+    assert scrub.scrub(store).findings == ()
+    story = read_story(store, NAME, manifest.digest)
+    assert (story.run, story.sealed) == (run, None)
+    monkeypatch.delenv("MODELPRESS_KEY")
+    story = read_story(store, NAME, manifest.digest)
+    assert story.run is None
+    assert "The pack is encrypted, and its reports can&#39;t be read here: no key" in render(report_page(story))
+    with_page = draw_and_keep(settings, run, keep=True)
+    assert "EncryptionKeyError" in problem(with_page), "never in the clear instead"
+    assert len(kept(store, run)) == 1
 
 
 def test_plots_that_can_not_be_drawn_are_told(tmp_path: Path) -> None:

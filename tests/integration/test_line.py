@@ -182,7 +182,7 @@ def test_mlflow_holds_the_artifacts_of_the_run_and_of_each_stage(first: Optimize
 def test_the_page_of_the_run_lies_beside_the_pack(first: OptimizeResult, store: Store, client: MlflowClient) -> None:
     (found,) = run_records.kept(store, QUICK.name, first.pack)
     assert found.record is not None
-    told = found.record.run
+    told = run_records.told(store, found.record)
     assert [stage.stage for stage in told.stages][: len(first.stages)] == [row.stage for row in first.stages]
     assert told.links["MLflow run"] == first.mlflow_url
     page = run_records.read_page(store, found.record)
