@@ -12,7 +12,9 @@ import typer
 from modelpress.cli.common import Bar, PackArgument, StoreOption, app, echo, opened_store, parse_pack
 
 if TYPE_CHECKING:
+    from modelpress.errors import NotFoundError
     from modelpress.page.parts import Page
+    from modelpress.page.registry import Registry
 
 SHORT = 12
 OutOption = Annotated[Path | None, typer.Option("--out", help="File to write; `-` prints. Left out: named by digest.")]
@@ -67,19 +69,51 @@ def compare(
 
 @app.command()
 def fleet(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="These models; none: all.")] = None,
+    registry: Annotated[
+        bool, typer.Option("--registry", help="With what MLflow's registry says, beside what lies in the store.")
+    ] = False,
     alias: Annotated[str | None, typer.Option("--alias", help="This alias alone; left out, all of them.")] = None,
     out: OutOption = None,
     store: StoreOption = None,
 ) -> None:
-    """Write one HTML page on all models in the store: what each alias serves, how large, how good, how fast."""
+    """Write one HTML page on all models: what each alias serves, how large, how good, how fast, and what is amiss."""
     from modelpress.page import drawing
     from modelpress.page.fleet import fleet_page, read_fleet
 
+    wanted, opened, said = names or [], opened_store(store), None
+    if registry:
+        said = _registered(wanted, alias)
     with Bar("fleet") as progress:
-        found = read_fleet(opened_store(store), alias, progress)
+        found = read_fleet(opened, alias, progress, names=wanted)
+    for name in wanted:
+        if name not in found.packs and (said is None or name not in said.models):
+            raise _unknown(name, found.uri, said)
     with drawing(f"drawing the page of all models in {found.uri}"):
-        page = fleet_page(found)
+        page = fleet_page(found, said)
     _write(page, out or Path("fleet.html"))
+
+
+def _registered(names: list[str], alias: str | None) -> Registry:
+    """What MLflow's registry says; of its aliases, this one alone."""
+    from dataclasses import replace
+
+    from flows.fleet import registered
+    from modelpress.settings import read_settings
+
+    found = registered(read_settings(), names)
+    if alias is None:
+        return found
+    return replace(found, aliases={key: number for key, number in found.aliases.items() if key[1] == alias})
+
+
+def _unknown(name: str, uri: str, registry: Registry | None) -> NotFoundError:
+    from modelpress.errors import NotFoundError
+
+    searched = f"no packs of this name in {uri}"
+    if registry is not None:
+        searched += f", and no registered model of this name at {registry.address}"
+    return NotFoundError(f"looking for model {name!r}", found=searched, fix="`modelpress fleet` without a name has all")
 
 
 def _write(page: Page, out: Path) -> None:

@@ -15,13 +15,14 @@ from modelpress.page.compare import comparison_page, read_comparison
 from modelpress.page.fleet import fleet_page, read_fleet
 from modelpress.store import open_store
 from tests.browsers import PATIENCE_MILLISECONDS, chromium
+from tests.page.registers import registry
 from tests.page.stories import HOSTILE, NAME, publish_story, told
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 SERIOUS = ("serious", "critical")
-KINDS = ["report", "compare", "fleet", "hostile"]
+KINDS = ["report", "compare", "fleet", "registry", "hostile"]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "report": report_page(story),
         "compare": comparison_page(compared[0], story, compared[2]),
         "fleet": fleet_page(read_fleet(store)),
+        "registry": fleet_page(read_fleet(store), registry(read_fleet(store))),
         "hostile": report_page(told(hostile, folder / "words", word=HOSTILE)),
     }
     for kind, page in pages.items():

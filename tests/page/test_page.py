@@ -20,6 +20,7 @@ from modelpress.page.sections.sizes import grouped
 from modelpress.reports import QuantizeReport, RunReport, RunStage, SensitivityRow
 from modelpress.store import Store, open_store
 from tests.page.beside import advice, profile
+from tests.page.registers import registry, version
 from tests.page.stories import HOSTILE, NAME, publish_story, run_report, told
 
 ALLOWED = {
@@ -250,6 +251,23 @@ def test_a_comparison_says_which_is_better(store: Store, story: Story, tmp_path:
     assert "Both are the same pack." in " ".join(sound(render(comparison_page(*same))).text)
     timed = comparison_page(found, story, Story(**{**vars(after), "run": run_report(other)}))
     assert "measured on machines of class c7i" in " ".join(sound(render(timed)).text)
+
+
+def test_a_fleet_of_hundreds_is_one_page(store: Store, story: Story) -> None:
+    fleet = read_fleet(store)
+    many = [version(f"model-{place}", number, "e" * 64) for place in range(400) for number in (1, 2, 3)]
+    page = render(fleet_page(fleet, registry(fleet, others=many)))
+    text = " ".join(sound(page).text)
+    assert "registered models" in text
+    assert f"{1200 + sum(fleet.versions.values()) + 2:,} versions" in text
+    assert "more are left out." in text
+    assert len(page.encode()) < MOST_BYTES / 3
+    assert render(fleet_page(fleet, registry(fleet, others=many))) == page
+    hostile = render(fleet_page(fleet, registry(fleet, HOSTILE)))
+    sound(hostile)
+    assert "{{7*7}}" in hostile
+    assert "version 7, which it does not have" not in hostile, "no server follows it"
+    assert "no such version" in hostile
 
 
 def test_a_fleet_shows_what_is_broken_too(tmp_path: Path) -> None:
