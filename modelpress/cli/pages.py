@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modelpress.cli.common import Bar, PackArgument, StoreOption, app, echo, opened_store, parse_pack
+from modelpress.cli.common import (
+    AfterArgument,
+    Bar,
+    BeforeArgument,
+    PackArgument,
+    StoreOption,
+    app,
+    echo,
+    opened_store,
+    parse_pack,
+    parse_pair,
+)
 
 if TYPE_CHECKING:
     from modelpress.errors import NotFoundError
@@ -49,8 +60,8 @@ def report(
 
 @app.command()
 def compare(
-    before: Annotated[str, typer.Argument(metavar="NAME[@REF]", help="Where it starts: an alias or a digest.")],
-    after: Annotated[str, typer.Argument(metavar="NAME[@REF]", help="Where it ends; @REF alone is of the same name.")],
+    before: BeforeArgument,
+    after: AfterArgument,
     out: OutOption = None,
     store: StoreOption = None,
 ) -> None:
@@ -58,9 +69,7 @@ def compare(
     from modelpress.page import drawing
     from modelpress.page.compare import comparison_page, read_comparison
 
-    name, ref = parse_pack(before)
-    other, other_ref = parse_pack(after)
-    found, one, two = read_comparison(opened_store(store), (name, ref), (other or name, other_ref))
+    found, one, two = read_comparison(opened_store(store), *parse_pair(before, after))
     named = f"{one.name}-{found.before.pack[:SHORT]}-{found.after.pack[:SHORT]}.html"
     with drawing(f"drawing the comparison of {before} and {after}"):
         page = comparison_page(found, one, two)
