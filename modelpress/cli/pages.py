@@ -36,23 +36,22 @@ def report(
     pack: PackArgument,
     beside: Annotated[
         list[Path] | None,
-        typer.Option("--with", metavar="FILE", help="A report of `profile` or `advise` to be shown as well; several."),
+        typer.Option(
+            "--with",
+            metavar="FILE",
+            help="A report of `profile` or `advise`, or the checks.jsonl of `advise --check`, to be shown; several.",
+        ),
     ] = None,
     out: OutOption = None,
     store: StoreOption = None,
 ) -> None:
     """Write one HTML page on a pack and the run that made it: quality, bytes, speed, layers, gate, origin."""
-    from dataclasses import replace
-
-    from modelpress.page import drawing, read_beside, read_story, report_page
-    from modelpress.reports import ProfileReport
-
-    others = [read_beside(path) for path in beside or ()]
+    from modelpress.page import drawing, read_story, report_page, with_report
 
     name, ref = parse_pack(pack)
     story = read_story(opened_store(store), name, ref)
-    for one in others:
-        story = replace(story, profile=one) if isinstance(one, ProfileReport) else replace(story, advice=one)
+    for path in beside or ():
+        story = with_report(story, path)
     with drawing(f"drawing the page of {name}@{story.pack or ref}"):
         page = report_page(story)
     _write(page, out or Path(f"{name}-{(story.pack or ref)[:SHORT]}.html"))

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from modelpress.page import words
 from modelpress.page.parts import Fact, Item, Link, Page, present
-from modelpress.page.sections import advice, choice, gate, layers, numbers, origin, profile, reasons, sizes, way
+from modelpress.page.sections import (
+    advice,
+    choice,
+    gate,
+    layers,
+    numbers,
+    origin,
+    profile,
+    reasons,
+    sizes,
+    slices,
+    training,
+    way,
+)
 from modelpress.page.story import Story
 from modelpress.reports import LatencyReport, QualityReport, RunStage
 
@@ -17,6 +30,8 @@ def report_page(story: Story) -> Page:
         make(story)
         for make in (
             way.section,
+            slices.section,
+            training.section,
             sizes.section,
             choice.section,
             layers.section,
