@@ -37,8 +37,8 @@ def section(story: Story) -> Section | None:
         key="slices",
         title="Group by group",
         lead=[
-            f"The workload names groups of its samples. Intervals ({CONFIDENCE:.0%}) are of each group alone; differences "
-            "are paired, sample by sample, with the source model. The group that may have lost most is the first.",
+            f"The workload names groups of its samples. Intervals ({CONFIDENCE:.0%}) are of each group alone; "
+            "differences are paired, sample by sample, with the source model. What may have lost most stands first.",
         ],
         figures=[figure],
     )

@@ -42,7 +42,7 @@ def section(story: Story) -> Section | None:
     if spread:
         lead.append(
             "Bytes are those that the first rank had to send, as a ring needs them, since the training's last start. "
-            "The least is 2(N−1)/N of the gradients for each update; the wire is what its sockets sent, where they tell."
+            "The least is 2(N−1)/N of the gradients for each update; the wire is what its sockets sent, if they tell."
         )
     return Section(
         key="training",
