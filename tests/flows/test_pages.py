@@ -181,7 +181,7 @@ def test_the_page_of_an_encrypted_pack_lies_sealed_beside_it(
     monkeypatch.delenv("MODELPRESS_KEY")
     story = read_story(store, NAME, manifest.digest)
     assert story.run is None
-    assert "The pack is encrypted, and its reports can&#39;t be read here: no key" in render(report_page(story))
+    assert "The pack is encrypted, and its reports can&#39;t be read here: keys in" in render(report_page(story))
     with_page = draw_and_keep(settings, run, keep=True)
     assert "EncryptionKeyError" in problem(with_page), "never in the clear instead"
     assert len(kept(store, run)) == 1
