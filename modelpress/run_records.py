@@ -18,7 +18,7 @@ import hashlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, TypeVar
+from typing import Annotated, ClassVar, Final, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
 
@@ -26,14 +26,11 @@ from modelpress import keys, strictjson
 from modelpress.cipher import open_bytes, seal_bytes, secret_of
 from modelpress.errors import ConfigError, ConflictError, CorruptionError, FormatError, NotFoundError, TrustError
 from modelpress.housekeeping.turns import who
-from modelpress.manifest import Encryption, Plain, canonical_json, check_version
+from modelpress.manifest import Encryption, Plain, canonical_json
 from modelpress.reports import RunReport
 from modelpress.store.base import Store, get_capped, stands
 from modelpress.trust import entries as trusted
-from modelpress.trust.entries import RUN_TYPE, EntrySignature
-
-if TYPE_CHECKING:
-    from modelpress.trust import Signer
+from modelpress.trust.entries import RUN_TYPE, Entry, EntrySignature
 
 FORMAT_VERSION: Final = 2
 """The newest version that is read. It is written where version 1 can't say it: a run without a page, or sealed."""
@@ -43,7 +40,6 @@ MOST = 200
 """Runs of one pack that are read."""
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class Sealed(BaseModel):
@@ -61,10 +57,12 @@ class Sealed(BaseModel):
     """The page before it was sealed; None where there is none."""
 
 
-class RunRecord(BaseModel):
-    """One run, as it is kept."""
+class RunRecord(Entry):
+    """One run, as it is kept; its digest is its name."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    what: ClassVar[str] = "run"
+    payload_type: ClassVar[str] = RUN_TYPE
+    newest_version: ClassVar[int] = FORMAT_VERSION
 
     format_version: Literal[1, 2]
     """Version of this layout."""
@@ -95,28 +93,8 @@ class RunRecord(BaseModel):
             raise ValueError("a page before it was sealed, or after that, and not both")
         return self
 
-    def to_bytes(self) -> bytes:
-        """Canonical JSON."""
-        return self._spelled(signature=self.signature is not None)
-
-    def unsigned_bytes(self) -> bytes:
-        """What is signed: canonical JSON of everything but the signature."""
-        return self._spelled(signature=False)
-
-    def _spelled(self, *, signature: bool) -> bytes:
-        left_out = {"run" if self.run is None else "sealed"} | (set() if signature else {"signature"})
-        return canonical_json(self.model_dump(mode="json", exclude=left_out))
-
-    def signed(self, signer: Signer | None) -> RunRecord:
-        """This record with a signature; as it is where there is no signer."""
-        if signer is None:
-            return self
-        return self.model_copy(update={"signature": trusted.sign(signer, self.unsigned_bytes(), RUN_TYPE)})
-
-    @property
-    def digest(self) -> str:
-        """sha256 (hex) of `to_bytes`: its name."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
+    def _spelled(self, without: set[str]) -> bytes:
+        return super()._spelled(without | {"run" if self.run is None else "sealed"})
 
 
 @dataclass(frozen=True)
@@ -140,7 +118,8 @@ def keep(store: Store, run: RunReport, page: bytes | None, encryption: Encryptio
         encryption: of the pack's manifest; None where the pack is not encrypted.
 
     Raises:
-        ConfigError: it published nothing, or record or page are larger than `MAX_RECORD_BYTES`, `MAX_PAGE_BYTES`.
+        ConfigError: it published nothing, record or page are larger than `MAX_RECORD_BYTES`, `MAX_PAGE_BYTES`, or the
+            record holds what no reader takes.
         ConflictError: other bytes stand under one of the names.
         EncryptionKeyError: none of the keys opens the pack's secret; nothing is kept.
         StoreError: they can't be written.
@@ -151,7 +130,9 @@ def keep(store: Store, run: RunReport, page: bytes | None, encryption: Encryptio
     sealed = None
     if encryption is not None:
         sealed, page = _sealed(store, run, page, encryption, doing)
-    made = RunRecord(
+    if page is not None and len(page) > MAX_PAGE_BYTES:
+        raise ConfigError(doing, found=f"a page of {len(page)} bytes", expected=f"at most {MAX_PAGE_BYTES}")
+    record = RunRecord(
         format_version=1 if page is not None and sealed is None else 2,
         name=run.name,
         pack=run.pack,
@@ -160,14 +141,10 @@ def keep(store: Store, run: RunReport, page: bytes | None, encryption: Encryptio
         page=hashlib.sha256(page).hexdigest() if page is not None else None,
         created=datetime.now(UTC),
         who=who(),
-    ).signed(store.signer)
-    wanted = [("record", keys.run(run.name, run.pack, made.digest), made.to_bytes(), MAX_RECORD_BYTES)]
-    if page is not None:
-        wanted.insert(0, ("page", _page_key(made), page, MAX_PAGE_BYTES))
-    for what, _, content, most in wanted:
-        if len(content) > most:
-            raise ConfigError(doing, found=f"a {what} of {len(content)} bytes", expected=f"at most {most}")
-    for _, key, content, _ in wanted:
+    )
+    made, data = trusted.seal(record, store.signer, MAX_RECORD_BYTES, doing)
+    wanted = [(_page_key(made), page)] if page is not None else []
+    for key, content in [*wanted, (keys.run(run.name, run.pack, made.digest), data)]:
         if not store.put(key, content, if_absent=True) and not stands(store, key, content):
             raise ConflictError(
                 doing,
@@ -181,8 +158,14 @@ def keep(store: Store, run: RunReport, page: bytes | None, encryption: Encryptio
 def _sealed(
     store: Store, run: RunReport, page: bytes | None, encryption: Encryption, doing: str
 ) -> tuple[Sealed, bytes | None]:
+    """The run, and the page, as they are stored; what no reader takes is refused, as `trusted.seal` does it."""
     secret = secret_of(store, run.name, encryption)
-    plain, data = seal_bytes(canonical_json(run.model_dump(mode="json")), secret, encryption, doing)
+    try:
+        content = canonical_json(run.model_dump(mode="json"))
+        _parse(content, doing)
+    except (ConfigError, CorruptionError, ValueError, RecursionError) as error:
+        raise ConfigError(doing, found=str(error)[:300], expected="a run that can be read again") from error
+    plain, data = seal_bytes(content, secret, encryption, doing)
     sealed = Sealed(encryption=encryption, run=plain, data=base64.b64encode(data).decode(), page=None)
     if page is None:
         return sealed, None
@@ -190,9 +173,21 @@ def _sealed(
     return sealed.model_copy(update={"page": shown}), stored
 
 
+def _parse(data: bytes, doing: str) -> RunReport:
+    try:
+        return RunReport.model_validate(strictjson.loads(data, doing))
+    except ValidationError as error:
+        found = str(error.errors(include_url=False)[0])[:300]
+        raise CorruptionError(doing, found=found, expected="a run") from error
+
+
 def _page_key(record: RunRecord) -> str:
     assert record.page is not None
     return keys.page(record.name, record.pack, record.page, sealed=record.sealed is not None)
+
+
+def _doing(store: Store, record: RunRecord) -> str:
+    return f"reading the run {store.uri}/{keys.run(record.name, record.pack, record.digest)}"
 
 
 def told(store: Store, record: RunRecord) -> RunReport:
@@ -205,14 +200,13 @@ def told(store: Store, record: RunRecord) -> RunReport:
     if record.run is not None:
         return record.run
     assert record.sealed is not None
-    sealed, doing = record.sealed, _doing(store, record.name, record.pack, record.digest)
+    sealed, doing = record.sealed, _doing(store, record)
     secret = secret_of(store, record.name, sealed.encryption)
     try:
         data = base64.b64decode(sealed.data, validate=True)
     except binascii.Error as error:
         raise CorruptionError(doing, found=str(error), expected="a sealed run as base64") from error
-    document = strictjson.loads(open_bytes(data, sealed.run, secret, sealed.encryption, doing), doing)
-    run = _validated(RunReport, document, doing)
+    run = _parse(open_bytes(data, sealed.run, secret, sealed.encryption, doing), doing)
     if (run.name, run.pack) != (record.name, record.pack):
         found = f"a run of {run.name}@{run.pack}"
         raise CorruptionError(doing, found=found, expected=f"one of {record.name}@{record.pack}")
@@ -229,7 +223,7 @@ def read(store: Store, name: str, pack: str, record: str) -> RunRecord:
         TrustError: the store has a trust file, and no key of it vouches for the record.
     """
     found = read_unasked(store, name, pack, record)
-    _admit(store, found)
+    trusted.admit(store, found, keys.run(name, pack, record))
     return found
 
 
@@ -257,7 +251,7 @@ def check_page(store: Store, record: RunRecord) -> bytes:
     """
     if record.page is None:
         raise NotFoundError(
-            f"reading the page of the run {store.uri}/{keys.run(record.name, record.pack, record.digest)}",
+            f"{_doing(store, record)}, its page",
             found="a run whose page could not be drawn when it ended",
             fix=f"`modelpress report {record.name}@{record.pack}` draws one of its numbers",
         )
@@ -285,7 +279,7 @@ def kept(store: Store, name: str, pack: str) -> list[KeptRun]:
         problem: FormatError | TrustError | None = None
         try:
             record = read_unasked(store, name, place.digest, place.record)
-            _admit(store, record)
+            trusted.admit(store, record, info.key)
         except NotFoundError:  # deleted since it was listed
             continue
         except (FormatError, TrustError) as error:
@@ -331,37 +325,4 @@ def read_unasked(store: Store, name: str, pack: str, record: str) -> RunRecord:
     Raises:
         see `read`, but for TrustError.
     """
-    doing = _doing(store, name, pack, record)
-    found = _parse(get_capped(store, keys.run(name, pack, record), MAX_RECORD_BYTES, doing), record, doing)
-    if (found.name, found.pack) != (name, pack):
-        raise CorruptionError(doing, found=f"a run of {found.name}@{found.pack}", expected=f"one of {name}@{pack}")
-    return found
-
-
-def _admit(store: Store, record: RunRecord) -> None:
-    """Hold a record to the store's trust."""
-    if store.trust is not None:
-        doing = _doing(store, record.name, record.pack, record.digest)
-        unsigned = record.unsigned_bytes()
-        trusted.check(store.trust.policy(), record.signature, unsigned, record.name, doing, RUN_TYPE)
-
-
-def _doing(store: Store, name: str, pack: str, record: str) -> str:
-    return f"reading the run {store.uri}/{keys.run(name, pack, record)}"
-
-
-def _parse(data: bytes, digest: str, doing: str) -> RunRecord:
-    found = hashlib.sha256(data).hexdigest()
-    if found != digest:
-        raise CorruptionError(doing, found=f"sha256 {found}", expected=f"sha256 {digest}")
-    document = strictjson.loads(data, doing)
-    check_version(document.get("format_version"), doing, FORMAT_VERSION)
-    return _validated(RunRecord, document, doing)
-
-
-def _validated(kind: type[ModelT], document: dict[str, Any], doing: str) -> ModelT:
-    try:
-        return kind.model_validate(document)
-    except ValidationError as error:
-        found = str(error.errors(include_url=False)[0])[:300]
-        raise CorruptionError(doing, found=found, expected="a run") from error
+    return trusted.read_beside(store, RunRecord, keys.run(name, pack, record), MAX_RECORD_BYTES)
