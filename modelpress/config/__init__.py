@@ -22,6 +22,7 @@ from modelpress.config.quantize import ExportConfig, QuantizeConfig
 from modelpress.config.recipes import (
     BlockwiseRecipe,
     OptimizeConfig,
+    Part,
     PlanRecipe,
     QuantizeRecipe,
     load_advise_recipe,
@@ -31,9 +32,12 @@ from modelpress.config.recipes import (
     load_gate,
     load_plan_recipe,
     load_quantize_recipe,
+    load_variants,
     parse_config,
+    parse_variants,
 )
 from modelpress.config.train import TrainConfig
+from modelpress.config.variants import VariantsConfig
 from modelpress.config.workers import WorkersConfig
 from modelpress.config.workload import WorkloadConfig
 
@@ -57,6 +61,7 @@ __all__ = [
     "OptimizeConfig",
     "PackName",
     "ParallelConfig",
+    "Part",
     "PlanConfig",
     "PlanRecipe",
     "ProfileConfig",
@@ -68,6 +73,7 @@ __all__ = [
     "ShardConfig",
     "TrainConfig",
     "UploadConfig",
+    "VariantsConfig",
     "WorkersConfig",
     "WorkloadConfig",
     "load_advise_recipe",
@@ -77,5 +83,7 @@ __all__ = [
     "load_gate",
     "load_plan_recipe",
     "load_quantize_recipe",
+    "load_variants",
     "parse_config",
+    "parse_variants",
 ]

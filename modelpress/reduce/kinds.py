@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from modelpress.reduce.named import Answers, ByName, Points, Sensitivities
+from modelpress.reduce.named import Answers, ByName, Points, Sensitivities, Variants
 from modelpress.reduce.partials import (
     ChannelMoments,
     Confusion,
@@ -30,6 +30,7 @@ AnyPartial = Annotated[
     | Answers
     | ByName
     | Points
-    | Sensitivities,
+    | Sensitivities
+    | Variants,
     Field(discriminator="kind"),
 ]

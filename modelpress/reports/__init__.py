@@ -64,6 +64,7 @@ from modelpress.reports.quality import (
     QualityReport,
 )
 from modelpress.reports.run import RunReport, RunStage
+from modelpress.reports.variants import TriedVariant, VariantBudgets, VariantsReport
 
 __all__ = [
     "AdviceCheck",
@@ -127,8 +128,11 @@ __all__ = [
     "TensorChange",
     "TrafficReport",
     "TrainReport",
+    "TriedVariant",
     "UploadReport",
     "UsageReport",
+    "VariantBudgets",
+    "VariantsReport",
     "Verdict",
     "VerifyReport",
     "VersionUsage",
