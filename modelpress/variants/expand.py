@@ -69,7 +69,7 @@ def expand(recipe: OptimizeConfig, variants: VariantsConfig) -> list[Variant]:
         try:
             made = _checked(document, settings, variants.workers)
         except ConfigError as error:
-            refused.append(f"{label(settings)}: {error.found}")
+            refused.append(f"{label(settings)}: {(error.found or error.doing).strip()}")
         else:
             found.append(Variant(len(found), settings, made))
     if refused:
