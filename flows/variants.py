@@ -277,8 +277,8 @@ def _try_all(
     runner: ThreadPoolTaskRunner[Part] = ThreadPoolTaskRunner(max_workers=len(steps))
     with (
         StageProgress("variants") as progress,
-        Pool(config.workers, config.threads, kind) as pool,
         runner,
+        Pool(config.workers, config.threads, kind) as pool,  # ends first: an interrupt waits for no variant
     ):
         desk = Desk(pool, ledger.cut.of, config.seconds or None, run)
         futures: list[Any] = []

@@ -164,7 +164,7 @@ class Pool:
     """
 
     def __init__(self, count: int, threads: int = 0, kind: Kind = SLICES) -> None:
-        usable, self._kind = cores(), kind
+        usable, self._kind, self._closed = cores(), kind, False
         self.count, self.threads = count, threads or max(1, len(usable) // count)
         self._seats = [
             _Seat(sorted({usable[(number * self.threads + one) % len(usable)] for one in range(self.threads)}))
@@ -182,6 +182,8 @@ class Pool:
         """
         seat = self._free.get()
         try:
+            if self._closed:
+                raise WorkerError(f"running slice {job.slice} ({job.kind})", found="workers that were told to end")
             if seat.worker is None or not seat.worker.is_alive:
                 seat.worker = Worker(seat.cores, self._kind)
             began(seat.worker.pid)
@@ -196,7 +198,8 @@ class Pool:
             self._free.put(seat)
 
     def close(self) -> None:
-        """End all workers."""
+        """End all workers; who asks one after that gets an error."""
+        self._closed = True
         for seat in self._seats:
             if seat.worker is not None:
                 seat.worker.stop()
