@@ -272,7 +272,7 @@ def _try_all(
         server = {"PREFECT_API_URL": str(client.api_url).rstrip("/")}
     kind = Kind(PROCESS, server, too_slow="raise `seconds`, or leave out variants that take so long")
     lost: dict[int, str] = {}
-    mapped = run_step.with_options(retries=config.attempts - 1)
+    mapped: Any = run_step.with_options(retries=config.attempts - 1)
     # A thread for each: those that wait for others, or for a process, keep nobody from work.
     runner: ThreadPoolTaskRunner[Part] = ThreadPoolTaskRunner(max_workers=len(steps))
     with (
@@ -283,7 +283,7 @@ def _try_all(
         desk = Desk(pool, ledger.cut.of, config.seconds or None, run)
         futures: list[Any] = []
         for step in steps:
-            before = [allow_failure(futures[step.after])] if step.after is not None else []
+            before: list[Any] = [allow_failure(futures[step.after])] if step.after is not None else []
             parameters = {"work": _work(step, found, run), "desk": desk}
             futures.append(runner.submit(mapped, parameters, wait_for=before))
         places = {future.task_run_id: place for place, future in enumerate(futures)}
