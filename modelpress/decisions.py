@@ -15,27 +15,22 @@ A reader with a trust file counts a decision only where a key that may move alia
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import AwareDatetime, Field, StringConstraints, model_validator
 
-from modelpress import keys, strictjson
-from modelpress.errors import ConfigError, ConflictError, CorruptionError, FormatError, NotFoundError, TrustError
+from modelpress import keys
+from modelpress.errors import ConflictError, FormatError, NotFoundError, TrustError
 from modelpress.housekeeping.turns import who
-from modelpress.manifest import canonical_json, check_version
 from modelpress.pointer import Pointer
 from modelpress.reports import Decision
-from modelpress.store.base import ObjectInfo, Store, get_capped, stands
+from modelpress.store.base import ObjectInfo, Store, stands
 from modelpress.trust import entries as trusted
-from modelpress.trust.entries import DECISION_TYPE, EntrySignature
-
-if TYPE_CHECKING:
-    from modelpress.trust import Signer
+from modelpress.trust.entries import DECISION_TYPE, Entry, EntrySignature
 
 FORMAT_VERSION: Final = 2
 """The newest version that is read, and the one that is written. The first has no `before`."""
@@ -51,10 +46,12 @@ RECORD = "record"
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
-class Record(BaseModel):
-    """One decision, and what it rests on."""
+class Record(Entry):
+    """One decision, and what it rests on; its digest is its name."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    what: ClassVar[str] = "decision"
+    payload_type: ClassVar[str] = DECISION_TYPE
+    newest_version: ClassVar[int] = FORMAT_VERSION
 
     format_version: Literal[1, 2] = FORMAT_VERSION
     """Version of this layout."""
@@ -92,28 +89,8 @@ class Record(BaseModel):
             raise ValueError("`before` is not sorted, or names one twice")
         return self
 
-    def to_bytes(self) -> bytes:
-        """Canonical JSON."""
-        return self._spelled(signature=self.signature is not None)
-
-    def unsigned_bytes(self) -> bytes:
-        """What is signed: canonical JSON of everything but the signature."""
-        return self._spelled(signature=False)
-
-    def _spelled(self, *, signature: bool) -> bytes:
-        left_out = ([] if signature else ["signature"]) + (["before"] if self.before is None else [])
-        return canonical_json(self.model_dump(mode="json", exclude=set(left_out)))
-
-    def signed(self, signer: Signer | None) -> Record:
-        """This record with a signature; as it is where there is no signer."""
-        if signer is None:
-            return self
-        return self.model_copy(update={"signature": trusted.sign(signer, self.unsigned_bytes(), DECISION_TYPE)})
-
-    @property
-    def digest(self) -> str:
-        """sha256 (hex) of `to_bytes`: its name."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
+    def _spelled(self, without: set[str]) -> bytes:
+        return super()._spelled(without | ({"before"} if self.before is None else set()))
 
 
 @dataclass(frozen=True)
@@ -153,11 +130,13 @@ def keep(
     """Write a decision beside its pack, signed with the store's key where it has one, and naming those before it.
 
     Raises:
-        ConfigError: it is larger than `MAX_RECORD_BYTES`, or holds what is no JSON.
+        ConfigError: it is larger than `MAX_RECORD_BYTES`, as too many slices and metrics make it, or holds what no
+            reader takes.
         ConflictError: other bytes stand under its name.
         StoreError: it can't be written.
     """
-    made = Record(
+    doing = f"keeping the decision on {name}@{pack[:12]}"
+    judged = Record(
         before=_newest(store, name),
         name=name,
         pack=pack,
@@ -168,14 +147,12 @@ def keep(
         decision=decision,
         created=datetime.now(UTC),
         who=who(),
-    ).signed(store.signer)
-    key, data = keys.decision(name, pack, made.digest), made.to_bytes()
-    if len(data) > MAX_RECORD_BYTES:
-        found, most = f"{len(data)} bytes", f"at most {MAX_RECORD_BYTES}: fewer slices and metrics to judge"
-        raise ConfigError(f"keeping the decision on {name}@{pack[:12]}", found=found, expected=most)
+    )
+    made, data = trusted.seal(judged, store.signer, MAX_RECORD_BYTES, doing)
+    key = keys.decision(name, pack, made.digest)
     if not store.put(key, data, if_absent=True) and not stands(store, key, data):
         raise ConflictError(
-            f"keeping the decision on {name}@{pack[:12]}",
+            doing,
             found=f"other bytes under {store.uri}/{key}",
             expected="no object, or this decision",
             fix="the object was damaged or tampered with: keep it for inquiry, delete it, and judge again",
@@ -193,7 +170,7 @@ def read(store: Store, name: str, pack: str, record: str) -> Record:
         TrustError: the store has a trust file, and no key of it vouches for the decision.
     """
     found = _read(store, name, pack, record)
-    _admit(store, found)
+    trusted.admit(store, found, keys.decision(name, pack, record))
     return found
 
 
@@ -272,7 +249,7 @@ def _looked_at(store: Store, name: str, info: ObjectInfo) -> Kept | None:
     assert place is not None
     try:
         record = _read(store, name, place.digest, place.record)
-        _admit(store, record)
+        trusted.admit(store, record, info.key)
     except NotFoundError:
         return None
     except (FormatError, TrustError) as error:
@@ -307,38 +284,4 @@ def _newest(store: Store, name: str) -> tuple[str, ...]:
 
 def _read(store: Store, name: str, pack: str, record: str) -> Record:
     """A decision that is what its key says; who vouches for it is not asked."""
-    doing = _doing(store, name, pack, record)
-    data = get_capped(store, keys.decision(name, pack, record), MAX_RECORD_BYTES, doing)
-    found = _parse(data, record, doing)
-    if (found.name, found.pack) != (name, pack):
-        raise CorruptionError(doing, found=f"a decision on {found.name}@{found.pack}", expected=f"one on {name}@{pack}")
-    return found
-
-
-def _admit(store: Store, record: Record) -> None:
-    """Hold a decision to the store's trust."""
-    if store.trust is not None:
-        doing = _doing(store, record.name, record.pack, record.digest)
-        unsigned = record.unsigned_bytes()
-        trusted.check(store.trust.policy(), record.signature, unsigned, record.name, doing, DECISION_TYPE)
-
-
-def _doing(store: Store, name: str, pack: str, record: str) -> str:
-    return f"reading the decision {store.uri}/{keys.decision(name, pack, record)}"
-
-
-def _parse(data: bytes, digest: str, doing: str) -> Record:
-    found = hashlib.sha256(data).hexdigest()
-    if found != digest:
-        raise CorruptionError(doing, found=f"sha256 {found}", expected=f"sha256 {digest}")
-    document = strictjson.loads(data, doing)
-    check_version(document.get("format_version"), doing, FORMAT_VERSION)
-    try:
-        record = Record.model_validate(document)
-        same = record.to_bytes() == data
-    except (ValidationError, ConfigError, ValueError, RecursionError) as error:
-        told = str(error.errors(include_url=False)[0]) if isinstance(error, ValidationError) else str(error)
-        raise CorruptionError(doing, found=told[:300], expected="a decision") from error
-    if not same:
-        raise CorruptionError(doing, found="another spelling", expected="canonical JSON, as this writes it")
-    return record
+    return trusted.read_beside(store, Record, keys.decision(name, pack, record), MAX_RECORD_BYTES)

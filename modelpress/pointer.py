@@ -12,31 +12,23 @@ log: what it reads next must go on from there.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import time
 import uuid
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import model_validator
 
-from modelpress import keys, strictjson
-from modelpress.errors import (
-    ConfigError,
-    ConflictError,
-    CorruptionError,
-    LogCutError,
-    NotFoundError,
-    UnsupportedFormatError,
-)
+from modelpress import keys
+from modelpress.errors import ConfigError, ConflictError, CorruptionError, LogCutError, NotFoundError
 from modelpress.housekeeping.intents import Announcement, announced
 from modelpress.housekeeping.turns import who
 from modelpress.store.base import Store, get_capped, stands
 from modelpress.trust import check_pack
 from modelpress.trust import entries as trusted
-from modelpress.trust.entries import EntrySignature
+from modelpress.trust.entries import PAYLOAD_TYPE, Entry, EntrySignature
 from modelpress.trust.seen import Mark
 
 if TYPE_CHECKING:
@@ -55,10 +47,12 @@ RENEWAL = "renewal"
 """Reason of an entry that names the same pack as the one before, under another signature."""
 
 
-class Pointer(BaseModel):
-    """One entry of an alias's log."""
+class Pointer(Entry):
+    """One entry of an alias's log; its digest is what the next entry's `previous` holds."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    what: ClassVar[str] = "pointer entry"
+    payload_type: ClassVar[str] = PAYLOAD_TYPE
+    newest_version: ClassVar[int] = FORMAT_VERSION
 
     format_version: int = 1
     """Version of this layout: 2 where it is signed."""
@@ -91,29 +85,13 @@ class Pointer(BaseModel):
             raise ValueError(f"version {self.format_version} {'with' if self.signature else 'without'} a signature")
         return self
 
-    def to_bytes(self) -> bytes:
-        """Canonical JSON."""
-        return self._spelled(None if self.signature else {"signature"})
+    def signed(self, signer: Signer | None) -> Self:
+        """This entry with a signature, in version 2; as it is where there is no signer."""
+        return self if signer is None else Entry.signed(self.model_copy(update={"format_version": 2}), signer)
 
-    def unsigned_bytes(self) -> bytes:
-        """What is signed: canonical JSON of everything but the signature."""
-        return self._spelled({"signature"})
-
-    def signed(self, signer: Signer | None) -> Pointer:
-        """This entry with a signature; as it is where there is no signer."""
-        if signer is None:
-            return self
-        entry = self.model_copy(update={"format_version": 2})
-        return entry.model_copy(update={"signature": trusted.sign(signer, entry.unsigned_bytes())})
-
-    def _spelled(self, without: set[str] | None) -> bytes:
+    def _spelled(self, without: set[str]) -> bytes:  # it has its own spelling, in ASCII, from before the others
         document = self.model_dump(mode="json", exclude=without)
         return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
-
-    @property
-    def digest(self) -> str:
-        """sha256 (hex) of `to_bytes`: what the next entry's `previous` holds."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
 
 
 def append(
@@ -265,7 +243,7 @@ def _admit(store: Store, entry: Pointer | None, mark: Mark | None) -> None:
     if store.trust is None:
         return
     if entry is not None:
-        trusted.check(store.trust.policy(), entry.signature, entry.unsigned_bytes(), entry.name, _doing(store, entry))
+        trusted.admit(store, entry, keys.pointer(entry.name, entry.alias, entry.number))
     if mark is not None:
         _check_goes_on(store, entry, mark)
     if entry is not None and (mark is None or entry.number > mark.number):
@@ -295,10 +273,6 @@ def _check_goes_on(store: Store, entry: Pointer | None, mark: Mark) -> None:
         )
 
 
-def _doing(store: Store, entry: Pointer) -> str:
-    return f"checking the signature of {store.uri}/{keys.pointer(entry.name, entry.alias, entry.number)}"
-
-
 def entry(store: Store, name: str, alias: str, number: int) -> Pointer:
     """One entry, its signature checked where the store has a trust file. Its place in the log is not looked at.
 
@@ -308,8 +282,7 @@ def entry(store: Store, name: str, alias: str, number: int) -> Pointer:
         TrustError: the store has a trust file, and no key of it vouches for the entry.
     """
     found = _read(store, name, alias, number)
-    if store.trust is not None:
-        trusted.check(store.trust.policy(), found.signature, found.unsigned_bytes(), name, _doing(store, found))
+    trusted.admit(store, found, keys.pointer(name, alias, number))
     return found
 
 
@@ -431,19 +404,8 @@ def _read(store: Store, name: str, alias: str, number: int) -> Pointer:
     key = keys.pointer(name, alias, number)
     doing = f"reading pointer {store.uri}/{key}"
     data = get_capped(store, key, MAX_ENTRY_BYTES, doing)
-    document = strictjson.loads(data, doing)
-    try:
-        version = document["format_version"]
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            raise UnsupportedFormatError(
-                doing, found=f"format version {version}", expected=f"at most {FORMAT_VERSION}", fix="update modelpress"
-            )
-        entry = Pointer.model_validate(document)
-        same = entry.to_bytes() == data
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        found = str(error) if not isinstance(error, ValidationError) else str(error.errors(include_url=False)[0])
-        raise CorruptionError(doing, found=found, expected="a pointer entry") from error
-    if (entry.name, entry.alias, entry.number) != (name, alias, number) or not same:
+    entry = trusted.parse(data, Pointer, doing)
+    if (entry.name, entry.alias, entry.number) != (name, alias, number):
         raise CorruptionError(
             doing, found=f"entry {entry.number} of {entry.name}@{entry.alias}", expected="the entry that the key names"
         )

@@ -13,21 +13,17 @@ import hashlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import AwareDatetime, StringConstraints
 
-from modelpress import keys, strictjson
+from modelpress import keys
 from modelpress.errors import ConfigError, ConflictError, CorruptionError, FormatError, NotFoundError, TrustError
 from modelpress.housekeeping.turns import who
-from modelpress.manifest import canonical_json, check_version
 from modelpress.reports import RunReport
 from modelpress.store.base import Store, get_capped, stands
 from modelpress.trust import entries as trusted
-from modelpress.trust.entries import RUN_TYPE, EntrySignature
-
-if TYPE_CHECKING:
-    from modelpress.trust import Signer
+from modelpress.trust.entries import RUN_TYPE, Entry, EntrySignature
 
 FORMAT_VERSION: Final = 1
 MAX_RECORD_BYTES = 2**24
@@ -38,10 +34,12 @@ MOST = 200
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
-class RunRecord(BaseModel):
-    """One run, as it is kept."""
+class RunRecord(Entry):
+    """One run, as it is kept; its digest is its name."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    what: ClassVar[str] = "run"
+    payload_type: ClassVar[str] = RUN_TYPE
+    newest_version: ClassVar[int] = FORMAT_VERSION
 
     format_version: Literal[1] = FORMAT_VERSION
     """Version of this layout."""
@@ -60,25 +58,6 @@ class RunRecord(BaseModel):
     signature: EntrySignature | None = None
     """By whom it is signed; not spelled where nobody did."""
 
-    def to_bytes(self) -> bytes:
-        """Canonical JSON."""
-        return canonical_json(self.model_dump(mode="json", exclude=None if self.signature else {"signature"}))
-
-    def unsigned_bytes(self) -> bytes:
-        """What is signed: canonical JSON of everything but the signature."""
-        return canonical_json(self.model_dump(mode="json", exclude={"signature"}))
-
-    def signed(self, signer: Signer | None) -> RunRecord:
-        """This record with a signature; as it is where there is no signer."""
-        if signer is None:
-            return self
-        return self.model_copy(update={"signature": trusted.sign(signer, self.unsigned_bytes(), RUN_TYPE)})
-
-    @property
-    def digest(self) -> str:
-        """sha256 (hex) of `to_bytes`: its name."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
-
 
 @dataclass(frozen=True)
 class KeptRun:
@@ -95,7 +74,8 @@ def keep(store: Store, run: RunReport, page: bytes) -> RunRecord:
     """Keep a run that published, and its page, beside the pack; the page first, so that no record lacks its page.
 
     Raises:
-        ConfigError: it published nothing, or record or page are larger than `MAX_RECORD_BYTES`, `MAX_PAGE_BYTES`.
+        ConfigError: it published nothing, record or page are larger than `MAX_RECORD_BYTES`, `MAX_PAGE_BYTES`, or the
+            record holds what no reader takes.
         ConflictError: other bytes stand under one of the names.
         StoreError: they can't be written.
     """
@@ -103,13 +83,10 @@ def keep(store: Store, run: RunReport, page: bytes) -> RunRecord:
     if run.pack is None:
         raise ConfigError(doing, found="a run that published nothing", expected="the digest of its pack")
     shown = hashlib.sha256(page).hexdigest()
-    made = RunRecord(name=run.name, pack=run.pack, run=run, page=shown, created=datetime.now(UTC), who=who()).signed(
-        store.signer
-    )
-    data = made.to_bytes()
-    for what, found, most in (("record", data, MAX_RECORD_BYTES), ("page", page, MAX_PAGE_BYTES)):
-        if len(found) > most:
-            raise ConfigError(doing, found=f"a {what} of {len(found)} bytes", expected=f"at most {most}")
+    if len(page) > MAX_PAGE_BYTES:
+        raise ConfigError(doing, found=f"a page of {len(page)} bytes", expected=f"at most {MAX_PAGE_BYTES}")
+    record = RunRecord(name=run.name, pack=run.pack, run=run, page=shown, created=datetime.now(UTC), who=who())
+    made, data = trusted.seal(record, store.signer, MAX_RECORD_BYTES, doing)
     for key, content in (
         (keys.page(run.name, run.pack, shown), page),
         (keys.run(run.name, run.pack, made.digest), data),
@@ -134,7 +111,7 @@ def read(store: Store, name: str, pack: str, record: str) -> RunRecord:
         TrustError: the store has a trust file, and no key of it vouches for the record.
     """
     found = read_unasked(store, name, pack, record)
-    _admit(store, found)
+    trusted.admit(store, found, keys.run(name, pack, record))
     return found
 
 
@@ -169,7 +146,7 @@ def kept(store: Store, name: str, pack: str) -> list[KeptRun]:
         problem: FormatError | TrustError | None = None
         try:
             record = read_unasked(store, name, place.digest, place.record)
-            _admit(store, record)
+            trusted.admit(store, record, info.key)
         except NotFoundError:  # deleted since it was listed
             continue
         except (FormatError, TrustError) as error:
@@ -193,33 +170,4 @@ def read_unasked(store: Store, name: str, pack: str, record: str) -> RunRecord:
     Raises:
         see `read`, but for TrustError.
     """
-    doing = _doing(store, name, pack, record)
-    found = _parse(get_capped(store, keys.run(name, pack, record), MAX_RECORD_BYTES, doing), record, doing)
-    if (found.name, found.pack) != (name, pack):
-        raise CorruptionError(doing, found=f"a run of {found.name}@{found.pack}", expected=f"one of {name}@{pack}")
-    return found
-
-
-def _admit(store: Store, record: RunRecord) -> None:
-    """Hold a record to the store's trust."""
-    if store.trust is not None:
-        doing = _doing(store, record.name, record.pack, record.digest)
-        unsigned = record.unsigned_bytes()
-        trusted.check(store.trust.policy(), record.signature, unsigned, record.name, doing, RUN_TYPE)
-
-
-def _doing(store: Store, name: str, pack: str, record: str) -> str:
-    return f"reading the run {store.uri}/{keys.run(name, pack, record)}"
-
-
-def _parse(data: bytes, digest: str, doing: str) -> RunRecord:
-    found = hashlib.sha256(data).hexdigest()
-    if found != digest:
-        raise CorruptionError(doing, found=f"sha256 {found}", expected=f"sha256 {digest}")
-    document = strictjson.loads(data, doing)
-    check_version(document.get("format_version"), doing, FORMAT_VERSION)
-    try:
-        return RunRecord.model_validate(document)
-    except ValidationError as error:
-        told = str(error.errors(include_url=False)[0])[:300]
-        raise CorruptionError(doing, found=told, expected="a run") from error
+    return trusted.read_beside(store, RunRecord, keys.run(name, pack, record), MAX_RECORD_BYTES)

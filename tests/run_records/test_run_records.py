@@ -7,15 +7,19 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from modelpress import keys, run_records
 from modelpress.errors import (
     ConfigError,
     ConflictError,
     CorruptionError,
+    FormatError,
     KeyRefusedError,
     NotFoundError,
     SignatureError,
+    TrustError,
     UnsignedError,
     UnsupportedFormatError,
 )
@@ -23,6 +27,7 @@ from modelpress.manifest import canonical_json
 from modelpress.reports import RunReport
 from modelpress.run_records import RunRecord
 from modelpress.store import Store
+from modelpress.trust import entries as trusted
 from tests.page.stories import run_report
 from tests.trust.conftest import team
 from tests.trust.teams import Team
@@ -64,10 +69,11 @@ def test_who_does_not_count_is_not_counted(team: Team) -> None:
     assert run_records.newest(team.store(), NAME, PACK) is not None
 
 
-def put(store: Store, document: dict[str, Any]) -> str:
-    data = canonical_json(document)
+def put(store: Store, document: dict[str, Any] | bytes, pack: str = PACK, name: str = NAME) -> str:
+    """Whoever may write to the bucket writes under a name that fits the bytes."""
+    data = document if isinstance(document, bytes) else canonical_json(document)
     digest = hashlib.sha256(data).hexdigest()
-    store.put(keys.run(NAME, PACK, digest), data)
+    store.put(keys.run(name, pack, digest), data)
     return digest
 
 
@@ -77,6 +83,108 @@ def test_a_signature_is_of_this_run_and_of_nothing_else(team: Team) -> None:
         digest = put(team.store("farm"), document | change)
         with pytest.raises(SignatureError):
             run_records.read(team.store(), NAME, PACK, digest)
+
+
+def test_a_signature_of_a_decision_is_none_of_a_run(team: Team) -> None:
+    """The same bytes, signed by the same key, as something else."""
+    record = keep(team.store())
+    signature = trusted.sign(team.signers["farm"], record.unsigned_bytes(), trusted.DECISION_TYPE)
+    forged = record.model_copy(update={"signature": signature})
+    with pytest.raises(SignatureError):
+        run_records.read(team.store(), NAME, PACK, put(team.store(), forged.to_bytes()))
+
+
+@pytest.mark.parametrize(("pack", "name"), [("b" * 64, NAME), (PACK, "other")])
+def test_a_run_counts_for_no_other_pack(team: Team, pack: str, name: str) -> None:
+    """A validly signed object, laid beside another pack."""
+    record = keep(team.store("farm"))
+    assert put(team.store(), record.to_bytes(), pack, name) == record.digest
+    with pytest.raises(CorruptionError, match=f"a run on {NAME}@{PACK}"):
+        run_records.read(team.store(), name, pack, record.digest)
+    assert run_records.newest(team.store(), name, pack) is None
+    assert run_records.newest(team.store(), NAME, PACK) == record.run, "a copy hides nothing"
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (b"", CorruptionError),
+        (b"[]", CorruptionError),
+        (b'{"format_version":1}', CorruptionError),
+        (b'{"format_version":2}', UnsupportedFormatError),
+        (b'{"format_version":true}', CorruptionError),
+        (b'{"format_version":1,"format_version":1}', CorruptionError),
+        (b'{"a":' * 100_000, CorruptionError),
+        (b" " * (run_records.MAX_RECORD_BYTES + 1), CorruptionError),
+    ],
+    ids=["empty", "list", "bare", "newer", "boolean", "twice", "deep", "large"],
+)
+def test_other_bytes_are_refused(team: Team, data: bytes, error: type[Exception]) -> None:
+    store = team.store(trusting=False)
+    with pytest.raises(error):
+        run_records.read(store, NAME, PACK, put(store, data))
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """Deeper than what pydantic spells, and not so deep that it would not be parsed."""
+    found: dict[str, Any] = {}
+    for _ in range(depth):
+        found = {"a": found}
+    return found
+
+
+@pytest.mark.parametrize("where", ["config", "report"])
+def test_one_that_is_too_deep_to_spell_is_refused_and_hides_no_other(team: Team, where: str) -> None:
+    made = keep(team.store("farm"))
+    document = json.loads(made.to_bytes())
+    (document["run"] if where == "config" else document["run"]["stages"][0])[where] = nested(300)
+    digest = put(team.store(), document)
+    for trusting in (True, False):
+        with pytest.raises(CorruptionError):
+            run_records.read(team.store(trusting=trusting), NAME, PACK, digest)
+        assert run_records.newest(team.store(trusting=trusting), NAME, PACK) == made.run
+    with pytest.raises(ConfigError, match="can be read again"):
+        keep(team.store("farm"), made.run.model_copy(update={"config": nested(300)}))
+    assert len(run_records.kept(team.store(), NAME, PACK)) == 2, "what nobody could read is not written"
+
+
+def test_another_spelling_is_refused(team: Team) -> None:
+    """Else one run, under one signature, would count as often as anybody spells it."""
+    whole = keep(team.store("farm")).to_bytes()
+    document = json.loads(whole)
+    spellings = {
+        "spaces": json.dumps(document, indent=1).encode(),
+        "order": json.dumps(dict(reversed(document.items())), separators=(",", ":")).encode(),
+        "escapes": json.dumps(document | {"who": "ä"}, sort_keys=True, separators=(",", ":")).encode(),
+        "time": canonical_json(document | {"created": document["created"].replace("Z", "+00:00")}),
+        "left out": canonical_json({key: value for key, value in document.items() if key != "format_version"}),
+        "null": canonical_json(document | {"signature": None}),
+    }
+    for how, data in spellings.items():
+        for trusting in (True, False):
+            with pytest.raises(CorruptionError):
+                run_records.read(team.store(trusting=trusting), NAME, PACK, put(team.store(), data))
+        assert data != whole, how
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, bytes]:
+    """A store with a trust file, and a run that counts there."""
+    team = Team(tmp_path_factory.mktemp("shelf"), farm="publisher")
+    return team.store(), keep(team.store("farm")).to_bytes()
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_no_change_and_no_cut_passes(shelf: tuple[Store, bytes], data: st.DataObject) -> None:
+    store, whole = shelf
+    changed, place = bytearray(whole), data.draw(st.integers(0, len(whole) - 1))
+    if data.draw(st.booleans()):
+        del changed[place:]
+    else:
+        changed[place] ^= data.draw(st.integers(1, 255))
+    with pytest.raises((FormatError, TrustError)):
+        run_records.read(store, NAME, PACK, put(store, bytes(changed)))
 
 
 @pytest.mark.parametrize(
