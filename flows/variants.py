@@ -359,7 +359,8 @@ def _bury(flow_run: UUID, error: WorkerError, run: runs.Run) -> None:
 
 def _timed(report: VariantsReport, config: OptimizeConfig, run: runs.Run) -> VariantsReport:
     """The report with latencies, measured one after the other: the processes have ended."""
-    context = RunContext(name=config.name, mlflow_run=run.id, workload=config.workload, gpu=config.gpu)
+    told = read_settings().reports_to_mlflow(encrypted=config.upload.encrypt)
+    context = RunContext(name=config.name, mlflow_run=run.id, workload=config.workload, gpu=config.gpu, reports=told)
 
     def timed(graph: ArtifactRef, label: str) -> list[LatencyReport]:
         return time_graph(context, graph, config.evaluate, label).report.latency

@@ -78,6 +78,10 @@ class Settings(BaseSettings):
     hardware: str = Field(default="", pattern=r"^([a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?)?$")
     """Class of this machine, a name of your own such as `c7i-2xlarge`: what is measured here counts for it in the gate
     (`gate.hardware`). Empty: figures have no class."""
+    mlflow_reports: Literal["auto", "all", "none"] = "auto"
+    """Which runs leave their reports in MLflow, which keeps them in the clear: the page, the stages' own reports, plots
+    that name layers, attributions of single samples. `auto`: those whose packs are not encrypted; `all`; `none`. The
+    recipe, the numbers and the verdicts, which the gate reads there, are in MLflow always."""
     log: Literal["text", "json"] = "text"
     """How flows log to the terminal: Prefect's lines, or a JSON object in each line."""
     metrics: Path | None = None
@@ -94,6 +98,10 @@ class Settings(BaseSettings):
     def work_uri(self) -> str:
         """The stage store, with its default filled in."""
         return self.work or str((self.home / "work").absolute())
+
+    def reports_to_mlflow(self, *, encrypted: bool) -> bool:
+        """Whether MLflow gets the reports of a run whose pack is encrypted, or is not."""
+        return self.mlflow_reports == "all" or (self.mlflow_reports == "auto" and not encrypted)
 
     @property
     def seen(self) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from modelpress.manifest import (
     library_versions,
 )
 from modelpress.pack_files import pack_file, pack_reports
+from modelpress.parallel.slices import rank_of
 from modelpress.progress import Progress, silent
 from modelpress.reports import Report, ShardReport
 
@@ -63,9 +64,11 @@ def write_shards(
     neighbouring shards, at chunk boundaries where it is coded and between any two elements where it is raw.
 
     Raises:
-        ConfigError: one chunk alone is larger than `max_shard_size`; the message tells the least possible.
+        ConfigError: one chunk alone is larger than `max_shard_size`; the message tells the least possible. Or the
+            shards are to be `by` rank, and no tensor is cut for ranks.
         StoreFullError: the disk is full; the file that was being written is removed.
     """
+    check_by([tensor.name for tensor in coded.tensors], config)
     plans = plan(coded.tensors, config)
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
@@ -77,12 +80,28 @@ def write_shards(
     return shards, ShardReport(shards=len(shards), total_bytes=sum(sizes), largest_bytes=max(sizes, default=0))
 
 
+def check_by(names: Sequence[str], config: ShardConfig) -> None:
+    """Refuse shards by rank of tensors that no rank has a share of.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if config.by == "rank" and all(rank_of(name) is None for name in names):
+        raise ConfigError(
+            "cutting shards by rank",
+            found=f"{len(names)} tensors, all of them whole",
+            expected="shares of tensor-parallel ranks",
+            fix="cut the checkpoint with modelpress.parallel.slices.sliced, or set shard.by to layer",
+        )
+
+
 def plan(tensors: Sequence[StoredTensor], config: ShardConfig) -> list[list[Piece]]:
     """The pieces of each shard, in reading order; see `write_shards`."""
     tensors = [tensor for tensor in tensors if not tensor.is_base]
+    together: Callable[[str], object] = {"layer": layer_of, "rank": rank_of, "size": lambda _: None}[config.by]
     plans = [_Plan()]
     for before, tensor in zip([None, *tensors], tensors, strict=False):
-        if before is not None and config.by == "layer" and layer_of(before.name) != layer_of(tensor.name):
+        if before is not None and together(before.name) != together(tensor.name):
             plans.append(_Plan())
         whole = tensor.piece
         size = _upper_bound(whole, config.max_shard_size)

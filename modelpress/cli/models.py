@@ -35,6 +35,8 @@ def run(
     else:
         echo(rows_table(table(result.stages)))
         echo(f"pack {result.pack}\n{result.source_bytes:,} → {result.published_bytes:,} bytes, {result.uri}")
+        for problem in result.page_problems:
+            echo(f"not done, {problem}")
     if result.decision is None:
         return
     if not result.decision.promote:

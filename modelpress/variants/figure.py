@@ -73,11 +73,11 @@ def _panel(
         axes.plot([costs[best]], [quality[best].value], "*", color=RED, markersize=14, label="the best")
     for number in front:
         axes.annotate(
-            report.variant(number).label[:40],
+            str(number),  # its row in the table says the rest
             (costs[number], quality[number].value),
-            (4, 4),
+            (5, 5),
             textcoords="offset points",
-            fontsize=7,
+            fontsize=9,
         )
     baseline = quality[numbers[0]].baseline
     if source is not None and baseline is not None:

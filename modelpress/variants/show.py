@@ -22,6 +22,7 @@ def table(report: VariantsReport, labels: Mapping[int, str]) -> Table:
     batches = sorted({row.batch_size for one in report.variants for row in one.latency})
     return [
         {
+            "no": str(number),
             "variant": label,
             "quality": _quality(one.quality) if one else "–",
             "against the source": _difference(one.quality) if one else "–",
