@@ -21,6 +21,7 @@ from modelpress.config.prune import PruneConfig
 from modelpress.config.quantize import ExportConfig, QuantizeConfig
 from modelpress.config.recipes import (
     BlockwiseRecipe,
+    ExportRecipe,
     OptimizeConfig,
     Part,
     PlanRecipe,
@@ -29,6 +30,7 @@ from modelpress.config.recipes import (
     load_blockwise_recipe,
     load_canary,
     load_config,
+    load_export_recipe,
     load_gate,
     load_plan_recipe,
     load_quantize_recipe,
@@ -55,6 +57,7 @@ __all__ = [
     "DistillConfig",
     "EvaluateConfig",
     "ExportConfig",
+    "ExportRecipe",
     "GateConfig",
     "GpuConfig",
     "HardwareConfig",
@@ -80,6 +83,7 @@ __all__ = [
     "load_blockwise_recipe",
     "load_canary",
     "load_config",
+    "load_export_recipe",
     "load_gate",
     "load_plan_recipe",
     "load_quantize_recipe",
