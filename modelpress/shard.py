@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ BASE_BYTES = (
     + len(compact(compact({"format_version": 1, "tensors": {}})))
 )
 """Bytes of a shard that holds nothing, with the padding of its header."""
+_NUMBERED = re.compile(r"(?:[^.]*\.)*?[0-9]+(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,11 @@ def write_shards(
 def plan(tensors: Sequence[StoredTensor], config: ShardConfig) -> list[list[Piece]]:
     """The pieces of each shard, in reading order; see `write_shards`."""
     tensors = [tensor for tensor in tensors if not tensor.is_base]
+    holders = holders_of([tensor.name for tensor in tensors])
+    layers = [layer_of(tensor.name, holders) if config.by == "layer" else "" for tensor in tensors]
     plans = [_Plan()]
-    for before, tensor in zip([None, *tensors], tensors, strict=False):
-        if before is not None and config.by == "layer" and layer_of(before.name) != layer_of(tensor.name):
+    for before, layer, tensor in zip(["", *layers], layers, tensors, strict=False):
+        if layer != before:
             plans.append(_Plan())
         whole = tensor.piece
         size = _upper_bound(whole, config.max_shard_size)
@@ -101,10 +105,25 @@ def plan(tensors: Sequence[StoredTensor], config: ShardConfig) -> list[list[Piec
     return [plan.pieces for plan in plans if plan.pieces]
 
 
-def layer_of(name: str) -> str:
-    """The layer of a tensor: its name up to and with the first numeric component, else its first component."""
-    match = re.match(r"(?:[^.]*\.)*?[0-9]+(?=\.|$)", name)
-    return match[0] if match else name.split(".", 1)[0]
+def layer_of(name: str, holders: Collection[str] = ()) -> str:
+    """The layer of a tensor: its name up to and with the first numeric component (`model.layers.3`); where it has none,
+    up to and with the first module that is none of `holders` (`model.lm_head`)."""
+    if match := _NUMBERED.match(name):
+        return match[0]
+    parts = name.split(".")
+    modules = (".".join(parts[:count]) for count in range(1, len(parts)))
+    return next((module for module in modules if module not in holders), name)
+
+
+def holders_of(names: Sequence[str]) -> set[str]:
+    """The modules that are no layers, as they hold numbered ones, or all there is, with its modules: a wrapper, say.
+
+    Else the two ends of a model, embedding and output layer, were one layer, because both stand in the wrapper.
+    """
+    numbered = [match[0].split(".")[:-1] for name in names if (match := _NUMBERED.match(name))]
+    parents = [name.split(".")[:-2] for name in names]
+    wrapper = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, zip(*parents, strict=False))]
+    return {".".join(parts[:count]) for parts in [*numbered, wrapper] for count in range(1, len(parts) + 1)}
 
 
 def draft_manifest(
