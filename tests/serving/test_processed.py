@@ -27,7 +27,7 @@ from modelpress.store import Store
 from serving.app import create_app
 from tests.serving.conftest import Server, client_of, lookup_model, scale_model
 from tests.serving.test_app import check_error
-from tests.serving.test_canary import Place
+from tests.serving.canaries import Place
 
 Call = Callable[..., Any]
 pytestmark = pytest.mark.anyio
