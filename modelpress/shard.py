@@ -68,7 +68,7 @@ def write_shards(
         ConfigError: one chunk alone is larger than `max_shard_size`; the message tells the least possible.
         StoreFullError: the disk is full; the file that was being written is removed.
     """
-    plans = plan(coded.tensors, config)
+    plans = plan(coded.tensors, config, layers_of([tensor.name for tensor in coded.tensors]))
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
     for number, pieces in enumerate(plans):
@@ -79,14 +79,12 @@ def write_shards(
     return shards, ShardReport(shards=len(shards), total_bytes=sum(sizes), largest_bytes=max(sizes, default=0))
 
 
-def plan(tensors: Sequence[StoredTensor], config: ShardConfig) -> list[list[Piece]]:
-    """The pieces of each shard, in reading order; see `write_shards`."""
+def plan(tensors: Sequence[StoredTensor], config: ShardConfig, layers: Mapping[str, str]) -> list[list[Piece]]:
+    """The pieces of each shard, in reading order; see `write_shards`. `layers`: of all tensors (`layers_of`)."""
     tensors = [tensor for tensor in tensors if not tensor.is_base]
-    holders = holders_of([tensor.name for tensor in tensors])
-    layers = [layer_of(tensor.name, holders) if config.by == "layer" else "" for tensor in tensors]
     plans = [_Plan()]
-    for before, layer, tensor in zip(["", *layers], layers, tensors, strict=False):
-        if layer != before:
+    for before, tensor in zip([None, *tensors], tensors, strict=False):
+        if before is not None and config.by == "layer" and layers[before.name] != layers[tensor.name]:
             plans.append(_Plan())
         whole = tensor.piece
         size = _upper_bound(whole, config.max_shard_size)
@@ -115,15 +113,17 @@ def layer_of(name: str, holders: Collection[str] = ()) -> str:
     return next((module for module in modules if module not in holders), name)
 
 
-def holders_of(names: Sequence[str]) -> set[str]:
-    """The modules that are no layers, as they hold numbered ones, or all there is, with its modules: a wrapper, say.
+def layers_of(names: Sequence[str]) -> dict[str, str]:
+    """The layer of each of a model's tensors.
 
-    Else the two ends of a model, embedding and output layer, were one layer, because both stand in the wrapper.
+    No layers are modules that hold numbered ones, and a module that holds all others, as a wrapper does. Else the two
+    ends of a model, embedding and output layer, would be one layer where both stand in the same wrapper.
     """
     numbered = [match[0].split(".")[:-1] for name in names if (match := _NUMBERED.match(name))]
     parents = [name.split(".")[:-2] for name in names]
     wrapper = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, zip(*parents, strict=False))]
-    return {".".join(parts[:count]) for parts in [*numbered, wrapper] for count in range(1, len(parts) + 1)}
+    holders = {".".join(parts[:count]) for parts in [*numbered, wrapper] for count in range(1, len(parts) + 1)}
+    return {name: layer_of(name, holders) for name in names}
 
 
 def draft_manifest(
