@@ -1,7 +1,10 @@
 """Slices over worker processes: what a second worker gains, what a slice costs, and what is lost with a worker.
 
 Each worker has one core and one thread. Times are of workers that are up and hold the model; what they take to get
-there stands beside. Answers and sensitivities must be those of one process, bit by bit, or the benchmark fails.
+there stands beside. With one worker all of the run has one core, the parent's own steps included: else what no worker
+does, as a search's measurements of whole plans, would have two cores in both runs, and the gain would be that of the
+slices alone. `no workers` is one process with a thread for each core. Answers and plans must be those of one process,
+bit by bit, or the benchmark fails.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,7 +36,7 @@ from modelpress.config import CompressConfig, ExportConfig, PlanConfig, Workload
 from modelpress.errors import WorkerError
 from modelpress.evaluate import running
 from modelpress.export import export
-from modelpress.plan import measured, opened, settle
+from modelpress.plan import measured, opened, plan, settle
 from modelpress.plan import sliced as plan_slices
 from modelpress.reduce import Answers, Cut, Ledger, Part, Points, Sensitivities, deal
 from modelpress.reduce.partials import PartialT
@@ -144,15 +148,35 @@ def _warm(pool: Pool, job: Job) -> float:
     return time.perf_counter() - started
 
 
+@contextmanager
+def _on_cores(count: int) -> Iterator[None]:
+    """Give all threads of this process, and what it starts, so many of its cores."""
+    before = os.sched_getaffinity(0)
+    _move(set(sorted(before)[:count]))
+    try:
+        yield
+    finally:
+        _move(before)
+
+
+def _move(cores: set[int]) -> None:
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):  # it has ended meanwhile
+            os.sched_setaffinity(int(thread), cores)
+
+
 def _evaluation(case: _Case) -> Iterator[Row]:
     marks = sliced.marks(case.workload)
     cut = deal("evaluation", len(marks), SLICES, seed=0)
-    with running(case.graph, case.workload, "CPUExecutionProvider", 1) as run:
+    with running(case.graph, case.workload, "CPUExecutionProvider", 0) as run:
+        sliced.answer_batches(run, case.workload, [0])
+        started = time.perf_counter()
         expected = sliced.answer_batches(run, case.workload, range(len(marks)))
+        yield Row("evaluation of MiniLM", "no workers", "slices", "s", time.perf_counter() - started)
     whole = np.concatenate([expected[number].outputs for number in range(len(marks))])
     seconds: dict[int, float] = {}
     for count in COUNTS:
-        with Pool(count, threads=1) as pool:
+        with _on_cores(count), Pool(count, threads=1) as pool:
             start = _warm(pool, case.job)
             parts, seconds[count] = _mapped(pool, case.job, cut, _run)
         if sliced.put_together(_merged(cut, parts, Answers), marks).outputs.tobytes() != whole.tobytes():
@@ -169,15 +193,19 @@ def _search(case: _Case, quick: bool) -> Iterator[Row]:
     seconds: dict[int, float] = {}
     whole: dict[int, float] = {}
     plans = set()
+    started = time.perf_counter()
+    alone, _ = plan(case.graph, case.workload, config, CODING)
+    yield Row("plan of MiniLM", "no workers", "whole search", "s", time.perf_counter() - started)
+    plans.add(alone.to_bytes())
     for count in COUNTS:
-        with Pool(count, threads=1) as pool:
+        with _on_cores(count), Pool(count, threads=1) as pool:
             start = _warm(pool, job)
             made, seconds[count], whole[count] = _searched(case, pool, job, config)
         plans.add(made.to_bytes())
         for metric, value in (("start", start), ("slices", seconds[count]), ("whole search", whole[count])):
             yield Row("plan of MiniLM", f"{count} workers", metric, "s", value)
     if len(plans) != 1:
-        raise RuntimeError("two workers found another plan than one")
+        raise RuntimeError("workers found another plan than one process")
     yield Row("plan of MiniLM", "2 workers", "speed-up of the slices", "×", seconds[1] / seconds[2])
     yield Row("plan of MiniLM", "2 workers", "speed-up of the whole search", "×", whole[1] / whole[2])
 

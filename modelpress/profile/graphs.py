@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -29,25 +29,19 @@ from modelpress.checkpoint import Checkpoint
 from modelpress.errors import CorruptionError
 from modelpress.profile.counts import INTEGER, Call, Value, flops, total_bytes
 from modelpress.profile.ran import Operator, Ran, typical
+from modelpress.profile.turns import take_turns
 
-LEAST_RUNS = 10
 MAX_EVENTS = 500_000
 """ONNX Runtime drops events beyond a million; a run has some more than one for each node."""
 TICK_SECONDS = 1e-6
 """ONNX Runtime cuts times to whole microseconds: half of one is added to each, which is what is cut on the mean."""
-MOST_ADDED = 0.05
-"""What watching may add to the time of all runs, as a share of it: where a watched run is far slower, as with operators
-of a microsecond, few runs are watched. `LEAST_RUNS` are in any case."""
 LEAST_SECONDS = 1e-7
 """No operator is faster: what is left of a time after watching was taken off may be nothing, or less."""
 CHAIN = 256
 """Operators of the graph by which calls and watching are measured."""
-_BLOCK_SECONDS = 0.1
-"""Time of a block: long against the time that idle threads of the other session keep their cores busy."""
 _ADDED_SECONDS = 1e-5
 """What watching is taken to add to a node's time until it has been measured."""
 _CALIBRATION_RUNS = 50
-_WARM_UP_RUNS = 3
 _TYPES = {"float": "float32", "double": "float64", "float8e4m3fn": "float8", "float8e5m2": "float8"}
 """ONNX Runtime's names of types that numpy calls otherwise."""
 _CONTROL = {"If", "Loop", "Scan", "SequenceMap"}
@@ -70,7 +64,7 @@ class Event:
 def run_watched(
     checkpoint: Checkpoint, inputs: Mapping[str, Tensor], provider: str, threads: int, seconds: float
 ) -> Ran:
-    """Run a graph for about `seconds`, every second run watched.
+    """Run a graph for about `seconds`, some runs watched, others not.
 
     Args:
         checkpoint: of kind `onnx`.
@@ -89,22 +83,29 @@ def run_watched(
         folder = Path(name)
         watched = graph.session(checkpoint, provider, threads, watch=folder)
         optimised = onnx.load(str(folder / graph.WATCHED_GRAPH), load_external_data=False)
-        turns = _take_turns(plain, watched, inputs, seconds, len(optimised.graph.node))
+        nodes = max(1, len(optimised.graph.node))
+        turns = take_turns(
+            lambda: graph.run(plain, inputs),
+            lambda: graph.run(watched, inputs),
+            seconds,
+            added_seconds=_ADDED_SECONDS * nodes,
+            most=MAX_EVENTS // (2 * nodes),
+        )
         events = read_events(Path(watched.end_profiling()).read_bytes())
     whole = _by_node(events, optimised, len(turns.kept))
     runs = [run for run, kept in zip(whole, turns.kept, strict=True) if kept]
     values = _values(optimised, inputs, runs[-1])
-    nodes = _in_order(optimised, runs[-1])
+    ordered = _in_order(optimised, runs[-1])
     names = _Names(
         initializers={one.name for one in optimised.graph.initializer},
         given={one.name for one in graph.parse(checkpoint).graph.initializer},
     )
     return Ran(
-        operators=[_operator(node, values, names, _times(node, runs, provider), taken_off) for node in nodes],
+        operators=[_operator(node, values, names, _times(node, runs, provider), taken_off) for node in ordered],
         run_seconds=typical(turns.plain),
         watched_seconds=typical(turns.watched),
-        watched_share=len(turns.watched) / (len(turns.plain) + len(turns.watched)),
-        activations_bytes=alive_bytes(optimised, nodes, values),
+        watched_share=turns.watched_share,
+        activations_bytes=alive_bytes(optimised, ordered, values),
     )
 
 
@@ -116,54 +117,6 @@ class _Names:
     """In the graph that ran; its optimiser folds and re-orders some, under new names."""
     given: set[str]
     """In the graph that was given."""
-
-
-@dataclass
-class _Turns:
-    """Times of whole runs in seconds, and which of all watched runs they are."""
-
-    plain: list[float] = field(default_factory=list)
-    watched: list[float] = field(default_factory=list)
-    kept: list[bool] = field(default_factory=list)
-
-
-def _take_turns(
-    plain: graph.Session, watched: graph.Session, inputs: Mapping[str, Tensor], seconds: float, nodes: int
-) -> _Turns:
-    """Blocks of runs without and with watching, as many with it as `MOST_ADDED` allows; the first of each is not kept.
-
-    The first watched block has to do without measured times: it goes by `_ADDED_SECONDS`.
-    """
-    turns = _Turns()
-    for _ in range(_WARM_UP_RUNS):
-        graph.run(plain, inputs)
-        graph.run(watched, inputs)
-        turns.kept.append(False)
-    most = max(LEAST_RUNS, MAX_EVENTS // (2 * max(1, nodes)))
-    start = time.perf_counter()
-    while len(turns.kept) < most and (len(turns.watched) < LEAST_RUNS or time.perf_counter() - start < seconds):
-        times = _block(plain, inputs, seconds=min(_BLOCK_SECONDS, seconds / 4))
-        turns.plain += times
-        added = _ADDED_SECONDS * nodes
-        if turns.watched:
-            added = typical(turns.watched) - typical(turns.plain)
-        allowed = len(times) if added <= 0 else min(len(times), int(MOST_ADDED * sum(times) / added))
-        found = _block(watched, inputs, runs=max(1, min(allowed - 1, most - len(turns.kept))))
-        turns.watched += found
-        turns.kept += [False, *(True for _ in found)]
-    return turns
-
-
-def _block(session: graph.Session, inputs: Mapping[str, Tensor], *, seconds: float = 0.0, runs: int = 1) -> list[float]:
-    """Times of so many runs, and of more until the time is over, after a first one that is not timed."""
-    graph.run(session, inputs)
-    times: list[float] = []
-    start = time.perf_counter()
-    while len(times) < runs or time.perf_counter() - start < seconds:
-        before = time.perf_counter()
-        graph.run(session, inputs)
-        times.append(time.perf_counter() - before)
-    return times
 
 
 @functools.cache

@@ -74,7 +74,7 @@ def measure(runtime: Runtime, provider: str, threads: int, seconds: float) -> Ma
             copy_bytes_per_second=elsewhere or copy_bandwidth(device, seconds),
             matrix_rates=[
                 *(
-                    MatrixRate(dtype=name, flops_per_second=elsewhere or matrix_rate(dtype, device, seconds))
+                    MatrixRate(dtype=name, flops_per_second=elsewhere or _rate(dtype, device, threads, seconds))
                     for name, dtype in DTYPES.items()
                 ),
                 MatrixRate(dtype="int8", flops_per_second=_int8(elsewhere, on_gpu, threads, seconds)),

@@ -25,9 +25,12 @@ from torch.utils.flop_counter import flop_registry
 
 from modelpress.profile.counts import attention_flops
 from modelpress.profile.ran import Operator, Ran, typical
+from modelpress.profile.turns import Turns, take_turns
 
-LEAST_RUNS = 10
-_WARM_UP_RUNS = 3
+MAX_TIMES = 1_000_000
+"""Of all modules in all watched runs."""
+_ADDED_SECONDS = 5e-6
+"""What hooks are taken to add to a module's time until it has been measured."""
 _CPU_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 """Not in torch's own table of formulas."""
 _PER_ELEMENT = {
@@ -60,7 +63,7 @@ class Part:
 
 
 def run_watched(module: nn.Module, inputs: Mapping[str, Tensor], seconds: float) -> Ran:
-    """Run a module, in eval mode and on the CPU, for about `seconds`, every second run with its hooks on.
+    """Run a module, in eval mode and on the CPU, for about `seconds`, some runs with hooks on, others without.
 
     Args:
         module: takes `inputs` as keyword arguments.
@@ -69,10 +72,10 @@ def run_watched(module: nn.Module, inputs: Mapping[str, Tensor], seconds: float)
     """
     with torch.inference_mode():
         parts, most_alive = count(module, inputs)
-        times, watched, own = _take_turns(module, inputs, seconds)
+        turns, own = _take_turns(module, inputs, seconds)
     named = dict(module.named_modules())
     operators = [_operator(name, named[name], parts[name], own[name]) for name in own if name in parts]
-    return Ran(operators, typical(times), typical(watched), most_alive)
+    return Ran(operators, typical(turns.plain), typical(turns.watched), most_alive, turns.watched_share)
 
 
 def count(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Part], int]:
@@ -168,7 +171,7 @@ class _Clock:
     """Times of modules, each without that of the modules inside of it."""
 
     def __init__(self) -> None:
-        self.own: dict[str, list[float]] = {}
+        self.runs: list[dict[str, float]] = []
         """Seconds of each run by module, in the order in which modules ended first."""
         self._run: dict[str, float] = {}
         self._open: list[tuple[float, float]] = []
@@ -188,31 +191,41 @@ class _Clock:
 
     def end_run(self) -> None:
         """A run is over."""
-        for name, taken in self._run.items():
-            self.own.setdefault(name, []).append(taken)
+        self.runs.append(self._run)
         self._run = {}
 
 
 def _take_turns(
     module: nn.Module, inputs: Mapping[str, Tensor], seconds: float
-) -> tuple[list[float], list[float], dict[str, list[float]]]:
-    """Times of whole runs without and with hooks, in seconds, and of each module in those with."""
+) -> tuple[Turns, dict[str, list[float]]]:
+    """Times of whole runs without and with hooks, and in the latter of each module, in seconds."""
     clock = _Clock()
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(_WARM_UP_RUNS):
+    named = dict(module.named_modules())
+
+    @contextmanager
+    def watching() -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, one in named.items():
+                stack.enter_context(_hooked(one, clock.enter, functools.partial(clock.leave, name)))
+            yield
+
+    def watched() -> None:
         module(**inputs)
-    start = time.perf_counter()
-    while len(times[1]) < LEAST_RUNS or time.perf_counter() - start < seconds:
-        for watched, found in zip((False, True), times, strict=True):
-            with ExitStack() as stack:
-                if watched:
-                    for name, one in module.named_modules():
-                        stack.enter_context(_hooked(one, clock.enter, functools.partial(clock.leave, name)))
-                before = time.perf_counter()
-                module(**inputs)
-                found.append(time.perf_counter() - before)
         clock.end_run()
-    return times[0], times[1], clock.own
+
+    turns = take_turns(
+        lambda: module(**inputs),
+        watched,
+        seconds,
+        added_seconds=_ADDED_SECONDS * len(named),
+        most=MAX_TIMES // len(named),
+        watching=watching,
+    )
+    own: dict[str, list[float]] = {}
+    for run, kept in zip(clock.runs, turns.kept, strict=True):
+        for name, taken in run.items() if kept else ():
+            own.setdefault(name, []).append(taken)
+    return turns, own
 
 
 @contextmanager
