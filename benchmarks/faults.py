@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import _soak
+from benchmarks import _publishers, _soak
 from benchmarks._report import Row, main
 from tests.conftest import PREFIX, ROOT, S3Server, _with_bucket
 
@@ -66,10 +66,10 @@ def soak(server: S3Server, amounts: Amounts, folder: Path, seed: int) -> _soak.T
             ]:
                 future.result()
         rng = random.Random(seed)
-        _soak.kills(server, tallies, rng, amounts.kills)
+        _publishers.kills(server, tallies, rng, amounts.kills)
         _soak.races(server, tallies, rng, amounts.races)
-        _soak.clocks(server, tallies, rng, amounts.clocks)
-        _soak.full_disks(folder, tallies, rng, amounts.disks)
+        _publishers.clocks(server, tallies, rng, amounts.clocks)
+        _publishers.full_disks(folder, tallies, rng, amounts.disks)
         if server.folder is not None:
             _soak.restarts(server, tallies, rng, amounts.restarts)
     return tallies
