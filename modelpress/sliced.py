@@ -29,6 +29,8 @@ class Mark:
     """In it."""
     inputs_sha256: str
     """Of names, dtypes, shapes and bytes."""
+    elements: int
+    """Of all inputs, padding included: what a batch takes goes about with them."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def answer_batches(run: Runner, workload: Workload, numbers: Sequence[int]) -> d
         if number in wanted:
             mark = _mark(batch)
             outputs = workload.condense(run(batch.inputs), batch)
-            found[number] = BatchAnswer(mark.samples, mark.inputs_sha256, outputs)
+            found[number] = BatchAnswer(mark.samples, mark.inputs_sha256, mark.elements, outputs)
         if len(found) == len(wanted):
             return found
     raise WorkloadError(
@@ -106,7 +108,7 @@ def _mark(batch: Batch) -> Mark:
     for name, tensor in sorted(batch.inputs.items()):
         digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)};".encode())
         digest.update(tensor.contiguous().numpy().tobytes())
-    return Mark(len(batch), digest.hexdigest())
+    return Mark(len(batch), digest.hexdigest(), sum(tensor.numel() for tensor in batch.inputs.values()))
 
 
 def _read(data: bytes) -> Mapping[str, np.ndarray]:

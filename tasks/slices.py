@@ -98,7 +98,8 @@ def answers(on: Crew, context: RunContext, model: ArtifactRef, progress: Progres
 
     marks = sliced.marks(open_workload(context.workload, context.mlflow_run))
     of = _digest("answers", model.sha256, [mark.inputs_sha256 for mark in marks])
-    found = _mapped(on, context, model, {"kind": "answers", "of": of}, len(marks), Answers, progress)
+    costs = [float(mark.elements) for mark in marks]
+    found = _mapped(on, context, model, {"kind": "answers", "of": of}, costs, Answers, progress)
     return sliced.put_together(found, marks)
 
 
@@ -110,7 +111,7 @@ def sensitivities(on: Crew, context: RunContext, graph: ArtifactRef, work: Surve
     units, coding = sliced.units(work), work.compression.fingerprint() if work.compression else None
     of = _digest("sensitivities", graph.sha256, units, work.config.fingerprint(), coding)
     asked = {"kind": "sensitivities", "of": of, "plan": work.config, "compress": work.compression}
-    sliced.take(work, _mapped(on, context, graph, asked, len(units), Sensitivities, progress))
+    sliced.take(work, _mapped(on, context, graph, asked, sliced.costs(work), Sensitivities, progress))
 
 
 def front(
@@ -129,7 +130,7 @@ def front(
     coding = work.compression.fingerprint() if work.compression else None
     asked = {"kind": "points", "choices": choices, "plan": work.config, "compress": work.compression}
     of = _digest("points", graph.sha256, choices, work.config.fingerprint(), coding)
-    found = _mapped(on, context, graph, {**asked, "of": of}, len(choices), Points, progress).points
+    found = _mapped(on, context, graph, {**asked, "of": of}, [1.0] * len(choices), Points, progress).points
     return [found[number] for number in range(len(choices))]
 
 
@@ -146,7 +147,8 @@ class Observing:
         from modelpress.quantize import calibration_batches
 
         self._on, self._context, self._progress = on, context, progress
-        self._batches = len(calibration_batches(open_workload(context.workload, context.mlflow_run)))
+        batches = calibration_batches(open_workload(context.workload, context.mlflow_run))
+        self._costs = [float(sum(tensor.numel() for tensor in batch.values())) for batch in batches]
 
     def extremes(self, model: ModelProto, values: Sequence[str]) -> ByName:
         """See `Observer`; raises what `answers` does."""
@@ -162,8 +164,8 @@ class Observing:
 
         settings = read_settings()
         ref = save_artifact(open_store(settings.work_uri, settings), graph.split(model).to_bytes())
-        job = {**asked, "of": _digest(ref.sha256, self._batches, asked)}
-        return _mapped(self._on, self._context, ref, job, self._batches, ByName, self._progress)
+        job = {**asked, "of": _digest(ref.sha256, len(self._costs), asked)}
+        return _mapped(self._on, self._context, ref, job, self._costs, ByName, self._progress)
 
 
 def _digest(*parts: object) -> str:
@@ -175,12 +177,12 @@ def _mapped(
     context: RunContext,
     model: ArtifactRef,
     asked: Mapping[str, Any],
-    units: int,
+    costs: Sequence[float],
     kind: type[PartialT],
     progress: Progress,
 ) -> PartialT:
-    """Cut units into slices, do all of them, and merge what they say."""
-    from modelpress.reduce import Ledger, deal
+    """Cut units of these costs into slices, do all of them, and merge what they say."""
+    from modelpress.reduce import Ledger, deal_by_cost
     from modelpress.workers.protocol import Job
 
     settings = read_settings()
@@ -189,7 +191,7 @@ def _mapped(
     workload = context.workload.model_copy(update={"model": str(found.folder)}) if found else context.workload
     same = {**asked, "model": model, "workload": workload, "store": settings.work_uri, "run": context.mlflow_run}
     slices = on.config.slices or SLICES_PER_WORKER * on.config.count
-    ledger: Ledger[PartialT] = Ledger(deal(asked["of"], units, slices, on.config.seed), kind)
+    ledger: Ledger[PartialT] = Ledger(deal_by_cost(asked["of"], costs, slices, on.config.seed), kind)
     jobs = [Job.model_validate({**same, "slice": one, "units": of}) for one, of in enumerate(ledger.cut.slices)]
     mapped = run_slice.with_options(retries=on.config.attempts - 1)
     runner: ThreadPoolTaskRunner[Part] = ThreadPoolTaskRunner(max_workers=on.config.count)

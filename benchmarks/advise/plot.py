@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.advise.cases import Kept
 from modelpress.reports import Predicted
@@ -52,8 +52,10 @@ def draw(kept: Mapping[str, Kept], path: Path) -> None:
         axes.set_xscale("log")
         axes.set_yscale("log")
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+            axis.set_major_locator(LogLocator())
+            axis.set_major_formatter(
+                EngFormatter(sep="") if factor == 1 else FuncFormatter(lambda value, _: f"{value:g}")
+            )
             axis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("measured")
         axes.set_ylabel("foretold")

@@ -14,7 +14,6 @@ from torch import nn
 
 from modelpress import golden, graph, scores
 from modelpress.advise.grid import Candidate
-from modelpress.agreement import Inputs
 from modelpress.checkpoint import Checkpoint
 from modelpress.compress import compress
 from modelpress.config import AdviseRecipe, EvaluateConfig, OptimizeConfig, ShardConfig, UploadConfig
@@ -24,7 +23,7 @@ from modelpress.evaluate import evaluate
 from modelpress.export import export
 from modelpress.load import load_checkpoint
 from modelpress.plan import plan
-from modelpress.plan.latency import LEAST_CALLS, WARM_UP_CALLS
+from modelpress.plan.latency import times_in_turns
 from modelpress.process import PROCESSING_FILE
 from modelpress.prune import prune_
 from modelpress.publish import publish
@@ -35,10 +34,8 @@ from modelpress.shard import draft_manifest, write_shards
 from modelpress.store import open_store
 from modelpress.workload import Workload
 
-TOGETHER = 8
-"""Graphs that are timed in turns, the float one among them."""
-TURN_SECONDS = 0.5
-"""Spent on each graph at each batch size."""
+TURN_SECONDS = 1.0
+"""Spent on each graph at each batch size, in turns."""
 JUDGED = EvaluateConfig(batch_sizes=[1], latency_seconds=0.001)
 Say = Callable[[str], None]
 
@@ -145,38 +142,18 @@ def _published(
     return row.model_copy(update={"published_bytes": float(report.published_bytes), "load_seconds": seconds})
 
 
-def _in_turns(checkpoints: Sequence[Checkpoint], inputs: Inputs, seconds: float) -> list[dict[str, float]]:
-    """The fastest and the median call to each graph, called in turns."""
-    sessions = [graph.session(one) for one in checkpoints]
-    for session in sessions * WARM_UP_CALLS:
-        graph.run(session, inputs)
-    times: list[list[float]] = [[] for _ in sessions]
-    started = time.perf_counter()
-    while len(times[0]) < LEAST_CALLS or time.perf_counter() - started < seconds:
-        for session, found in zip(sessions, times, strict=True):
-            before = time.perf_counter()
-            graph.run(session, inputs)
-            found.append(time.perf_counter() - before)
-    return [{"fastest": min(found), "median": statistics.median(found)} for found in times]
-
-
 def _timed(
     recipe: AdviseRecipe, workload: Workload, now: Ran, rows: list[Ran], made: list[Checkpoint]
 ) -> tuple[Ran, list[Ran]]:
-    """Times of all graphs. Of several groups each has the float graph in it, and is scaled by its time there."""
+    """Times of all graphs, in turns; `made` is the float one, and what the rows that did not fail stand for."""
     places = [place for place, row in enumerate(rows) if not row.failed]
     for batch, name in ((1, "latency_seconds"), (recipe.advise.batch_size, "batch_seconds")):
-        inputs = workload.example(batch)
-        reference: dict[str, float] | None = None
-        for start in range(0, len(places), TOGETHER - 1):
-            group = range(start, min(start + TOGETHER - 1, len(places)))
-            graphs = [made[0], *(made[1 + index] for index in group)]
-            first, *times = _in_turns(graphs, inputs, TURN_SECONDS * len(graphs))
-            reference = reference or first
-            for index, found in zip(group, times, strict=True):
-                scaled = {key: found[key] * reference[key] / first[key] for key in found}
-                update = {name: scaled["fastest"], f"median_{name}": scaled["median"]}
-                rows[places[index]] = rows[places[index]].model_copy(update=update)
-        if reference is not None:
-            now = now.model_copy(update={name: reference["fastest"], f"median_{name}": reference["median"]})
+        first, *others = times_in_turns(made, workload.example(batch), TURN_SECONDS * len(made))
+        now = now.model_copy(update=_told(name, first))
+        for place, times in zip(places, others, strict=True):
+            rows[place] = rows[place].model_copy(update=_told(name, times))
     return now, rows
+
+
+def _told(name: str, times: Sequence[float]) -> dict[str, float]:
+    return {name: min(times), f"median_{name}": statistics.median(times)}

@@ -38,7 +38,7 @@ from modelpress.evaluate import running
 from modelpress.export import export
 from modelpress.plan import measured, opened, plan, settle
 from modelpress.plan import sliced as plan_slices
-from modelpress.reduce import Answers, Cut, Ledger, Part, Points, Sensitivities, deal
+from modelpress.reduce import Answers, Cut, Ledger, Part, Points, Sensitivities, deal_by_cost
 from modelpress.reduce.partials import PartialT
 from modelpress.store.artifacts import save_artifact
 from modelpress.store.base import open_store
@@ -167,7 +167,7 @@ def _move(cores: set[int]) -> None:
 
 def _evaluation(case: _Case) -> Iterator[Row]:
     marks = sliced.marks(case.workload)
-    cut = deal("evaluation", len(marks), SLICES, seed=0)
+    cut = deal_by_cost("evaluation", [mark.elements for mark in marks], SLICES)
     with running(case.graph, case.workload, "CPUExecutionProvider", 0) as run:
         sliced.answer_batches(run, case.workload, [0])
         started = time.perf_counter()
@@ -217,14 +217,14 @@ def _searched(case: _Case, pool: Pool, job: Job, config: PlanConfig) -> tuple[Ch
     def front(choices: Sequence[tuple[int, ...]]) -> list[tuple[int, float]]:
         nonlocal sliced_seconds
         asked = job.model_copy(update={"kind": "points", "choices": [list(choice) for choice in choices]})
-        cut = deal("front", len(choices), SLICES, seed=0)
+        cut = deal_by_cost("front", [1.0] * len(choices), SLICES)
         parts, spent = _mapped(pool, asked, cut, _run)
         sliced_seconds += spent
         points = _merged(cut, parts, Points).points
         return [points[number] for number in range(len(choices))]
 
     work = opened(case.graph, case.workload, config, CODING)
-    cut = deal("search", len(plan_slices.units(work)), SLICES, seed=0)
+    cut = deal_by_cost("search", plan_slices.costs(work), SLICES)
     parts, spent = _mapped(pool, job, cut, _run)
     sliced_seconds += spent
     plan_slices.take(work, _merged(cut, parts, Sensitivities))
@@ -242,7 +242,7 @@ def _merged(cut: Cut, parts: Iterable[Part], kind: type[PartialT]) -> PartialT:
 def _killed(case: _Case) -> Iterator[Row]:
     """An evaluation of which one worker is killed in the middle of a slice."""
     marks = sliced.marks(case.workload)
-    cut = deal("killed", len(marks), SLICES, seed=0)
+    cut = deal_by_cost("killed", [mark.elements for mark in marks], SLICES)
     with Pool(2, threads=1) as pool:
         _warm(pool, case.job)
         _, undisturbed = _mapped(pool, case.job, cut, _run)

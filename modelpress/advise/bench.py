@@ -29,7 +29,7 @@ from modelpress.plan.latency import in_turns
 from modelpress.reports import KernelSpeed, NotPredicted, Predicted, Prediction
 from modelpress.store.local import local_errors
 
-LAYOUT = 1
+LAYOUT = 2
 """Of the file, and of how a product is measured: another one's entries are not read."""
 
 

@@ -33,7 +33,8 @@ def compare(reference: Checkpoint, made: Checkpoint, workload: Workload) -> Verd
     Raises:
         WorkloadError: the split is empty.
     """
-    sessions = graph.session(reference), graph.session(made)
+    calm = graph.Tuning(spinning=False)  # they take turns: one's idle threads would keep the other's cores busy
+    sessions = graph.session(reference, tuning=calm), graph.session(made, tuning=calm)
     kept: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     total, samples = 0.0, 0
     for batch in workload.batches("evaluation", workload.evaluation_batch_size):

@@ -29,7 +29,7 @@ from modelpress.checkpoint import Checkpoint
 from modelpress.errors import CorruptionError
 from modelpress.profile.counts import INTEGER, Call, Value, flops, total_bytes
 from modelpress.profile.ran import Operator, Ran, typical
-from modelpress.profile.turns import take_turns
+from modelpress.profile.turns import SPIN_SECONDS, take_turns
 
 MAX_EVENTS = 500_000
 """ONNX Runtime drops events beyond a million; a run has some more than one for each node."""
@@ -90,6 +90,7 @@ def run_watched(
             seconds,
             added_seconds=_ADDED_SECONDS * nodes,
             most=MAX_EVENTS // (2 * nodes),
+            settle_seconds=0.0 if threads == 1 else SPIN_SECONDS,
         )
         events = read_events(Path(watched.end_profiling()).read_bytes())
     whole = _by_node(events, optimised, len(turns.kept))

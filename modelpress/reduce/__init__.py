@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from modelpress.reduce.exact import Exact
 from modelpress.reduce.kinds import AnyPartial
-from modelpress.reduce.ledger import Cut, Ledger, Part, Reduced, deal, merge_all
+from modelpress.reduce.ledger import Cut, Ledger, Part, Reduced, deal, deal_by_cost, merge_all
 from modelpress.reduce.named import Answers, ByName, Piece, Points, Sensitivities, Sensitivity
 from modelpress.reduce.partials import (
     ChannelMoments,
@@ -44,5 +44,6 @@ __all__ = [
     "Sensitivity",
     "WeightedMean",
     "deal",
+    "deal_by_cost",
     "merge_all",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from modelpress.errors import CorruptionError, CoverageError, StageError
-from modelpress.reduce import ChannelMoments, Cut, Ledger, Moments, Part, WeightedMean, deal
+from modelpress.reduce import ChannelMoments, Cut, Ledger, Moments, Part, WeightedMean, deal, deal_by_cost
 
 SEVEN = [[3, 4, 7], [2, 8, 9], [0, 1, 5, 6]]
 """By `printf 7:UNIT | sha256sum`, sorted."""
@@ -39,6 +40,41 @@ def test_a_seed_deals_the_same_in_every_version() -> None:
     assert deal("work", 10, 3, seed=7).slices == SEVEN
     assert deal("work", 10, 3, seed=8).slices != SEVEN
     assert deal("work", 10, 3).slices == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=7), st.integers(1, 9), st.integers(0, 3))
+def test_slices_by_cost_are_near_the_best_cut_there_is(costs: list[int], slices: int, seed: int) -> None:
+    cut = deal_by_cost("work", [float(cost) for cost in costs], slices, seed)
+    assert sorted(unit for one in cut.slices for unit in one) == list(range(len(costs)))
+    count = min(slices, len(costs))
+    assert len(cut.slices) == count
+    totals = [sum(costs[unit] for unit in one) for one in cut.slices]
+    assert totals == sorted(totals, reverse=True)
+    best = min(
+        max(sum(cost for cost, place in zip(costs, places, strict=True) if place == one) for one in range(count))
+        for places in itertools.product(range(count), repeat=len(costs))
+        if count <= 3 or places[0] == 0
+    )
+    assert max(totals) <= best * (4 / 3 - 1 / (3 * count)) + 1e-9
+
+
+def test_one_dear_unit_has_a_slice_for_itself() -> None:
+    assert deal_by_cost("work", [1.0, 9.0, 1.0, 1.0], 2).slices == [[1], [0, 2, 3]]
+
+
+def test_units_of_one_cost_are_dealt_by_the_seed() -> None:
+    even = [1.0] * 12
+    cut = deal_by_cost("work", even, 4, seed=7)
+    assert [len(one) for one in cut.slices] == [3] * 4
+    assert cut == deal_by_cost("work", even, 4, seed=7) != deal_by_cost("work", even, 4, seed=8)
+
+
+@pytest.mark.parametrize(
+    ("costs", "slices"), [([], 1), ([1.0], 0), ([-1.0], 1), ([float("nan")], 1), ([float("inf")], 1)]
+)
+def test_what_has_no_cost_is_not_dealt(costs: list[float], slices: int) -> None:
+    with pytest.raises(ValueError, match=r"cannot be dealt|costs must be finite"):
+        deal_by_cost("work", costs, slices)
 
 
 @given(
