@@ -25,6 +25,7 @@ from modelpress.manifest import (
     library_versions,
 )
 from modelpress.pack_files import pack_file, pack_reports
+from modelpress.parallel.slices import rank_of
 from modelpress.progress import Progress, silent
 from modelpress.reports import Report, ShardReport
 
@@ -65,10 +66,13 @@ def write_shards(
     neighbouring shards, at chunk boundaries where it is coded and between any two elements where it is raw.
 
     Raises:
-        ConfigError: one chunk alone is larger than `max_shard_size`; the message tells the least possible.
+        ConfigError: one chunk alone is larger than `max_shard_size`; the message tells the least possible. Or the
+            shards are to be `by` rank, and no tensor is cut for ranks.
         StoreFullError: the disk is full; the file that was being written is removed.
     """
-    plans = plan(coded.tensors, config, layers_of([tensor.name for tensor in coded.tensors]))
+    names = [tensor.name for tensor in coded.tensors]
+    check_by(names, config)
+    plans = plan(coded.tensors, config, groups_of(names, config))
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
     for number, pieces in enumerate(plans):
@@ -79,12 +83,27 @@ def write_shards(
     return shards, ShardReport(shards=len(shards), total_bytes=sum(sizes), largest_bytes=max(sizes, default=0))
 
 
-def plan(tensors: Sequence[StoredTensor], config: ShardConfig, layers: Mapping[str, str]) -> list[list[Piece]]:
-    """The pieces of each shard, in reading order; see `write_shards`. `layers`: of all tensors (`layers_of`)."""
+def check_by(names: Sequence[str], config: ShardConfig) -> None:
+    """Refuse shards by rank of tensors that no rank has a share of.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if config.by == "rank" and all(rank_of(name) is None for name in names):
+        raise ConfigError(
+            "cutting shards by rank",
+            found=f"{len(names)} tensors, all of them whole",
+            expected="shares of tensor-parallel ranks",
+            fix="cut the checkpoint with modelpress.parallel.slices.sliced, or set shard.by to layer",
+        )
+
+
+def plan(tensors: Sequence[StoredTensor], config: ShardConfig, groups: Mapping[str, object]) -> list[list[Piece]]:
+    """The pieces of each shard, in reading order; see `write_shards`. `groups`: of all tensors (`groups_of`)."""
     tensors = [tensor for tensor in tensors if not tensor.is_base]
     plans = [_Plan()]
     for before, tensor in zip([None, *tensors], tensors, strict=False):
-        if before is not None and config.by == "layer" and layers[before.name] != layers[tensor.name]:
+        if before is not None and groups[before.name] != groups[tensor.name]:
             plans.append(_Plan())
         whole = tensor.piece
         size = _upper_bound(whole, config.max_shard_size)
@@ -101,6 +120,13 @@ def plan(tensors: Sequence[StoredTensor], config: ShardConfig, layers: Mapping[s
             plans[-1].pieces.append(part)
             plans[-1].size += part_size
     return [plan.pieces for plan in plans if plan.pieces]
+
+
+def groups_of(names: Sequence[str], config: ShardConfig) -> Mapping[str, object]:
+    """Of each of a model's tensors that with which it may share a shard: its layer, its rank, or anything."""
+    if config.by == "layer":
+        return layers_of(names)
+    return {name: rank_of(name) if config.by == "rank" else None for name in names}
 
 
 def layer_of(name: str, holders: Collection[str] = ()) -> str:

@@ -36,10 +36,33 @@ MESHES = {
     "pipeline 2 × tensor 2": (MeshSizes(pipeline=2, tensor=2), "1f1b"),
     "data 2 × tensor 2": (MeshSizes(data=2, tensor=2), "1f1b"),
     "data 2 × pipeline 2": (MeshSizes(data=2, pipeline=2), "1f1b"),
+    "data 2 × pipeline 2, interleaved": (MeshSizes(data=2, pipeline=2), "interleaved"),
     "tensor 4": (MeshSizes(tensor=4), "1f1b"),
 }
+LOADED = {
+    "pipeline 4": MeshSizes(pipeline=4),
+    "pipeline 2 × tensor 2": MeshSizes(pipeline=2, tensor=2),
+    "data 2 × tensor 2": MeshSizes(data=2, tensor=2),
+}
+"""Whose ranks read their parts of packs."""
 MICROBATCHES = 4
 VOCABULARY = 512
+
+
+def in_one_precision(model: nn.Module) -> nn.Module:
+    """A decoder of transformers that computes in the dtype of its weights alone, in place.
+
+    Its own norms, and the softmax of its eager attention, round to float32 whatever that dtype is. Where sums in
+    another order move a float64 over a border between two float32, all that follows differs as float32 does: the
+    comparison would be one of single precision. Make it with `attn_implementation="sdpa"`.
+    """
+    for name, child in list(model.named_modules()):
+        if type(child).__name__.endswith("RMSNorm") and not isinstance(child, nn.RMSNorm):
+            weight: Any = child.weight
+            norm = nn.RMSNorm(weight.shape, eps=float(child.variance_epsilon))
+            norm.weight = weight
+            model.set_submodule(name, norm, strict=True)
+    return model
 
 
 class Decoder(nn.Module):
@@ -53,14 +76,19 @@ class Decoder(nn.Module):
         config = make(
             vocab_size=vocabulary, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
             num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=False,
-            use_cache=False, attn_implementation="eager",
+            use_cache=False, attn_implementation="sdpa",
         )  # fmt: skip
-        self.model = LlamaForCausalLM(config)
+        self.model = in_one_precision(LlamaForCausalLM(config))
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(batch, length) → (batch, length, vocabulary)."""
         logits: Tensor = self.model(input_ids).logits
         return logits
+
+
+def parts_of(sizes: MeshSizes, schedule: str) -> int:
+    """Of the pipeline: one for each of its ranks, or two."""
+    return sizes.pipeline * (2 if schedule == "interleaved" else 1)
 
 
 def decoder(quick: bool, dtype: torch.dtype, seed: int = 0) -> nn.Module:
@@ -109,14 +137,15 @@ def _step(folder: Path, name: str, dtype: torch.dtype, quick: bool, before: set[
     inputs = {key: tensor.chunk(copies)[copy] for key, tensor in inputs.items()}
     targets = targets.chunk(copies)[copy]
     plan = plan_tensors(module, sizes.tensor) if sizes.tensor > 1 else {}
-    bounds = balanced([1.0] * len(outlined.blocks), sizes.pipeline).bounds
+    bounds = balanced([1.0] * len(outlined.blocks), parts_of(sizes, schedule)).bounds
     options: Any = {"microbatches": MICROBATCHES, "loss": loss, "schedule": schedule}
     runner = Runner(module, outlined, bounds, mesh, list(inputs), plan=plan, **options)
     output = runner.infer(inputs)
     runner.train_step(inputs, targets)
     errors = [
         _error(whole(one.grad), expected[key])
-        for key, one in runner.stage.body.named_parameters()
+        for stage in runner.stages.values()
+        for key, one in stage.body.named_parameters()
         if one.grad is not None
     ]
     sockets = open_sockets() - before
@@ -153,13 +182,13 @@ def _loads(folder: Path, quick: bool, pack: str) -> dict[str, Any]:
     """A part by each rank; then the whole pack by each, in three ways."""
     store = open_store(str(folder / "store"))
     found: dict[str, Any] = {}
-    for name, sizes in {"pipeline 4": MeshSizes(pipeline=4), "pipeline 2 × tensor 2": MeshSizes(1, 2, 2)}.items():
+    for name, sizes in LOADED.items():
         module, (inputs, _) = decoder(quick, torch.float32, seed=7), batch(quick)
         outlined, mesh = outline(module, inputs), make_mesh(sizes)
         bounds = balanced([1.0] * len(outlined.blocks), sizes.pipeline).bounds
         plan = plan_tensors(module, sizes.tensor) if sizes.tensor > 1 else {}
         runner = Runner(module, outlined, bounds, mesh, list(inputs), plan=plan, microbatches=MICROBATCHES)
-        for form in ("by layer", "by layer and rank", "by size"):
+        for form in ("by layer", "by layer and rank", "by rank", "by size"):
             manifest = load_manifest(store, form.replace(" ", "-"), (folder / f"{form}.digest").read_text())
             inner = runner.stage.body.get_submodule("model")
             report = load_into_(inner, store, manifest.name, manifest.digest)

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 
 from benchmarks._report import Row, main
-from benchmarks.parallel._model_ranks import MESHES, RANKS, VOCABULARY, Decoder, batch, decoder, loss, work
+from benchmarks.parallel._model_ranks import MESHES, RANKS, VOCABULARY, Decoder, batch, decoder, loss, parts_of, work
 from modelpress.checkpoint import Checkpoint, from_module
 from modelpress.compress import compress
 from modelpress.config import CompressConfig, ShardConfig
@@ -121,9 +121,11 @@ def _packs(folder: Path, quick: bool) -> dict[str, str]:
     """The decoder as packs that are cut in three ways; their digests."""
     module = decoder(quick, torch.float32)
     plan, whole = plan_tensors(module, 2), from_module(module.get_submodule("model"))
+    cut = sliced(whole, lambda name: axis_of(f"model.{name}", plan), 2)
     forms: dict[str, tuple[Checkpoint, ShardConfig]] = {
         "by layer": (whole, ShardConfig(by="layer")),
-        "by layer and rank": (sliced(whole, lambda name: axis_of(f"model.{name}", plan), 2), ShardConfig(by="layer")),
+        "by layer and rank": (cut, ShardConfig(by="layer")),
+        "by rank": (cut, ShardConfig(by="rank")),
         "by size": (whole, ShardConfig(max_shard_size=2**20)),
     }
     digests = {}
@@ -152,26 +154,28 @@ def _launch(folder: Path, quick: bool, pack: str) -> list[dict[str, Any]]:
 
 def _equality(ranks: list[dict[str, Any]], quick: bool) -> Iterator[Row]:
     for dtype in (torch.float32, torch.float64):
-        for name, (sizes, _) in MESHES.items():
+        for name, (sizes, schedule) in MESHES.items():
             found = [rank[f"{name} {dtype}"] for rank in ranks]
             case = f"four processes against one, {str(dtype).removeprefix('torch.')}"
             yield Row(case, name, "outputs", "1", max(one["outputs"] for one in found if "outputs" in one))
             yield Row(case, name, "gradients", "1", max(one["gradients"] for one in found))
-            least = _least_bytes(sizes, dtype, quick)
+            least = _least_bytes(sizes, schedule, dtype, quick)
             sent = sum(one["sent"] for one in found) if all("sent" in one for one in found) else None
             yield Row(case, name, "sent in a step", "bytes", sent)
             yield Row(case, name, "least", "bytes", least)
             yield Row(case, name, "sent ÷ least", "1", sent / least if sent is not None else None)
 
 
-def _least_bytes(sizes: MeshSizes, dtype: torch.dtype, quick: bool) -> float:
+def _least_bytes(sizes: MeshSizes, schedule: str, dtype: torch.dtype, quick: bool) -> float:
     """What all ranks together must send in a step; see the note."""
     module, (inputs, _) = decoder(quick, dtype), batch(quick)
     outlined, tokens = outline(module, inputs), inputs["input_ids"].numel()
     size = next(module.parameters()).element_size()
     width = outlined.shapes[outlined.blocks[0]][-1]
     hidden, logits = tokens * width * size, tokens * VOCABULARY * size  # of all copies together
-    boundaries = 2 * (sizes.pipeline - 1) * hidden * sizes.tensor  # each tensor-parallel rank sends to its own
+    boundaries = (
+        2 * (parts_of(sizes, schedule) - 1) * hidden * sizes.tensor
+    )  # each tensor-parallel rank sends to its own
     shared = 2 * (sizes.tensor - 1)  # of a sum, over all ranks that make it
     layers = (4 * len(outlined.blocks) + 1) * hidden * shared
     gathered = logits * (sizes.tensor - 1) if sizes.tensor > 1 else 0
@@ -192,6 +196,7 @@ def _loads(ranks: list[dict[str, Any]]) -> Iterator[Row]:
         yield Row(case, f"pack {form}", "read", "bytes", read)
         yield Row(case, f"pack {form}", "own", "bytes", own)
         yield Row(case, f"pack {form}", "read ÷ own", "1", read / own)
+        yield Row(case, f"pack {form}", "requests of the busiest rank", "1", max(one["shards"] for one in found))
         yield Row(case, f"pack {form}", "shards of the pack that a rank reads", "%", 100 * _share(found))
     once = loads[0]["each alone"]["needed_bytes"]
     for way in ("each alone", "shared cache", "sent in a group"):

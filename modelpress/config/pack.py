@@ -39,8 +39,9 @@ class CompressConfig(Config):
 class ShardConfig(Config):
     """How the coded tensors are cut into objects."""
 
-    by: Literal["size", "layer"] = "size"
-    """`size` fills shards in tensor order; `layer` also starts a new shard at each layer."""
+    by: Literal["size", "layer", "rank"] = "size"
+    """`size` fills shards in tensor order; `layer` also starts a new shard at each layer; `rank` at the shares of each
+    tensor-parallel rank, of a checkpoint that was cut for them (no graph is)."""
     max_shard_size: Bytes = 64 * 2**20
     """Bytes; no shard is larger. A single tensor that is larger is split over several."""
 

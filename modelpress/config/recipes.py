@@ -76,6 +76,8 @@ class OptimizeConfig(Config):
                 "gate.slice_margin and gate.slice_floors need workload.slice_by_class, or a workload of yours"
             )
         self._check_spread()
+        if self.shard.by == "rank":
+            raise ValueError("shard.by 'rank' is for checkpoints that were cut for ranks; a recipe publishes a graph")
         if self.gate.provider not in (None, self.evaluate.provider):
             raise ValueError(f"gate.provider needs evaluate.provider {self.gate.provider}: it is what is measured on")
         if self.workers and self.evaluate.provider != "CPUExecutionProvider":

@@ -36,7 +36,7 @@ from modelpress.progress import Progress, silent
 from modelpress.publish import publish
 from modelpress.reports import CodedTensor, CompressReport, UploadReport
 from modelpress.settings import read_settings
-from modelpress.shard import timeless
+from modelpress.shard import check_by, timeless
 from modelpress.store import Store
 from modelpress.store.local import local_errors
 from modelpress.workloads.hf_folder import read_licence, read_object
@@ -100,7 +100,8 @@ def publish_folder(
         progress: called with bytes read, then tensors coded, then bytes sent.
 
     Raises:
-        ConfigError: `name` is no pack name, or a file is not published; see `take_inventory`.
+        ConfigError: `name` is no pack name, or a file is not published; see `take_inventory`. Or the shards are to be
+            by rank, and the folder's tensors are whole.
         WorkloadError: no safetensors, or an index that names what is not there.
         CorruptionError: a safetensors file that is none, or is cut short.
         StageError: the folder was changed meanwhile.
@@ -113,6 +114,7 @@ def publish_folder(
     keys.manifests(name)
     inventory = take_inventory(folder, ignore, follow_links=follow_links)
     source = _open(inventory)
+    check_by(source.names, shard or ShardConfig())
     secret = _secret(store, name) if upload is not None and upload.encrypt else None
     configs = {
         "compress": (compress or CompressConfig()).model_dump(mode="json"),

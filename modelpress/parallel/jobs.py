@@ -6,6 +6,7 @@ A job lies in a folder of a store that all ranks reach: on one machine a folder 
     progress.json        how far it is, by the first rank, every second
     errors/<rank>.json   what a rank refused, in the parts of a `ModelpressError`
     output, result.json  the checkpoint, and the report; the result is written last
+    waiting, gone        of a run that waits for ranks elsewhere: see `lease`
 """
 
 from __future__ import annotations

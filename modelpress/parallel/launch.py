@@ -25,7 +25,7 @@ import psutil
 
 from modelpress.cores import usable_cores
 from modelpress.errors import ConfigError, ModelpressError, StageError
-from modelpress.parallel import jobs
+from modelpress.parallel import jobs, lease
 from modelpress.progress import Progress, silent
 from modelpress.store.base import Store, open_store
 
@@ -83,6 +83,8 @@ def wait_elsewhere(
 ) -> tuple[bytes, jobs.Result]:
     """Write a job down for ranks that somebody else starts, and wait for what they make.
 
+    Cancelled (by an exception), the ranks are told so and end; where this process is killed, they find it out.
+
     Args:
         job: what is to be done.
         folder: a place in a store that all ranks reach, for this job alone.
@@ -105,22 +107,25 @@ def wait_elsewhere(
     gone = [info.key for info in store.list(jobs.ERRORS)]  # of an attempt before
     for key in gone if reuse else [*gone, jobs.RESULT]:
         store.delete(key)
-    store.put(jobs.JOB, job.model_dump_json().encode())
-    say(f"waits for {job.parallel.processes} ranks; each machine runs: torchrun … -m modelpress.parallel.rank {folder}")
-    return _awaited(job, store, progress, ELSEWHERE_ROUND_SECONDS)
+    with lease.waiting(store) as beat:
+        store.put(jobs.JOB, job.model_dump_json().encode())
+        ranks = job.parallel.processes
+        say(f"waits for {ranks} ranks; each machine runs: torchrun … -m modelpress.parallel.rank {folder}")
+        return _awaited(job, store, progress, beat)
 
 
 def _on_disk(folder: str) -> bool:
     return "://" not in folder or folder.startswith("file:")
 
 
-def _awaited(job: jobs.Job, store: Store, progress: Progress, pause: float) -> tuple[bytes, jobs.Result]:
+def _awaited(job: jobs.Job, store: Store, progress: Progress, beat: lease.Beat) -> tuple[bytes, jobs.Result]:
     while store.info(jobs.RESULT) is None:
+        beat()
         failed = _failed(job, store)
         if failed is not None:
             raise failed
         _pass_on(store, progress)
-        time.sleep(pause)
+        time.sleep(ELSEWHERE_ROUND_SECONDS)
     return store.get(jobs.OUTPUT), jobs.read(store, jobs.RESULT, jobs.Result)
 
 

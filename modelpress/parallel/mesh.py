@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -16,8 +18,12 @@ from modelpress.errors import ConfigError, StageError
 
 DIMENSIONS = ("data", "pipeline", "tensor")
 """The innermost last: ranks that share layers talk most, and are neighbours, on one host where there are several."""
-LOST = ("connection", "timed out", "timeout", "broken pipe", "by peer", "socket", "nccl")
-"""What messages of the transports hold when another rank is gone or silent."""
+WAITING = (
+    "torch.distributed.distributed_c10d",
+    "torch.distributed._functional_collectives",
+    "torch.distributed.pipelining.schedules",
+)
+"""Modules of PyTorch from whose code ranks wait for each other; of ours it is `wait_for`."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +78,9 @@ def answered(doing: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         *_, cause = _causes(error)  # the pipeline wraps what its stages raise
-        first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        if not isinstance(cause, dist.DistError) and not any(word in str(cause).lower() for word in LOST):
+        if not isinstance(cause, dist.DistError) and not _arose_waiting(cause):
             raise
+        first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         rank = f"rank {dist.get_rank()} of {dist.get_world_size()}" if dist.is_initialized() else "a rank"
         raise StageError(
             f"{doing}, on {rank}",
@@ -82,6 +88,12 @@ def answered(doing: str) -> Iterator[None]:
             expected="all ranks at the same point",
             fix="look at the log of the rank that ended first; what is left is started again as a whole",
         ) from error
+
+
+def wait_for(works: Sequence[dist.Work]) -> None:
+    """Wait until these have been sent or received; within `answered`."""
+    for work in works:
+        work.wait()
 
 
 def average_gradients_(module: nn.Module, group: dist.ProcessGroup) -> None:
@@ -108,6 +120,34 @@ def _reduce_(gradients: list[Tensor], group: dist.ProcessGroup, *, mean: bool) -
                 flat /= group.size()
             for grad, part in zip(members, torch.split(flat, [grad.numel() for grad in members]), strict=True):
                 grad.copy_(part.view_as(grad))
+
+
+def _arose_waiting(error: BaseException) -> bool:
+    """Whether the transport raised it: native code, which was called where ranks wait for each other.
+
+    Gloo's errors are plain RuntimeErrors, as those of a layer are; what they say is not for programs.
+    """
+    steps = list(_steps(error))
+    while steps and _module(steps[-1][0]) == "torch._ops":  # the way to an operator, whoever calls it
+        steps.pop()
+    if not steps:
+        return False
+    frame, at = steps[-1]
+    if frame.f_code is not wait_for.__code__ and _module(frame) not in WAITING:
+        return False
+    return dis.opname[frame.f_code.co_code[at]] != "RAISE_VARARGS"  # Python code refused what it was given
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))
+
+
+def _steps(error: BaseException) -> Iterator[tuple[FrameType, int]]:
+    """The frames that an error went through, the innermost last, and the instruction at which each was."""
+    step = error.__traceback__
+    while step is not None:
+        yield step.tb_frame, step.tb_lasti
+        step = step.tb_next
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

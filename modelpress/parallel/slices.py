@@ -1,11 +1,13 @@
 """Tensors that are stored as tensor-parallel ranks take them: each rank's share a tensor of its own.
 
 A share of rank r of n has the name ``rank<r>of<n>.`` and the tensor's, so that `shard.by: layer` gives each layer's
-shares of each rank a shard of their own; the checkpoint's metadata say along which axis each tensor was cut.
+shares of each rank a shard of their own, and `rank` all shares of each rank shards of their own; the checkpoint's
+metadata say along which axis each tensor was cut.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,6 +37,12 @@ class Share:
 def share_name(name: str, rank: int, ranks: int) -> str:
     """Under which name a rank's share of a tensor is stored."""
     return f"rank{rank}of{ranks}.{name}"
+
+
+def rank_of(name: str) -> int | None:
+    """Whose share is stored under a name; None: a tensor that each rank takes whole."""
+    match = re.match(r"rank([0-9]{1,9})of[0-9]{1,9}\.", name)
+    return int(match[1]) if match else None
 
 
 def sliced(checkpoint: Checkpoint, axis_of: Axis, ranks: int) -> Checkpoint:

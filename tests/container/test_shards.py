@@ -21,6 +21,7 @@ from modelpress.container.tensors import to_bytes
 from modelpress.errors import ConfigError, CorruptionError, StageError
 from modelpress.manifest import MAX_EXPANSION, Manifest
 from modelpress.pack_files import read_reports
+from modelpress.parallel.slices import rank_of, sliced
 from modelpress.reports import ShardReport
 from modelpress.shard import ShardFile, draft_manifest, layer_of, write_shards
 
@@ -250,6 +251,29 @@ def test_by_layer_starts_a_shard_at_each_layer(tmp_path: Path) -> None:
         ["encoder.layer.10"],
         ["head"],
     ]
+
+
+def test_by_rank_starts_a_shard_at_each_ranks_shares(tmp_path: Path) -> None:
+    whole = Checkpoint("torch", {f"layer.{one}.{name}": weights(8, 6) for one in (0, 2, 10) for name in ("a", "norm")})
+    coded, _ = compress(sliced(whole, lambda name: 0 if name.endswith("a") else None, 2), CompressConfig())
+    shards, _ = write_shards(coded, ShardConfig(by="rank"), tmp_path / "shards")
+    assert [shard.tensors for shard in shards] == [
+        tuple(f"layer.{one}.norm" for one in (0, 2, 10)),
+        *[tuple(f"rank{rank}of2.layer.{one}.a" for one in (0, 2, 10)) for rank in range(2)],
+    ]
+
+
+def test_by_rank_of_what_no_rank_has_a_share_of_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"by rank\n  found: \d+ tensors, all of them whole(.|\n)*slices\.sliced"):
+        press(model(), tmp_path, by="rank")
+
+
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [("rank0of2.a", 0), ("rank12of16.b.c", 12), ("rank0of2", None), ("a.rank0of2.b", None), ("rankof.a", None)],
+)
+def test_the_rank_of_a_name(name: str, rank: int | None) -> None:
+    assert rank_of(name) == rank
 
 
 @pytest.mark.parametrize(

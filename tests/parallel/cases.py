@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from modelpress.config import DistillConfig, ParallelConfig, TrainConfig
 from modelpress.distill import distillation_loss, frozen, hidden_loss, recorded
-from modelpress.parallel import jobs
+from modelpress.parallel import jobs, lease
 from modelpress.parallel.jobs import Job
 from modelpress.parallel.rank import main as rank_main
 from modelpress.parallel.ranks import Ranks, joined
@@ -220,7 +220,8 @@ def work(who: Mapping[str, str], job: Job) -> bytes:
         return jobs.work(job, silent)[0]
 
 
-def be_rank(who: Mapping[str, str], folder: str) -> int:
-    """What torchrun would start."""
+def be_rank(who: Mapping[str, str], folder: str, patience: float | None = None) -> int:
+    """What torchrun would start; it looks often whether anybody waits for it."""
     os.environ.update(who)
-    return rank_main(folder)
+    lease.LOOK_SECONDS = 0.1
+    return rank_main(folder, patience)

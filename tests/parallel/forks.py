@@ -17,8 +17,9 @@ SECONDS = 240.0
 
 @functools.cache
 def server() -> Any:
+    """One for all tests here: Python has a single server for a process, and takes up what the first user preloads."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.parallel.cases"])
+    context.set_forkserver_preload(["tests.parallel.cases", "tests.parallel.work"])
     return context
 
 
@@ -54,13 +55,15 @@ def together(size: int, work: Callable[..., Any], *arguments: Any) -> list[tuple
         running.append((process, ours))
     found: list[tuple[Any, str | None]] = []
     for process, pipe in running:
+        said: tuple[Any, str | None] | None = (None, "stuck")
         try:
-            found.append(pipe.recv() if pipe.poll(SECONDS) else (None, "stuck"))
+            said = pipe.recv() if pipe.poll(SECONDS) else said
         except EOFError:
-            found.append((None, "died"))
+            said = None
         process.join(10)
         if process.is_alive():
             process.kill()
+        found.append(said or (None, f"ended with {process.exitcode}"))
     return found
 
 

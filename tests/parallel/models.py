@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.parallel._model_ranks import in_one_precision
+
 BLOCKS = 4
 
 
@@ -16,10 +18,10 @@ class Llama(nn.Module):
         super().__init__()
         config = LlamaConfig(
             vocab_size=32, hidden_size=16, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-            intermediate_size=24, max_position_embeddings=16, attn_implementation="eager", tie_word_embeddings=tied,
+            intermediate_size=24, max_position_embeddings=16, attn_implementation="sdpa", tie_word_embeddings=tied,
             use_cache=False,
         )  # fmt: skip
-        self.model = LlamaForCausalLM(config)
+        self.model = in_one_precision(LlamaForCausalLM(config))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         logits: Tensor = self.model(input_ids, attention_mask=attention_mask).logits
@@ -33,10 +35,10 @@ class Qwen(nn.Module):
         super().__init__()
         config = Qwen3Config(
             vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            head_dim=4, intermediate_size=24, max_position_embeddings=16, attn_implementation="eager", use_cache=False,
+            head_dim=4, intermediate_size=24, max_position_embeddings=16, attn_implementation="sdpa", use_cache=False,
             tie_word_embeddings=False,
         )  # fmt: skip
-        self.model = Qwen3ForCausalLM(config)
+        self.model = in_one_precision(Qwen3ForCausalLM(config))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         logits: Tensor = self.model(input_ids, attention_mask=attention_mask).logits

@@ -92,6 +92,7 @@ def test_what_is_no_sum_over_parts_is_refused() -> None:
             "set parallel.gradient_accumulation",
         ),
         ({"quantize": {"smooth": 0, "recovery": {"parallel": {"processes": 2}}}}, "quantize.recovery.parallel"),
+        ({"shard": {"by": "rank"}}, "a recipe publishes a graph"),
         ({"gpu": {}, "distill": {"train": {"parallel": {"processes": 2}}}}, "excludes gpu"),
         (
             {"prune": {"method": "wanda", "recovery": {"parallel": {"processes": 2, "strategy": "fsdp"}}}},

@@ -21,7 +21,7 @@ import torch
 from modelpress.checkpoint import Checkpoint, from_module
 from modelpress.config import DistillConfig, PruneConfig, TrainConfig, WorkloadConfig
 from modelpress.errors import ConfigError, CorruptionError, SetupError, StageError
-from modelpress.parallel import jobs, launch
+from modelpress.parallel import jobs, launch, lease
 from modelpress.parallel.states import States
 from modelpress.progress import silent
 from modelpress.reports import DistillReport
@@ -153,6 +153,45 @@ def test_ranks_that_others_start_are_waited_for_and_what_they_refuse_is_raised(
         go(without_states(make_job(tmp_path, train=wild)), "wild")
 
 
+class Cancelled(BaseException):
+    """As Prefect's own, which no handler of errors stops."""
+
+
+@pytest.mark.distributed
+@pytest.mark.faults
+def test_ranks_elsewhere_end_with_the_run_that_waits_and_the_next_one_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "ELSEWHERE_ROUND_SECONDS", 0.05)
+    monkeypatch.setattr(launch, "_on_disk", lambda _: False)
+    job, folder = make_job(tmp_path, pause=0.5), (tmp_path / "job").as_uri()
+    store, state = open_store(folder), tmp_path / "work" / "training" / "distill" / "key" / "0"
+
+    def cancel(*_: object) -> None:
+        if state.exists():
+            raise Cancelled
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(launch.wait_elsewhere, job, folder, cancel)
+        while store.info(jobs.JOB) is None:
+            time.sleep(0.01)
+        assert together(2, be_rank, folder) == [(None, "ended with 0")] * 2
+        assert isinstance(waiting.exception(SECONDS), Cancelled)
+    assert store.info(jobs.RESULT) is None
+    assert b"cancelled" in store.get(lease.GONE)
+    assert together(1, be_rank, folder) == [(None, "ended with 0")], "one that comes late begins nothing"
+    store.delete(lease.GONE)  # now as if that run had been killed: it said something, and then no more
+    assert together(2, be_rank, folder, 0.5) == [(None, "ended with 0")] * 2
+    assert b"said nothing for 0.5 s" in store.get(lease.GONE)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(launch.wait_elsewhere, job, folder)
+        while store.info(lease.GONE) is not None:
+            time.sleep(0.01)
+        results(together(2, be_rank, folder))
+        _, result = waiting.result(SECONDS)
+    assert "goes on behind update" in result.told[0]
+
+
 def test_a_job_is_read_as_it_was_written_and_another_versions_is_named(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "job"))
     store.put(jobs.JOB, b'{"stage": "sing"}')
@@ -178,9 +217,6 @@ def test_what_ends_the_launcher_ends_the_ranks(tmp_path: Path) -> None:
     job = make_job(tmp_path, pause=2.0)
     agents: list[subprocess.Popen[bytes]] = []
     ranks: list[psutil.Process] = []
-
-    class Cancelled(BaseException):
-        pass
 
     def cancel(*_: object) -> None:
         found = [rank_of(agents[0], rank) for rank in range(2)]
@@ -209,6 +245,42 @@ def test_what_ends_the_launcher_ends_the_ranks(tmp_path: Path) -> None:
         launcher.send_signal(signal.SIGKILL)
     _, alive = psutil.wait_procs(tree, timeout=60)
     assert not alive
+
+
+@pytest.mark.e2e
+@pytest.mark.distributed
+def test_torchrun_elsewhere_ends_well_when_the_run_is_told_to_stop(tmp_path: Path) -> None:
+    """Real processes on both sides, and Prefect's own handler, by which a run is cancelled; status 0 starts no rank
+    again."""
+    job, folder = make_job(tmp_path, pause=2.0), (tmp_path / "job").as_uri()
+    (tmp_path / "job.json").write_text(job.model_dump_json())
+    code = (
+        "import sys; from pathlib import Path; from prefect.utilities.engine import capture_sigterm\n"
+        "from modelpress.parallel import jobs, launch; launch._on_disk = lambda _: False\n"
+        "job = jobs.Job.model_validate_json(Path(sys.argv[1]).read_text())\n"
+        "def say(text): print('waits', flush=True)\n"
+        "def move(*_): print('moves', flush=True)\n"
+        "with capture_sigterm(): launch.wait_elsewhere(job, sys.argv[2], move, say)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    torchrun = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"),
+        *("-m", "modelpress.parallel.rank", folder),
+    ]
+    waiting = [sys.executable, "-c", code, str(tmp_path / "job.json"), folder]
+    with subprocess.Popen(waiting, stdout=subprocess.PIPE, text=True, env=environment) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "waits\n"
+        with subprocess.Popen(torchrun, env=environment | {"GLOO_SOCKET_IFNAME": "lo"}) as agent:
+            assert run.stdout.readline() == "moves\n"
+            tree = [psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)]
+            run.terminate()
+            assert run.wait(SECONDS) == -signal.SIGTERM
+            assert agent.wait(SECONDS) == 0
+    _, alive = psutil.wait_procs(tree, timeout=60)
+    assert not alive
+    assert open_store(folder).info(jobs.RESULT) is None
 
 
 @pytest.mark.e2e

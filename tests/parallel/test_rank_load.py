@@ -10,6 +10,7 @@ from torch import nn
 
 from modelpress import keys, load
 from modelpress.checkpoint import from_module
+from modelpress.compress import compress
 from modelpress.config import ShardConfig
 from modelpress.container.base import PackTensors
 from modelpress.delta import compress_against
@@ -115,6 +116,25 @@ def test_a_pack_of_shares_gives_whole_tensors(tmp_path: Path, store: CountingSto
     assert torch.equal(parts["layer.0.weight"], whole.tensors["layer.0.weight"].chunk(2, 1)[1])
     held = ["rank1of3." + LARGE, "rank1of3.layer.0.weight", "rank2of3.layer.0.weight", "scale"]
     assert sorted(store.read) == sorted(shards_of(pack, *held))
+
+
+def test_of_a_pack_by_rank_each_reads_whole_shards_that_are_its_own(tmp_path: Path, store: CountingStore) -> None:
+    whole = torch_checkpoint()
+    axes = {LARGE: 0, "layer.0.weight": 1, "layer.1.weight": 0}
+    coded, _ = compress(sliced(whole, axes.get, 2), COMPRESS)
+    shards, _ = write_shards(coded, ShardConfig(by="rank"), tmp_path / "by rank")
+    manifest, files = draft_manifest("ranks", coded, shards)
+    pack = Pack(manifest, shards, files, whole)
+    pack.publish(store)
+    store.read.clear()
+    for rank in range(2):
+        found, report = load_tensors(
+            store, "ranks", pack.digest, {name: Share(axis, rank, 2) for name, axis in axes.items()}
+        )
+        assert all(torch.equal(found[name], whole.tensors[name].chunk(2, axis)[rank]) for name, axis in axes.items())
+        assert (report.shards, report.pack_shards) == (1, 4), "one of each rank, and what all take before and behind"
+        assert report.read_bytes == manifest.shards[1 + rank].size_bytes
+    assert sorted(store.read) == sorted(keys.blob(shard.sha256) for shard in manifest.shards[1:3])
 
 
 class Layer(nn.Module):

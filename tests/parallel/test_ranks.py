@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from modelpress import keys
 from modelpress.checkpoint import from_module
+from modelpress.cipher import LocalKey, seal_pack, secrets
 from modelpress.compress import compress
 from modelpress.config import ShardConfig
 from modelpress.manifest import Manifest
@@ -25,8 +25,9 @@ from modelpress.publish import publish
 from modelpress.shard import draft_manifest, layer_of, write_shards
 from modelpress.store.local import LocalStore
 from tests.packs import COMPRESS
+from tests.parallel.forks import server
 from tests.parallel.models import batch, loss, make
-from tests.parallel.work import DEAD, MISSING, RANKS, work
+from tests.parallel.work import DEAD, KEY, MISSING, RANKS, STRANGER, work
 
 pytestmark = pytest.mark.distributed
 
@@ -51,8 +52,8 @@ class Launch:
         return safetensors.torch.load_file(self.folder / f"{name}-{rank}.safetensors")
 
 
-def make_pack(folder: Path) -> Manifest:
-    """The Llama, its tensors cut for two ranks, a shard for each layer and rank."""
+def make_packs(folder: Path) -> tuple[Manifest, Manifest]:
+    """The Llama, its tensors cut for two ranks, a shard for each layer and rank; and the same encrypted."""
     module = make("llama")
     plan = plan_tensors(module, 2)
     coded, _ = compress(sliced(from_module(module), lambda name: axis_of(name, plan), 2), COMPRESS)
@@ -61,19 +62,22 @@ def make_pack(folder: Path) -> Manifest:
     publish(LocalStore(folder / "store"), manifest, shards, blobs, source_bytes=1)
     shutil.copytree(folder / "store", folder / "lacking")
     LocalStore(folder / "lacking").delete(keys.blob(manifest.shards[MISSING].sha256))
-    return manifest
+    store = LocalStore(folder / "sealed")
+    secret = secrets.current(store, "llama", [LocalKey(KEY)])
+    sealed, shards, blobs = seal_pack(manifest, shards, blobs, secret, folder / "sealing")
+    publish(store, sealed, shards, blobs, source_bytes=1)
+    return manifest, sealed
 
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     folder = tmp_path_factory.mktemp("ranks")
-    manifest = make_pack(folder)
+    manifest, sealed = make_packs(folder)
     plans = {kind: plan_tensors(make(kind), 2, batch(kind)[0]) for kind in ("llama", "tied", "qwen", "bert")} | {
         "residual": {}
     }
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.parallel.work"])  # torch is imported once, not four times
-    ranks = [context.Process(target=work, args=(rank, folder, plans, manifest.digest)) for rank in range(RANKS)]
+    told = (folder, plans, manifest.digest, sealed.digest)
+    ranks = [server().Process(target=work, args=(rank, *told)) for rank in range(RANKS)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
@@ -106,7 +110,7 @@ def test_every_rank_came_to_its_end(launch: Launch) -> None:
     ("name", "kind"),
     [
         *[("1f1b", "llama"), ("gpipe", "residual"), ("hybrid", "tied"), ("copies", "llama")],
-        *[("norms", "qwen"), ("tensor", "bert")],
+        *[("norms", "qwen"), ("tensor", "bert"), ("interleaved", "tied")],
     ],
 )
 def test_ranks_together_compute_what_one_process_computes(launch: Launch, name: str, kind: str) -> None:
@@ -197,21 +201,43 @@ def test_a_missing_shard_is_named_on_every_rank(launch: Launch) -> None:
             assert f"found: rank {MISSING % RANKS} of the group" in facts["missing"]
 
 
+def test_an_encrypted_pack_is_not_sent_between_ranks(launch: Launch) -> None:
+    for rank in range(RANKS):
+        facts = launch.facts(rank)["sealed"]
+        assert facts["group"].startswith("ConfigError: reading pack llama in a group of 4 ranks\n  found: an encrypted")
+        assert facts["read for a group"] == []
+        assert facts["equal"], "each by itself, with the key"
+
+
+@pytest.mark.faults
+def test_a_rank_with_another_key_is_told_so_and_nobody_waits_for_it(launch: Launch) -> None:
+    for rank in range(RANKS):
+        facts = launch.facts(rank)["sealed"]
+        stranger = rank == STRANGER
+        assert facts["group of a stranger"].startswith("EncryptionKeyError: " if stranger else "ConfigError: ")
+        assert facts["alone"].startswith("EncryptionKeyError: " if stranger else "no error")
+        assert (LocalKey(KEY).id in facts["alone"]) == stranger, "the key that it lacks"
+
+
 def test_what_does_not_fit_is_refused(launch: Launch) -> None:
     for rank in range(RANKS):
         facts = launch.facts(rank)["refusals"]
         assert "ConfigError: making a mesh of data × pipeline × tensor = 3 × 1 × 1" in facts["mesh"]
         assert "3 microbatches by 1f1b" in facts["microbatches"]
         assert "2 parts\n  expected: 4" in facts["parts"]
+        assert "3 parts of the model, interleaved\n  expected: 4, 6, …" in facts["uneven parts"]
+        assert "3 microbatches by interleaved\n  expected: a multiple of 2" in facts["uneven rounds"]
+        assert f"found: parts {rank % 2}, {rank % 2 + 2} of 4" in facts["stage of several"]
         assert "2 tensor-parallel ranks, and no plan" in facts["plan"]
         assert "wants other shards, or another pack" in facts["others"]
         assert "into 4 microbatches\n  found: input_ids: 6 samples" in launch.facts(rank)["uneven"]
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("how", ["silent", "dead"])
+@pytest.mark.parametrize("how", ["silent", "dead", "dead shares"])
 def test_a_rank_that_is_gone_is_an_error_and_no_wait(launch: Launch, how: str) -> None:
-    for rank in LIVING:
+    """In a sum of ours, in the pipeline's sends, and in a sum within a layer."""
+    for rank in LIVING if how != "dead shares" else [DEAD - 1]:
         error = launch.facts(rank)[how]
         assert error.startswith("StageError: "), error
         assert f"on rank {rank} of {RANKS}\n  found: another rank died, or did not answer in time: " in error

@@ -5,6 +5,7 @@ One launch serves all tests: starting a process and importing torch takes longer
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import datetime
 import json
@@ -39,6 +40,12 @@ DEAD = 3
 """The rank that ends without a word."""
 MISSING = 1
 """The shard that the store without it lacks."""
+
+KEY = bytes(range(32))
+"""That opens the encrypted pack."""
+STRANGER = 2
+"""The rank that comes to have another."""
+INTERLEAVED: dict[str, object] = {"schedule": "interleaved"}
 
 Facts = dict[str, object]
 
@@ -76,16 +83,17 @@ def own_slice(runner: Runner, kind: str) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def trained(folder: Path, rank: int, name: str, kind: str, runner: Runner) -> None:
-    """Outputs, loss and whole gradients after one step."""
+    """Outputs, loss and whole gradients after one step; asking for outputs leaves gradients as they are."""
     inputs, targets = own_slice(runner, kind)
     found: dict[str, Tensor] = {}
-    output = runner.infer(inputs)
     lost = runner.train_step(inputs, targets)
+    output = runner.infer(inputs)
     if output is not None and lost is not None and runner.mesh.get_local_rank("tensor") == 0:
         found |= {"output": output.contiguous(), "loss": lost.reshape(1)}
-    for parameter_name, parameter in runner.stage.body.named_parameters(remove_duplicate=False):
-        assert parameter.grad is not None, parameter_name
-        found[f"grad {parameter_name}"] = whole(parameter.grad).detach().clone().contiguous()
+    for stage in runner.stages.values():
+        for parameter_name, parameter in stage.body.named_parameters(remove_duplicate=False):
+            assert parameter.grad is not None, parameter_name
+            found[f"grad {parameter_name}"] = whole(parameter.grad).detach().clone().contiguous()
     safetensors.torch.save_file(found, folder / f"{name}-{rank}.safetensors")
 
 
@@ -96,6 +104,7 @@ def splits(folder: Path, rank: int, plans: dict[str, TensorPlan]) -> None:
         ("gpipe", "residual", MeshSizes(pipeline=4), [0, 2, 3, 4, 5], {"microbatches": 2, "schedule": "gpipe"}),
         ("hybrid", "tied", MeshSizes(pipeline=2, tensor=2), [0, 1, 4], {"microbatches": 2}),
         ("copies", "llama", MeshSizes(data=2, pipeline=2), [0, 2, 4], {"microbatches": 4}),
+        ("interleaved", "tied", MeshSizes(data=2, pipeline=2), [0, 1, 2, 3, 4], INTERLEAVED | {"microbatches": 4}),
         ("norms", "qwen", MeshSizes(pipeline=2, tensor=2), [0, 1, 2], {"microbatches": 2}),
         ("tensor", "bert", MeshSizes(data=2, tensor=2), [0, 2], {}),
     ):
@@ -171,6 +180,11 @@ def failed(action: Callable[[], object]) -> str:
     return "no error"
 
 
+def interleaved(bounds: list[int], microbatches: int) -> Runner:
+    """Several parts of a model on each of two ranks, and a copy of it."""
+    return runner_of("llama", MeshSizes(data=2, pipeline=2), bounds, {}, microbatches=microbatches, **INTERLEAVED)
+
+
 def refusals(folder: Path, rank: int, pack: str) -> Facts:
     """Meshes and groups that do not fit, and a store that lacks a shard."""
     wanted = dict.fromkeys(make("llama").state_dict())
@@ -180,11 +194,32 @@ def refusals(folder: Path, rank: int, pack: str) -> Facts:
         "mesh": failed(lambda: make_mesh(MeshSizes(data=3))),
         "microbatches": failed(lambda: runner_of("llama", MeshSizes(pipeline=4), [0, 1, 2, 3, 4], {}, microbatches=3)),
         "parts": failed(lambda: runner_of("llama", MeshSizes(pipeline=4), [0, 2, 4], {}, microbatches=4)),
+        "uneven parts": failed(lambda: interleaved([0, 2, 3, 4], 2)),
+        "uneven rounds": failed(lambda: interleaved([0, 1, 2, 3, 4], 3)),
+        "stage of several": failed(lambda: interleaved([0, 1, 2, 3, 4], 2).stage),
         "plan": failed(lambda: runner_of("llama", MeshSizes(pipeline=2, tensor=2), [0, 2, 4], {}, microbatches=2)),
         "missing": failed(lambda: load_tensors(store, "llama", pack, wanted, group=dist.group.WORLD)),
         "missing alone": failed(lambda: load_tensors(store, "llama", pack, wanted)),
         "others": failed(lambda: load_tensors(store, "llama", pack, other, group=dist.group.WORLD)),
     }
+
+
+def sealed(folder: Path, rank: int, pack: str) -> Facts:
+    """An encrypted pack: with the key, in a group and alone; and where one rank of four has another key."""
+    wanted = dict.fromkeys(make("llama").state_dict())
+    store = CountingStore(folder / "sealed")
+    os.environ["MODELPRESS_KEY"] = base64.b64encode(KEY).decode()
+    found: Facts = {
+        "group": failed(lambda: load_tensors(store, "llama", pack, wanted, group=dist.group.WORLD)),
+        "read for a group": list(store.read),
+    }
+    tensors, _ = load_tensors(store, "llama", pack, wanted)
+    found["equal"] = all(torch.equal(tensors[name], tensor) for name, tensor in make("llama").state_dict().items())
+    if rank == STRANGER:
+        os.environ["MODELPRESS_KEY"] = base64.b64encode(KEY[::-1]).decode()
+    found["group of a stranger"] = failed(lambda: load_tensors(store, "llama", pack, wanted, group=dist.group.WORLD))
+    found["alone"] = failed(lambda: load_tensors(store, "llama", pack, wanted))
+    return found
 
 
 def silence(folder: Path, rank: int) -> Facts:
@@ -204,14 +239,17 @@ def _reduce(group: dist.ProcessGroup) -> None:
         dist.all_reduce(torch.zeros(1), group=group)
 
 
-def death(rank: int, runner: Runner) -> Facts:
-    """One rank ends without a word in front of a step."""
+def death(rank: int, stages: Runner, shares: Runner) -> Facts:
+    """One rank ends without a word in front of a step: the others miss its stage, and one of them its shares too."""
     if rank == DEAD:
         os._exit(9)
-    return {"dead": failed(lambda: runner.infer(batch("llama")[0]))}
+    found: Facts = {}
+    if shares.mesh.get_local_rank("data") == 1:
+        found["dead shares"] = failed(lambda: shares.train_step(*own_slice(shares, "bert")))
+    return found | {"dead": failed(lambda: stages.infer(batch("llama")[0]))}
 
 
-def work(rank: int, folder: Path, plans: dict[str, TensorPlan], pack: str) -> None:
+def work(rank: int, folder: Path, plans: dict[str, TensorPlan], pack: str, sealed_pack: str) -> None:
     """All of it, on one rank."""
     torch.set_num_threads(1)
     options = {"rank": rank, "world_size": RANKS, "timeout": datetime.timedelta(seconds=200)}
@@ -219,12 +257,13 @@ def work(rank: int, folder: Path, plans: dict[str, TensorPlan], pack: str) -> No
     splits(folder, rank, plans)
     facts: Facts = {"pack": from_pack(folder, rank, plans, pack), "copies": copies(folder, rank, pack)}
     facts["refusals"] = refusals(folder, rank, pack)
+    facts["sealed"] = sealed(folder, rank, sealed_pack)
     facts["sums"] = sums(plans)
     facts |= silence(folder, rank)
     last = runner_of("llama", MeshSizes(pipeline=4), [0, 1, 2, 3, 4], {}, microbatches=4)
     uneven = {name: tensor[:6] for name, tensor in batch("llama")[0].items()}
     facts["uneven"] = failed(lambda: last.infer(uneven))
     (folder / f"facts-{rank}.json").write_text(json.dumps(facts))
-    facts |= death(rank, last)
+    facts |= death(rank, last, runner_of("bert", MeshSizes(data=2, tensor=2), [0, 2], plans["bert"]))
     (folder / f"facts-{rank}.json").write_text(json.dumps(facts))
     os._exit(0)  # the group is broken: nothing of it can be ended in good order
