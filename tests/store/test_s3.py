@@ -214,7 +214,6 @@ def test_a_stream_that_always_breaks_is_given_up(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("size", [1, PART_BYTES, 100 * MIB, 200 * 2**30, 5 * 2**40])
 @pytest.mark.parametrize(
     ("status", "code", "error"),
     [

@@ -77,6 +77,7 @@ def test_a_part_that_another_process_changed_is_sent_again(open_s3: OpenS3) -> N
     assert store.get("large") == data
 
 
+@pytest.mark.parametrize("size", [1, PART_BYTES, 100 * MIB, 200 * 2**30, 5 * 2**40])
 def test_parts_are_few_enough_and_not_too_large(size: int) -> None:
     part = part_size(size)
     assert part >= 5 * MIB
