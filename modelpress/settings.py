@@ -10,10 +10,11 @@ import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, Json, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from modelpress.errors import ConfigError
+from modelpress.providers import CPU, Provider
 
 SettingsT = TypeVar("SettingsT", bound=BaseSettings)
 
@@ -80,12 +81,26 @@ class Settings(BaseSettings):
     hardware: str = Field(default="", pattern=r"^([a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?)?$")
     """Class of this machine, a name of your own such as `c7i-2xlarge`: what is measured here counts for it in the gate
     (`gate.hardware`). Empty: figures have no class."""
+    provider_options: Json[dict[Provider, dict[str, str]]] = Field(default="{}")  # type: ignore[arg-type]  # is parsed, too
+    """JSON: for an execution provider of ONNX Runtime, by its name, the options that this machine gives it, such as
+    `{"VitisAIExecutionProvider": {"config_file": "/etc/vitisai_config.json", "cache_dir": "/var/cache/vitisai"}}`."""
+    mlflow_reports: Literal["auto", "all", "none"] = "auto"
+    """Which runs leave their reports in MLflow, which keeps them in the clear: the page, the stages' own reports, plots
+    that name layers, attributions of single samples. `auto`: those whose packs are not encrypted; `all`; `none`. The
+    recipe, the numbers and the verdicts, which the gate reads there, are in MLflow always."""
     log: Literal["text", "json"] = "text"
     """How flows log to the terminal: Prefect's lines, or a JSON object in each line."""
     metrics: Path | None = None
     """Folder of the node exporter's textfile collector: each run of the line leaves its numbers there. Unset: none."""
     reuse: bool = True
     """Take a stage's finished output when its key matches; off recomputes everything."""
+
+    @field_validator("provider_options")
+    @classmethod
+    def _check_options(cls, options: dict[Provider, dict[str, str]]) -> dict[Provider, dict[str, str]]:
+        if CPU in options:
+            raise ValueError(f"{CPU} takes no options")
+        return options
 
     @property
     def store_uri(self) -> str:
@@ -97,10 +112,23 @@ class Settings(BaseSettings):
         """The stage store, with its default filled in."""
         return self.work or str((self.home / "work").absolute())
 
+    def reports_to_mlflow(self, *, encrypted: bool) -> bool:
+        """Whether MLflow gets the reports of a run whose pack is encrypted, or is not."""
+        return self.mlflow_reports == "all" or (self.mlflow_reports == "auto" and not encrypted)
+
     @property
     def seen(self) -> Path:
         """Where is kept how far pointers were seen; see `modelpress.trust.seen`."""
         return self.home / "seen"
+
+    def options_of(self, provider: str) -> dict[str, str]:
+        """The options that this machine gives an execution provider; none for one that is not named."""
+        return {
+            name: given
+            for key, options in self.provider_options.items()
+            if key == provider
+            for name, given in options.items()
+        }
 
     @property
     def mlflow_uri(self) -> str:

@@ -126,11 +126,11 @@ def test_each_layout_says_what_it_is_in_the_help() -> None:
         assert line[1] == writer.about
 
 
-@pytest.mark.parametrize("layout", ["onnx", "triton", "huggingface", "compressed-tensors"])
+@pytest.mark.parametrize("layout", ["onnx", "triton", "vitis-ai", "huggingface", "compressed-tensors"])
 def test_a_layout_refuses_what_it_does_not_fit_before_anything_is_fetched(
     store: Store, tmp_path: Path, layout: Any
 ) -> None:
-    graphs = layout in ("onnx", "triton")
+    graphs = layout in ("onnx", "triton", "vitis-ai")
     pack = make_pack(tmp_path / "shards", torch_checkpoint() if graphs else onnx_checkpoint(), name="demo")
     pack.publish(store)
     for blob in pack.manifest.blobs():
