@@ -15,6 +15,9 @@ export DO_NOT_TRACK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_OFFLINE := 1
 
+# Images set it; then each of the hundreds of processes of a run of tests would compile all our sources again.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help venv demo test test-faults test-e2e fuzz lint format clean
 
 help: ## list the targets

@@ -21,6 +21,7 @@ from modelpress.config.prune import PruneConfig
 from modelpress.config.quantize import ExportConfig, QuantizeConfig
 from modelpress.config.recipes import (
     BlockwiseRecipe,
+    ExportRecipe,
     OptimizeConfig,
     PlanRecipe,
     QuantizeRecipe,
@@ -28,6 +29,7 @@ from modelpress.config.recipes import (
     load_blockwise_recipe,
     load_canary,
     load_config,
+    load_export_recipe,
     load_gate,
     load_plan_recipe,
     load_quantize_recipe,
@@ -51,6 +53,7 @@ __all__ = [
     "DistillConfig",
     "EvaluateConfig",
     "ExportConfig",
+    "ExportRecipe",
     "GateConfig",
     "GpuConfig",
     "HardwareConfig",
@@ -74,6 +77,7 @@ __all__ = [
     "load_blockwise_recipe",
     "load_canary",
     "load_config",
+    "load_export_recipe",
     "load_gate",
     "load_plan_recipe",
     "load_quantize_recipe",

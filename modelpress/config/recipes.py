@@ -22,6 +22,7 @@ from modelpress.config.quantize import ExportConfig, QuantizeConfig
 from modelpress.config.workers import WorkersConfig
 from modelpress.config.workload import WorkloadConfig
 from modelpress.errors import ConfigError
+from modelpress.providers import CPU
 
 Checked = TypeVar("Checked", bound=Config)
 
@@ -80,8 +81,8 @@ class OptimizeConfig(Config):
             raise ValueError("shard.by 'rank' is for checkpoints that were cut for ranks; a recipe publishes a graph")
         if self.gate.provider not in (None, self.evaluate.provider):
             raise ValueError(f"gate.provider needs evaluate.provider {self.gate.provider}: it is what is measured on")
-        if self.workers and self.evaluate.provider != "CPUExecutionProvider":
-            raise ValueError("workers share cores, not a GPU: leave them out, or set evaluate.provider to the CPU's")
+        if self.workers and self.evaluate.provider != CPU:
+            raise ValueError("workers share cores, not a device: leave them out, or set evaluate.provider to the CPU's")
         return self
 
     def _check_spread(self) -> None:
@@ -117,6 +118,15 @@ class PlanRecipe(Config):
     """The budget, and what a weight may become."""
     compress: CompressConfig = CompressConfig()
     """The codecs whose bytes are counted."""
+
+
+class ExportRecipe(Config):
+    """One run of `modelpress export`: source → StableHLO."""
+
+    workload: WorkloadConfig
+    """The model, and the data whose shapes it is traced with."""
+    export: ExportConfig = ExportConfig()
+    """Its `tolerance`; `opset` is of ONNX graphs."""
 
 
 class QuantizeRecipe(Config):
@@ -177,6 +187,15 @@ def load_plan_recipe(path: str | Path) -> PlanRecipe:
         ConfigError: see `load_config`.
     """
     return _checked(PlanRecipe, _read_yaml(path), str(path))
+
+
+def load_export_recipe(path: str | Path) -> ExportRecipe:
+    """Read an `ExportRecipe` from a YAML file.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    return _checked(ExportRecipe, _read_yaml(path), str(path))
 
 
 def load_quantize_recipe(path: str | Path) -> QuantizeRecipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeAlias, TypeVar
 
 from pydantic import Field
 
@@ -22,11 +22,10 @@ from modelpress.reports.base import ArtifactRef, Report
 
 NameT = TypeVar("NameT", int, str)
 ValueT = TypeVar("ValueT")
-Numbers = Annotated[
-    WeightedMean | Moments | ChannelMoments | Extremes | Histogram | Confusion | Ranking | PairedScores,
-    Field(discriminator="kind"),
-]
+Unnamed: TypeAlias = WeightedMean | Moments | ChannelMoments | Extremes | Histogram | Confusion | Ranking | PairedScores
 """What merges without names."""
+Numbers = Annotated[Unnamed, Field(discriminator="kind")]
+"""The same, told apart by `kind`."""
 
 
 class Piece(Report):

@@ -30,6 +30,7 @@ from modelpress.reports.graph import (
     RoundedLayer,
     SensitivityRow,
     SharedTensor,
+    StableHloReport,
 )
 from modelpress.reports.housekeeping import (
     CollectReport,
@@ -123,6 +124,7 @@ __all__ = [
     "ShardReport",
     "SharedTensor",
     "SourceReport",
+    "StableHloReport",
     "Stage",
     "TensorChange",
     "TrafficReport",
