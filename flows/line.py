@@ -7,22 +7,32 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.utilities.urls import url_for
 
-from flows import figures, metrics, pages
-from flows.result import OptimizeResult, StageRow, format_bytes, format_quality, markdown, table, throughput
+from flows import metrics, pages
+from flows.result import (
+    OptimizeResult,
+    StageRow,
+    format_bytes,
+    format_quality,
+    markdown,
+    memory_notes,
+    table,
+    throughput,
+)
 from flows.watch import watched
 from modelpress.config import OptimizeConfig
+from modelpress.errors import ModelpressError, PageError
 from modelpress.reports import (
     ArtifactRef,
     CompressReport,
@@ -33,7 +43,6 @@ from modelpress.reports import (
     SourceReport,
     Stage,
     UploadReport,
-    trainings,
 )
 from modelpress.settings import Settings, read_settings
 from modelpress.store.local import local_errors
@@ -55,17 +64,24 @@ DEFAULT_UI = "http://127.0.0.1:4200"
 class Line:
     """The state of one run. Tasks never see it: they are told references and a `RunContext`."""
 
+    is_trial: ClassVar[bool] = False
+    """Whether it is one of several tries, of which nobody is told by name."""
+
     def __init__(self, config: OptimizeConfig, settings: Settings, run: runs.Run, flow_run_url: str) -> None:
         self.config, self.settings, self.run, self.flow_run_url = config, settings, run, flow_run_url
         self.key = re.sub(r"[^a-z0-9]+", "-", config.name)
         workload = sources.pin(settings, config.workload)
         if workload != config.workload:  # an alias, which may name another version by the end of the run
             run.tag("source_model", workload.model)
-        self.context = RunContext(name=config.name, mlflow_run=run.id, workload=workload, gpu=config.gpu)
+        self.reports_to_mlflow = settings.reports_to_mlflow(encrypted=config.upload.encrypt)
+        self.context = RunContext(
+            name=config.name, mlflow_run=run.id, workload=workload, gpu=config.gpu, reports=self.reports_to_mlflow
+        )
         self.mlflow_url = runs.run_url(settings, run.id, run.experiment_id)
         self.links = {"MLflow run": self.mlflow_url} | ({"Prefect flow run": flow_run_url} if flow_run_url else {})
         self.published: UploadReport | None = None
         self.decision: Decision | None = None
+        self._result: OptimizeResult | None = None
         self.rows: list[StageRow] = []
         self.reports: dict[str, Report] = {}
         self.evaluations: dict[str, EvaluationReport] = {}
@@ -145,9 +161,9 @@ class Line:
                 },
                 **{f"quality {label}": report.quality.metrics() for label, report in self.evaluations.items()},
             },
-            scores=self.scores[self._served],
+            scores=self.scores[self.served],
             source_scores=self.scores["source"],
-            graph=self.outputs[self._served],
+            graph=self.outputs[self.served],
             source_bytes=self.outputs["source"].size_bytes,
         )
 
@@ -165,7 +181,7 @@ class Line:
 
     def headline(self) -> dict[str, str]:
         """The measured numbers that the gate and people read from the model version: text by tag."""
-        served, source = self.evaluations[self._served], self.evaluations["source (onnx)"]
+        served, source = self.evaluations[self.served], self.evaluations["source (onnx)"]
         return {
             served.quality.metric: f"{served.quality.value:.6f}",
             "throughput_per_second": f"{throughput(served):.3f}",
@@ -176,10 +192,10 @@ class Line:
 
     def of_hardware(self) -> dict[str, str]:
         """What was measured of the served graph, by the class of the machine: text by tag."""
-        return registered_figures.tags(self.evaluations[self._served])
+        return registered_figures.tags(self.evaluations[self.served])
 
-    def delivered(self, published: UploadReport, registered: Registered, decision: Decision | None) -> OptimizeResult:
-        """The result, told to MLflow and to the log."""
+    def delivered(self, published: UploadReport, registered: Registered, decision: Decision | None) -> None:
+        """Make the result, and tell it to MLflow and to the log."""
         if registered.created:
             self.recomputed.append("register")
         speedup = float(self.headline()["speedup"])
@@ -192,10 +208,10 @@ class Line:
                 "published_bytes": published.published_bytes,
                 "compression_ratio": published.compression_ratio,
                 "speedup": speedup,
-                **{f"served.{key}": value for key, value in self.evaluations[self._served].metrics().items()},
+                **{f"served.{key}": value for key, value in self.evaluations[self.served].metrics().items()},
             }
         )
-        result = OptimizeResult(
+        result = self._result = OptimizeResult(
             name=self.config.name,
             pack=published.pack,
             uri=published.uri,
@@ -207,12 +223,12 @@ class Line:
             stages=self.rows,
             recomputed=self.recomputed,
             decision=decision,
-            graph=self.outputs[self._served].sha256,
+            graph=self.outputs[self.served].sha256,
             mlflow_run=self.run.id,
             mlflow_url=self.mlflow_url,
             flow_run_url=self.flow_run_url,
         )
-        self.run.json("result.json", result.model_dump(mode="json"))
+        self._log_result()
         get_run_logger().info(
             "%s is published as %s: %s bytes, %.1f× fewer than the source, %.1f× its throughput; %s",
             result.name,
@@ -222,36 +238,76 @@ class Line:
             speedup,
             f"recomputed {', '.join(self.recomputed)}" if self.recomputed else "everything reused, nothing recomputed",
         )
-        return result
+
+    def _log_result(self) -> None:
+        """The result as an artifact in MLflow; where reports are not for it, without attributions of single samples."""
+        without: Any = None if self.reports_to_mlflow else {"stages": {"__all__": {"attribution": {"examples"}}}}
+        self.run.json("result.json", self.result.model_dump(mode="json", exclude=without))
+
+    @property
+    def result(self) -> OptimizeResult:
+        """What was delivered; when the run has ended, with what became of its page."""
+        assert self._result is not None, "delivered"
+        return self._result
 
     def show(self) -> None:
-        """Table, report and plots of the stages that ran, also when a later one failed."""
+        """Table, report, plots and page of the stages that ran, also when a later one failed.
+
+        Whether the run has published is decided by now: what can't be drawn or kept is told, and fails nothing.
+        """
         if not self.rows:
             return
         key = self.key
         create_table_artifact(table(self.rows), key=f"{key}-stages", description=f"Stages of `{self.config.name}`")
-        pack = f"Pack `{self.published.pack}`, `{self.published.uri}`\n\n" if self.published else ""
-        links = " · ".join(f"[{name}]({url})" for name, url in self.links.items())
-        text = f"# {self.config.name}\n\n{markdown(self.rows)}\n\n{self._memory()}{pack}{links}\n"
-        planned, compressed = self.reports.get("plan"), self.reports.get("compress")
-        shown = compressed if isinstance(compressed, CompressReport) else None
-        with tempfile.TemporaryDirectory(prefix="modelpress-") as folder:
+        with tempfile.TemporaryDirectory(prefix="modelpress-") as name:
+            folder = Path(name)
+            problems = self._draw(folder)
+            text = self._text(problems)
             with local_errors(f"writing the report into {folder}", writing=True):
-                Path(folder, "report.md").write_text(text, encoding="utf-8")
-                figures.draw(self.rows, shown, Path(folder, "stages.png"))
-                picture = base64.b64encode(Path(folder, "stages.png").read_bytes()).decode()
-                if isinstance(planned, PlanReport):
-                    self._show_plan(planned, key, Path(folder))
-                if isinstance(profiled := self.reports.get("profile"), ProfileReport):
-                    self._show_profile(profiled, key, Path(folder))
+                (folder / "report.md").write_text(text, encoding="utf-8")
             # In the text, which Prefect's UIs show whole: an image artifact wants an address that each browser reaches.
-            seen = f"{text}\n![quality, bytes and speed by stage](data:image/png;base64,{picture})\n"
-            create_markdown_artifact(seen, key=f"{key}-report", description=f"Report of `{self.config.name}`")
-            with local_errors(f"writing the page into {folder}", writing=True):
-                Path(folder, pages.PAGE).write_text(self._page(), encoding="utf-8")
-            self.run.folder(Path(folder))
+            if (picture := folder / pages.STAGES).is_file():
+                data = base64.b64encode(picture.read_bytes()).decode()
+                text += f"\n![quality, bytes and speed by stage](data:image/png;base64,{data})\n"
+            create_markdown_artifact(text, key=f"{key}-report", description=f"Report of `{self.config.name}`")
+            self._show_tables()
+            self.run.folder(folder)
+        if problems:
+            self._tell(problems)
 
-    def _page(self) -> str:
+    def _draw(self, folder: Path) -> list[PageError]:
+        """The plots and the page, as files; what of them could not be drawn or kept."""
+        told = self.reports_to_mlflow
+        problems = pages.draw_plots(folder, self.config.name, self.rows, self.reports, layers=told)
+        drawn = self._page()
+        if told and drawn.page is not None:
+            with local_errors(f"writing the page into {folder}", writing=True):
+                (folder / pages.PAGE).write_text(drawn.page, encoding="utf-8")
+        return [*problems, *drawn.problems]
+
+    def _tell(self, problems: Sequence[PageError]) -> None:
+        """What of the page could not be drawn or kept, to the log, to MLflow and in the result."""
+        for problem in problems:
+            cause = problem.__cause__
+            # A terminal leaves out lines with an error of ours, which whoever started the run prints: nobody does this.
+            trace = None if isinstance(cause, ModelpressError) else cause
+            get_run_logger().error("%s", problem, exc_info=trace, extra={"stage": "report"})
+        self.run.tag("page_problems", "\n".join(map(str, problems))[: runs.MAX_TAG_LENGTH])
+        if self._result is not None:
+            self._result = self._result.model_copy(update={"page_problems": [str(one) for one in problems]})
+            self._log_result()
+
+    def _text(self, problems: Sequence[PageError]) -> str:
+        """The report in Markdown."""
+        pack = f"Pack `{self.published.pack}`, `{self.published.uri}`\n\n" if self.published else ""
+        if self.published and not self.reports_to_mlflow:
+            pack += f"Its page: `modelpress report {self.config.name}@{self.published.pack}`\n\n"
+        links = " · ".join(f"[{name}]({url})" for name, url in self.links.items())
+        notes = [*memory_notes(self.reports), *(f"- **not done**: {' '.join(str(one).split())}" for one in problems)]
+        noted = "\n".join([*notes, "", ""]) if notes else ""
+        return f"# {self.config.name}\n\n{markdown(self.rows)}\n\n{noted}{pack}{links}\n"
+
+    def _page(self) -> pages.Drawn:
         """The page of the run; where it published, kept beside the pack, unless nothing ran that is not told there."""
         error = sys.exception()
         told = pages.run_report(
@@ -260,42 +316,27 @@ class Line:
             self.reports,
             self.evaluations,
             published=self.published,
-            served=self._served,
+            served=self.served,
             stopped=f"{type(error).__name__}: {error}" if error is not None else None,
             links=self.links,
         )
         return pages.draw_and_keep(self.settings, told, keep=bool(self.recomputed))
 
-    def _memory(self) -> str:
-        """The trainings that went on with smaller pieces because memory ran out."""
-        lines = [
-            f"- **{label}**: batches of its training ran in {training.batch_parts} parts, because memory ran out "
-            f"({'; '.join(training.memory_errors)})"
-            for label, report in self.reports.items()
-            for training in trainings(report)
-            if training.memory_errors
-        ]
-        return "\n".join([*lines, "", ""]) if lines else ""
+    def _show_tables(self) -> None:
+        """In Prefect: the front of a plan, and the operators of the source model with what binds it."""
+        from modelpress.plan import show as planning
+        from modelpress.profile import show as profiling
 
-    def _show_plan(self, report: PlanReport, key: str, folder: Path) -> None:
-        """The front of a plan: as a table in Prefect, and as a plot for MLflow."""
-        from modelpress.plan import figure, show
-
-        figure.draw(report, folder / "plan.png")
-        description = f"The plan of `{self.config.name}`, its front, and all weights alike"
-        create_table_artifact(show.points(report), key=f"{key}-plan", description=description)
-
-    def _show_profile(self, report: ProfileReport, key: str, folder: Path) -> None:
-        """What binds the source model: its operators as a table in Prefect, and as plots for MLflow."""
-        from modelpress.profile import figures as plots
-        from modelpress.profile import show
-
-        plots.draw(report, folder)
-        description = f"Operators of `{self.config.name}`; it is bound by {report.verdict.reason}"
-        create_table_artifact(show.operators(report, most=50), key=f"{key}-profile", description=description)
+        if isinstance(planned := self.reports.get("plan"), PlanReport):
+            description = f"The plan of `{self.config.name}`, its front, and all weights alike"
+            create_table_artifact(planning.points(planned), key=f"{self.key}-plan", description=description)
+        if isinstance(profiled := self.reports.get("profile"), ProfileReport):
+            description = f"Operators of `{self.config.name}`; it is bound by {profiled.verdict.reason}"
+            rows = profiling.operators(profiled, most=50)
+            create_table_artifact(rows, key=f"{self.key}-profile", description=description)
 
     @property
-    def _served(self) -> str:
+    def served(self) -> str:
         """Label of the graph that is published."""
         return "quantize" if self.config.quantize else "plan" if self.config.plan else "export"
 
@@ -307,20 +348,31 @@ class Line:
             self.recomputed.append(label)
 
 
+LineT = TypeVar("LineT", bound=Line)
+
+
 @contextmanager
 def tracked(config: OptimizeConfig) -> Iterator[Line]:
     """The MLflow run of this flow run, linked both ways; it ends as the flow ends."""
-    settings, tags = read_settings(), flow_run_tags()
+    with tracked_as(Line, config) as line:
+        yield line
+
+
+@contextmanager
+def tracked_as(kind: type[LineT], config: OptimizeConfig, further: Mapping[str, str] | None = None) -> Iterator[LineT]:
+    """`tracked`, for a line that keeps something else; `further` are tags of the MLflow run."""
+    settings, tags = read_settings(), {**flow_run_tags(), **(further or {})}
     with ExitStack() as stack:
         stack.enter_context(watched(config.name))
         stack.enter_context(crewed(config.workers))
         begun: list[Line] = []
-        stack.push(partial(_tell_prometheus, settings, config.name, begun, time.time()))
+        if not kind.is_trial:
+            stack.push(partial(_tell_prometheus, settings, config.name, begun, time.time()))
         run = stack.enter_context(runs.parent_run(settings, config.name, config.model_dump(mode="json"), tags))
         if flow_run.run_count > 1:
             why = f"flow run {flow_run.name} ({flow_run.id}) was started again"
             leftovers.end_earlier(run.client, run.experiment_id, str(flow_run.id), run.id, why)
-        line = Line(config, settings, run, tags["prefect.flow_run_url"])
+        line = kind(config, settings, run, tags["prefect.flow_run_url"])
         begun.append(line)
         create_link_artifact(
             link=line.mlflow_url,

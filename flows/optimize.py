@@ -34,7 +34,8 @@ def optimize(config: OptimizeConfig) -> OptimizeResult:
         published = line.passed("upload", upload(run, coded.output, shards.outputs, config, line.provenance()))
         version = register(run, published.report, line.lineage(), line.headline(), line.of_hardware())
         decision = promote(config.name, published.report.pack, config.gate) if config.promote else None
-        result = line.delivered(published.report, version, decision)
+        line.delivered(published.report, version, decision)
+    result = line.result
     if decision is None:
         return result
     # A person may take a day: the run in MLflow has ended by then, and says that it waits.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import Field
 
-from modelpress.reports import AttributionReport, EvaluationReport, LatencyReport, QualityReport, Report
+from modelpress.reports import AttributionReport, EvaluationReport, LatencyReport, QualityReport, Report, trainings
 from registry.gates import Decision
 
 
@@ -65,6 +65,8 @@ class OptimizeResult(Report):
     """Its page."""
     flow_run_url: str
     """Page of the Prefect flow run."""
+    page_problems: list[str] = Field(default_factory=list)
+    """What of the run's page could not be drawn or kept, and the way out; empty where all of it was."""
 
 
 def throughput(report: EvaluationReport) -> float:
@@ -100,6 +102,17 @@ def markdown(rows: Sequence[StageRow]) -> str:
         *(" | ".join(row[head] for head in heads) for row in cells),
     ]
     return "\n".join(f"| {line} |" for line in lines)
+
+
+def memory_notes(reports: Mapping[str, Report]) -> list[str]:
+    """A line in Markdown for each training that went on with smaller pieces because memory ran out."""
+    return [
+        f"- **{label}**: batches of its training ran in {training.batch_parts} parts, because memory ran out "
+        f"({'; '.join(training.memory_errors)})"
+        for label, report in reports.items()
+        for training in trainings(report)
+        if training.memory_errors
+    ]
 
 
 def format_quality(quality: QualityReport | None) -> str:

@@ -30,6 +30,7 @@
     │   ├── SignatureError          a signature is malformed, wrong, or of something else
     │   └── KeyRefusedError         the key is unknown, revoked, expired or not for this pack
     ├── EncryptionKeyError          the key that opens a secret or a pack is not here, or is another
+    ├── PageError                   a page can't be drawn, or the page of a run not be kept
     ├── InputError                  what somebody sent can't be made into what the model takes
     ├── GateError                   the gate refused the promotion
     └── ServingError                the server cannot load or answer
@@ -194,6 +195,10 @@ class SignatureError(TrustError):
 
 class KeyRefusedError(TrustError):
     """The key is unknown, revoked, expired or not for this pack."""
+
+
+class PageError(ModelpressError):
+    """A page can't be drawn, or the page of a run can't be kept."""
 
 
 class InputError(ModelpressError):

@@ -7,7 +7,8 @@
     packs/<name>/<digest>.sigs/<keyid>.json     the signature of a manifest by one key
     packs/<name>/refs/<alias>/<number>.json     one entry of a pointer's log
     packs/<name>/decisions/<digest>/<id>.json   what a gate decided of a pack, named by its content
-    packs/<name>/runs/<digest>/<id>.json        what a run did that made a pack, and (.html) its page, by content
+    packs/<name>/runs/<digest>/<id>.json        what a run did that made a pack, by content; its page is the same with
+                                                .html, or .sealed where the pack is encrypted
     packs/<name>/secrets/<number>.json          one entry of the log of the model's wrapped secrets
     uploads/<name>/<id>.json                    an intent: what an upload under way needs
     collections/<number>.json                   a collector's turn; <number>.ended: it is over
@@ -37,7 +38,7 @@ _HEX = "32 hex digits"
 _PLACE = re.compile(
     rf"{PACKS}(?P<name>{_NAME.pattern})/(?:(?P<digest>{_DIGEST.pattern})\.json"
     rf"|decisions/(?P<judged>{_DIGEST.pattern})/(?P<decision>{_DIGEST.pattern})\.json"
-    rf"|runs/(?P<made>{_DIGEST.pattern})/(?P<run>{_DIGEST.pattern})\.(?P<form>json|html)"
+    rf"|runs/(?P<made>{_DIGEST.pattern})/(?P<run>{_DIGEST.pattern})\.(?P<form>json|html|sealed)"
     rf"|secrets/(?P<secret>[0-9]{{{NUMBER_DIGITS}}})\.json"
     rf"|(?P<signed>{_DIGEST.pattern})\.sigs/(?P<key>{_DIGEST.pattern})\.json"
     rf"|refs/(?P<alias>{_ALIAS.pattern})/(?P<number>[0-9]{{{NUMBER_DIGITS}}})\.json)"
@@ -112,9 +113,10 @@ def run(name: str, digest: str, record: str) -> str:
     return f"{runs(name, digest)}{_checked(_DIGEST, record, 'the id of a run', '64 hex digits')}.json"
 
 
-def page(name: str, digest: str, page: str) -> str:
-    """Key of the page of a run, by the sha256 of its bytes."""
-    return f"{runs(name, digest)}{_checked(_DIGEST, page, 'the id of a page', '64 hex digits')}.html"
+def page(name: str, digest: str, page: str, *, sealed: bool = False) -> str:
+    """Key of the page of a run, by the sha256 of its bytes; `sealed` where they are encrypted."""
+    legal = _checked(_DIGEST, page, "the id of a page", "64 hex digits")
+    return f"{runs(name, digest)}{legal}.{'sealed' if sealed else 'html'}"
 
 
 def pointer_number(key: str) -> int | None:

@@ -84,7 +84,8 @@ def recheck(name: str, alias: str, pack: str, gate: GateConfig | None, tags: Map
                 raise
             decision = gates.recheck(found, published, gate)
             run.metrics(report.metrics())
-            run.json("report.json", report.model_dump(mode="json"))
+            if settings.reports_to_mlflow(encrypted=manifest.encryption is not None):
+                run.json("report.json", report.model_dump(mode="json"))
             run.json("decision.json", decision.model_dump(mode="json"))
             numbers = {f"evaluated.{report.quality.metric}": f"{report.quality.value:.6f}"}
             _tell(client, version, run, decision.verdict, {**numbers, **figures.tags(report)})

@@ -40,6 +40,8 @@ class RunContext(Report):
     """The model, the data and the metric; a model of MLflow's by its version, never by an alias."""
     gpu: GpuConfig | None = None
     """What a stage that computes on a GPU needs; None: none does."""
+    reports: bool = True
+    """Whether MLflow gets the stages' reports, in the clear."""
 
 
 OUT_OF_MEMORY = "run the stage where there is more memory, or give it less: smaller batches, fewer samples"
@@ -105,6 +107,8 @@ def run_stage(
                     "mlflow.run_id": child.id,
                 }
             )
+        if context.reports:
+            child.json("report.json", finished.report.model_dump(mode="json"))
         _log(child, label, finished, {"stage_key": key, "inputs_sha256": ", ".join(ref.sha256 for ref in inputs)})
     return finished
 
@@ -155,7 +159,6 @@ def _work(store: Store, shelf: StageShelf, label: str, work: Work[ReportT], *, r
 def _log(child: runs.Run, label: str, finished: Finished[ReportT], origin: Mapping[str, str]) -> None:
     child.metrics({**finished.report.metrics(), "stage_seconds": finished.seconds})
     child.series(finished.report.series())
-    child.json("report.json", finished.report.model_dump(mode="json"))
     made = {"output_sha256": finished.output.sha256} if "output" in finished.outputs else {}
     child.tags({"reused": str(finished.reused).lower(), **made, **origin})
     how = f"reused (took {finished.seconds:.1f} s when it ran)" if finished.reused else f"{finished.seconds:.1f} s"

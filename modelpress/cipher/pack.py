@@ -9,13 +9,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modelpress.cipher import secrets
+from modelpress.cipher.beside import secret_of
 from modelpress.cipher.stream import Opener, Readable, seal
-from modelpress.cipher.wrapping import WrappingKey, wrapping_keys
+from modelpress.cipher.wrapping import WrappingKey
 from modelpress.errors import StageError
 from modelpress.manifest import Encryption, FileEntry, Manifest, Plain, ShardEntry
 from modelpress.progress import Progress, silent
-from modelpress.settings import read_settings
 from modelpress.store.base import Store
 from modelpress.store.local import local_errors
 
@@ -97,8 +96,7 @@ def opener(
     encryption = manifest.encryption
     if encryption is None:
         return lambda _digest, _doing: None
-    keys = wrapping_keys(read_settings()) if wrapping is None else wrapping
-    secret = secrets.find(store, manifest.name, encryption.secret, keys)
+    secret = secret_of(store, manifest.name, encryption, wrapping)
     contents = {shard.sha256: shard.content for shard in manifest.shards}
     contents |= {file.stored_sha256: file.content for file in manifest.blob_files()}
     return lambda digest, doing: Opener(contents[digest], secret, encryption, doing)

@@ -32,6 +32,10 @@ PackArgument = Annotated[str, typer.Argument(metavar="NAME[@REF]", help="Pack na
 PackOrNameArgument = Annotated[
     str, typer.Argument(metavar="NAME[@REF]", help="Pack name; with REF, an alias or a digest, this pack alone.")
 ]
+BeforeArgument = Annotated[str, typer.Argument(metavar="NAME[@REF]", help="Where it starts: an alias or a digest.")]
+AfterArgument = Annotated[
+    str, typer.Argument(metavar="NAME[@REF]", help="Where it ends; @REF alone is of the same name.")
+]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Pack name.")]
 StoreOption = Annotated[str | None, typer.Option("--store", help="s3://bucket/prefix or a folder [MODELPRESS_STORE].")]
 AliasOption = Annotated[str, typer.Option("--alias", help="The pointer.")]
@@ -42,6 +46,13 @@ def parse_pack(text: str) -> tuple[str, str]:
     """Name and reference of `NAME[@REF]`."""
     name, _, ref = text.partition("@")
     return name, ref or CHAMPION
+
+
+def parse_pair(before: str, after: str) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Names and references of two packs; `@REF` alone is of the first one's name."""
+    name, ref = parse_pack(before)
+    other, other_ref = parse_pack(after)
+    return (name, ref), (other or name, other_ref)
 
 
 def store_settings(store: str | None) -> Settings:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from modelpress.cli.common import JsonOption, StoreOption, app, echo, opened_store, parse_pack, rows_table
+from modelpress.cli.common import (
+    AfterArgument,
+    BeforeArgument,
+    JsonOption,
+    StoreOption,
+    app,
+    echo,
+    opened_store,
+    parse_pair,
+    rows_table,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,17 +26,15 @@ if TYPE_CHECKING:
 
 @app.command()
 def diff(
-    before: Annotated[str, typer.Argument(metavar="NAME[@REF]", help="Where it starts: an alias or a digest.")],
-    after: Annotated[str, typer.Argument(metavar="NAME[@REF]", help="Where it ends; @REF alone is of the same name.")],
+    before: BeforeArgument,
+    after: AfterArgument,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what changed from one pack to another: recipe, tensors, files, bytes, quality with its interval."""
     from modelpress import changes
 
-    name, ref = parse_pack(before)
-    other, other_ref = parse_pack(after)
-    found = changes.compare(opened_store(store), (name, ref), (other or name, other_ref))
+    found = changes.compare(opened_store(store), *parse_pair(before, after))
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
         return

@@ -5,8 +5,9 @@ bytes. What it shows comes from manifests, reports and logs that others may have
 counts as hostile: it reaches the page through a template that escapes it, or through a plot that is parsed again.
 """
 
+from modelpress.page.drawing import drawing
 from modelpress.page.render import render
 from modelpress.page.report import report_page
-from modelpress.page.story import Story, read_beside, read_story
+from modelpress.page.story import Story, read_beside, read_story, with_report
 
-__all__ = ["Story", "read_beside", "read_story", "render", "report_page"]
+__all__ = ["Story", "drawing", "read_beside", "read_story", "render", "report_page", "with_report"]

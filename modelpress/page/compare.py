@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from modelpress import changes
 from modelpress.page import words
-from modelpress.page.parts import Fact, Figure, Item, Page, Section, Table, present
+from modelpress.page.parts import Fact, Figure, Item, Page, Section, Table, listed, present
 from modelpress.page.plots import Dot, Spot, dots, scatter
 from modelpress.page.report import ends, served_quality, served_stage
 from modelpress.page.sections import gate
@@ -276,5 +276,4 @@ def _fields(found: ChangesReport) -> Section | None:
 
 def _changes(title: str, fields: Sequence[FieldChange]) -> Table:
     rows = [[words.cut(one.field, 160), words.cut(one.before or "–"), words.cut(one.after or "–")] for one in fields]
-    note = f"{len(rows) - LISTED:,} more are left out." if len(rows) > LISTED else ""
-    return Table(title, ["field", "before", "after"], rows[:LISTED], note=note)
+    return listed(title, ["field", "before", "after"], rows, LISTED)

@@ -8,9 +8,11 @@ from datetime import datetime
 
 from modelpress import keys, pointer
 from modelpress.errors import FormatError, NotFoundError, TrustError
+from modelpress.page import registry as registered
 from modelpress.page import words
-from modelpress.page.parts import Fact, Figure, Item, Page, Section, Table, present
+from modelpress.page.parts import Fact, Figure, Item, Page, Section, Table, listed, present
 from modelpress.page.plots import Spot, scatter
+from modelpress.page.registry import Registry
 from modelpress.page.report import ends, served_quality, served_stage
 from modelpress.page.sections import gate
 from modelpress.page.story import Story, read_story
@@ -33,8 +35,10 @@ class Served:
     """Of the log's entry: how often the alias was moved."""
     story: Story | None
     """None where the pack can't be read."""
+    pack: str = ""
+    """Digest of the pack; empty where the log can't be read."""
     problem: str = ""
-    """Why."""
+    """Why the log or the pack can't be read."""
 
 
 @dataclass(frozen=True)
@@ -43,57 +47,76 @@ class Fleet:
 
     uri: str
     served: Sequence[Served]
-    versions: dict[str, int]
-    """Published packs by name."""
+    packs: dict[str, frozenset[str]]
+    """Digests of the published packs by name."""
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """Number of published packs by name."""
+        return {name: len(packs) for name, packs in self.packs.items()}
 
 
-def read_fleet(store: Store, alias: str | None = None, progress: Progress = silent) -> Fleet:
+def read_fleet(
+    store: Store, alias: str | None = None, progress: Progress = silent, *, names: Sequence[str] = ()
+) -> Fleet:
     """Read what every alias of every name points at; one that is damaged or not vouched for is shown as such.
 
     Args:
         store: the publication store.
         alias: this alias alone; None takes all of them.
         progress: called with names that were read, and all names.
+        names: these alone, those that there are; empty takes all.
 
     Raises:
         StoreError: the store does not answer.
     """
-    names = sorted(name for name in store.folders(keys.PACKS) if keys.is_name(name))
+    there = sorted(name for name in store.folders(keys.PACKS) if keys.is_name(name) and (not names or name in names))
     served: list[Served] = []
-    versions: dict[str, int] = {}
-    for number, name in enumerate(names, 1):
+    packs: dict[str, frozenset[str]] = {}
+    for number, name in enumerate(there, 1):
         places = (keys.place(info.key) for info in store.list(keys.manifests(name)))
-        versions[name] = sum(place is not None and place.kind == "manifest" for place in places)
+        packs[name] = frozenset(place.digest for place in places if place is not None and place.kind == "manifest")
         for one in sorted(store.folders(f"{keys.manifests(name)}refs/")):
             if keys.is_alias(one) and alias in (None, one):
                 served += _read(store, name, one)
-        progress(number, len(names), name)
-    return Fleet(store.uri, served, versions)
+        progress(number, len(there), name)
+    return Fleet(store.uri, served, packs)
 
 
 def _read(store: Store, name: str, alias: str) -> list[Served]:
     """What an alias points at; nothing where its log is empty."""
+    pack = ""
     try:
         entry = pointer.current(store, name, alias)
         if entry is None:
             return []
-        return [Served(name, alias, entry.created, entry.number, read_story(store, name, entry.pack))]
+        pack = entry.pack
+        return [Served(name, alias, entry.created, entry.number, read_story(store, name, pack), pack)]
     except (FormatError, TrustError, NotFoundError) as error:
-        return [Served(name, alias, None, 0, None, error.found or error.doing)]
+        return [Served(name, alias, None, 0, None, pack, error.found or error.doing)]
 
 
-def fleet_page(fleet: Fleet) -> Page:
-    """The whole page; the same fleet gives the same page."""
+def fleet_page(fleet: Fleet, registry: Registry | None = None) -> Page:
+    """The whole page; the same fleet and the same registry give the same page."""
     readable = [one for one in fleet.served if one.story is not None]
     broken = [one for one in fleet.served if one.story is None]
+    warnings = [f"{len(broken)} aliases point at what can't be read."] if broken else []
     return Page(
         title="All models",
         kind=KIND,
-        about=[Item("store", fleet.uri, code=True)],
-        facts=_facts(fleet, readable, broken),
-        sections=present([_models(readable, fleet.versions), _plots(readable), _broken(broken), _idle(fleet)]),
+        about=[
+            Item("store", fleet.uri, code=True),
+            *([Item("registry", registry.address, code=True)] if registry is not None else []),
+        ],
+        facts=[*(registered.facts(registry, fleet) if registry is not None else []), *_facts(fleet, readable, broken)],
+        sections=present(
+            [
+                *(registered.sections(registry, fleet) if registry is not None else []),
+                *(_models(readable, fleet.versions), _plots(readable), _broken(broken), _idle(fleet)),
+            ]
+        ),
         footer="The page stands alone: nothing in it is fetched from anywhere.",
-        warnings=[f"{len(broken)} aliases point at what can't be read."] if broken else [],
+        warnings=[*(registered.warnings(registry, fleet) if registry is not None else []), *warnings],
     )
 
 
@@ -120,10 +143,9 @@ def _record(one: Served) -> str:
 def _models(readable: Sequence[Served], versions: dict[str, int]) -> Section:
     heads = ["model", "alias", "gate", "quality", "against the source", "published", "smaller", "p50, batch 1 or least"]
     heads += ["throughput", "versions", "since", "pack"]
-    rows = [_row(one, versions) for one in readable[:LISTED]]
-    note = f"{len(readable) - LISTED:,} more are left out." if len(readable) > LISTED else ""
+    rows = [_row(one, versions) for one in readable]
     lead = [] if rows else ["No alias points at a pack that can be read."]
-    table = Table("What each alias serves", heads, rows, frozenset({5, 6, 7, 8, 9}), note)
+    table = listed("What each alias serves", heads, rows, LISTED, frozenset({5, 6, 7, 8, 9}))
     return Section(key="models", title="What is served", lead=lead, tables=[table])
 
 
@@ -186,8 +208,8 @@ def _plots(readable: Sequence[Served]) -> Section | None:
 def _broken(broken: Sequence[Served]) -> Section | None:
     if not broken:
         return None
-    rows = [[f"{one.name}@{one.alias}", words.cut(one.problem)] for one in broken[:LISTED]]
-    table = Table("Aliases that point at what can't be read", ["alias", "why"], rows)
+    rows = [[f"{one.name}@{one.alias}", words.cut(one.problem)] for one in broken]
+    table = listed("Aliases that point at what can't be read", ["alias", "why"], rows, LISTED)
     return Section(key="broken", title="What can't be read", tables=[table])
 
 
@@ -197,5 +219,5 @@ def _idle(fleet: Fleet) -> Section | None:
     rows = [[name, f"{count:,}"] for name, count in fleet.versions.items() if name not in names and count]
     if not rows:
         return None
-    table = Table("Names without an alias", ["model", "versions"], rows[:LISTED], frozenset({1}))
+    table = listed("Names without an alias", ["model", "versions"], rows, LISTED, frozenset({1}))
     return Section(key="idle", title="Published, and not served", tables=[table])

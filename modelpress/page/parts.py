@@ -28,6 +28,20 @@ class Table:
         assert all(len(row) == len(self.heads) for row in self.rows), self.caption
 
 
+def listed(
+    caption: str,
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    most: int,
+    numbers: frozenset[int] = frozenset(),
+    *,
+    folded: bool = False,
+) -> Table:
+    """A table of the first `most` rows, which says how many more there are."""
+    note = f"{len(rows) - most:,} more are left out." if len(rows) > most else ""
+    return Table(caption, heads, rows[:most], numbers, note, folded)
+
+
 @dataclass(frozen=True)
 class Figure:
     """A plot, with its numbers as a table behind it."""

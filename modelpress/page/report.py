@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from modelpress.page import words
 from modelpress.page.parts import Fact, Item, Link, Page, present
-from modelpress.page.sections import advice, choice, gate, layers, numbers, origin, profile, reasons, sizes, way
+from modelpress.page.sections import (
+    advice,
+    choice,
+    gate,
+    layers,
+    numbers,
+    origin,
+    profile,
+    reasons,
+    sizes,
+    slices,
+    training,
+    way,
+)
 from modelpress.page.story import Story
 from modelpress.reports import LatencyReport, QualityReport, RunStage
 
@@ -17,6 +30,8 @@ def report_page(story: Story) -> Page:
         make(story)
         for make in (
             way.section,
+            slices.section,
+            training.section,
             sizes.section,
             choice.section,
             layers.section,
@@ -52,6 +67,8 @@ def _warnings(story: Story) -> list[str]:
     found = []
     if story.run is not None and story.run.stopped:
         found.append(f"This run was stopped, and published nothing: {words.cut(story.run.stopped, 600)}")
+    if story.unread is not None:
+        found.append(f"What lies beside the pack could not be read, and is not told here: {words.cut(story.unread)}")
     if story.sealed is not None:
         found.append(f"The pack is encrypted, and its reports can't be read here: {words.cut(story.sealed)}")
     for problem in story.refused:

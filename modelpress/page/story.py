@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,9 +14,9 @@ from modelpress.decisions import Kept
 from modelpress.errors import ConfigError, EncryptionKeyError, FormatError, TrustError
 from modelpress.manifest import Manifest
 from modelpress.pack_files import read_reports
-from modelpress.reports import ProfileReport, QualityReport, Report, RunReport, RunStage
+from modelpress.reports import AdviceCheck, ProfileReport, QualityReport, Report, RunReport, RunStage
 from modelpress.reports.advice import AdviceReport
-from modelpress.scores import of_pack
+from modelpress.scores import Scored, of_pack
 from modelpress.store.base import Store
 from modelpress.trust.packs import signatures_of
 
@@ -38,6 +38,8 @@ class Story:
     """The run that made it, in full; None where none is kept."""
     metric: str = "quality"
     """Name of the primary metric."""
+    scored: Mapping[str, Scored] = field(default_factory=dict, compare=False)
+    """The scores in the pack, sample by sample: `candidate` and `source`."""
     decisions: tuple[Kept, ...] = ()
     """What gates said of it, the oldest first."""
     signatures: tuple[str, ...] = ()
@@ -50,10 +52,14 @@ class Story:
     """A profile that was made beside the run; else the run's own counts."""
     advice: AdviceReport | None = None
     """An advice that was asked for before it."""
+    checks: tuple[AdviceCheck, ...] = ()
+    """What `advise --check` found of such advice, the oldest first."""
     sealed: str | None = None
     """Why its reports can't be read: it is encrypted, and no key opens it."""
     refused: tuple[str, ...] = ()
     """Why runs that are kept beside it do not count, where none counts."""
+    unread: str | None = None
+    """Why nothing that lies beside the pack is told: it could not be read when the run ended."""
 
     @property
     def pack(self) -> str | None:
@@ -98,19 +104,45 @@ class Story:
         return found
 
 
-def read_beside(path: Path) -> ProfileReport | AdviceReport:
-    """A report that another command wrote: of `modelpress profile`, or of `modelpress advise`.
+def with_report(story: Story, path: Path) -> Story:
+    """A story with a report that another command wrote: of `profile` or `advise`, or what `advise --check` keeps.
 
     Raises:
-        ConfigError: it can't be read, or is neither.
+        ConfigError: it can't be read, is none of them, or has no check of this model.
+    """
+    found = read_beside(path)
+    if isinstance(found, ProfileReport):
+        return replace(story, profile=found)
+    if isinstance(found, AdviceReport):
+        return replace(story, advice=found)
+    ours = tuple(one for one in found if one.name == story.name)
+    if not ours:
+        names = ", ".join(sorted({one.name for one in found})) or "none"
+        raise ConfigError(f"reading the checks {path}", found=f"checks of {names}", expected=f"of {story.name}")
+    return replace(story, checks=story.checks + ours)
+
+
+def read_beside(path: Path) -> ProfileReport | AdviceReport | tuple[AdviceCheck, ...]:
+    """A report that another command wrote: of `modelpress profile`, of `modelpress advise`, or checks of its advice.
+
+    Raises:
+        ConfigError: it can't be read, or is none of them.
     """
     doing = f"reading the report {path}"
     try:
         data = path.read_bytes()
     except OSError as error:
         raise ConfigError(doing, found=str(error), expected="a file") from error
+    lines = [line for line in data.splitlines() if line.strip()]
+    if path.suffix == ".jsonl":
+        checks = [read_as(AdviceCheck, strictjson.loads(line, doing)) for line in lines]
+        if wrong := [number for number, one in enumerate(checks, 1) if one is None]:
+            raise ConfigError(doing, found=f"line {wrong[0]} is no check", expected="what `advise --check` keeps")
+        return tuple(one for one in checks if one is not None)
     document = strictjson.loads(data, doing)
     found = read_as(AdviceReport, document) or read_as(ProfileReport, document)
+    if found is None and (check := read_as(AdviceCheck, document)) is not None:
+        return (check,)
     if found is None:
         keys_ = ", ".join(sorted(document)[:8]) or "nothing"
         raise ConfigError(doing, found=f"JSON with {keys_}", expected="the report of `profile`, or of `advise`")
@@ -141,16 +173,20 @@ def read_story(store: Store, name: str, ref: str, run: RunReport | None = None) 
     digest = load.resolve(store, name, ref)
     manifest = load.load_manifest(store, name, digest)
     sealed, numbers, metric = None, {}, "quality"
+    scored: Mapping[str, Scored] = {}
     try:
         fetch = load.fetcher(store, manifest)
-        numbers = read_reports(manifest, fetch)
-        candidate = of_pack(manifest, fetch).get("candidate")
-        metric = candidate.metric if candidate is not None else metric
+        numbers, scored = read_reports(manifest, fetch), of_pack(manifest, fetch)
+        metric = scored["candidate"].metric if "candidate" in scored else metric
     except EncryptionKeyError as error:
         sealed = error.found or error.doing
     refused: tuple[str, ...] = ()
     if run is None:
-        run, refused = _told(store, name, digest)
+        try:
+            run, problems = run_records.newest(store, name, digest)
+            refused = tuple(dict.fromkeys(problem.found or problem.doing for problem in problems))
+        except EncryptionKeyError as error:
+            sealed = error.found or error.doing
     policy = store.trust.policy() if store.trust is not None else None
     signed = signatures_of(store, policy, name, digest)
     return Story(
@@ -159,6 +195,7 @@ def read_story(store: Store, name: str, ref: str, run: RunReport | None = None) 
         numbers={stage: found for stage, found in numbers.items() if isinstance(found, dict)},
         run=run,
         metric=metric,
+        scored=scored,
         decisions=tuple(reversed(decisions.kept(store, name, digest).found)),
         signatures=tuple(one.line() for one in signed),
         trusted=policy is not None,
@@ -166,16 +203,6 @@ def read_story(store: Store, name: str, ref: str, run: RunReport | None = None) 
         sealed=sealed,
         refused=refused,
     )
-
-
-def _told(store: Store, name: str, digest: str) -> tuple[RunReport | None, tuple[str, ...]]:
-    """The newest run that counts; else why those that are there do not."""
-    kept = run_records.kept(store, name, digest)
-    counting = [one.record for one in kept if one.record is not None and one.problem is None]
-    if counting:
-        return counting[-1].run, ()
-    problems = (one.problem for one in kept if one.problem is not None)
-    return None, tuple(dict.fromkeys(problem.found or problem.doing for problem in problems))
 
 
 def _aliases(store: Store, name: str, digest: str) -> list[tuple[str, str]]:

@@ -143,7 +143,9 @@ def _run(store: Store, place: Place, found: Survey) -> None:
     """What a run did, and its page. One that nobody signed is in order: nothing is served by it."""
     key = keys.run(place.name, place.digest, place.record)
     try:
-        run_records.read_page(store, run_records.read_unasked(store, place.name, place.digest, place.record))
+        record = run_records.read_unasked(store, place.name, place.digest, place.record)
+        if record.page is not None:
+            run_records.check_page(store, record)
     except NotFoundError as error:
         if store.info(key) is not None:  # else it was deleted since it was listed
             finding = Finding(kind="missing", key=key, pack=of(place), problem=f"its page is not there: {error.found}")

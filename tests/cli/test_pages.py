@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from modelpress import errors
 from tests.cli.conftest import Run
+from tests.databases import Databases
 from tests.page.beside import advice, profile
 
 
@@ -42,3 +44,32 @@ def test_a_comparison_and_a_fleet_are_files(packs: list[str], run: Run, tmp_path
     page = (tmp_path / "all.html").read_text()
     assert packs[1][:12] in page
     assert packs[0][:12] not in page
+    assert run("fleet", "scale", "--out", str(tmp_path / "one.html"))[0] == 0
+    assert (tmp_path / "one.html").read_text() == page
+    code, _, err = run("fleet", "scale", "nobody", "--out", str(tmp_path / "none.html"))
+    assert code == errors.NotFoundError.exit_code
+    assert "looking for model 'nobody'" in err
+    assert not (tmp_path / "none.html").exists()
+
+
+def test_a_fleet_with_its_registry(
+    packs: list[str], run: Run, databases: Databases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = ("--out", str(tmp_path / "all.html"))
+    code, _, err = run("fleet", "--registry", *out)
+    assert (code, "no database" in err) == (errors.SetupError.exit_code, True)
+    address = databases.mlflow(tmp_path / "mlflow")
+    monkeypatch.setenv("MODELPRESS_TRACKING_URI", address)
+    MlflowClient(address, address).create_registered_model("of somebody")
+    assert run("fleet", "--registry", *out)[0] == 0
+    page = (tmp_path / "all.html").read_text()
+    assert "Without a pack: of somebody." in page
+    assert "2 of 2 published packs are carried by no version" in page
+    assert "servers follow pack" in page, "the registry has not heard of the champion"
+    assert run("fleet", "of somebody", "--registry", *out)[0] == 0
+    assert packs[1][:12] not in (tmp_path / "all.html").read_text()
+    code, _, err = run("fleet", "nobody", "--registry", *out)
+    assert code == errors.NotFoundError.exit_code
+    assert "no registered model of this name" in err
+    monkeypatch.setenv("MODELPRESS_TRACKING_URI", "http://127.0.0.1:9")
+    assert run("fleet", "--registry", *out)[0] == errors.SetupError.exit_code

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -161,15 +162,16 @@ def test_signatures_and_runs_go_with_their_pack_and_foreign_keys_are_never_touch
         "blobs/x",
     ]
     signed = [keys.signature("demo", digest, "d" * 64) for digest in (ONE.digest, "b" * 64)]
-    told = [where("demo", digest, "f" * 64) for digest in (ONE.digest, "b" * 64) for where in (keys.run, keys.page)]
+    places = (keys.run, keys.page, partial(keys.page, sealed=True))
+    told = [where("demo", digest, "f" * 64) for digest in (ONE.digest, "b" * 64) for where in places]
     for key in foreign + signed + told:
         store.put(key, b"x")
     with intents.announced(store, "demo", "c" * 64):
         store.put(keys.run("demo", "c" * 64, "d" * 64), b"told before the commit")
         store.put(keys.signature("demo", "c" * 64, "d" * 64), b"signed before the commit")
         store.later(days=3)
-        assert went(store) == {keys.blob(digest_of(b"three")), signed[1], *told[2:]}
-    assert {*foreign, signed[0], *told[:2]} <= set(store.objects)
+        assert went(store) == {keys.blob(digest_of(b"three")), signed[1], *told[3:]}
+    assert {*foreign, signed[0], *told[:3]} <= set(store.objects)
 
 
 def test_probes_of_dead_processes_go(store: MemoryStore) -> None:

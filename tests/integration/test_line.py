@@ -182,7 +182,7 @@ def test_mlflow_holds_the_artifacts_of_the_run_and_of_each_stage(first: Optimize
 def test_the_page_of_the_run_lies_beside_the_pack(first: OptimizeResult, store: Store, client: MlflowClient) -> None:
     (found,) = run_records.kept(store, QUICK.name, first.pack)
     assert found.record is not None
-    told = found.record.run
+    told = run_records.told(store, found.record)
     assert [stage.stage for stage in told.stages][: len(first.stages)] == [row.stage for row in first.stages]
     assert told.links["MLflow run"] == first.mlflow_url
     page = run_records.read_page(store, found.record)
@@ -190,6 +190,31 @@ def test_the_page_of_the_run_lies_beside_the_pack(first: OptimizeResult, store: 
     for text in (first.pack, "The way, stage by stage", "Where the bytes went", "conditions passed, 0 failed"):
         assert text in page.decode()
     assert len(page) < 3_000_000
+
+
+def test_a_page_that_can_not_be_kept_fails_no_run(
+    first: OptimizeResult, client: MlflowClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = "digits-unkept"
+    in_the_way = Path(Settings().store_uri, "packs", name, "runs")
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.write_bytes(b"")
+    state = optimize(variant(name=name, promote=False), return_state=True)
+    assert state.is_completed()
+    result = state.result()
+    (told,) = result.page_problems
+    assert told.startswith(f"keeping the run, and its page, beside pack {name}@{result.pack}")
+    assert "start the same recipe again" in told
+    assert told in caplog.text
+    run = run_of(client, result)
+    assert (run.info.status, run.data.tags["page_problems"]) == ("FINISHED", told)
+    logged = json.loads(Path(client.download_artifacts(result.mlflow_run, "result.json")).read_text())
+    assert logged["page_problems"] == [told]
+    assert result.pack in Path(client.download_artifacts(result.mlflow_run, "report.html")).read_text()
+    words = Path(client.download_artifacts(result.mlflow_run, "report.md")).read_text()
+    assert "**not done**: keeping the run" in words
+    assert first.page_problems == []
+    in_the_way.unlink()
 
 
 def test_the_model_version_carries_the_packs_identity(first: OptimizeResult, client: MlflowClient) -> None:

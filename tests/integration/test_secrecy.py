@@ -16,8 +16,9 @@ from urllib.parse import parse_qs, quote, urlsplit
 import numpy as np
 import pytest
 import yaml
+from mlflow import MlflowClient
 
-from modelpress import keys, load
+from modelpress import keys, load, run_records
 from modelpress.cipher import LocalKey, secrets
 from modelpress.errors import AccessDeniedError, EncryptionKeyError
 from modelpress.store import open_store
@@ -134,6 +135,16 @@ def test_secrets_stay_out_of_all_that_is_written(
     for place in ("packs/", "prefect.db", "mlflow.db", "printed by run"):
         assert any(place in name for name in found_in(content, pack)), f"the search sees what stands in {place}"
     assert keys.secret(NAME, 1) in content
-    for value in (KEY, secret, s3_server.writer[1], PASSWORD, SESSION, signature["X-Amz-Signature"][0]):
+    (kept,) = [one.record for one in run_records.kept(store, NAME, pack) if one.record is not None]
+    page = run_records.read_page(store, kept)
+    assert "The way, stage by stage" in page.decode(), "the page lies beside the pack"
+    client = MlflowClient(mlflow_server, mlflow_server)
+    parent = client.get_run(result["mlflow_run"])
+    stages = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert len(stages) > 4
+    told = {entry.path for run in (parent, *stages) for entry in client.list_artifacts(run.info.run_id)}
+    assert {"report.md", "stages.png", "result.json"} <= told
+    assert not {"report.html", "report.json"} & told, "reports in the clear"
+    for value in (KEY, secret, s3_server.writer[1], PASSWORD, SESSION, signature["X-Amz-Signature"][0], page):
         leaks = found_in(content, value)
         assert not leaks, f"{len(leaks)} places, such as {leaks[:10]}"

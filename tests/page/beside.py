@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from modelpress.reports import Measured, NotMeasured, ProfileReport
+from modelpress.reports import (
+    AdviceCheck,
+    CheckRow,
+    Measured,
+    NotMeasured,
+    ParallelReport,
+    ProfileReport,
+    TrafficReport,
+    TrainReport,
+)
 from modelpress.reports.advice import AdviceReport, Advised, NotPredicted, Outlook, Predicted
 from modelpress.reports.profile import (
     ColdStart,
@@ -138,6 +147,57 @@ def profile(word: str = "") -> ProfileReport:
                 ResourceShare(resource="latency", seconds_per_request=missing, share=figure(0.3), reason=f"calls{word}")
             ],
         ),
+    )
+
+
+def checks(word: str = "", name: str = "digits") -> tuple[AdviceCheck, ...]:
+    """Two checks of an advice: one that came as foretold, and one that did not."""
+
+    def check(ratio: float) -> AdviceCheck:
+        near = Predicted(value=100_000.0, low=90_000.0, high=110_000.0)
+        rows = [
+            CheckRow(metric="published_bytes", predicted=near, measured=1e5 * ratio, ratio=ratio, inside=ratio < 1.1),
+            CheckRow(
+                metric="quality_drop",
+                predicted=NotPredicted(not_predicted="nobody knows"),
+                measured=0.01,
+                ratio=None,
+                inside=None,
+            ),
+            CheckRow(metric="cold_start_seconds", predicted=near, measured=None, ratio=None, inside=None),
+        ]
+        return AdviceCheck(
+            name=name, machine=f"a processor{word}", technique="static", label=f"int8, static{word}", rows=rows
+        )
+
+    return check(1.0), check(1.25)
+
+
+def training(word: str = "", processes: int = 2) -> TrainReport:
+    """A training over processes."""
+    losses = [2.0 / epoch for epoch in range(1, 31)]
+    spread = ParallelReport(
+        processes=processes,
+        strategy="ddp",
+        backend="gloo",
+        gradient_accumulation=1,
+        weights_agree=True,
+        restarts=1,
+        updates=60,
+        traffic=TrafficReport(data_bytes=0, parameters_bytes=1_234_567, control_bytes=4_321),
+        least_update_bytes=20_000.0,
+        needed_update_bytes=20_500.0,
+        wire_update_bytes=21_000.0,
+    )
+    return TrainReport(
+        epochs=30,
+        updates=60,
+        first_loss=losses[0],
+        final_loss=losses[-1],
+        losses=losses,
+        batch_parts=2,
+        memory_errors=[f"no memory{word}"],
+        parallel=spread,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from modelpress import decisions, pointer
@@ -38,7 +39,7 @@ from modelpress.scores import SCORES_FILE, Scored, dump
 from modelpress.shard import draft_manifest, write_shards
 from modelpress.store import Store
 from tests.packs import COMPRESS, torch_checkpoint
-from tests.page.beside import advice, profile
+from tests.page.beside import advice, checks, profile, training
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=2>\"'$\\frac{&\u202e{{7*7}}"
 NAME = "digits"
@@ -156,6 +157,7 @@ def run_report(pack: str | None, *, word: str = "", stopped: str | None = None) 
         parameters_after=500,
         zeros_after=0,
         tensors=[TensorChange(name=f"conv2.weight{word}", before=[32, 8], after=[16, 8], output_error=0.02)],
+        recovery=training(word),
     )
     sensitivity = [
         SensitivityRow(node=f"/layer.{number}/MatMul{word}", disagreement=0.3 / (number + 1), kept_float=number == 0)
@@ -212,7 +214,8 @@ def publish_story(store: Store, folder: Path, *, word: str = "", name: str = NAM
     """Publish a small pack with scores, reports and a decision, let `champion` point at it, and return its digest."""
     made = torch_checkpoint(seed)
     vector = torch.linspace(0, 1, 50).numpy().astype("float64")
-    scored = Scored(vector * (1 - 0.01 * seed), "samples", "accuracy")
+    groups = {f"class {number}{word.replace('/', '')}": np.arange(50) % 3 == number for number in range(3)}
+    scored = Scored(vector * (1 - 0.01 * seed), "samples", "accuracy", slices=groups)
     files = made.files | {SCORES_FILE: dump({"candidate": scored, "source": scored})}
     if word:
         files |= {word.replace("/", "").replace("\\", ""): b"x"}
@@ -256,4 +259,4 @@ def told(store: Store, folder: Path, *, word: str = "") -> Story:
     pack = publish_story(store, folder, word=word)
     found = read_story(store, NAME, pack, run_report(pack, word=word))
     profiled = profile(word) if word else profile().model_copy(update={"subject": f"{NAME}@{pack[:12]}"})
-    return replace(found, profile=profiled, advice=advice(word))
+    return replace(found, profile=profiled, advice=advice(word), checks=checks(word))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -15,13 +16,14 @@ from modelpress.page.compare import comparison_page, read_comparison
 from modelpress.page.fleet import fleet_page, read_fleet
 from modelpress.store import open_store
 from tests.browsers import PATIENCE_MILLISECONDS, chromium
+from tests.page.registers import registry
 from tests.page.stories import HOSTILE, NAME, publish_story, told
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 SERIOUS = ("serious", "critical")
-KINDS = ["report", "compare", "fleet", "hostile"]
+KINDS = ["report", "compare", "fleet", "registry", "hostile"]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "report": report_page(story),
         "compare": comparison_page(compared[0], story, compared[2]),
         "fleet": fleet_page(read_fleet(store)),
+        "registry": fleet_page(read_fleet(store), registry(read_fleet(store))),
         "hostile": report_page(told(hostile, folder / "words", word=HOSTILE)),
     }
     for kind, page in pages.items():
@@ -120,16 +123,62 @@ def test_names_in_plots_do_not_leave_them(page: Page, files: dict[str, Path]) ->
     assert min(small) >= 8.5, "it can be read on a phone"
 
 
-def test_it_prints(page: Page, files: dict[str, Path], tmp_path: Path) -> None:
-    page.goto(files["report"].as_uri())
+BROKEN = {
+    "html-has-lang": ('<html lang="en">', "<html>"),
+    "color-contrast": ("--muted: #525a63", "--muted: #c8ccd0"),
+    "scrollable-region-focusable": ('role="region" tabindex="0"', 'role="region"'),
+}
+"""What of a page is changed, so that axe finds something serious: by the rule that must find it."""
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_who_looks_would_see_it(page: Page, files: dict[str, Path], tmp_path: Path, rule: str) -> None:
+    whole = files["fleet"].read_text(encoding="utf-8")
+    assert BROKEN[rule][0] in whole
+    (tmp_path / "broken.html").write_text(whole.replace(*BROKEN[rule]), encoding="utf-8")
+    page.set_viewport_size({"width": 390, "height": 900})
+    page.goto((tmp_path / "broken.html").as_uri())
+    assert {found.partition(":")[0] for found in axe(page)} == {rule}
+
+
+A4 = {"width": 703, "height": 1040}
+"""Pixels of the paper within margins of 12 millimetres."""
+BEYOND = """(width) => [...document.querySelectorAll('h1, h2, p, table, svg.plot, pre, dl, figcaption')]
+    .filter((one) => one.checkVisibility() && !one.closest('.unseen') && one.getBoundingClientRect().right > width + 1)
+    .map((one) => `${one.tagName} ${one.textContent.trim().slice(0, 60)}`)"""
+FAINT = """() => {
+    const light = (colour) => colour.match(/[0-9.]+/g).slice(0, 3).map((part) => part / 255)
+        .map((part) => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, part, place) => sum + part * [0.2126, 0.7152, 0.0722][place], 0);
+    return [...document.querySelectorAll('h1, h2, p, th, td, dt, dd, figcaption, svg.plot text')]
+        .filter((one) => one.checkVisibility() && one.textContent.trim())
+        .map((one) => [one, getComputedStyle(one)[one.tagName === 'text' ? 'fill' : 'color']])
+        .filter(([, colour]) => 1.05 / (light(colour) + 0.05) < 4.5)
+        .map(([one, colour]) => `${colour}: ${one.textContent.trim().slice(0, 60)}`);
+}"""
+
+
+@pytest.mark.parametrize("kind", ["report", "registry"])
+def test_it_prints(page: Page, files: dict[str, Path], kind: str) -> None:
+    page.goto(files[kind].as_uri())
+    page.set_viewport_size(A4)  # type: ignore[arg-type]
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("() => getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate(BEYOND, A4["width"]) == [], "nothing is cut off by the edge of the paper"
+    assert page.evaluate(FAINT) == [], "all can be read on white"
+    assert page.locator("nav").is_hidden()
+    titles = page.locator("h2").all_inner_texts()
+    assert len(titles) > 2
+    shoot(page, f"{kind}-print")
     page.emulate_media()
-    data = page.pdf(format="A4")
-    assert data.startswith(b"%PDF")
-    assert 2 <= data.count(b"/Type /Page\n") + data.count(b"/Type /Page ") + data.count(b"/Type /Page/") <= 20
+    paper = {"format": "A4", "margin": dict.fromkeys(("top", "right", "bottom", "left"), "12mm"), "outline": True}
+    data = page.pdf(**paper, tagged=True)  # type: ignore[arg-type]
+    assert 2 <= len(re.findall(rb"/Type\s*/Page\b", data)) <= 25
+    for title in titles:
+        spelled = {title.encode("latin-1", "replace"), title.encode("utf-16-be").hex().upper().encode()}
+        assert any(one in data for one in spelled), f"{title!r} is in the outline of the file"
     if folder := os.environ.get("MODELPRESS_TEST_SCREENSHOTS"):
-        (Path(folder) / "page-report.pdf").write_bytes(data)
+        (Path(folder) / f"page-{kind}.pdf").write_bytes(data)
 
 
 def test_a_keyboard_reaches_what_is_closed_and_what_scrolls(page: Page, files: dict[str, Path]) -> None:

@@ -7,19 +7,24 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from modelpress import keys, pointer
+from modelpress.advise import past
 from modelpress.errors import ConfigError
 from modelpress.manifest import Manifest, TensorEntry
-from modelpress.page import Story, read_beside, read_story, render, report_page
+from modelpress.page import Story, read_beside, read_story, render, report_page, with_report
 from modelpress.page.compare import comparison_page, read_comparison
 from modelpress.page.fleet import fleet_page, read_fleet
+from modelpress.page.sections import slices
 from modelpress.page.sections.profile import energy_and_cost
 from modelpress.page.sections.sizes import grouped
-from modelpress.reports import QuantizeReport, RunReport, RunStage, SensitivityRow
+from modelpress.reports import PruneReport, PruneStep, QuantizeReport, RunReport, RunStage, SensitivityRow
+from modelpress.scores import Scored
 from modelpress.store import Store, open_store
-from tests.page.beside import advice, profile
+from tests.page.beside import advice, checks, profile, training
+from tests.page.registers import registry, version
 from tests.page.stories import HOSTILE, NAME, publish_story, run_report, told
 
 ALLOWED = {
@@ -107,6 +112,13 @@ def test_it_has_everything_that_was_measured(page: str, story: Story) -> None:
     assert "no counter here" in text, "why it was not measured"
     assert "Advised is int8, static." in text
     assert "92.7 kB to 113 kB" in text, "what was foretold, beside what was measured"
+    assert "check 2, int8, static: published bytes" in text
+    assert "1.250" in text, "measured over foretold, of an advice that was checked"
+    assert "How it was trained" in text
+    assert "1,234,567" in text, "bytes of parameters"
+    assert "1.050" in text, "of an update, over the least"
+    assert "Group by group" in text
+    assert "class 2" in text
     assert seen.values("lang") == ["en"]
     assert seen.tags.count("h1") == 1
     assert seen.tags.count("svg") >= 10
@@ -186,11 +198,62 @@ def test_reports_of_other_commands_are_shown_beside(tmp_path: Path) -> None:
         path = tmp_path / f"{number}.json"
         path.write_text(one.model_dump_json())
         assert read_beside(path) == one
+    kept = tmp_path / "checks.jsonl"
+    for check in (*checks(), *checks(name="cells")):
+        past.keep(check, kept)  # as `advise --check` does
+    assert with_report(Story(NAME), kept).checks == checks(), "of this model alone"
+    path.write_text(checks()[0].model_dump_json())
+    assert with_report(Story(NAME), path).checks == checks()[:1]
+    assert "What was advised" in render(report_page(with_report(Story(NAME), path))), "without the advice, too"
+    with pytest.raises(ConfigError, match=r"(?s)checks of cells, digits.*of other"):
+        with_report(Story("other"), kept)
+    kept.write_text("{}\n")
+    with pytest.raises(ConfigError, match="line 1 is no check"):
+        read_beside(kept)
     path.write_text("{}")
     with pytest.raises(ConfigError, match="the report of `profile`"):
         read_beside(path)
     with pytest.raises(ConfigError, match="a file"):
         read_beside(tmp_path / "none.json")
+
+
+def test_groups_are_ordered_by_what_they_may_have_lost(story: Story) -> None:
+    right, half = np.ones(40), np.where(np.arange(40) % 2, 1.0, 0.0)
+    groups = {"even": half == 0, "odd": half == 1, "nobody": np.zeros(40, bool)}
+    candidate, source = (
+        Scored(half, "same", "accuracy", slices=groups),
+        Scored(right, "same", "accuracy", slices=groups),
+    )
+    page = render(report_page(replace(story, scored={"candidate": candidate, "source": source})))
+    (table,) = re.findall(r"<caption>Quality by group</caption>.*?</table>", page, re.DOTALL)
+    assert re.findall(r'<th scope="row">(\w+)</th>', table) == ["even", "odd"], "a group without samples has no quality"
+    assert "-1.0000 [" in table
+    other = replace(source, samples="others")
+    assert slices.section(replace(story, scored={"candidate": candidate, "source": other})) is None
+    assert slices.section(replace(story, scored={})) is None
+
+
+def test_many_trainings_are_told_and_some_of_them_drawn() -> None:
+    steps = [
+        PruneStep(sparsity=0.1 * number, zeros=number, recovery=training(processes=number)) for number in range(1, 10)
+    ]
+    report = PruneReport(
+        method="magnitude",
+        eligible_parameters=1,
+        touched_parameters=1,
+        parameters_before=1,
+        parameters_after=1,
+        zeros_after=0,
+        tensors=[],
+        steps=steps,
+    )
+    run = RunReport(name="steps", stages=[RunStage(stage="prune", report=report.model_dump(mode="json"))])
+    text = " ".join(sound(render(report_page(Story("steps", run=run)))).text)
+    assert "prune 9" in text
+    assert "9 × ddp" in text
+    curves = text.partition("Loss by epoch: ")[2].partition("How it")[0]
+    assert "prune 6 from" in curves
+    assert "prune 7 from" not in curves
 
 
 def test_thousands_of_tensors_are_summed_up() -> None:
@@ -250,6 +313,23 @@ def test_a_comparison_says_which_is_better(store: Store, story: Story, tmp_path:
     assert "Both are the same pack." in " ".join(sound(render(comparison_page(*same))).text)
     timed = comparison_page(found, story, Story(**{**vars(after), "run": run_report(other)}))
     assert "measured on machines of class c7i" in " ".join(sound(render(timed)).text)
+
+
+def test_a_fleet_of_hundreds_is_one_page(store: Store, story: Story) -> None:
+    fleet = read_fleet(store)
+    many = [version(f"model-{place}", number, "e" * 64) for place in range(400) for number in (1, 2, 3)]
+    page = render(fleet_page(fleet, registry(fleet, others=many)))
+    text = " ".join(sound(page).text)
+    assert "registered models" in text
+    assert f"{1200 + sum(fleet.versions.values()) + 2:,} versions" in text
+    assert "more are left out." in text
+    assert len(page.encode()) < MOST_BYTES / 3
+    assert render(fleet_page(fleet, registry(fleet, others=many))) == page
+    hostile = render(fleet_page(fleet, registry(fleet, HOSTILE)))
+    sound(hostile)
+    assert "{{7*7}}" in hostile
+    assert "version 7, which it does not have" not in hostile, "no server follows it"
+    assert "no such version" in hostile
 
 
 def test_a_fleet_shows_what_is_broken_too(tmp_path: Path) -> None:

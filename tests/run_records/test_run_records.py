@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelpress import keys, run_records
+from modelpress.cipher import LocalKey, seal_bytes, secrets
 from modelpress.errors import (
     ConfigError,
     ConflictError,
     CorruptionError,
+    EncryptionKeyError,
     FormatError,
     KeyRefusedError,
     NotFoundError,
@@ -23,7 +27,7 @@ from modelpress.errors import (
     UnsignedError,
     UnsupportedFormatError,
 )
-from modelpress.manifest import canonical_json
+from modelpress.manifest import Encryption, canonical_json
 from modelpress.reports import RunReport
 from modelpress.run_records import RunRecord
 from modelpress.store import Store
@@ -35,6 +39,7 @@ from tests.trust.teams import Team
 __all__ = ["team"]
 
 PACK, NAME, PAGE = "a" * 64, "digits", b"<!doctype html>"
+KEY = b"K" * 32
 
 
 def keep(store: Store, run: RunReport | None = None) -> RunRecord:
@@ -51,9 +56,20 @@ def test_what_was_kept_is_read_back_whole(team: Team) -> None:
         assert read(team.store(), record) == record
         assert run_records.read_page(team.store(), record) == PAGE
     assert [one.record for one in run_records.kept(team.store(), NAME, PACK)] == made
-    assert run_records.newest(team.store(), NAME, PACK) == made[1].run
-    assert run_records.newest(team.store(), NAME, "b" * 64) is None
+    assert run_records.newest(team.store(), NAME, PACK) == (made[1].run, [])
+    assert run_records.newest(team.store(), NAME, "b" * 64) == (None, [])
     assert keep(team.store("farm"), made[0].run).page == made[0].page, "the same page is one object"
+
+
+def test_a_run_counts_without_a_page_too(team: Team) -> None:
+    assert not run_records.counts(team.store(), NAME, PACK)
+    record = run_records.keep(team.store("farm"), run_report(PACK), None)
+    assert read(team.store(), record) == record
+    assert json.loads(record.to_bytes())["page"] is None
+    assert run_records.counts(team.store(), NAME, PACK)
+    assert run_records.newest(team.store(), NAME, PACK) == (record.run, [])
+    with pytest.raises(NotFoundError, match=r"(?s)could not be drawn.*modelpress report digits@a"):
+        run_records.read_page(team.store(), record)
 
 
 def test_who_does_not_count_is_not_counted(team: Team) -> None:
@@ -63,10 +79,90 @@ def test_who_does_not_count_is_not_counted(team: Team) -> None:
         with pytest.raises(error):
             read(team.store(), record)
         assert read(team.store(trusting=False), record) == record, "nothing is asked where there is no trust file"
-    assert run_records.newest(team.store(), NAME, PACK) is None
+    found, problems = run_records.newest(team.store(), NAME, PACK)
+    assert (found, {type(one) for one in problems}) == (None, {UnsignedError, KeyRefusedError})
     assert all(one.problem is not None for one in run_records.kept(team.store(), NAME, PACK))
     keep(team.store("farm"))
-    assert run_records.newest(team.store(), NAME, PACK) is not None
+    assert run_records.newest(team.store(), NAME, PACK)[0] is not None
+
+
+@pytest.fixture
+def encryption(team: Team, monkeypatch: pytest.MonkeyPatch) -> Encryption:
+    """Of a pack whose secret the key of the environment opens."""
+    monkeypatch.setenv("MODELPRESS_KEY", base64.b64encode(KEY).decode())
+    identity, _ = secrets.current(team.store(), NAME, [LocalKey(KEY)])
+    return Encryption(secret=identity, segment_bytes=1000)
+
+
+def test_beside_an_encrypted_pack_a_run_is_sealed(
+    team: Team, encryption: Encryption, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, store = run_report(PACK), team.store()
+    record = run_records.keep(team.store("farm"), run, PAGE, encryption)
+    assert read(store, record) == record
+    assert run_records.told(store, record) == run
+    assert run_records.read_page(store, record) == PAGE
+    assert run_records.newest(store, NAME, PACK) == (run, [])
+    bare = run_records.keep(team.store("farm"), run, None, encryption)
+    assert (bare.page, run_records.told(store, bare)) == (None, run)
+    stored = {info.key: store.get(info.key) for info in store.list(keys.runs(NAME, PACK))}
+    assert {key.rpartition(".")[2] for key in stored} == {"json", "sealed"}
+    for word in (b"quantize", b"accuracy", b"conv2", b"127.0.0.1:5000", PAGE):
+        assert word in run.model_dump_json().encode() + PAGE, "the search sees it"
+        assert not [key for key, data in stored.items() if word in data]
+    monkeypatch.delenv("MODELPRESS_KEY")
+    assert run_records.counts(store, NAME, PACK), "who signed it is seen without a key"
+    assert run_records.check_page(store, record) == stored[_only(stored, "sealed")]
+    for reads in (run_records.told, run_records.read_page):
+        with pytest.raises(EncryptionKeyError, match="MODELPRESS_KEY_FILE"):
+            reads(store, record)
+    with pytest.raises(EncryptionKeyError):
+        run_records.newest(store, NAME, PACK)
+    with pytest.raises(EncryptionKeyError):
+        run_records.keep(team.store("farm"), run, PAGE, encryption)
+    assert {info.key for info in store.list(keys.runs(NAME, PACK))} == stored.keys(), "nothing is kept in the clear"
+
+
+def _only(found: dict[str, bytes], ending: str) -> str:
+    (key,) = [key for key in found if key.endswith(ending)]
+    return key
+
+
+def test_what_was_sealed_is_a_run_of_this_pack(team: Team, encryption: Encryption) -> None:
+    store = team.store(trusting=False)
+    good = run_records.keep(store, run_report(PACK), PAGE, encryption)
+    document = json.loads(good.to_bytes())
+    secret = secrets.find(store, NAME, encryption.secret, [LocalKey(KEY)])
+    for content in (canonical_json(run_report("b" * 64).model_dump(mode="json")), b"{}", b"[1]"):
+        plain, data = seal_bytes(content, secret, encryption, "sealing")
+        inner = {"run": plain.model_dump(), "data": base64.b64encode(data).decode()}
+        other = run_records.read(store, NAME, PACK, put(store, document | {"sealed": document["sealed"] | inner}))
+        with pytest.raises(CorruptionError):
+            run_records.told(store, other)
+    data = bytearray(base64.b64decode(document["sealed"]["data"]))
+    data[-1] ^= 1
+    for text in (base64.b64encode(data).decode(), "no base64!", ""):
+        inner = document["sealed"] | {"data": text}
+        other = run_records.read(store, NAME, PACK, put(store, document | {"sealed": inner}))
+        with pytest.raises(CorruptionError):
+            run_records.told(store, other)
+    assert run_records.newest(store, NAME, PACK)[0] == run_report(PACK), "they hide no other"
+    signed = json.loads(run_records.keep(team.store("farm"), run_report(PACK), PAGE, encryption).to_bytes())
+    changed = put(store, signed | {"sealed": signed["sealed"] | {"data": "aaaa"}})
+    with pytest.raises(SignatureError):
+        run_records.read(team.store(), NAME, PACK, changed)
+
+
+@pytest.mark.parametrize(
+    "change", [{"run": {}}, {"sealed": None}, {"page": None}, {"format_version": 1}], ids=["both", "none", "page", "1"]
+)
+def test_a_sealed_record_is_one_thing(team: Team, encryption: Encryption, change: dict[str, Any]) -> None:
+    store = team.store(trusting=False)
+    document = json.loads(run_records.keep(store, run_report(PACK), PAGE, encryption).to_bytes())
+    if change.get("run") == {}:
+        change = {"run": run_report(PACK).model_dump(mode="json")}
+    with pytest.raises(CorruptionError):
+        run_records.read(store, NAME, PACK, put(store, document | change))
 
 
 def put(store: Store, document: dict[str, Any] | bytes, pack: str = PACK, name: str = NAME) -> str:
@@ -101,8 +197,8 @@ def test_a_run_counts_for_no_other_pack(team: Team, pack: str, name: str) -> Non
     assert put(team.store(), record.to_bytes(), pack, name) == record.digest
     with pytest.raises(CorruptionError, match=f"a run on {NAME}@{PACK}"):
         run_records.read(team.store(), name, pack, record.digest)
-    assert run_records.newest(team.store(), name, pack) is None
-    assert run_records.newest(team.store(), NAME, PACK) == record.run, "a copy hides nothing"
+    assert run_records.newest(team.store(), name, pack)[0] is None
+    assert run_records.newest(team.store(), NAME, PACK) == (record.run, []), "a copy hides nothing"
 
 
 @pytest.mark.parametrize(
@@ -111,7 +207,7 @@ def test_a_run_counts_for_no_other_pack(team: Team, pack: str, name: str) -> Non
         (b"", CorruptionError),
         (b"[]", CorruptionError),
         (b'{"format_version":1}', CorruptionError),
-        (b'{"format_version":2}', UnsupportedFormatError),
+        (b'{"format_version":3}', UnsupportedFormatError),
         (b'{"format_version":true}', CorruptionError),
         (b'{"format_version":1,"format_version":1}', CorruptionError),
         (b'{"a":' * 100_000, CorruptionError),
@@ -142,7 +238,7 @@ def test_one_that_is_too_deep_to_spell_is_refused_and_hides_no_other(team: Team,
     for trusting in (True, False):
         with pytest.raises(CorruptionError):
             run_records.read(team.store(trusting=trusting), NAME, PACK, digest)
-        assert run_records.newest(team.store(trusting=trusting), NAME, PACK) == made.run
+        assert run_records.newest(team.store(trusting=trusting), NAME, PACK) == (made.run, [])
     with pytest.raises(ConfigError, match="can be read again"):
         keep(team.store("farm"), made.run.model_copy(update={"config": nested(300)}))
     assert len(run_records.kept(team.store(), NAME, PACK)) == 2, "what nobody could read is not written"
@@ -190,7 +286,9 @@ def test_no_change_and_no_cut_passes(shelf: tuple[Store, bytes], data: st.DataOb
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"format_version": 2}, UnsupportedFormatError),
+        ({"format_version": 3}, UnsupportedFormatError),
+        ({"format_version": 2}, CorruptionError),
+        ({"page": None}, CorruptionError),
         ({"format_version": "1"}, CorruptionError),
         ({"pack": "b" * 64}, CorruptionError),
         ({"name": "other"}, CorruptionError),
@@ -205,7 +303,15 @@ def test_what_is_no_run_is_refused(team: Team, change: dict[str, Any], error: ty
     digest = put(store, document | change)
     with pytest.raises(error):
         run_records.read(store, NAME, PACK, digest)
-    assert run_records.newest(store, NAME, PACK) is not None, "it hides no other"
+    assert run_records.newest(store, NAME, PACK)[0] is not None, "it hides no other"
+
+
+def test_a_run_of_the_first_version_stays_readable(team: Team) -> None:
+    """A field that comes later, in a report too, must not be spelled in records of before (`trust.entries.Entry`)."""
+    store = team.store(trusting=False)
+    digest = put(store, Path(__file__).with_name("v1.json").read_bytes())
+    record = run_records.read(store, NAME, PACK, digest)
+    assert (record.digest, record.who, record.run.stages[-1].size_bytes) == (digest, "anna@farm", 17_000)
 
 
 def test_damage_and_limits(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from modelpress.page import words
 from modelpress.page.parts import Figure, Section, Table
 from modelpress.page.plots import Dot, dots
 from modelpress.page.story import Story
-from modelpress.reports.advice import AdviceReport, Advised, Metric, Outlook, Predicted, Prediction
+from modelpress.reports.advice import AdviceCheck, AdviceReport, Advised, Metric, Outlook, Predicted, Prediction
 
 SHOWN, LISTED = 15, 60
 FORMS: dict[Metric, tuple[str, Callable[[float], str]]] = {
@@ -19,21 +19,88 @@ FORMS: dict[Metric, tuple[str, Callable[[float], str]]] = {
     "quality_drop": ("loss of quality", lambda value: f"{value:.4f}"),
 }
 """What of an outlook a run measures as well."""
+NAMES: dict[Metric, tuple[str, Callable[[float], str]]] = {
+    **FORMS,
+    "memory_bytes": ("memory", words.size),
+    "cold_start_seconds": ("cold start", words.time),
+    "cost_per_million": ("cost of a million samples", words.number),
+}
+CHECKS = 5
+"""Checks that are shown, the newest."""
 
 
 def section(story: Story) -> Section | None:
-    """The ranking, and foretold beside measured."""
+    """The ranking, foretold beside measured, and the checks of such advice that were kept."""
     advice = story.advice or story.report("advice", AdviceReport)
-    if advice is None:
+    checks = [(f"check {number}, {one.label}", one) for number, one in enumerate(story.checks, 1)][-CHECKS:]
+    if advice is None and not checks:
         return None
-    asked = ", ".join(f"{name} {words.number(value)}" for name, value in advice.budget.items() if value)
-    lead = [
-        f"Asked was the best {advice.objective} ({advice.binding})" + (f", within {asked}." if asked else "."),
-        f"Advised is {advice.chosen}." if advice.chosen else "Nothing that a recipe can say fits what was asked.",
-    ]
-    figures = [figure for figure in [_gains(advice)] if figure is not None]
-    tables = [table for table in (_ranking(advice), _measured(advice, story), _arguments(advice)) if table.rows]
-    return Section(key="advice", title="What was advised", lead=lead, figures=figures, tables=tables)
+    lead: list[str] = []
+    figures, tables = [_checked(checks)], [_checks(checks)]
+    if advice is not None:
+        asked = ", ".join(f"{name} {words.number(value)}" for name, value in advice.budget.items() if value)
+        lead = [
+            f"Asked was the best {advice.objective} ({advice.binding})" + (f", within {asked}." if asked else "."),
+            f"Advised is {advice.chosen}." if advice.chosen else "Nothing that a recipe can say fits what was asked.",
+        ]
+        figures = [_gains(advice), *figures]
+        tables = [_ranking(advice), _measured(advice, story), *tables, _arguments(advice)]
+    return Section(
+        key="advice",
+        title="What was advised",
+        lead=lead,
+        figures=[figure for figure in figures if figure is not None],
+        tables=[table for table in tables if table.rows],
+    )
+
+
+def _checks(checks: Sequence[tuple[str, AdviceCheck]]) -> Table:
+    """What `advise --check` kept: foretold before, measured after."""
+    rows = []
+    for label, check in checks:
+        for one in check.rows:
+            name, form = NAMES[one.metric]
+            foretold = one.predicted
+            rows.append(
+                [
+                    f"{label}: {name}",
+                    _said(foretold, form),
+                    f"{form(foretold.low)} to {form(foretold.high)}" if isinstance(foretold, Predicted) else "–",
+                    form(one.measured) if one.measured is not None else words.UNMEASURED,
+                    f"{one.ratio:.3f}" if one.ratio is not None else "–",
+                    {True: "yes", False: "no", None: "–"}[one.inside],
+                ]
+            )
+    machines = ", ".join(dict.fromkeys(check.machine for _, check in checks))
+    heads = ["of", "foretold", "interval", "measured", "measured ÷ foretold", "inside"]
+    caption = f"Advice that was checked, foretold on {words.cut(machines, 120)}"
+    return Table(caption, heads, rows, frozenset({1, 2, 3, 4}))
+
+
+def _checked(checks: Sequence[tuple[str, AdviceCheck]]) -> Figure | None:
+    series = {
+        label: [Dot(NAMES[one.metric][0], one.ratio) for one in check.rows if one.ratio is not None]
+        for label, check in checks
+    }
+    series = {label: found for label, found in series.items() if found}
+    if not series:
+        return None
+    names = list(dict.fromkeys(dot.row for found in series.values() for dot in found))
+    rows = [[f"{label}: {dot.row}", f"{dot.value:.3f}"] for label, found in series.items() for dot in found]
+    key = "advice-checks"
+    return Figure(
+        key=key,
+        caption="Measured ÷ foretold of advice that was checked; at 1 it came as foretold",
+        svg=dots(
+            key,
+            "Measured over foretold: " + ", ".join(f"{row[0]} {row[1]}" for row in rows[:8]),
+            names,
+            series,
+            unit="measured ÷ foretold",
+            line=(1.0, "as foretold"),
+        ),
+        table=Table("Measured ÷ foretold", ["of", "ratio"], rows, frozenset({1})),
+    )
 
 
 def _gains(advice: AdviceReport) -> Figure | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 
 from modelpress.page import words
-from modelpress.page.parts import Figure, Section, Table
+from modelpress.page.parts import Figure, Section, Table, listed
 from modelpress.page.plots import Spot, scatter
 from modelpress.page.story import Story
 from modelpress.reports import PlanPoint, PlanReport
@@ -83,11 +83,10 @@ def _points(plan: PlanReport) -> Table:
             f"{point.disagreement:.3e}",
             "–" if point.predicted_disagreement is None else f"{point.predicted_disagreement:.3e}",
         ]
-        for point in points[:LISTED]
+        for point in points
     ]
     heads = ["choice", "coded bytes", "time of a call", "disagreement", "foretold"]
-    note = f"{len(points) - LISTED:,} more are left out." if len(points) > LISTED else ""
-    return Table("Plans that were built and measured", heads, rows, frozenset(range(1, 5)), note)
+    return listed("Plans that were built and measured", heads, rows, LISTED, frozenset(range(1, 5)))
 
 
 def _stages(story: Story) -> Figure | None:

@@ -56,8 +56,9 @@ def _measures(story: Story) -> list[Measure]:
     measures = []
     if quantized := story.report("quantize", QuantizeReport):
         sensitive = [
-            Layer(row.node, row.disagreement, "kept in float" if row.kept_float else "quantized", _kept(row.kept_float))
+            Layer(row.node, row.disagreement, became, became)
             for row in quantized.sensitivity
+            for became in ["kept in float" if row.kept_float else "quantized"]
         ]
         unit = "disagreement, this layer alone"
         measures.append(Measure("sensitivity", "Sensitivity to quantization, each layer alone", unit, sensitive))
@@ -93,10 +94,6 @@ def _measures(story: Story) -> list[Measure]:
         unit = "squared error of the outputs"
         measures.append(Measure("pruned", "Error of the outputs by pruning, before recovery", unit, removed))
     return measures
-
-
-def _kept(kept: bool) -> str:
-    return "kept in float" if kept else "quantized"
 
 
 def _figure(measure: Measure) -> Figure:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from modelpress.page import words
-from modelpress.page.parts import Section, Table
+from modelpress.page.parts import Section, Table, listed
 from modelpress.page.story import QUALITY, Story
 
 LISTED = 120
@@ -29,8 +29,7 @@ def section(story: Story) -> Section | None:
 
 def _table(stage: str, found: Mapping[str, Any]) -> Table:
     rows = [[words.cut(name, 120), words.cut(said)] for name, said in _leaves(found)]
-    note = f"{len(rows) - LISTED:,} more are left out." if len(rows) > LISTED else ""
-    return Table(words.cut(stage, 80), ["field", "value"], rows[:LISTED], frozenset({1}), note, folded=True)
+    return listed(words.cut(stage, 80), ["field", "value"], rows, LISTED, frozenset({1}), folded=True)
 
 
 def _leaves(found: Mapping[str, Any], prefix: str = "", deep: int = 0) -> Iterator[tuple[str, str]]:

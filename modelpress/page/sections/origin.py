@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from modelpress.page import words
-from modelpress.page.parts import Item, Link, Section, Table
+from modelpress.page.parts import Item, Link, Section, Table, listed
 from modelpress.page.story import Story
 
 LISTED = 200
@@ -54,12 +54,12 @@ def _recipe(config: Mapping[str, Any]) -> str:
 
 def _lineage(lineage: Mapping[str, Any]) -> Table:
     rows = [[words.cut(str(stage)), words.cut(str(digest))] for stage, digest in lineage.items()]
-    return Table("Lineage: sha256 of each stage's output", ["stage", "sha256"], rows[:LISTED])
+    return listed("Lineage: sha256 of each stage's output", ["stage", "sha256"], rows, LISTED)
 
 
 def _versions(versions: Mapping[str, str]) -> Table:
     rows = [[words.cut(name), words.cut(version)] for name, version in versions.items()]
-    return Table("Versions that shaped the bytes", ["package", "version"], rows[:LISTED], folded=True)
+    return listed("Versions that shaped the bytes", ["package", "version"], rows, LISTED, folded=True)
 
 
 def _files(story: Story) -> Table:
@@ -68,15 +68,13 @@ def _files(story: Story) -> Table:
         [words.cut(file.name, 160), f"{file.size_bytes:,}", f"{file.stored_bytes:,}", file.sha256]
         for file in story.manifest.blob_files()
     ]
-    note = f"{len(rows) - LISTED:,} more are left out." if len(rows) > LISTED else ""
     heads = ["file", "bytes", "stored bytes", "sha256"]
-    return Table(f"{len(rows):,} files", heads, rows[:LISTED], frozenset({1, 2}), note, folded=True)
+    return listed(f"{len(rows):,} files", heads, rows, LISTED, frozenset({1, 2}), folded=True)
 
 
 def _shards(story: Story) -> Table:
     assert story.manifest is not None
     shards = story.manifest.shards
-    rows = [[str(number), f"{one.size_bytes:,}", one.sha256] for number, one in enumerate(shards[:LISTED])]
-    note = f"{len(shards) - LISTED:,} more are left out." if len(shards) > LISTED else ""
+    rows = [[str(number), f"{one.size_bytes:,}", one.sha256] for number, one in enumerate(shards)]
     heads = ["shard", "bytes", "sha256 of the blob"]
-    return Table(f"{len(shards):,} shards", heads, rows, frozenset({1}), note, folded=True)
+    return listed(f"{len(rows):,} shards", heads, rows, LISTED, frozenset({1}), folded=True)
