@@ -6,6 +6,6 @@ from typing import Annotated
 
 from pydantic import Field
 
-from modelpress.reduce.named import Answers, ByName, Points, Sensitivities, Unnamed
+from modelpress.reduce.named import Answers, ByName, Points, Sensitivities, Unnamed, Variants
 
-AnyPartial = Annotated[Unnamed | Answers | ByName | Points | Sensitivities, Field(discriminator="kind")]
+AnyPartial = Annotated[Unnamed | Answers | ByName | Points | Sensitivities | Variants, Field(discriminator="kind")]

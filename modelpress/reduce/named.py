@@ -18,6 +18,7 @@ from modelpress.reduce.partials import (
     Ranking,
     WeightedMean,
 )
+from modelpress.reports import TriedVariant
 from modelpress.reports.base import ArtifactRef, Report
 
 NameT = TypeVar("NameT", int, str)
@@ -117,6 +118,23 @@ class Sensitivities(Partial):
         """
         weights, floats = union(self.weights, other.weights), union(self.floats, other.floats)
         return Sensitivities(weights=weights, alike=union(self.alike, other.alike), floats=floats)
+
+
+class Variants(Partial):
+    """Variants of a recipe that were tried."""
+
+    kind: Literal["variants"] = "variants"
+    """Which partial this is."""
+    tried: dict[int, TriedVariant] = Field(default_factory=dict)
+    """By the variant's number."""
+
+    def merge(self, other: Variants) -> Variants:
+        """The variants of both.
+
+        Raises:
+            ValueError: they share one.
+        """
+        return Variants(tried=union(self.tried, other.tried))
 
 
 class ByName(Partial):
