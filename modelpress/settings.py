@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, Json, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from modelpress.errors import ConfigError
 from modelpress.providers import CPU, Provider
+
+SettingsT = TypeVar("SettingsT", bound=BaseSettings)
 
 
 class Settings(BaseSettings):
@@ -140,10 +142,24 @@ def read_settings() -> Settings:
     Raises:
         ConfigError: a value is not legal; the variable is named.
     """
+    return read_as(Settings, "reading the settings")
+
+
+def read_as(kind: type[SettingsT], doing: str, **given: Any) -> SettingsT:
+    """Settings of a class from the environment, with what was `given` (not None) on top.
+
+    Raises:
+        ConfigError: a value is not legal; the variable is named.
+    """
     try:
-        return Settings()
+        return kind(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
-        raise ConfigError("reading the settings", found=problems(error, "MODELPRESS_")) from error
+        prefix = kind.model_config.get("env_prefix", "")
+        told = "; ".join(
+            f"{prefix}{str(one['loc'][0]).upper()}={one['input']!r}: {one['msg']}"
+            for one in error.errors(include_url=False)
+        )
+        raise ConfigError(doing, found=told) from error
 
 
 def without_logins(text: str) -> str:
@@ -154,11 +170,3 @@ def without_logins(text: str) -> str:
 def is_shared_database(uri: str) -> bool:
     """Whether the address of an MLflow server is that of a database behind one."""
     return uri.partition(":")[0].partition("+")[0] in ("mssql", "mysql", "postgresql")
-
-
-def problems(error: ValidationError, prefix: str) -> str:
-    """What is wrong with which variable, for a settings class with this prefix."""
-    return "; ".join(
-        f"{prefix}{str(one['loc'][0]).upper()}={one['input']!r}: {one['msg']}"
-        for one in error.errors(include_url=False)
-    )

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from pydantic import Field, ValidationError
+from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 from starlette.routing import Route
 
 from modelpress import settings
 from modelpress.cores import usable_cores
 from modelpress.doctor import check_provider
-from modelpress.errors import ConfigError, ModelpressError, SetupError
+from modelpress.errors import ModelpressError, SetupError
 from modelpress.nudge import read_secrets
 from modelpress.providers import CPU, Provider
 from modelpress.settings import Settings
@@ -131,11 +131,7 @@ def read_settings(**given: Any) -> ServingSettings:
     Raises:
         ConfigError: a value is not legal; the variable is named.
     """
-    try:
-        return ServingSettings(**{name: value for name, value in given.items() if value is not None})
-    except ValidationError as error:
-        found = settings.problems(error, "MODELPRESS_SERVING_")
-        raise ConfigError("reading the server's settings", found=found) from error
+    return settings.read_as(ServingSettings, "reading the server's settings", **given)
 
 
 def run(base: Settings, serving: ServingSettings) -> None:

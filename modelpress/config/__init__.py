@@ -23,6 +23,7 @@ from modelpress.config.recipes import (
     BlockwiseRecipe,
     ExportRecipe,
     OptimizeConfig,
+    Part,
     PlanRecipe,
     QuantizeRecipe,
     load_advise_recipe,
@@ -33,9 +34,12 @@ from modelpress.config.recipes import (
     load_gate,
     load_plan_recipe,
     load_quantize_recipe,
+    load_variants,
     parse_config,
+    parse_variants,
 )
 from modelpress.config.train import TrainConfig
+from modelpress.config.variants import VariantsConfig
 from modelpress.config.workers import WorkersConfig
 from modelpress.config.workload import WorkloadConfig
 
@@ -60,6 +64,7 @@ __all__ = [
     "OptimizeConfig",
     "PackName",
     "ParallelConfig",
+    "Part",
     "PlanConfig",
     "PlanRecipe",
     "ProfileConfig",
@@ -71,6 +76,7 @@ __all__ = [
     "ShardConfig",
     "TrainConfig",
     "UploadConfig",
+    "VariantsConfig",
     "WorkersConfig",
     "WorkloadConfig",
     "load_advise_recipe",
@@ -81,5 +87,7 @@ __all__ = [
     "load_gate",
     "load_plan_recipe",
     "load_quantize_recipe",
+    "load_variants",
     "parse_config",
+    "parse_variants",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
@@ -19,12 +19,15 @@ from modelpress.config.plan import PlanConfig
 from modelpress.config.profile import ProfileConfig
 from modelpress.config.prune import PruneConfig
 from modelpress.config.quantize import ExportConfig, QuantizeConfig
+from modelpress.config.variants import VariantsConfig
 from modelpress.config.workers import WorkersConfig
 from modelpress.config.workload import WorkloadConfig
 from modelpress.errors import ConfigError
 from modelpress.providers import CPU
 
 Checked = TypeVar("Checked", bound=Config)
+Part = Literal["source", "distill", "prune", "export", "quantize", "plan"]
+"""A stage that makes or changes the model."""
 
 
 class OptimizeConfig(Config):
@@ -64,6 +67,19 @@ class OptimizeConfig(Config):
     device."""
     workers: WorkersConfig | None = None
     """Absent: evaluations and plans run in one process."""
+
+    @property
+    def parts(self) -> list[Part]:
+        """The stages of this recipe that make and change the model, in order."""
+        switched: dict[Part, object] = {
+            "source": True,
+            "distill": self.distill,
+            "prune": self.prune,
+            "export": True,
+            "quantize": self.quantize,
+            "plan": self.plan,
+        }
+        return [part for part, present in switched.items() if present]
 
     @model_validator(mode="after")
     def _check(self) -> OptimizeConfig:
@@ -234,6 +250,15 @@ def load_canary(path: str | Path) -> CanaryConfig:
     return _checked(CanaryConfig, _read_yaml(path), str(path))
 
 
+def load_variants(path: str | Path) -> VariantsConfig:
+    """Read a `VariantsConfig` from a YAML file.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    return parse_variants(_read_yaml(path), origin=str(path))
+
+
 def _read_yaml(path: str | Path) -> Any:
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -252,6 +277,15 @@ def parse_config(document: Any, *, origin: str = "config") -> OptimizeConfig:
         ConfigError: see `load_config`.
     """
     return _checked(OptimizeConfig, document, origin)
+
+
+def parse_variants(document: Any, *, origin: str = "variants") -> VariantsConfig:
+    """Validate a plain mapping, naming each wrong field.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    return _checked(VariantsConfig, document, origin)
 
 
 def _checked(kind: type[Checked], document: Any, origin: str) -> Checked:

@@ -65,6 +65,7 @@ from modelpress.reports.quality import (
     QualityReport,
 )
 from modelpress.reports.run import RunReport, RunStage
+from modelpress.reports.variants import TriedVariant, VariantBudgets, VariantsReport
 
 __all__ = [
     "AdviceCheck",
@@ -129,8 +130,11 @@ __all__ = [
     "TensorChange",
     "TrafficReport",
     "TrainReport",
+    "TriedVariant",
     "UploadReport",
     "UsageReport",
+    "VariantBudgets",
+    "VariantsReport",
     "Verdict",
     "VerifyReport",
     "VersionUsage",
