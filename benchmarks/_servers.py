@@ -1,4 +1,4 @@
-"""A Prefect server of a benchmark's own."""
+"""Servers of a benchmark's own: Prefect, S3."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,9 @@ from pathlib import Path
 
 import httpx
 
+ROOT = Path(__file__).parents[1]
+PREFIX = "MODELPRESS_TEST_S3_"
+"""Of the variables that say where an S3 server is, and with which keys."""
 START_SECONDS = 120
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -66,3 +70,26 @@ def _healthy(url: str) -> bool:
         return httpx.get(url, timeout=2).status_code == 200
     except httpx.TransportError:
         return False
+
+
+@contextmanager
+def s3_server() -> Iterator[tuple[Path, dict[str, str]]]:
+    """The folder of a Ceph RGW on loopback, and the variables that say where it is and with which keys."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name, "ceph")
+        command = [sys.executable, str(ROOT / "infra/s3/server.py"), "run", "--folder", str(folder)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            said = {}
+            while line := process.stdout.readline():
+                key, _, value = line.removeprefix("export ").strip().partition("=")
+                said[key] = value
+                if key == f"{PREFIX}READER_SECRET":
+                    break
+            else:
+                raise SystemExit("no S3 server: see above")
+            try:
+                yield folder, said
+            finally:
+                process.stdin.close()  # it ends with its standard input

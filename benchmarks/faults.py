@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import threading
@@ -23,9 +22,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import _soak
+from benchmarks import _publishers, _soak
 from benchmarks._report import Row, main
-from tests.conftest import PREFIX, ROOT, S3Server, _with_bucket
+from benchmarks._servers import s3_server
+from tests.conftest import S3Server, _with_bucket
 
 LINES = 4
 """Trials on the line that run at a time."""
@@ -66,10 +66,10 @@ def soak(server: S3Server, amounts: Amounts, folder: Path, seed: int) -> _soak.T
             ]:
                 future.result()
         rng = random.Random(seed)
-        _soak.kills(server, tallies, rng, amounts.kills)
+        _publishers.kills(server, tallies, rng, amounts.kills)
         _soak.races(server, tallies, rng, amounts.races)
-        _soak.clocks(server, tallies, rng, amounts.clocks)
-        _soak.full_disks(folder, tallies, rng, amounts.disks)
+        _publishers.clocks(server, tallies, rng, amounts.clocks)
+        _publishers.full_disks(folder, tallies, rng, amounts.disks)
         if server.folder is not None:
             _soak.restarts(server, tallies, rng, amounts.restarts)
     return tallies
@@ -114,26 +114,10 @@ def _rows(kind: str, tally: _soak.Tally) -> Iterator[Row]:
 @contextmanager
 def _server() -> Iterator[S3Server]:
     """A server of this run's own: it is killed on the way."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name, "ceph")
-        command = [sys.executable, str(ROOT / "infra/s3/server.py"), "run", "--folder", str(folder)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            environment = {}
-            while line := process.stdout.readline():
-                key, _, value = line.removeprefix("export ").strip().partition("=")
-                environment[key] = value
-                if key == f"{PREFIX}READER_SECRET":
-                    break
-            else:
-                raise SystemExit("no S3 server: see above")
-            try:
-                for server in _with_bucket(environment, folder):
-                    os.environ.update(server.environment())
-                    yield server
-            finally:
-                process.stdin.close()
+    with s3_server() as (folder, said):
+        for server in _with_bucket(said, folder):
+            os.environ.update(server.environment())
+            yield server
 
 
 if __name__ == "__main__":

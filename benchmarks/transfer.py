@@ -33,9 +33,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks._report import Row, main
+from benchmarks._servers import PREFIX, s3_server
 
 ROOT = Path(__file__).parents[1]
-PREFIX = "MODELPRESS_TEST_S3_"
 MIB, GIB = 2**20, 2**30
 IN_FLIGHT = 4
 SYSTEMS = ("modelpress", "boto3", "boto3, signed", "boto3, unsigned", "obstore", "s5cmd")
@@ -278,21 +278,8 @@ def _server() -> Iterator[dict[str, str]]:
     if f"{PREFIX}ENDPOINT" in os.environ:
         yield _environment(dict(os.environ))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "infra/s3/server.py"), "run", "--folder", f"{folder}/ceph"]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            found = dict(os.environ)
-            while line := process.stdout.readline():
-                name, _, value = line.removeprefix("export ").strip().partition("=")
-                found[name] = value
-                if name == f"{PREFIX}READER_SECRET":
-                    break
-            try:
-                yield _environment(found)
-            finally:
-                process.stdin.close()
+    with s3_server() as (_, said):
+        yield _environment({**os.environ, **said})
 
 
 def _environment(found: dict[str, str]) -> dict[str, str]:

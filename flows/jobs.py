@@ -23,8 +23,8 @@ from pydantic import Field
 from flows.line import tracked
 from flows.optimize import optimize
 from flows.result import OptimizeResult, StageRow
-from flows.stages import Part, check_part, parts, run_stages
-from modelpress.config import OptimizeConfig
+from flows.stages import check_part, run_stages
+from modelpress.config import OptimizeConfig, Part
 from modelpress.config.base import Config
 from modelpress.errors import ConfigError, StageError
 from tasks.packs import pin_bases
@@ -105,7 +105,7 @@ def check_jobs(config: OptimizeConfig, jobs: list[Job]) -> None:
     """
     for job in jobs:
         check_part(config, job.last)
-    order, asked = parts(config), [job.last for job in jobs]
+    order, asked = config.parts, [job.last for job in jobs]
     if asked != sorted(set(asked), key=order.index):
         raise ConfigError(
             "ordering the jobs", found=f"they end with {', '.join(asked)}", expected=f"the order {', '.join(order)}"

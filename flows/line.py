@@ -7,12 +7,12 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.logging import get_run_logger
@@ -63,6 +63,9 @@ DEFAULT_UI = "http://127.0.0.1:4200"
 
 class Line:
     """The state of one run. Tasks never see it: they are told references and a `RunContext`."""
+
+    is_trial: ClassVar[bool] = False
+    """Whether it is one of several tries, of which nobody is told by name."""
 
     def __init__(self, config: OptimizeConfig, settings: Settings, run: runs.Run, flow_run_url: str) -> None:
         self.config, self.settings, self.run, self.flow_run_url = config, settings, run, flow_run_url
@@ -158,9 +161,9 @@ class Line:
                 },
                 **{f"quality {label}": report.quality.metrics() for label, report in self.evaluations.items()},
             },
-            scores=self.scores[self._served],
+            scores=self.scores[self.served],
             source_scores=self.scores["source"],
-            graph=self.outputs[self._served],
+            graph=self.outputs[self.served],
             source_bytes=self.outputs["source"].size_bytes,
         )
 
@@ -178,7 +181,7 @@ class Line:
 
     def headline(self) -> dict[str, str]:
         """The measured numbers that the gate and people read from the model version: text by tag."""
-        served, source = self.evaluations[self._served], self.evaluations["source (onnx)"]
+        served, source = self.evaluations[self.served], self.evaluations["source (onnx)"]
         return {
             served.quality.metric: f"{served.quality.value:.6f}",
             "throughput_per_second": f"{throughput(served):.3f}",
@@ -189,7 +192,7 @@ class Line:
 
     def of_hardware(self) -> dict[str, str]:
         """What was measured of the served graph, by the class of the machine: text by tag."""
-        return registered_figures.tags(self.evaluations[self._served])
+        return registered_figures.tags(self.evaluations[self.served])
 
     def delivered(self, published: UploadReport, registered: Registered, decision: Decision | None) -> None:
         """Make the result, and tell it to MLflow and to the log."""
@@ -205,7 +208,7 @@ class Line:
                 "published_bytes": published.published_bytes,
                 "compression_ratio": published.compression_ratio,
                 "speedup": speedup,
-                **{f"served.{key}": value for key, value in self.evaluations[self._served].metrics().items()},
+                **{f"served.{key}": value for key, value in self.evaluations[self.served].metrics().items()},
             }
         )
         result = self._result = OptimizeResult(
@@ -220,7 +223,7 @@ class Line:
             stages=self.rows,
             recomputed=self.recomputed,
             decision=decision,
-            graph=self.outputs[self._served].sha256,
+            graph=self.outputs[self.served].sha256,
             mlflow_run=self.run.id,
             mlflow_url=self.mlflow_url,
             flow_run_url=self.flow_run_url,
@@ -313,7 +316,7 @@ class Line:
             self.reports,
             self.evaluations,
             published=self.published,
-            served=self._served,
+            served=self.served,
             stopped=f"{type(error).__name__}: {error}" if error is not None else None,
             links=self.links,
         )
@@ -333,7 +336,7 @@ class Line:
             create_table_artifact(rows, key=f"{self.key}-profile", description=description)
 
     @property
-    def _served(self) -> str:
+    def served(self) -> str:
         """Label of the graph that is published."""
         return "quantize" if self.config.quantize else "plan" if self.config.plan else "export"
 
@@ -345,20 +348,31 @@ class Line:
             self.recomputed.append(label)
 
 
+LineT = TypeVar("LineT", bound=Line)
+
+
 @contextmanager
 def tracked(config: OptimizeConfig) -> Iterator[Line]:
     """The MLflow run of this flow run, linked both ways; it ends as the flow ends."""
-    settings, tags = read_settings(), flow_run_tags()
+    with tracked_as(Line, config) as line:
+        yield line
+
+
+@contextmanager
+def tracked_as(kind: type[LineT], config: OptimizeConfig, further: Mapping[str, str] | None = None) -> Iterator[LineT]:
+    """`tracked`, for a line that keeps something else; `further` are tags of the MLflow run."""
+    settings, tags = read_settings(), {**flow_run_tags(), **(further or {})}
     with ExitStack() as stack:
         stack.enter_context(watched(config.name))
         stack.enter_context(crewed(config.workers))
         begun: list[Line] = []
-        stack.push(partial(_tell_prometheus, settings, config.name, begun, time.time()))
+        if not kind.is_trial:
+            stack.push(partial(_tell_prometheus, settings, config.name, begun, time.time()))
         run = stack.enter_context(runs.parent_run(settings, config.name, config.model_dump(mode="json"), tags))
         if flow_run.run_count > 1:
             why = f"flow run {flow_run.name} ({flow_run.id}) was started again"
             leftovers.end_earlier(run.client, run.experiment_id, str(flow_run.id), run.id, why)
-        line = Line(config, settings, run, tags["prefect.flow_run_url"])
+        line = kind(config, settings, run, tags["prefect.flow_run_url"])
         begun.append(line)
         create_link_artifact(
             link=line.mlflow_url,

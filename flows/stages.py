@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
 
 from flows.line import Line
-from modelpress.config import OptimizeConfig
+from modelpress.config import OptimizeConfig, Part
 from modelpress.errors import ConfigError
 from modelpress.reports import ArtifactRef
 from tasks.models import distill, export, plan, prune, quantize, source
 from tasks.profiling import profile
-
-Part = Literal["source", "distill", "prune", "export", "quantize", "plan"]
-
-
-def parts(config: OptimizeConfig) -> list[Part]:
-    """The stages of a recipe that make and change the model, in order."""
-    switched: dict[Part, object] = {
-        "source": True,
-        "distill": config.distill,
-        "prune": config.prune,
-        "export": True,
-        "quantize": config.quantize,
-        "plan": config.plan,
-    }
-    return [part for part, present in switched.items() if present]
 
 
 def check_part(config: OptimizeConfig, part: Part) -> None:
@@ -34,10 +18,10 @@ def check_part(config: OptimizeConfig, part: Part) -> None:
     Raises:
         ConfigError: it does.
     """
-    if part not in parts(config):
+    if part not in config.parts:
         raise ConfigError(
             f"looking for stage {part!r} in recipe {config.name!r}",
-            found=f"stages {', '.join(parts(config))}",
+            found=f"stages {', '.join(config.parts)}",
             fix="name one of them, or switch the stage on in the recipe",
         )
 

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Literal
 
 from modelpress.errors import AccessDeniedError, ModelpressError
+from modelpress.providers import CPU, CUDA, MIGRAPHX, Provider
 from modelpress.settings import Settings, is_shared_database, without_logins
 
-CPU = "CPUExecutionProvider"
-CUDA = "CUDAExecutionProvider"
 GIB = 2**30
 LEAST_DISK_BYTES, GOOD_DISK_BYTES = 1 * GIB, 10 * GIB
 LEAST_MEMORY_BYTES, GOOD_MEMORY_BYTES = 1 * GIB, 4 * GIB
@@ -46,14 +45,14 @@ def examine(settings: Settings, providers: Sequence[str] = ()) -> Iterator[Findi
 
     Args:
         settings: the endpoints and folders to look at.
-        providers: ONNX Runtime execution providers that must be usable. Empty: the CPU's, and CUDA's where torch
-            sees a device.
+        providers: ONNX Runtime execution providers that must be usable. Empty: the CPU's, and the one
+            of the GPU that torch sees, if any.
     """
     yield _python()
     yield _packages()
-    found, has_cuda = _torch()
+    found, of_gpu = _torch()
     yield found
-    for provider in providers or ([CPU, CUDA] if has_cuda else [CPU]):
+    for provider in providers or [CPU, *of_gpu]:
         yield _guarded(f"ONNX Runtime {provider}", lambda provider=provider: _provider(provider))  # type: ignore[misc]
     yield from _stores(settings)
     yield _transport(settings)
@@ -66,29 +65,23 @@ def examine(settings: Settings, providers: Sequence[str] = ()) -> Iterator[Findi
 
 
 def check_provider(provider: str) -> str:
-    """Run a one-node graph on an execution provider.
+    """Run a small graph on an execution provider.
 
     Returns:
         The version of ONNX Runtime.
 
     Raises:
-        SetupError: it is not in this build, or does not start on this machine.
+        SetupError: it is not in this build, does not start on this machine, or leaves the graph to the CPU.
     """
     import numpy as np
-    import onnx
     import onnxruntime
 
     from modelpress import graph
+    from modelpress.probes import probe
 
-    axis = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y")]
-    node = onnx.helper.make_node("Abs", ["x"], ["y"])
-    model = onnx.helper.make_model(
-        onnx.helper.make_graph([node], "probe", axis[:1], axis[1:]),
-        opset_imports=[onnx.helper.make_opsetid("", 17)],
-        ir_version=8,
-    )
-    session = graph.session(graph.split(model), provider, threads=1)
-    session.run(["y"], {"x": np.array([-1], np.float32)})
+    session = graph.session(graph.split(probe(provider)), provider, threads=1)
+    (taken,) = session.get_inputs()
+    session.run(None, {taken.name: np.ones(taken.shape, np.float32)})
     return str(onnxruntime.__version__)
 
 
@@ -126,15 +119,16 @@ def _packages() -> Finding:
     return Finding("packages", "ok", f"modelpress {metadata.version('modelpress')} and its {count} dependencies")
 
 
-def _torch() -> tuple[Finding, bool]:
+def _torch() -> tuple[Finding, list[Provider]]:
     try:
         import torch
     except ImportError as error:
-        return Finding("torch", "fail", str(error), "pip install torch"), False
+        return Finding("torch", "fail", str(error), "pip install torch"), []
     if not torch.cuda.is_available():
-        return Finding("torch", "ok", f"{torch.__version__}, no CUDA device: training runs on the CPU"), False
+        return Finding("torch", "ok", f"{torch.__version__}, no GPU: training runs on the CPU"), []
     names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-    return Finding("torch", "ok", f"{torch.__version__}, {names}"), True
+    # torch's ROCm build shows AMD's GPUs as CUDA devices.
+    return Finding("torch", "ok", f"{torch.__version__}, {names}"), [CUDA if torch.version.hip is None else MIGRAPHX]
 
 
 def _provider(provider: str) -> Finding:

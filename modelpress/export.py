@@ -30,7 +30,8 @@ from modelpress.workload import Workload
 
 Inputs = dict[str, Tensor]
 
-_EXAMPLE_BATCH = 3
+EXAMPLE_BATCH = 3
+"""Samples that a module is traced with: neither 0 nor 1, which tracers take for constants."""
 _CHECKED_BATCHES = (1, 2, 7)
 _SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 _NO_SCOPE = "_empty_nn_module_stack_from_metadata_hook"
@@ -49,9 +50,9 @@ def export(module: nn.Module, workload: Workload, config: ExportConfig) -> tuple
             refuses the graph, or its outputs differ from the module's by more than `config.tolerance`.
     """
     module = module.eval()
-    example = workload.example(_EXAMPLE_BATCH)
-    _run_torch(module, example)
-    with _quiet():
+    example = workload.example(EXAMPLE_BATCH)
+    run_torch(module, example)
+    with quiet():
         try:
             program = torch.onnx.export(
                 module,
@@ -130,7 +131,7 @@ def _largest_difference(module: nn.Module, checkpoint: Checkpoint, workload: Wor
         ) from error
     largest = 0.0
     for description, inputs in check_inputs(workload):
-        expected = _run_torch(module, inputs).numpy()
+        expected = run_torch(module, inputs).numpy()
         found = graph.run(session, inputs)
         if found.shape != expected.shape:
             raise ExportError(
@@ -152,7 +153,12 @@ def _largest_difference(module: nn.Module, checkpoint: Checkpoint, workload: Wor
     return largest
 
 
-def _run_torch(module: nn.Module, inputs: Inputs) -> Tensor:
+def run_torch(module: nn.Module, inputs: Inputs) -> Tensor:
+    """The module's one output.
+
+    Raises:
+        WorkloadError: it does not take these inputs, or gives anything but one tensor.
+    """
     try:
         with torch.inference_mode():
             output = module(**inputs)
@@ -239,7 +245,7 @@ def _export_error(module: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]
     args, kwargs = call
     shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.ndim and value.shape[0] == _EXAMPLE_BATCH:
+        if isinstance(value, Tensor) and value.ndim and value.shape[0] == EXAMPLE_BATCH:
             shapes[value] = {0: torch.export.Dim.DYNAMIC}
     try:
         torch.onnx.export(module, args, kwargs=kwargs, dynamo=True, dynamic_shapes=shapes, verbose=False)
@@ -346,7 +352,7 @@ def _scope(node: NodeProto) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the exporter's warnings and log lines; its errors are exceptions."""
     loggers = [
         logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._export", "onnxscript", "onnx_ir")

@@ -8,7 +8,7 @@ from memory: nothing is written to disk to make a session.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,10 @@ from torch import Tensor
 
 from modelpress import place
 from modelpress.checkpoint import Checkpoint
+from modelpress.compiled import Feed, by_row, row_axes, with_own_cache
 from modelpress.cores import usable_cores
-from modelpress.errors import CorruptionError, SetupError, WorkloadError
+from modelpress.errors import CorruptionError, WorkloadError
+from modelpress.providers import CPU, check_takes_part, provider_error, takes_one_row
 
 GRAPH_FILE = "model.onnx"
 WATCHED_GRAPH = "optimized.onnx"
@@ -79,14 +81,26 @@ class Tuning:
 class Session(onnxruntime.InferenceSession):  # type: ignore[misc]
     """An ONNX Runtime session that owns the memory of its weights."""
 
-    def __init__(self, graph: bytes, options: onnxruntime.SessionOptions, provider: str, weights: list[object]) -> None:
+    def __init__(
+        self,
+        graph: bytes,
+        options: onnxruntime.SessionOptions,
+        provider: str,
+        told: Mapping[str, str],
+        weights: list[object],
+    ) -> None:
         self.operators: frozenset[str] = frozenset()
         """Names of all operators in the graph, also inside of others and of functions."""
         # ONNX Runtime reads external initializers in place and does not copy them.
         self._weights = weights
+        self._one_row = takes_one_row(provider)
         # With fallback on, a call that fails on the GPU would quietly be repeated on the CPU.
-        chosen = (provider, place.provider_options(provider))
-        super().__init__(graph, options, providers=[chosen], enable_fallback=0)
+        super().__init__(graph, options, providers=[(provider, dict(told))], enable_fallback=0)
+
+    def run(self, output_names: Sequence[str] | None, input_feed: Feed, run_options: object = None) -> list[np.ndarray]:
+        """As ONNX Runtime's; row by row where the provider takes one at a time."""
+        one = functools.partial(super().run, output_names, run_options=run_options)
+        return by_row(one, input_feed) if self._one_row else one(input_feed)
 
 
 def split(model: ModelProto, threshold: int = INLINE_BELOW) -> Checkpoint:
@@ -152,7 +166,7 @@ def external(checkpoint: Checkpoint) -> tuple[ModelProto, list[TensorProto]]:
 
 def session(
     checkpoint: Checkpoint,
-    provider: str = "CPUExecutionProvider",
+    provider: str = CPU,
     threads: int = 0,
     tuning: Tuning | None = None,
     watch: Path | None = None,
@@ -168,15 +182,52 @@ def session(
             (`WATCHED_GRAPH`); None: runs are not watched.
 
     Raises:
-        SetupError: the provider is not in this build of ONNX Runtime, or does not start on this machine.
+        SetupError: the provider is not in this build of ONNX Runtime, does not start on this machine, takes no part of
+            the graph, or is given options that do not fit (see `place.provider_options`).
+        ConfigError: MODELPRESS_PROVIDER_OPTIONS is not legal.
         CorruptionError: the checkpoint is no ONNX one, or ONNX Runtime refuses its graph.
     """
     available = onnxruntime.get_available_providers()
     if provider not in available:
-        raise _provider_error(provider, f"this build of ONNX Runtime has {', '.join(available)}")
+        raise provider_error(provider, f"this build of ONNX Runtime has {', '.join(available)}")
     model = parse(checkpoint)
     names = [initializer.name for initializer in _external(model)]
     tensors = [_matching(initializer, checkpoint) for initializer in _external(model)]
+    options = _options(model, provider, threads, tuning, watch)
+    told = with_own_cache(provider, place.provider_options(provider), checkpoint)
+    try:
+        weights = [_to_value(one, tensor) for one, tensor in zip(_external(model), tensors, strict=True)]
+        options.add_external_initializers(names, weights)
+    except (ValueError, RuntimeError) as error:  # two of one name, among others
+        raise CorruptionError(
+            "handing the weights to ONNX Runtime", found=str(error), expected="one tensor per initializer"
+        ) from error
+    try:
+        made = Session(checkpoint.files[GRAPH_FILE], options, provider, told, weights)
+    except _REFUSALS as error:
+        raise CorruptionError(
+            "making an ONNX Runtime session", found=str(error), expected="a graph that ONNX Runtime accepts"
+        ) from error
+    except (*LOST_DEVICE, native.RuntimeException) as error:
+        if provider == CPU:
+            raise CorruptionError(
+                "making an ONNX Runtime session", found=str(error), expected="a graph that the CPU runs"
+            ) from error
+        raise provider_error(provider, str(error)) from error
+    except (ValueError, RuntimeError) as error:
+        raise provider_error(provider, str(error)) from error
+    # A provider that does not start is only logged by ONNX Runtime.
+    if made.get_providers()[0] != provider:
+        raise provider_error(provider, f"ONNX Runtime fell back to {made.get_providers()[0]}")
+    if provider != CPU:
+        check_takes_part(provider, _takers(made))
+    made.operators = frozenset(_operators(model))
+    return made
+
+
+def _options(
+    model: ModelProto, provider: str, threads: int, tuning: Tuning | None, watch: Path | None
+) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or usable_cores()
     options.log_severity_level = 3
@@ -190,32 +241,18 @@ def session(
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     if not _multiplies_bytes_exactly():
         options.add_session_config_entry("session.x64quantprecision", "1")
-    try:
-        weights = [_to_value(one, tensor) for one, tensor in zip(_external(model), tensors, strict=True)]
-        options.add_external_initializers(names, weights)
-    except (ValueError, RuntimeError) as error:  # two of one name, among others
-        raise CorruptionError(
-            "handing the weights to ONNX Runtime", found=str(error), expected="one tensor per initializer"
-        ) from error
-    try:
-        made = Session(checkpoint.files[GRAPH_FILE], options, provider, weights)
-    except _REFUSALS as error:
-        raise CorruptionError(
-            "making an ONNX Runtime session", found=str(error), expected="a graph that ONNX Runtime accepts"
-        ) from error
-    except (*LOST_DEVICE, native.RuntimeException) as error:
-        if provider == "CPUExecutionProvider":
-            raise CorruptionError(
-                "making an ONNX Runtime session", found=str(error), expected="a graph that the CPU runs"
-            ) from error
-        raise _provider_error(provider, str(error)) from error
-    except (ValueError, RuntimeError) as error:
-        raise _provider_error(provider, str(error)) from error
-    # A provider that does not start is only logged by ONNX Runtime.
-    if made.get_providers()[0] != provider:
-        raise _provider_error(provider, f"ONNX Runtime fell back to {made.get_providers()[0]}")
-    made.operators = frozenset(_operators(model))
-    return made
+    if provider != CPU:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    for axis in row_axes(model) if takes_one_row(provider) else ():
+        options.add_free_dimension_override_by_name(axis, 1)
+    return options
+
+
+def _takers(session: onnxruntime.InferenceSession) -> set[str]:
+    """The execution providers that nodes of a session's graph were given to; ONNX Runtime before 1.24 does not tell."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return set()
+    return {part.ep_name for part in session.get_provider_graph_assignment_info()}
 
 
 def _operators(model: ModelProto) -> Iterator[str]:
@@ -387,17 +424,3 @@ def _to_value(initializer: TensorProto, tensor: Tensor) -> onnxruntime.OrtValue:
     if array.dtype == onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type):
         return onnxruntime.OrtValue.ortvalue_from_numpy(array)
     return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, initializer.data_type)
-
-
-def _provider_error(provider: str, found: str) -> SetupError:
-    fixes = {
-        "CUDAExecutionProvider": "install the CUDA 12 or 13 and cuDNN 9 libraries that this onnxruntime-gpu asks for",
-        "TensorrtExecutionProvider": "install TensorRT 10 beside CUDA and cuDNN",
-    }
-    return SetupError(
-        f"starting ONNX Runtime on {provider}",
-        found=found,
-        expected=f"{provider} in use",
-        fix=fixes.get(provider, "name a provider that this build has")
-        + ", or set the provider to CPUExecutionProvider",
-    )

@@ -23,6 +23,7 @@ from typing import ClassVar, Final
 from modelpress import keys, strictjson
 from modelpress.errors import ConfigError, CorruptionError, ModelpressError
 from modelpress.settings import Settings, without_logins
+from modelpress.store.local import read_secret
 
 log = logging.getLogger("modelpress.nudge")
 
@@ -103,12 +104,7 @@ def read_secrets(path: Path, variable: str) -> list[bytes]:
             named.
     """
     doing = f"reading the secret that nudges are signed with, {variable}={path}"
-    try:
-        if path.stat().st_mode & 0o007:
-            raise ConfigError(doing, found="everybody can read it", fix=f"chmod o-rwx {path}")
-        lines = path.read_bytes().decode("ascii").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(doing, found=type(error).__name__, expected="a file of ASCII text") from error
+    lines = read_secret(path, doing).split()
     if not lines or min(map(len, lines)) < LEAST_CHARACTERS:
         found = f"one of {min(map(len, lines))} characters" if lines else "none"
         raise ConfigError(

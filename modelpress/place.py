@@ -18,6 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from modelpress.providers import CPU, PROVIDERS, check_options, on_gpu
+from modelpress.settings import read_settings
+
 
 @dataclass(frozen=True)
 class Place:
@@ -82,11 +85,22 @@ def resident(*modules: nn.Module) -> Iterator[None]:
 
 
 def provider_options(provider: str) -> dict[str, str]:
-    """What keeps an execution provider of ONNX Runtime on the current place; nothing for the CPU's."""
-    place = current()
-    if place is None or place.device.type != "cuda" or provider == "CPUExecutionProvider":
+    """What an execution provider of ONNX Runtime is told: what the machine's setting has for it, and what keeps it on
+    the current place; nothing for the CPU's.
+
+    Raises:
+        ConfigError: MODELPRESS_PROVIDER_OPTIONS is not legal.
+        SetupError: see `check_options`.
+    """
+    if provider == CPU or provider not in PROVIDERS:
         return {}
-    options = {"device_id": str(place.device.index or 0)}
-    if provider == "CUDAExecutionProvider" and place.memory_bytes is not None:
-        options["gpu_mem_limit"] = str(place.memory_bytes)  # TensorRT has no such limit: its engine takes what it takes
+    options = read_settings().options_of(provider)
+    check_options(provider, options)
+    place = current()
+    if place is None or place.device.type != "cuda" or not on_gpu(provider):  # torch's ROCm build says "cuda" as well
+        return options
+    options["device_id"] = str(place.device.index or 0)
+    limit = PROVIDERS[provider].memory_option  # TensorRT has none: its engine takes what it takes
+    if limit and place.memory_bytes is not None:
+        options[limit] = str(place.memory_bytes)
     return options

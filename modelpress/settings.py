@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, Json, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from modelpress.errors import ConfigError
+from modelpress.providers import CPU, Provider
+
+SettingsT = TypeVar("SettingsT", bound=BaseSettings)
 
 
 class Settings(BaseSettings):
@@ -78,6 +81,9 @@ class Settings(BaseSettings):
     hardware: str = Field(default="", pattern=r"^([a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?)?$")
     """Class of this machine, a name of your own such as `c7i-2xlarge`: what is measured here counts for it in the gate
     (`gate.hardware`). Empty: figures have no class."""
+    provider_options: Json[dict[Provider, dict[str, str]]] = Field(default="{}")  # type: ignore[arg-type]  # is parsed, too
+    """JSON: for an execution provider of ONNX Runtime, by its name, the options that this machine gives it, such as
+    `{"VitisAIExecutionProvider": {"config_file": "/etc/vitisai_config.json", "cache_dir": "/var/cache/vitisai"}}`."""
     mlflow_reports: Literal["auto", "all", "none"] = "auto"
     """Which runs leave their reports in MLflow, which keeps them in the clear: the page, the stages' own reports, plots
     that name layers, attributions of single samples. `auto`: those whose packs are not encrypted; `all`; `none`. The
@@ -88,6 +94,13 @@ class Settings(BaseSettings):
     """Folder of the node exporter's textfile collector: each run of the line leaves its numbers there. Unset: none."""
     reuse: bool = True
     """Take a stage's finished output when its key matches; off recomputes everything."""
+
+    @field_validator("provider_options")
+    @classmethod
+    def _check_options(cls, options: dict[Provider, dict[str, str]]) -> dict[Provider, dict[str, str]]:
+        if CPU in options:
+            raise ValueError(f"{CPU} takes no options")
+        return options
 
     @property
     def store_uri(self) -> str:
@@ -108,6 +121,15 @@ class Settings(BaseSettings):
         """Where is kept how far pointers were seen; see `modelpress.trust.seen`."""
         return self.home / "seen"
 
+    def options_of(self, provider: str) -> dict[str, str]:
+        """The options that this machine gives an execution provider; none for one that is not named."""
+        return {
+            name: given
+            for key, options in self.provider_options.items()
+            if key == provider
+            for name, given in options.items()
+        }
+
     @property
     def mlflow_uri(self) -> str:
         """The MLflow server, with its default filled in."""
@@ -120,10 +142,24 @@ def read_settings() -> Settings:
     Raises:
         ConfigError: a value is not legal; the variable is named.
     """
+    return read_as(Settings, "reading the settings")
+
+
+def read_as(kind: type[SettingsT], doing: str, **given: Any) -> SettingsT:
+    """Settings of a class from the environment, with what was `given` (not None) on top.
+
+    Raises:
+        ConfigError: a value is not legal; the variable is named.
+    """
     try:
-        return Settings()
+        return kind(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
-        raise ConfigError("reading the settings", found=problems(error, "MODELPRESS_")) from error
+        prefix = kind.model_config.get("env_prefix", "")
+        told = "; ".join(
+            f"{prefix}{str(one['loc'][0]).upper()}={one['input']!r}: {one['msg']}"
+            for one in error.errors(include_url=False)
+        )
+        raise ConfigError(doing, found=told) from error
 
 
 def without_logins(text: str) -> str:
@@ -134,11 +170,3 @@ def without_logins(text: str) -> str:
 def is_shared_database(uri: str) -> bool:
     """Whether the address of an MLflow server is that of a database behind one."""
     return uri.partition(":")[0].partition("+")[0] in ("mssql", "mysql", "postgresql")
-
-
-def problems(error: ValidationError, prefix: str) -> str:
-    """What is wrong with which variable, for a settings class with this prefix."""
-    return "; ".join(
-        f"{prefix}{str(one['loc'][0]).upper()}={one['input']!r}: {one['msg']}"
-        for one in error.errors(include_url=False)
-    )

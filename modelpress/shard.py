@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ BASE_BYTES = (
     + len(compact(compact({"format_version": 1, "tensors": {}})))
 )
 """Bytes of a shard that holds nothing, with the padding of its header."""
+_NUMBERED = re.compile(r"(?:[^.]*\.)*?[0-9]+(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,9 @@ def write_shards(
             shards are to be `by` rank, and no tensor is cut for ranks.
         StoreFullError: the disk is full; the file that was being written is removed.
     """
-    check_by([tensor.name for tensor in coded.tensors], config)
-    plans = plan(coded.tensors, config)
+    names = [tensor.name for tensor in coded.tensors]
+    check_by(names, config)
+    plans = plan(coded.tensors, config, groups_of(names, config))
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
     for number, pieces in enumerate(plans):
@@ -95,13 +98,12 @@ def check_by(names: Sequence[str], config: ShardConfig) -> None:
         )
 
 
-def plan(tensors: Sequence[StoredTensor], config: ShardConfig) -> list[list[Piece]]:
-    """The pieces of each shard, in reading order; see `write_shards`."""
+def plan(tensors: Sequence[StoredTensor], config: ShardConfig, groups: Mapping[str, object]) -> list[list[Piece]]:
+    """The pieces of each shard, in reading order; see `write_shards`. `groups`: of all tensors (`groups_of`)."""
     tensors = [tensor for tensor in tensors if not tensor.is_base]
-    together: Callable[[str], object] = {"layer": layer_of, "rank": rank_of, "size": lambda _: None}[config.by]
     plans = [_Plan()]
     for before, tensor in zip([None, *tensors], tensors, strict=False):
-        if before is not None and together(before.name) != together(tensor.name):
+        if before is not None and groups[before.name] != groups[tensor.name]:
             plans.append(_Plan())
         whole = tensor.piece
         size = _upper_bound(whole, config.max_shard_size)
@@ -120,10 +122,34 @@ def plan(tensors: Sequence[StoredTensor], config: ShardConfig) -> list[list[Piec
     return [plan.pieces for plan in plans if plan.pieces]
 
 
-def layer_of(name: str) -> str:
-    """The layer of a tensor: its name up to and with the first numeric component, else its first component."""
-    match = re.match(r"(?:[^.]*\.)*?[0-9]+(?=\.|$)", name)
-    return match[0] if match else name.split(".", 1)[0]
+def groups_of(names: Sequence[str], config: ShardConfig) -> Mapping[str, object]:
+    """Of each of a model's tensors that with which it may share a shard: its layer, its rank, or anything."""
+    if config.by == "layer":
+        return layers_of(names)
+    return {name: rank_of(name) if config.by == "rank" else None for name in names}
+
+
+def layer_of(name: str, holders: Collection[str] = ()) -> str:
+    """The layer of a tensor: its name up to and with the first numeric component (`model.layers.3`); where it has none,
+    up to and with the first module that is none of `holders` (`model.lm_head`)."""
+    if match := _NUMBERED.match(name):
+        return match[0]
+    parts = name.split(".")
+    modules = (".".join(parts[:count]) for count in range(1, len(parts)))
+    return next((module for module in modules if module not in holders), name)
+
+
+def layers_of(names: Sequence[str]) -> dict[str, str]:
+    """The layer of each of a model's tensors.
+
+    No layers are modules that hold numbered ones, and a module that holds all others, as a wrapper does. Else the two
+    ends of a model, embedding and output layer, would be one layer where both stand in the same wrapper.
+    """
+    numbered = [match[0].split(".")[:-1] for name in names if (match := _NUMBERED.match(name))]
+    parents = [name.split(".")[:-2] for name in names]
+    wrapper = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, zip(*parents, strict=False))]
+    holders = {".".join(parts[:count]) for parts in [*numbered, wrapper] for count in range(1, len(parts) + 1)}
+    return {name: layer_of(name, holders) for name in names}
 
 
 def draft_manifest(

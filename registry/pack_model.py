@@ -18,6 +18,7 @@ from pydantic import Field, StringConstraints, ValidationError
 from modelpress import load
 from modelpress.config.base import Config, PackName
 from modelpress.errors import ConfigError, NotFoundError, WorkloadError
+from modelpress.providers import CPU, Provider
 from modelpress.settings import read_settings
 from modelpress.store.base import Store, open_store
 from registry import tensors
@@ -35,7 +36,7 @@ class PackConfig(Config):
     """Digest of its manifest."""
     uri: str
     """Where it was published; it is read from the store that the environment names."""
-    provider: str = "CPUExecutionProvider"
+    provider: Provider = CPU
     """Execution provider of ONNX Runtime that must be in use."""
     threads: int = Field(default=0, ge=0)
     """Threads per inference; 0 takes the cores that this process may use."""

@@ -75,6 +75,10 @@ class Run:
         """Store a JSON artifact."""
         self.client.log_dict(self.id, dict(value), name)
 
+    def table(self, name: str, rows: Sequence[Mapping[str, str]]) -> None:
+        """Store rows that have the same keys as a table that MLflow's page shows; the name ends in .json."""
+        self.client.log_table(self.id, {head: [row[head] for row in rows] for head in rows[0]}, name)
+
     def folder(self, path: Path) -> None:
         """Store every file of a folder as an artifact."""
         self.client.log_artifacts(self.id, str(path))

@@ -17,6 +17,7 @@ from modelpress import golden, graph, load
 from modelpress.cache import BlobCache, open_cache
 from modelpress.errors import CorruptionError, SelfTestError, ServingError
 from modelpress.golden import GOLDEN_FILE, Golden, Outcome
+from modelpress.providers import is_of
 from modelpress.store import Store
 from serving.processed import Front
 from serving.refusals import NotReadyError, RequestError
@@ -31,7 +32,6 @@ MAX_WARM_UP_BYTES = 2**28
 """Shapes are the pack's own word: an input that declares more is not made."""
 MAX_RANK = 32
 """What every numpy can hold."""
-ON_CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 TUNING = graph.Tuning(spinning=False)
 """Of ONNX Runtime's session, by `benchmarks/serving_threads.py`: threads that spin take cores from the event loop."""
 
@@ -75,7 +75,7 @@ class Engine:
         self.row_seconds = 0.0
         """What a row takes, as last measured; belongs to whoever joins requests."""
         self._session = session
-        self._device = "cuda" if self.provider in ON_CUDA else None
+        self._device = "cuda" if is_of("cuda", self.provider) else None
         self._known: dict[str, np.ndarray] = {}
         self._probing = threading.Lock()
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from modelpress.access import SCOPES, Key, Principal, digest, read_keys
 from modelpress.errors import ConfigError
+from modelpress.store.local import read_secret
 from serving.keysets import KeySet
 from serving.refusals import RequestError
 from serving.tls import fingerprint
@@ -240,12 +241,7 @@ def read_token(path: Path) -> str:
         ConfigError: the file can't be read, others can read it, or it holds no token.
     """
     doing = f"reading the token that requests must bring, MODELPRESS_SERVING_TOKEN_FILE={path}"
-    try:
-        if path.stat().st_mode & 0o007:
-            raise ConfigError(doing, found="everybody can read it", fix=f"chmod o-rwx {path}")
-        token = path.read_bytes().decode("ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(doing, found=type(error).__name__, expected="a file of ASCII text") from error
+    token = read_secret(path, doing).strip()
     if len(token) < LEAST_CHARACTERS or any(character.isspace() for character in token):
         found = f"{len(token)} characters" if len(token) < LEAST_CHARACTERS else "white space in it"
         raise ConfigError(

@@ -12,18 +12,19 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from pydantic import Field, ValidationError
+from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 from starlette.routing import Route
 
 from modelpress import settings
 from modelpress.cores import usable_cores
 from modelpress.doctor import check_provider
-from modelpress.errors import ConfigError, ModelpressError, SetupError
+from modelpress.errors import ModelpressError, SetupError
 from modelpress.nudge import read_secrets
+from modelpress.providers import CPU, Provider
 from modelpress.settings import Settings
 from modelpress.store import open_store
 from serving import promote, rollback
@@ -76,9 +77,7 @@ class ServingSettings(AccessSettings):
     """Port for gRPC on the same host, with the same keys and certificate; 0: no gRPC."""
     poll_seconds: float = Field(default=2.0, ge=0)
     """How often the pointers are read; 0 never: then only `load` requests bring a new pack."""
-    provider: Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"] = (
-        "CPUExecutionProvider"
-    )
+    provider: Provider = CPU
     """ONNX Runtime execution provider; the server does not start where it is not in use."""
     threads: int = Field(default=0, ge=0)
     """Intra-operator threads of an inference; 0 shares the cores that this process may use among the `workers`."""
@@ -132,11 +131,7 @@ def read_settings(**given: Any) -> ServingSettings:
     Raises:
         ConfigError: a value is not legal; the variable is named.
     """
-    try:
-        return ServingSettings(**{name: value for name, value in given.items() if value is not None})
-    except ValidationError as error:
-        found = settings.problems(error, "MODELPRESS_SERVING_")
-        raise ConfigError("reading the server's settings", found=found) from error
+    return settings.read_as(ServingSettings, "reading the server's settings", **given)
 
 
 def run(base: Settings, serving: ServingSettings) -> None:

@@ -13,6 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from modelpress.config import EvaluateConfig, GpuConfig
 from modelpress.cores import usable_cores
 from modelpress.progress import Progress
+from modelpress.providers import on_gpu
 from modelpress.reports import ArtifactRef, EvaluationReport, Stage
 from modelpress.settings import read_settings
 from modelpress.store.artifacts import load_artifact
@@ -33,7 +34,8 @@ def evaluate(
 ) -> Finished[EvaluationReport]:
     """Measure the output of `stage`, paired with the `baseline` scores; compare its reasons with the `original`'s."""
 
-    hardware = read_settings().hardware or None
+    settings = read_settings()
+    hardware, options = settings.hardware or None, settings.options_of(config.provider)
 
     def work(progress: Progress) -> tuple[Mapping[str, bytes], EvaluationReport]:
         from modelpress import scores
@@ -49,7 +51,7 @@ def evaluate(
         return {"scores": scores.dump({"scores": scored})}, report.model_copy(update={"hardware": hardware})
 
     # Torch modules are measured on the CPU; a graph where its provider computes, and never beside somebody unasked.
-    on_gpu = label not in ("source", "distill", "prune") and config.provider != "CPUExecutionProvider"
+    in_graph = label not in ("source", "distill", "prune")
     return run_stage(
         context,
         "evaluate",
@@ -58,9 +60,14 @@ def evaluate(
         inputs=[model, *(ref for ref in (baseline, original) if ref)],
         config=config,
         label=f"evaluate-{label}",
-        extra={"stage": stage, "host": host_fingerprint(), **({"hardware": hardware} if hardware else {})},
+        extra={
+            "stage": stage,
+            "host": host_fingerprint(),
+            **({"hardware": hardware} if hardware else {}),
+            **({"provider_options": options} if options and in_graph else {}),
+        },
         splits=["evaluation"],
-        gpu=(context.gpu or GpuConfig()) if on_gpu else None,
+        gpu=(context.gpu or GpuConfig()) if in_graph and on_gpu(config.provider) else None,
     )
 
 

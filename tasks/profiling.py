@@ -9,6 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from modelpress.config import CompressConfig, GpuConfig, ProfileConfig
 from modelpress.progress import Progress
+from modelpress.providers import on_gpu
 from modelpress.reports import ArtifactRef, ProfileReport
 from modelpress.settings import read_settings
 from tasks.evaluation import host_fingerprint
@@ -28,7 +29,8 @@ def profile(
 
     `graph` is what `model` was exported to; the pack that is started anew is coded by
     `compression`."""
-    hardware = read_settings().hardware or None
+    settings = read_settings()
+    hardware, options = settings.hardware or None, settings.options_of(config.provider)
     if compression is not None:  # that pack stands alone
         compression = compression.model_copy(update={"base": None})
 
@@ -47,11 +49,11 @@ def profile(
         report = run(subject, config, compression, progress)
         return {}, report.model_copy(update={"hardware": hardware})
 
-    on_gpu = config.provider != "CPUExecutionProvider"
     extra = {
         "host": host_fingerprint(),
         "compress": compression.fingerprint() if compression else None,
         **({"hardware": hardware} if hardware else {}),
+        **({"provider_options": options} if options else {}),
     }
     return run_stage(
         context,
@@ -62,5 +64,5 @@ def profile(
         config=config,
         extra=extra,
         splits=["calibration"],
-        gpu=(context.gpu or GpuConfig()) if on_gpu else None,
+        gpu=(context.gpu or GpuConfig()) if on_gpu(config.provider) else None,
     )

@@ -48,6 +48,7 @@ from tasks.trainings import clear_finished
 FLOWS = [
     *("optimize", "optimize-part", "optimize-in-jobs", "promote", "rollback", "reconcile", "report-failure"),
     *("evaluate-published", "collect", "scrub", "reap", "promote-canary", "canary"),
+    *("optimize-variants", "optimize-variant"),
 ]
 """Whose runs are looked at: ours. Another team's flows on the same server are theirs."""
 HEARTBEAT = "prefect.flow-run.heartbeat"
@@ -187,14 +188,12 @@ def newest_sign(client: SyncPrefectClient, run: FlowRun) -> Sign:
     return Sign(heard[0].received, str(heard[0].id), heartbeat=True)
 
 
-def mark_ended(client: SyncPrefectClient, run: FlowRun, why: str) -> bool:
+def mark_ended(client: SyncPrefectClient, run: FlowRun, why: str, by: str = "The reaper") -> bool:
     """Crashed, or Cancelled where that was under way; false where the run has ended meanwhile. Its task runs go too."""
     state = Cancelled if run.state_type == StateType.CANCELLING else Crashed
     try:
         # Not forced: of a run that has ended, the server refuses it.
-        answer: OrchestrationResult[None] = client.set_flow_run_state(
-            run.id, state(message=f"The reaper found that {why}.")
-        )
+        answer: OrchestrationResult[None] = client.set_flow_run_state(run.id, state(message=f"{by} found that {why}."))
     except ObjectNotFound:
         return False
     if answer.status != SetStateStatus.ACCEPT:

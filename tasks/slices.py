@@ -203,12 +203,12 @@ def _mapped(
     return ledger.reduce().value
 
 
-def _died(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+def died(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
     """Only what another process may do better is tried again."""
     return isinstance(state.data, WorkerError) or isinstance(getattr(state.data, "result", None), WorkerError)
 
 
-@task(name="slice", task_run_name="{job.kind}-{job.slice}", cache_policy=NO_CACHE, retry_condition_fn=_died)
+@task(name="slice", task_run_name="{job.kind}-{job.slice}", cache_policy=NO_CACHE, retry_condition_fn=died)
 def run_slice(job: Job, identity: str, on: Crew) -> Part:
     """Do one slice in a worker, or take what an earlier attempt or run recorded of it."""
     from modelpress.reduce import Part
@@ -227,7 +227,7 @@ def run_slice(job: Job, identity: str, on: Crew) -> Part:
         get_run_logger().warning("slice %d of %s: attempt %d", job.slice, job.kind, attempt)
     reply = on.pool.run(job.model_copy(update={"attempt": attempt}), on.config.slice_seconds or None)
     if reply.part is None:
-        raise _error(reply.failure)
+        raise error_of(reply.failure)
     outputs = {f"output-{number}": ref for number, ref in enumerate(_files(reply.part.value))}
     report = {"part": reply.part.model_dump(mode="json")}
     save_record(
@@ -247,7 +247,7 @@ def _files(value: Partial) -> Sequence[ArtifactRef]:
     return list({piece.file.sha256: piece.file for piece in value.pieces.values()}.values())
 
 
-def _error(failure: Failure | None) -> ModelpressError:
+def error_of(failure: Failure | None) -> ModelpressError:
     """The worker's error, as it would have been raised here."""
     if failure is None:
         return StageError("reading a worker's reply", found="neither a result nor an error", expected="one of the two")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from modelpress import settings
@@ -76,8 +76,4 @@ def read_settings(**given: Any) -> HooksSettings:
     Raises:
         ConfigError: a value is not legal; the variable is named.
     """
-    try:
-        return HooksSettings(**{name: value for name, value in given.items() if value is not None})
-    except ValidationError as error:
-        found = settings.problems(error, "MODELPRESS_HOOKS_")
-        raise ConfigError("reading the settings of the receiver", found=found) from error
+    return settings.read_as(HooksSettings, "reading the settings of the receiver", **given)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import yaml
 
 from modelpress.errors import ConfigError
 from modelpress.reports import AdviceCheck, AdviceReport, Advised, Predicted, Prediction
-from modelpress.store.local import local_errors
+from modelpress.store.local import check_free, local_errors
 
 Table = list[dict[str, str]]
 SHOWN = 4
@@ -107,14 +106,7 @@ def check_folder(folder: Path, name: str) -> None:
     Raises:
         ConfigError: a file of this name is there, or the folder is no folder.
     """
-    standing = [str(path) for path in paths(folder, name) if os.path.lexists(path)]
-    if standing or (os.path.lexists(folder) and not folder.is_dir()):
-        raise ConfigError(
-            f"writing advice {name!r}",
-            found=", ".join(standing) or f"{folder}, which is no folder",
-            expected="nothing of this name",
-            fix="name another folder with --to",
-        )
+    check_free(folder, paths(folder, name), f"writing advice {name!r}")
 
 
 def recipe(report: AdviceReport) -> str:

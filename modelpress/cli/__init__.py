@@ -29,6 +29,7 @@ from modelpress.cli import (
     signing,
     stack,
     submodels,
+    variants,
 )
 from modelpress.cli.common import app
 from modelpress.errors import ModelpressError
@@ -59,6 +60,7 @@ __all__ = [
     "signing",
     "stack",
     "submodels",
+    "variants",
 ]
 
 

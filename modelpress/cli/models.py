@@ -1,4 +1,4 @@
-"""Commands that make models smaller: `run`, `plan`, `quantize`, `blockwise`."""
+"""Commands that make models smaller, or another form of them: `run`, `plan`, `quantize`, `blockwise`, `export`."""
 
 from __future__ import annotations
 
@@ -156,3 +156,34 @@ def blockwise(
         return
     echo(rows_table(table(report)))
     echo(f"{report.method}: {report.coverage:.1%} of the eligible weights → {to}")
+
+
+@app.command("export")
+def export_program(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe: workload, and perhaps export.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder to write; a new or empty one.")],
+    layout: Annotated[  # noqa: ARG001  the one there is; the ONNX graph is what `run` makes
+        Literal["stablehlo"], typer.Option("--as", help="stablehlo: for OpenXLA's compilers, run by JAX alone.")
+    ] = "stablehlo",
+    as_json: JsonOption = False,
+) -> None:
+    """Write the source model as StableHLO with its weights, for TPUs and whatever else OpenXLA compiles for."""
+    from modelpress.config import load_export_recipe
+
+    checked = load_export_recipe(recipe)
+    from modelpress.stablehlo import check_folder, export_stablehlo
+    from modelpress.workload import load_workload
+
+    check_folder(to)  # before a source model is trained
+    workload = load_workload(checked.workload)
+    with Bar("source") as progress:
+        source = workload.source(progress)
+    with Bar("export") as progress:
+        report = export_stablehlo(source, workload, checked.export, to, progress)
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+        return
+    echo(
+        f"{report.weights} tensors, {report.weights_bytes:,} bytes; for {', '.join(report.platforms)}; differs by "
+        f"up to {report.max_difference:.3g} on {report.ran_on}\nwrote {to}"
+    )

@@ -35,7 +35,7 @@ def pull(
     pack: PackArgument,
     to: Annotated[Path, typer.Option("--to", help="Folder to write into.")],
     layout: Annotated[
-        Literal["checkpoint", "huggingface", "compressed-tensors", "onnx", "triton"],
+        Literal["checkpoint", "huggingface", "compressed-tensors", "onnx", "triton", "vitis-ai"],
         typer.Option("--as", help="See above."),
     ] = "checkpoint",
     store: StoreOption = None,
@@ -48,6 +48,7 @@ def pull(
     compressed-tensors  the same, and surely one that vLLM reads
     onnx                model.onnx with external data
     triton              a Triton model repository: NAME/config.pbtxt, NAME/1/model.onnx
+    vitis-ai            model.onnx for a DPU: one sample a run, powers of two as scales
     """
     from modelpress import load
 

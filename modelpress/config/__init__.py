@@ -21,19 +21,25 @@ from modelpress.config.prune import PruneConfig
 from modelpress.config.quantize import ExportConfig, QuantizeConfig
 from modelpress.config.recipes import (
     BlockwiseRecipe,
+    ExportRecipe,
     OptimizeConfig,
+    Part,
     PlanRecipe,
     QuantizeRecipe,
     load_advise_recipe,
     load_blockwise_recipe,
     load_canary,
     load_config,
+    load_export_recipe,
     load_gate,
     load_plan_recipe,
     load_quantize_recipe,
+    load_variants,
     parse_config,
+    parse_variants,
 )
 from modelpress.config.train import TrainConfig
+from modelpress.config.variants import VariantsConfig
 from modelpress.config.workers import WorkersConfig
 from modelpress.config.workload import WorkloadConfig
 
@@ -51,12 +57,14 @@ __all__ = [
     "DistillConfig",
     "EvaluateConfig",
     "ExportConfig",
+    "ExportRecipe",
     "GateConfig",
     "GpuConfig",
     "HardwareConfig",
     "OptimizeConfig",
     "PackName",
     "ParallelConfig",
+    "Part",
     "PlanConfig",
     "PlanRecipe",
     "ProfileConfig",
@@ -68,14 +76,18 @@ __all__ = [
     "ShardConfig",
     "TrainConfig",
     "UploadConfig",
+    "VariantsConfig",
     "WorkersConfig",
     "WorkloadConfig",
     "load_advise_recipe",
     "load_blockwise_recipe",
     "load_canary",
     "load_config",
+    "load_export_recipe",
     "load_gate",
     "load_plan_recipe",
     "load_quantize_recipe",
+    "load_variants",
     "parse_config",
+    "parse_variants",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -66,17 +66,7 @@ class AdviseConfig(Config):
     """What must be kept."""
     hardware: HardwareConfig = HardwareConfig()
     """What it will run on."""
-    techniques: list[Technique] = [
-        "lossless",
-        "dynamic",
-        "static",
-        "weight-only",
-        "codebook",
-        "plan",
-        "structured-pruning",
-        "unstructured-pruning",
-        "distill",
-    ]
+    techniques: list[Technique] = list(get_args(Technique))
     """What may be tried; `lossless` always is."""
     train_epochs: int = Field(default=0, ge=0, le=10_000)
     """Epochs of students and of recovery after pruning, in the trial and in the advised recipe alike; 0: nothing is

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, StringConstraints, model_validator
 
 from modelpress.config.base import Alias, Config
+from modelpress.providers import CPU, Provider
 
-Provider = Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"]
 HardwareClass = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
 """Name of a kind of machine, such as ``c7i-2xlarge``; it is part of tags in MLflow."""
 
@@ -27,8 +27,9 @@ class EvaluateConfig(Config):
     """Time spent measuring each batch size."""
     threads: int = Field(default=0, ge=0)
     """Intra-operator threads; 0 takes the cores that this process may use."""
-    provider: Provider = "CPUExecutionProvider"
-    """ONNX Runtime execution provider; one that is asked for and missing is an error."""
+    provider: Provider = CPU
+    """ONNX Runtime execution provider; one that is asked for and missing, or that takes no part of the graph, is an
+    error."""
     attribution_samples: int = Field(default=0, ge=0, le=10_000)
     """Evaluation samples on which the reasons for the answers are compared with the source model's; 0: none."""
 

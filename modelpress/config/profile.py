@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from modelpress.config.base import Config
-from modelpress.config.judge import Provider
+from modelpress.providers import CPU, Provider
 
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._ -]{0,62}[A-Za-z0-9])?")
 """Name of a machine or of a network; it is part of metrics' names, which may hold nothing else."""
@@ -20,7 +20,7 @@ class ProfileConfig(Config):
 
     runtime: Literal["onnxruntime", "torch"] = "onnxruntime"
     """What runs the model: the graph that would be served, or the torch module it is made from."""
-    provider: Provider = "CPUExecutionProvider"
+    provider: Provider = CPU
     """For `onnxruntime`: its execution provider; one that is asked for and missing is an error."""
     threads: int = Field(default=0, ge=0)
     """Threads of one operator; 0 takes the cores that this process may use."""
@@ -64,6 +64,6 @@ class ProfileConfig(Config):
                 )
         if self.max_cost_per_million and not self.prices:
             raise ValueError("profile.max_cost_per_million needs profile.prices")
-        if self.runtime == "torch" and self.provider != "CPUExecutionProvider":
+        if self.runtime == "torch" and self.provider != CPU:
             raise ValueError("profile.provider is only read with profile.runtime 'onnxruntime'")
         return self

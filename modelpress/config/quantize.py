@@ -47,6 +47,9 @@ class QuantizeConfig(Config):
     arXiv:2209.05433)."""
     act_order: bool = False
     """For `gptq`: round the inputs of the largest activations first."""
+    scales: Literal["float", "power-of-two"] = "float"
+    """For `static`: any scales, or powers of two alone, with int8 activations and every zero point 0, as the DPUs of
+    FPGAs take them (AMD's VINT8); needs `per_channel` false."""
     per_channel: bool = True
     """One weight scale per output channel; without, one per weight. Not for `weight-only` in groups."""
     embeddings: bool = False
@@ -74,6 +77,11 @@ class QuantizeConfig(Config):
     absent means none."""
 
     @property
+    def powers_of_two(self) -> bool:
+        """Whether every scale is a power of two."""
+        return self.scales == "power-of-two"
+
+    @property
     def needs_module(self) -> bool:
         """Whether the method works on the torch module behind the graph."""
         return self.method == "codebook" or self.recovery is not None
@@ -98,8 +106,18 @@ class QuantizeConfig(Config):
             raise ValueError("quantize.algorithm 'fp8' needs quantize.num_bits 8")
         if self.scales_from is not None and (self.needs_module or self.algorithm == "fp8"):
             raise ValueError("quantize.scales_from needs integer weights, and no quantize.recovery")
+        self._check_scales()
         self._refuse_unread()
         return self
+
+    def _check_scales(self) -> None:
+        if not self.powers_of_two:
+            return
+        if self.per_channel:
+            raise ValueError("quantize.scales 'power-of-two' needs quantize.per_channel false: a tensor has one scale")
+        others = ("embeddings", "recovery", "scales_from")
+        if given := [name for name in others if getattr(self, name)]:
+            raise ValueError(f"quantize.scales 'power-of-two' excludes quantize.{given[0]}, which makes other scales")
 
     def _refuse_unread(self) -> None:
         int8, float8 = self.method in ("dynamic", "static"), self.algorithm == "fp8"
@@ -112,7 +130,7 @@ class QuantizeConfig(Config):
         if self.scales_from is None:
             unread["max_scales_loss"] = "quantize.scales_from"
         if self.method != "static":
-            unread["calibration"] = "quantize.method 'static'"
+            unread |= dict.fromkeys(("calibration", "scales"), "quantize.method 'static'")
         if self.method != "static" or self.calibration != "percentile":
             unread["percentile"] = "quantize.method 'static' and quantize.calibration 'percentile'"
         if not int8:

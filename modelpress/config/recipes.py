@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
@@ -19,11 +19,15 @@ from modelpress.config.plan import PlanConfig
 from modelpress.config.profile import ProfileConfig
 from modelpress.config.prune import PruneConfig
 from modelpress.config.quantize import ExportConfig, QuantizeConfig
+from modelpress.config.variants import VariantsConfig
 from modelpress.config.workers import WorkersConfig
 from modelpress.config.workload import WorkloadConfig
 from modelpress.errors import ConfigError
+from modelpress.providers import CPU
 
 Checked = TypeVar("Checked", bound=Config)
+Part = Literal["source", "distill", "prune", "export", "quantize", "plan"]
+"""A stage that makes or changes the model."""
 
 
 class OptimizeConfig(Config):
@@ -64,6 +68,19 @@ class OptimizeConfig(Config):
     workers: WorkersConfig | None = None
     """Absent: evaluations and plans run in one process."""
 
+    @property
+    def parts(self) -> list[Part]:
+        """The stages of this recipe that make and change the model, in order."""
+        switched: dict[Part, object] = {
+            "source": True,
+            "distill": self.distill,
+            "prune": self.prune,
+            "export": True,
+            "quantize": self.quantize,
+            "plan": self.plan,
+        }
+        return [part for part, present in switched.items() if present]
+
     @model_validator(mode="after")
     def _check(self) -> OptimizeConfig:
         if self.plan and self.quantize:
@@ -80,8 +97,8 @@ class OptimizeConfig(Config):
             raise ValueError("shard.by 'rank' is for checkpoints that were cut for ranks; a recipe publishes a graph")
         if self.gate.provider not in (None, self.evaluate.provider):
             raise ValueError(f"gate.provider needs evaluate.provider {self.gate.provider}: it is what is measured on")
-        if self.workers and self.evaluate.provider != "CPUExecutionProvider":
-            raise ValueError("workers share cores, not a GPU: leave them out, or set evaluate.provider to the CPU's")
+        if self.workers and self.evaluate.provider != CPU:
+            raise ValueError("workers share cores, not a device: leave them out, or set evaluate.provider to the CPU's")
         return self
 
     def _check_spread(self) -> None:
@@ -117,6 +134,15 @@ class PlanRecipe(Config):
     """The budget, and what a weight may become."""
     compress: CompressConfig = CompressConfig()
     """The codecs whose bytes are counted."""
+
+
+class ExportRecipe(Config):
+    """One run of `modelpress export`: source → StableHLO."""
+
+    workload: WorkloadConfig
+    """The model, and the data whose shapes it is traced with."""
+    export: ExportConfig = ExportConfig()
+    """Its `tolerance`; `opset` is of ONNX graphs."""
 
 
 class QuantizeRecipe(Config):
@@ -179,6 +205,15 @@ def load_plan_recipe(path: str | Path) -> PlanRecipe:
     return _checked(PlanRecipe, _read_yaml(path), str(path))
 
 
+def load_export_recipe(path: str | Path) -> ExportRecipe:
+    """Read an `ExportRecipe` from a YAML file.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    return _checked(ExportRecipe, _read_yaml(path), str(path))
+
+
 def load_quantize_recipe(path: str | Path) -> QuantizeRecipe:
     """Read a `QuantizeRecipe` from a YAML file.
 
@@ -215,6 +250,15 @@ def load_canary(path: str | Path) -> CanaryConfig:
     return _checked(CanaryConfig, _read_yaml(path), str(path))
 
 
+def load_variants(path: str | Path) -> VariantsConfig:
+    """Read a `VariantsConfig` from a YAML file.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    return parse_variants(_read_yaml(path), origin=str(path))
+
+
 def _read_yaml(path: str | Path) -> Any:
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -233,6 +277,15 @@ def parse_config(document: Any, *, origin: str = "config") -> OptimizeConfig:
         ConfigError: see `load_config`.
     """
     return _checked(OptimizeConfig, document, origin)
+
+
+def parse_variants(document: Any, *, origin: str = "variants") -> VariantsConfig:
+    """Validate a plain mapping, naming each wrong field.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    return _checked(VariantsConfig, document, origin)
 
 
 def _checked(kind: type[Checked], document: Any, origin: str) -> Checked:

@@ -8,7 +8,7 @@ recorded, and coding goes on with the first tensor that is not whole among them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from modelpress.container import Piece, StoredTensor
 from modelpress.manifest import ShardEntry, TensorEntry
 from modelpress.progress import Progress
 from modelpress.reports import CodedTensor
-from modelpress.shard import ShardFile, plan, tensor_entry, write_shard
+from modelpress.shard import ShardFile, groups_of, plan, tensor_entry, write_shard
 from modelpress.store.local import file_sha256, local_errors
 
 
@@ -151,7 +151,7 @@ def stage(
         folder.mkdir(parents=True, exist_ok=True)
     staged = Staged(folder)
     staged.find()
-    row = _Row(staged, shard_config)
+    row = _Row(staged, shard_config, groups_of(names, shard_config))
     for number, name in enumerate(names[len(staged.entries) :], start=len(staged.entries)):
         progress(number, len(names), f"coding {name}")
         coded, report = compress(Checkpoint("torch", {name: read(name)}), compress_config)
@@ -164,8 +164,8 @@ def stage(
 class _Row:
     """Coded tensors that wait for their shards to be full."""
 
-    def __init__(self, staged: Staged, config: ShardConfig) -> None:
-        self._staged, self._config = staged, config
+    def __init__(self, staged: Staged, config: ShardConfig, groups: Mapping[str, object]) -> None:
+        self._staged, self._config, self._groups = staged, config, groups
         self._waiting: dict[str, tuple[StoredTensor, CodedTensor]] = {}
         self._pending_bytes = 0
         self._written = 0
@@ -180,7 +180,7 @@ class _Row:
 
     def write(self, *, last: bool) -> None:
         """Write the shards that are full, and with `last` the rest."""
-        plans = plan([tensor for tensor, _ in self._waiting.values()], self._config)
+        plans = plan([tensor for tensor, _ in self._waiting.values()], self._config, self._groups)
         full = plans if last else plans[:-1]
         for pieces in full[self._written :]:
             ends = [self._waiting[one.name] for one in pieces if one.start + one.count == one.elements]

@@ -13,10 +13,9 @@ import onnx
 from modelpress import graph
 from modelpress.checkpoint import Checkpoint
 from modelpress.config import PlanConfig
-from modelpress.errors import ConfigError
 from modelpress.plan import figure
 from modelpress.reports import PlanOutline, PlanPoint, PlanReport
-from modelpress.store.local import local_errors
+from modelpress.store.local import check_free, local_errors
 
 Table = list[dict[str, str]]
 
@@ -116,14 +115,7 @@ def check_folder(folder: Path, name: str) -> None:
     Raises:
         ConfigError: a file of this name is there, or the folder is no folder.
     """
-    standing = [str(path) for path in _paths(folder, name) if os.path.lexists(path)]
-    if standing or (os.path.lexists(folder) and not folder.is_dir()):
-        raise ConfigError(
-            f"writing plan {name!r}",
-            found=", ".join(standing) or f"{folder}, which is no folder",
-            expected="nothing of this name",
-            fix="name another folder with --to",
-        )
+    check_free(folder, _paths(folder, name), f"writing plan {name!r}")
 
 
 def write(made: Checkpoint, report: PlanReport, folder: Path, name: str) -> list[Path]:

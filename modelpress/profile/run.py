@@ -17,6 +17,7 @@ from modelpress.errors import ConfigError
 from modelpress.profile import energy, graphs, loops, machine, modules, packed, roofline, verdict
 from modelpress.profile.ran import Ran
 from modelpress.progress import Progress, silent
+from modelpress.providers import CPU, on_gpu
 from modelpress.reports.measured import Figure, Measured, NotMeasured
 from modelpress.reports.profile import ColdStart, LoadProfile, MemoryProfile, ProfileReport, StorageProfile
 
@@ -91,7 +92,7 @@ def _profile(
         _bound(call, subject.example(largest)),
         largest,
         config.seconds,
-        uses_gpu=config.provider != "CPUExecutionProvider",
+        uses_gpu=on_gpu(config.provider),
     )
     steps("storage and start")
     storage, start, memory = _around(subject, config, compression, ran)
@@ -201,8 +202,9 @@ def _activations(ran: Ran) -> Figure:
 
 def _device_memory(provider: str) -> Figure:
     """Most memory of the GPU that anybody holds now, which is the model's where nobody else computes there."""
-    if provider == "CPUExecutionProvider":
-        return NotMeasured(not_measured="the model does not compute on a GPU")
+    if not on_gpu(provider):
+        where = "on a GPU" if provider == CPU else "on a device that anything here could ask"
+        return NotMeasured(not_measured=f"the model does not compute {where}")
     if not torch.cuda.is_available():
         return NotMeasured(not_measured=f"{provider} computes on a device that this build of torch cannot ask")
     free, whole = torch.cuda.mem_get_info()

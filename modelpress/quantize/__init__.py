@@ -172,7 +172,9 @@ def _some(batches: Sequence[Inputs]) -> list[Inputs]:
 def _method(config: QuantizeConfig) -> str:
     if config.method == "weight-only":
         return weight_only_method(config)
-    return config.method if config.method == "dynamic" else f"static-{config.calibration}"
+    if config.method == "dynamic":
+        return config.method
+    return f"static-{config.calibration}" + ("-power-of-two" if config.powers_of_two else "")
 
 
 def weight_only_method(config: QuantizeConfig) -> str:

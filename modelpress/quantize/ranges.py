@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +22,8 @@ _SHARES = np.linspace(0.02, 1.0, 50)
 
 Doubles = npt.NDArray[np.float64]
 Range = tuple[float, float]
+Fit = Callable[[Doubles, float, float], Range]
+"""The range to be rounded, from a histogram and the ends of its first and last bin."""
 
 
 class Observer(Protocol):
@@ -70,12 +72,21 @@ class Here:
         return histograms(model, edges, self._batches)
 
 
-def least_error_ranges(model: ModelProto, values: Sequence[str], observer: Observer) -> dict[str, Range]:
+def least_error_ranges(
+    model: ModelProto, values: Sequence[str], observer: Observer, fit: Fit | None = None
+) -> dict[str, Range]:
     """For each value the range whose 255 steps round it with the least squared error; what lies outside is clipped.
 
     The calibration data is run twice: for the extremes, and for histograms between them. A value that is not finite
     keeps its extremes.
+
+    Args:
+        model: float.
+        values: names inside of it.
+        observer: runs the calibration data.
+        fit: the range by another measure.
     """
+    fit = fit or _least_error
     seen = observer.extremes(model, values).values
     found = {name: (one.lows[0], one.highs[0]) for name, one in seen.items() if isinstance(one, Extremes)}
     edges = {name: (min(low, 0.0), max(high, 0.0)) for name, (low, high) in found.items()}
@@ -83,7 +94,7 @@ def least_error_ranges(model: ModelProto, values: Sequence[str], observer: Obser
     counted = observer.histograms(model, edges).values if edges else {}
     for name, one in counted.items():
         if isinstance(one, Histogram):
-            found[name] = _least_error(np.array(one.counts, np.float64), *edges[name])
+            found[name] = fit(np.array(one.counts, np.float64), *edges[name])
     return found
 
 

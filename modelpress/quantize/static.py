@@ -23,6 +23,7 @@ from torch import Tensor
 
 from modelpress.config import QuantizeConfig
 from modelpress.errors import CoverageError
+from modelpress.quantize import powers
 from modelpress.quantize.frozen import Frozen
 from modelpress.quantize.ranges import Here, Observer, least_error_ranges
 from modelpress.quantize.rewrite import channel_axis
@@ -75,7 +76,8 @@ def calibrate(
         observer: for `mse`, where the batches are run; None: here.
     """
     if config.calibration == "mse":
-        found = least_error_ranges(model, _activations(model), observer or Here(batches))
+        fit = powers.least_error_range if config.powers_of_two else None
+        found = least_error_ranges(model, _activations(model), observer or Here(batches), fit)
         ends = {name: np.asarray(ends, dtype=np.float32) for name, ends in found.items()}
         data = {name: TensorData(lowest=low, highest=high) for name, (low, high) in ends.items()}
         return TensorsData(CalibrationMethod.MinMax, data)
@@ -107,9 +109,9 @@ def quantize_static(
 ) -> ModelProto:
     """The model with QuantizeLinear and DequantizeLinear around the named nodes; the model given is left as it is.
 
-    Weights are signed and symmetric, activations unsigned with a zero point. In a network of convolutions, the
-    operators between quantized layers (`Relu`, pooling, …) are quantized with them. Weights and activations are on the
-    scales of `frozen` where it has them.
+    Weights are signed and symmetric, activations unsigned with a zero point; with `config.powers_of_two` both are
+    signed and symmetric (see `powers`). In a network of convolutions, the operators between quantized layers (`Relu`,
+    pooling, …) are quantized with them. Weights and activations are on the scales of `frozen` where it has them.
 
     Raises:
         CoverageError: an activation of a named node has no calibrated range.
@@ -125,21 +127,37 @@ def quantize_static(
         config.per_channel,
         False,  # reduce_range: 7-bit weights
         QuantType.QInt8,
-        QuantType.QUInt8,
+        QuantType.QInt8 if config.powers_of_two else QuantType.QUInt8,
         ranges,
         [*nodes, *_companions(model, nodes)],
         [],
         [*WEIGHTED, *_COMPANIONS],
         {
-            "ActivationSymmetric": False,
             "WeightSymmetric": True,
-            "TensorQuantOverrides": _overrides(model, nodes, ranges, config, frozen) if frozen else {},
             "OpTypesToExcludeOutputQuantization": [] if _has_convolutions(model) else list(WEIGHTED),
+            **_form(model, nodes, ranges, config, frozen),
         },
     )
     quantizer.quantize_model()
     quantized: ModelProto = quantizer.model.model
+    if config.powers_of_two:
+        powers.fuse_activations_(quantized, nodes)
     return quantized
+
+
+def _form(
+    model: ModelProto, nodes: Collection[str], ranges: TensorsData, config: QuantizeConfig, frozen: Frozen | None
+) -> dict[str, Any]:
+    """Options of ONNX Runtime's quantizer that hang on the scales."""
+    if not config.powers_of_two:
+        overrides = _overrides(model, nodes, ranges, config, frozen) if frozen else {}
+        return {"ActivationSymmetric": False, "TensorQuantOverrides": overrides}
+    return {
+        "ActivationSymmetric": True,  # and so a Relu stays: no zero point says what it cuts off
+        "TensorQuantOverrides": powers.scales(model, nodes, ranges),
+        "QDQDisableWeightAdjustForInt32Bias": True,  # the scales make room for biases themselves
+        "DedicatedQDQPair": True,  # each reader its own, as AMD's quantizer writes it
+    }
 
 
 def _overrides(

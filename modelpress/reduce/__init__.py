@@ -8,7 +8,7 @@ from __future__ import annotations
 from modelpress.reduce.exact import Exact
 from modelpress.reduce.kinds import AnyPartial
 from modelpress.reduce.ledger import Cut, Ledger, Part, Reduced, deal, deal_by_cost, merge_all
-from modelpress.reduce.named import Answers, ByName, Piece, Points, Sensitivities, Sensitivity
+from modelpress.reduce.named import Answers, ByName, Piece, Points, Sensitivities, Sensitivity, Variants
 from modelpress.reduce.partials import (
     ChannelMoments,
     Confusion,
@@ -42,6 +42,7 @@ __all__ = [
     "Reduced",
     "Sensitivities",
     "Sensitivity",
+    "Variants",
     "WeightedMean",
     "deal",
     "deal_by_cost",

@@ -6,30 +6,6 @@ from typing import Annotated
 
 from pydantic import Field
 
-from modelpress.reduce.named import Answers, ByName, Points, Sensitivities
-from modelpress.reduce.partials import (
-    ChannelMoments,
-    Confusion,
-    Extremes,
-    Histogram,
-    Moments,
-    PairedScores,
-    Ranking,
-    WeightedMean,
-)
+from modelpress.reduce.named import Answers, ByName, Points, Sensitivities, Unnamed, Variants
 
-AnyPartial = Annotated[
-    WeightedMean
-    | Moments
-    | ChannelMoments
-    | Extremes
-    | Histogram
-    | Confusion
-    | Ranking
-    | PairedScores
-    | Answers
-    | ByName
-    | Points
-    | Sensitivities,
-    Field(discriminator="kind"),
-]
+AnyPartial = Annotated[Unnamed | Answers | ByName | Points | Sensitivities | Variants, Field(discriminator="kind")]

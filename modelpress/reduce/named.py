@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeAlias, TypeVar
 
 from pydantic import Field
 
@@ -18,15 +18,15 @@ from modelpress.reduce.partials import (
     Ranking,
     WeightedMean,
 )
+from modelpress.reports import TriedVariant
 from modelpress.reports.base import ArtifactRef, Report
 
 NameT = TypeVar("NameT", int, str)
 ValueT = TypeVar("ValueT")
-Numbers = Annotated[
-    WeightedMean | Moments | ChannelMoments | Extremes | Histogram | Confusion | Ranking | PairedScores,
-    Field(discriminator="kind"),
-]
+Unnamed: TypeAlias = WeightedMean | Moments | ChannelMoments | Extremes | Histogram | Confusion | Ranking | PairedScores
 """What merges without names."""
+Numbers = Annotated[Unnamed, Field(discriminator="kind")]
+"""The same, told apart by `kind`."""
 
 
 class Piece(Report):
@@ -118,6 +118,23 @@ class Sensitivities(Partial):
         """
         weights, floats = union(self.weights, other.weights), union(self.floats, other.floats)
         return Sensitivities(weights=weights, alike=union(self.alike, other.alike), floats=floats)
+
+
+class Variants(Partial):
+    """Variants of a recipe that were tried."""
+
+    kind: Literal["variants"] = "variants"
+    """Which partial this is."""
+    tried: dict[int, TriedVariant] = Field(default_factory=dict)
+    """By the variant's number."""
+
+    def merge(self, other: Variants) -> Variants:
+        """The variants of both.
+
+        Raises:
+            ValueError: they share one.
+        """
+        return Variants(tried=union(self.tried, other.tried))
 
 
 class ByName(Partial):

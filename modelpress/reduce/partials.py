@@ -180,7 +180,7 @@ class ChannelMoments(Partial):
 
     def bound(self, parts: int) -> float:
         """How far from the exact result one of up to `parts` merged parts lies, relative to a channel's Σ x²: the
-        number of roundings on the longest way through a sum, times 2⁻⁵²."""
+        number of roundings on the longest way through a sum, times 2⁻⁵². Squares below 2⁻¹⁰²² are lost beside it."""
         return float((4 * math.log2(max(self.count, 2)) + 64 + 8 * parts) * np.finfo(np.float64).eps)
 
 

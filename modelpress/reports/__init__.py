@@ -30,6 +30,7 @@ from modelpress.reports.graph import (
     RoundedLayer,
     SensitivityRow,
     SharedTensor,
+    StableHloReport,
 )
 from modelpress.reports.housekeeping import (
     CollectReport,
@@ -64,6 +65,7 @@ from modelpress.reports.quality import (
     QualityReport,
 )
 from modelpress.reports.run import RunReport, RunStage
+from modelpress.reports.variants import TriedVariant, VariantBudgets, VariantsReport
 
 __all__ = [
     "AdviceCheck",
@@ -123,12 +125,16 @@ __all__ = [
     "ShardReport",
     "SharedTensor",
     "SourceReport",
+    "StableHloReport",
     "Stage",
     "TensorChange",
     "TrafficReport",
     "TrainReport",
+    "TriedVariant",
     "UploadReport",
     "UsageReport",
+    "VariantBudgets",
+    "VariantsReport",
     "Verdict",
     "VerifyReport",
     "VersionUsage",

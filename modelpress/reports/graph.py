@@ -19,6 +19,25 @@ class ExportReport(Report):
     """Largest absolute difference to the torch module on the example inputs."""
 
 
+class StableHloReport(Report):
+    """A module as StableHLO, for OpenXLA's compilers."""
+
+    platforms: list[str]
+    """What it was lowered for, as JAX names them."""
+    weights: int
+    """Tensors beside the program."""
+    weights_bytes: int
+    """Their bytes."""
+    program_bytes: int
+    """Bytes of the program without them."""
+    ran_on: str
+    """Where OpenXLA ran it when it was made, as JAX names it."""
+    max_difference: float
+    """Largest absolute difference to the torch module on the example inputs, there."""
+    versions: dict[str, str]
+    """Of the packages that made it."""
+
+
 class SensitivityRow(Report):
     """How much one layer suffers from quantization."""
 

@@ -9,7 +9,7 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -246,6 +246,37 @@ def write_secret(path: Path, data: bytes, doing: str, fix: str) -> None:
         except BaseException:
             path.unlink(missing_ok=True)
             raise
+
+
+def read_secret(path: Path, doing: str) -> str:
+    """A file of ASCII text that not everybody may read.
+
+    Raises:
+        ConfigError: it can't be read, everybody may read it, or it holds something else.
+    """
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_mode & 0o007:
+                raise ConfigError(doing, found="everybody can read it", fix=f"chmod o-rwx {path}")
+            return file.read().decode("ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(doing, found=type(error).__name__, expected="a file of ASCII text") from error
+
+
+def check_free(folder: Path, files: Iterable[Path], doing: str) -> None:
+    """Refuse to write files into a folder over others, before minutes are spent on what they will hold.
+
+    Raises:
+        ConfigError: one of this name is there, or the folder is no folder.
+    """
+    standing = [str(path) for path in files if os.path.lexists(path)]
+    if standing or (os.path.lexists(folder) and not folder.is_dir()):
+        raise ConfigError(
+            doing,
+            found=", ".join(standing) or f"{folder}, which is no folder",
+            expected="nothing of this name",
+            fix="name another folder with --to",
+        )
 
 
 def check_new_folder(folder: Path, doing: str) -> None:

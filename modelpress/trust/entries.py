@@ -9,13 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from modelpress import keys, strictjson
-from modelpress.errors import (
-    ConfigError,
-    CorruptionError,
-    KeyRefusedError,
-    SignatureError,
-    UnsignedError,
-)
+from modelpress.errors import ConfigError, CorruptionError, KeyRefusedError, SignatureError, UnsignedError
 from modelpress.manifest import canonical_json, check_version
 from modelpress.store.base import check_digest, get_capped
 from modelpress.trust.dsse import Envelope

@@ -13,14 +13,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import IO
 
 from modelpress.cores import cores
 from modelpress.errors import WorkerError
-from modelpress.workers.protocol import Job, Reply
+from modelpress.workers.protocol import Asked, Reply
 
 START_SECONDS = 600.0
 """How long a worker may take to import what it needs."""
@@ -28,21 +28,40 @@ STOP_SECONDS = 5.0
 _TAIL_BYTES = 2000
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What a pool's processes are."""
+
+    module: str = "modelpress.workers.process"
+    """What they run; it calls `modelpress.workers.process.serve`."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables that they have beside this process's own."""
+    too_slow: str = "raise workers.slice_seconds, or cut smaller slices with workers.slices"
+    """The way out where one takes longer than it may."""
+
+
+SLICES = Kind()
+"""Processes that do slices of stages."""
+
+
 class Worker:
     """One process. Only one thread at a time may ask it.
 
     Args:
         on: the cores that it runs on; as many threads it has.
+        kind: what it runs.
     """
 
-    def __init__(self, on: list[int]) -> None:
+    def __init__(self, on: list[int], kind: Kind = SLICES) -> None:
+        self._kind = kind
         self._errors: IO[bytes] = tempfile.TemporaryFile(prefix="modelpress-worker-")  # noqa: SIM115  closed by `stop`
         # What it imports is what this process would: paths that a test or a notebook added, too.
         environment = os.environ | {
             "OMP_NUM_THREADS": str(len(on)),
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            **kind.environment,
         }
-        command = [sys.executable, "-m", "modelpress.workers.process", ",".join(map(str, on))]
+        command = [sys.executable, "-m", kind.module, ",".join(map(str, on))]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, env=environment
         )
@@ -60,7 +79,7 @@ class Worker:
         """Whether the process has not ended."""
         return self._process.poll() is None
 
-    def ask(self, job: Job, seconds: float | None = None) -> Reply:
+    def ask(self, job: Asked, seconds: float | None = None) -> Reply:
         """Do a slice, in so many seconds from when the process is there.
 
         Raises:
@@ -108,7 +127,7 @@ class Worker:
                 doing,
                 found=f"no result after {seconds:g} s",
                 expected="one by then",
-                fix="raise workers.slice_seconds, or cut smaller slices with workers.slices",
+                fix=self._kind.too_slow,
             ) from None
         if line is None:
             raise self._lost(doing)
@@ -141,10 +160,11 @@ class Pool:
     Args:
         count: worker processes.
         threads: cores of each; 0: those that this process may use, divided by `count`.
+        kind: what they run.
     """
 
-    def __init__(self, count: int, threads: int = 0) -> None:
-        usable = cores()
+    def __init__(self, count: int, threads: int = 0, kind: Kind = SLICES) -> None:
+        usable, self._kind, self._closed = cores(), kind, False
         self.count, self.threads = count, threads or max(1, len(usable) // count)
         self._seats = [
             _Seat(sorted({usable[(number * self.threads + one) % len(usable)] for one in range(self.threads)}))
@@ -154,7 +174,7 @@ class Pool:
         for seat in reversed(self._seats):
             self._free.put(seat)
 
-    def run(self, job: Job, seconds: float | None = None, began: Callable[[int], object] = lambda _: None) -> Reply:
+    def run(self, job: Asked, seconds: float | None = None, began: Callable[[int], object] = lambda _: None) -> Reply:
         """Do a slice in the next worker that is free; see `Worker.ask`. `began` is told the worker's process id.
 
         Raises:
@@ -162,8 +182,10 @@ class Pool:
         """
         seat = self._free.get()
         try:
+            if self._closed:
+                raise WorkerError(f"running slice {job.slice} ({job.kind})", found="workers that were told to end")
             if seat.worker is None or not seat.worker.is_alive:
-                seat.worker = Worker(seat.cores)
+                seat.worker = Worker(seat.cores, self._kind)
             began(seat.worker.pid)
             return seat.worker.ask(job, seconds)
         except BaseException:  # also an interrupt: what the worker says next would be taken for another slice's result
@@ -176,7 +198,8 @@ class Pool:
             self._free.put(seat)
 
     def close(self) -> None:
-        """End all workers."""
+        """End all workers; who asks one after that gets an error."""
+        self._closed = True
         for seat in self._seats:
             if seat.worker is not None:
                 seat.worker.stop()

@@ -1,6 +1,7 @@
 """What a worker process runs: job after job, until its parent is gone.
 
-`python -m modelpress.workers.process CORES` is started by `modelpress.workers.pool`, and by nobody else.
+`python -m modelpress.workers.process CORES` is started by `modelpress.workers.pool`, and by nobody else. Another module
+that does other jobs is started the same way; it calls `serve`.
 """
 
 from __future__ import annotations
@@ -10,12 +11,35 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from modelpress.errors import ModelpressError
 
+if TYPE_CHECKING:
+    from modelpress.reduce import Part
+
 
 def main(cores: str) -> None:
-    """Read a job from each line of stdin, and write a reply for each to stdout."""
+    """Do slices of stages."""
+    serve(cores, _slices)
+
+
+def _slices() -> Callable[[bytes], Part]:
+    from modelpress.workers.jobs import Bench
+    from modelpress.workers.protocol import Job
+
+    bench = Bench()
+    return lambda line: bench.do(Job.model_validate_json(line))
+
+
+def serve(cores: str, opened: Callable[[], Callable[[bytes], Part]]) -> None:
+    """Read a job from each line of stdin, and write a reply for each to stdout.
+
+    Args:
+        cores: that this process runs on, parted by commas.
+        opened: imports what jobs need, and returns what does one: a line of JSON in, the result out.
+    """
     if hasattr(os, "sched_setaffinity"):  # before anything counts cores and starts threads
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
     replies = os.fdopen(os.dup(1), "wb")
@@ -23,20 +47,19 @@ def main(cores: str) -> None:
     jobs: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(jobs,), name="parent", daemon=True).start()
 
-    from modelpress.workers.jobs import Bench  # after the cores are set: it imports torch
-    from modelpress.workers.protocol import Failure, Job, Reply
+    do = opened()  # after the cores are set: it imports torch
+    from modelpress.workers.protocol import Failure, Reply
 
     def say(reply: Reply) -> None:
         replies.write(reply.model_dump_json().encode() + b"\n")
         replies.flush()
 
     say(Reply())
-    bench = Bench()
     while True:
-        job = Job.model_validate_json(jobs.get())
+        line = jobs.get()
         started = time.perf_counter()
         try:
-            part = bench.do(job)
+            part = do(line)
         except ModelpressError as error:
             failure = Failure(
                 kind=type(error).__name__,

@@ -11,17 +11,24 @@ from modelpress.reduce import Part
 from modelpress.reports import ArtifactRef, Report
 
 
-class Job(Report):
-    """One slice of a stage's work."""
+class Asked(Report):
+    """What every job says, whoever does it."""
 
-    kind: Literal["answers", "sensitivities", "points", "extremes", "histograms"]
-    """What is to be done; see `modelpress.workers.jobs`."""
+    kind: str
+    """What is to be done."""
     of: str
     """Digest of the whole work."""
     slice: int = Field(ge=0)
     """Number of the slice."""
     attempt: int = Field(default=1, ge=1)
     """From 1 on."""
+
+
+class Job(Asked):
+    """One slice of a stage's work; see `modelpress.workers.jobs`."""
+
+    kind: Literal["answers", "sensitivities", "points", "extremes", "histograms"]
+    """What is to be done."""
     units: list[int] = Field(min_length=1)
     """Numbers of the batches, or of a plan's measurements, that are in the slice."""
     model: ArtifactRef

@@ -284,6 +284,44 @@ def test_the_layer_of_a_name(name: str, layer: str) -> None:
     assert layer_of(name) == layer
 
 
+WRAPPED = {
+    "plain": ["embed", "layers.0", "layers.1", "norm", "head"],
+    "llama": ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "lm_head"],
+    "wrapped": [
+        "model.model.embed",
+        "model.model.layers.0",
+        "model.model.layers.1",
+        "model.model.norm",
+        "model.lm_head",
+    ],
+    "gpt2": ["transformer.wte", "transformer.wpe", "transformer.h.0", "transformer.h.1", "transformer.ln_f"],
+    "bert": ["bert.embeddings.words", "bert.encoder.layer.0", "bert.pooler.dense", "classifier"],
+    "cut": [
+        f"rank{rank}of2.{name}"
+        for rank in range(2)
+        for name in ("m.embed", "m.layers.0", "m.norm", "lm_head", "m.head")
+    ],
+    "without numbers": ["model.conv1", "model.conv2", "model.fc"],
+    "wrapped twice": ["ddp.module.conv", "ddp.module.fc"],
+}
+
+
+@pytest.mark.parametrize("modules", WRAPPED.values(), ids=WRAPPED)
+def test_no_shard_by_layer_holds_two_ends_of_a_model(modules: list[str], tmp_path: Path) -> None:
+    """Whatever wraps it: embedding and output layer are read by different ranks."""
+    tensors = {f"{name}.{kind}": torch.rand(8) for name in modules for kind in ("weight", "bias")}
+    _, shards, _ = press(tensors, tmp_path, by="layer")
+    assert sorted(sorted(shard.tensors) for shard in shards) == sorted(
+        [f"{name}.bias", f"{name}.weight"] for name in modules
+    )
+
+
+def test_what_stands_together_in_a_module_is_one_layer(tmp_path: Path) -> None:
+    names = ["bert.embeddings.words.weight", "bert.embeddings.norm.weight", "bert.encoder.layer.0.weight", "bert.scale"]
+    _, shards, _ = press({name: torch.rand(8) for name in names}, tmp_path, by="layer")
+    assert sorted(sorted(shard.tensors) for shard in shards) == [sorted(names[:2]), names[2:3], names[3:]]
+
+
 def test_numbers_sort_by_value() -> None:
     assert sorted(["a.10.w", "a.2.w", "a.x", "a.02.w"], key=natural_key) == ["a.02.w", "a.2.w", "a.10.w", "a.x"]
 

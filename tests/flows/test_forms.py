@@ -20,11 +20,14 @@ from flows.optimize import optimize
 from flows.promote import promote, rollback
 from flows.reconcile import reconcile
 from flows.scrub import scrub
-from modelpress.config import OptimizeConfig, load_canary, load_config
+from flows.variants import optimize_variants
+from modelpress.config import OptimizeConfig, load_canary, load_config, load_variants
+from modelpress.variants.expand import expand
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "optimize_schema.json"
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+GRIDS = sorted((ROOT / "configs" / "variants").glob("*.yaml"))
 CANARIES = sorted((ROOT / "configs" / "canary").glob("*.yaml"))
 OTHERS = (
     promote,
@@ -36,6 +39,7 @@ OTHERS = (
     evaluate_published,
     optimize_part,
     optimize_in_jobs,
+    optimize_variants,
 )
 DEPLOYMENTS = yaml.safe_load((ROOT / "infra" / "prefect.yaml").read_text())["deployments"]
 
@@ -78,6 +82,7 @@ def test_the_other_forms_are_typed() -> None:
     assert set(fields["scrub"]) == {"bytes_per_second", "afresh"}
     assert set(fields["optimize-part"]) == {"config", "last"}
     assert set(fields["optimize-in-jobs"]) == {"config", "jobs"}
+    assert set(fields["optimize-variants"]) == {"config", "variants"}
     for form in fields.values():
         for name, spec in form.items():
             assert spec.get("type") or spec.get("anyOf") or spec.get("allOf") or spec.get("$ref"), name
@@ -114,6 +119,11 @@ def test_a_shipped_recipe_is_legal_and_named_like_its_file(path: Path) -> None:
 @pytest.mark.parametrize("path", CANARIES, ids=lambda path: path.name)
 def test_a_shipped_canary_is_legal(path: Path) -> None:
     assert load_canary(path).steps
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.name)
+def test_shipped_variants_are_legal_variants_of_the_recipe_of_their_name(path: Path) -> None:
+    assert len(expand(load_config(ROOT / "configs" / path.name), load_variants(path))) > 1
 
 
 def test_a_recipe_and_the_form_are_the_same_thing() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flows.jobs import Job, check_jobs
-from flows.stages import check_part, parts
+from flows.stages import check_part
 from modelpress.config import OptimizeConfig
 from modelpress.errors import ConfigError
 
@@ -17,8 +17,8 @@ FULL = OptimizeConfig.model_validate(
 
 
 def test_the_parts_are_what_the_recipe_switches_on_in_order() -> None:
-    assert parts(PLAIN) == ["source", "export"]
-    assert parts(FULL) == ["source", "distill", "prune", "export", "quantize"]
+    assert PLAIN.parts == ["source", "export"]
+    assert FULL.parts == ["source", "distill", "prune", "export", "quantize"]
 
 
 def test_a_stage_that_the_recipe_leaves_out_is_refused() -> None:

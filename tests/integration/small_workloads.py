@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -68,6 +69,20 @@ class Small(Workload):
 
     def identity(self) -> str:
         return f"small {self.overlap} {self.branching} {self.tuned}"
+
+
+class Striking(Small):
+    """`Small` whose first training kills its process, where the file `strike` is in MODELPRESS_HOME."""
+
+    def batches(self, split: Split, batch_size: int, seed: int | None = None) -> Iterator[Batch]:
+        strike = Path(os.environ["MODELPRESS_HOME"]) / "strike"
+        if split == "train" and seed is not None and strike.exists():
+            strike.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().batches(split, batch_size, seed)
+
+    def identity(self) -> str:
+        return "striking"
 
 
 class Labelled(Small):

@@ -32,7 +32,7 @@ from serving.protocol import encode_request
 from tests.conftest import ROOT, OpenS3, S3Server
 from tests.integration.small_workloads import WIDTH
 from tests.serving.conftest import Server
-from tests.store.test_s3 import Proxy
+from tests.store.gateway import Proxy
 from tests.warm import FLOWS, Warm
 
 NAME = "small"

@@ -62,7 +62,14 @@ def deployed(home: Path) -> dict[str, DeploymentResponse]:
 
 
 def test_the_server_holds_every_deployment_whole(deployed: dict[str, DeploymentResponse]) -> None:
-    by_hand = {"optimize", "optimize-gpu", "optimize-in-jobs", "optimize-part", "optimize-part-gpu"}
+    by_hand = {
+        "optimize",
+        "optimize-gpu",
+        "optimize-in-jobs",
+        "optimize-part",
+        "optimize-part-gpu",
+        "optimize-variants",
+    }
     assert (
         set(deployed) == by_hand | {"promote", "promote-canary", "rollback", "reconcile", "report-failure"} | SCHEDULED
     )

@@ -8,121 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 from modelpress.errors import StageError
 from modelpress.layerwise import LayerInputs, walk_
-from modelpress.moments import InverseFactor, flat_weight, output_error
 from modelpress.survey import MOST_STEPS
 from modelpress.workload import Batch
-
-
-class Chain(nn.Module):
-    """A projection, three blocks that take hidden states and a mask, a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.project = nn.Linear(6, 8)
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.project(x)
-        for block in self.blocks:
-            hidden = block(hidden, scale=attention_mask.unsqueeze(-1))[0]
-        return self.head(hidden.mean(dim=1))
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
-
-    def forward(self, hidden: Tensor, scale: Tensor) -> tuple[Tensor, str]:
-        return hidden + self.down(self.up(hidden).relu()) * scale, "anything"
-
-
-class Residual(Chain):
-    """The sum stands outside the blocks, so that no block takes what the one before it gave."""
-
-    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.project(x)
-        for block in self.blocks:
-            hidden = hidden + block(hidden, attention_mask.unsqueeze(-1))[0]
-        return self.head(hidden.mean(dim=1))
-
-
-class Skip(Chain):
-    """The last block takes more than the first one took: an earlier block's output."""
-
-    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
-        first = self.blocks[0](self.project(x), attention_mask.unsqueeze(-1))[0]
-        second = self.blocks[1](first, attention_mask.unsqueeze(-1))[0]
-        return self.head(self.blocks[2](second, first)[0].mean(dim=1))
-
-
-class Repeated(Chain):
-    """One block, called three times."""
-
-    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.project(x)
-        for _ in range(3):
-            hidden = self.blocks[0](hidden, attention_mask.unsqueeze(-1))[0]
-        return self.head(hidden.mean(dim=1))
-
-
-class Tokens(nn.Module):
-    """A transformer whose token numbers come from the toy's floats."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
-        tokens = (x[..., 0].abs() * 10).long().clamp(max=29)
-        return self.model(input_ids=tokens, attention_mask=attention_mask).last_hidden_state.mean(dim=1)
-
-
-def bert() -> nn.Module:
-    config = BertConfig(
-        vocab_size=30, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=12,
-        max_position_embeddings=16, attn_implementation="eager",
-    )  # fmt: skip
-    return Tokens(BertModel(config, add_pooling_layer=False))
-
-
-def llama() -> nn.Module:
-    """A decoder whose blocks are handed a cache that grows with each call."""
-    config = LlamaConfig(
-        vocab_size=30, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=12,
-        max_position_embeddings=16,
-    )  # fmt: skip
-    return Tokens(LlamaModel(config))
-
-
-CASES: dict[str, Callable[[], nn.Module]] = {
-    "chain": Chain, "residual": Residual, "skip": Skip, "bert": bert, "llama": llama,
-}  # fmt: skip
-
-
-def made(make: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return make().eval()
-
-
-def batches(count: int = 3) -> list[Batch]:
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for index in range(count):
-        mask = torch.ones(4, 5, dtype=torch.int64)
-        mask[0, 3:] = 0
-        mask[1, 2 + index :] = 0
-        found.append(Batch({"x": torch.randn(4, 5, 6, generator=generator), "attention_mask": mask}))
-    return found
-
-
-def linears(module: nn.Module) -> list[str]:
-    return [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+from tests.layerwise.models import CASES, Block, Chain, Repeated, batches, linears, made
 
 
 def plain(module: nn.Module, names: list[str]) -> dict[str, Tensor]:
@@ -286,32 +177,6 @@ def test_a_head_that_shares_the_embedding_is_visited_before_the_blocks() -> None
     assert seen == ["head", "blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
 
 
-CONVOLUTIONS = {
-    "2-D": (nn.Conv2d(3, 4, 3, padding=1, stride=2), (3, 9, 9)),
-    "2-D, dilated": (nn.Conv2d(3, 4, (3, 2), dilation=2), (3, 9, 9)),
-    "2-D, same": (nn.Conv2d(3, 4, 4, padding="same"), (3, 7, 6)),
-    "2-D, reflected": (nn.Conv2d(3, 4, 3, padding=2, padding_mode="reflect"), (3, 7, 6)),
-    "1-D": (nn.Conv1d(3, 4, 5, padding=2, stride=2), (3, 11)),
-    "1-D, circular": (nn.Conv1d(3, 4, 3, padding=1, padding_mode="circular"), (3, 11)),
-}
-
-
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-@pytest.mark.parametrize("case", CONVOLUTIONS)
-def test_a_convolutions_moments_give_the_energy_of_its_outputs(case: str) -> None:
-    """tr(W H Wᵀ) = Σ y² without the bias: what every method that takes H relies on."""
-    layer, shape = CONVOLUTIONS[case]
-    layer = copy.deepcopy(layer)
-    nn.init.zeros_(layer.bias)
-    x = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
-    seen: list[LayerInputs] = []
-    walk_(nn.ModuleDict({"a": layer})["a"], [""], [Batch({"input": x})], seen.append)
-    weight, output = flat_weight(layer).double(), layer(x).double()
-    energy = ((weight @ seen[0].second_moment) * weight).sum(dim=1)
-    assert torch.allclose(energy, output.square().transpose(0, 1).flatten(1).sum(dim=1), rtol=1e-4)
-    assert seen[0].rows == output.numel() // 4
-
-
 def test_padding_does_not_count() -> None:
     """What stands in padded places changes nothing, not even as NaN; in tokens it is an error that names the layer."""
     module = made(Chain)
@@ -424,29 +289,3 @@ def test_a_block_may_change_its_input_in_place() -> None:
 def test_arguments_that_differ_in_a_later_batch_are_seen() -> None:
     short, long = Batch({"x": torch.randn(2, 4, 8)}), Batch({"x": torch.randn(2, 16, 8)})
     assert traces(Windows(), [short, long]) == pytest.approx(traces(Windows(), [long, short]))
-
-
-@pytest.mark.parametrize("features", [1, 127, 128, 129, 300])
-def test_a_factor_shares_the_matrix_with_the_moments_that_it_is_of(features: int) -> None:
-    """UᵀU is the damped inverse; what stands on and below the diagonal stays, so that errors still read it."""
-    x = torch.randn(2 * features, features, generator=torch.Generator().manual_seed(features)).double()
-    h = x.T @ x
-    h = h.tril() + h.tril(-1).T
-    shared = h.clone()
-    factor = InverseFactor(shared, 0.01, "a").rows(0, features)
-    epsilon = 0.01 * h.diagonal().mean() * torch.eye(features)
-    assert torch.equal(factor, factor.triu())
-    assert torch.allclose(factor.T @ factor @ (h + epsilon), torch.eye(features).double(), atol=1e-9)
-    assert torch.equal(shared.tril(), h.tril())
-    assert torch.equal(InverseFactor(shared, 0.01, "a").rows(0, features), factor)  # again, for the next layer
-    before = torch.randn(70, features).double()
-    after, mask = before * 0.9, torch.rand(70, features) < 0.5
-    for given in (None, mask):
-        change = before - (after if given is None else after * given)
-        expected = float(((change @ h) * change).sum() / ((before @ h) * before).sum())
-        assert output_error(before, after, shared, given) == pytest.approx(expected, rel=1e-9)
-
-
-def test_a_singular_moment_is_named() -> None:
-    with pytest.raises(StageError, match=r"inputs of up(.|\n)*singular matrix of 200 features"):
-        InverseFactor(torch.ones(200, 200, dtype=torch.float64), 0.0, "up")

@@ -30,6 +30,7 @@ from modelpress.store.artifacts import save_artifact
 from tests.conftest import ROOT
 from tests.parallel.cases import Slow, be_rank, spread, work
 from tests.parallel.forks import SECONDS, results, together
+from tests.parallel.warm_ranks import warm_ranks
 
 TRAIN = TrainConfig(epochs=4, batch_size=16, learning_rate=0.02)
 
@@ -81,7 +82,9 @@ def rank_of(agent: subprocess.Popen[bytes], rank: int) -> psutil.Process | None:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
-def test_a_job_survives_the_death_of_a_rank_and_ends_with_the_same_digest(tmp_path: Path) -> None:
+def test_a_job_survives_the_death_of_a_rank_and_ends_with_the_same_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = make_job(tmp_path, pause=0.15)
     expected = results(together(2, work, without_states(job)))
     assert hashlib.sha256(expected[0]).digest() == hashlib.sha256(expected[1]).digest()
@@ -101,7 +104,8 @@ def test_a_job_survives_the_death_of_a_rank_and_ends_with_the_same_digest(tmp_pa
     def started(agent: subprocess.Popen[bytes]) -> None:
         threading.Thread(target=kill, args=(agent,)).start()
 
-    output, result = launch.run_here(job, lambda *told: seen.append(told), started)
+    with warm_ranks(tmp_path, monkeypatch):
+        output, result = launch.run_here(job, lambda *told: seen.append(told), started)
     assert killed, "nobody was killed: the test proves nothing"
     assert output == expected[0]
     report = DistillReport.model_validate(result.report).train

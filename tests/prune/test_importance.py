@@ -14,8 +14,8 @@ from modelpress.prune import prune_
 from modelpress.prune.dependencies import find_groups
 from modelpress.prune.importance import BATCH_SIZE, losses, magnitudes, taylor
 from modelpress.workload import Batch
-from tests.prune.test_layers import Llama
-from tests.prune.test_structured import Attention, settled, toy_of
+from tests.prune.models import Attention, settled, toy_of
+from tests.prune.stacks import Llama
 from tests.train.toy import Toy
 
 

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    BertConfig,
-    BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2Model,
-)
+from transformers import AutoModel, BertConfig, BertModel, Qwen2Config, Qwen2Model
 
 from modelpress.blocks import drop_layers_, layer_list
 from modelpress.checkpoint import Checkpoint, from_module, to_module
@@ -35,90 +27,10 @@ from modelpress.prune.refit import find_joint, refit_
 from modelpress.workload import Batch, Split
 from modelpress.workloads.sentence_embedding import SentenceEmbedding
 from tests.encoders import make_encoder_folder
+from tests.prune.stacks import CASES, Block, Stack, toy_of, uneven
 from tests.train.toy import Toy
 
 TRAINING = TrainConfig(epochs=2, batch_size=16, learning_rate=1e-3)
-
-
-class Bert(nn.Module):
-    """A tiny post-norm encoder of four layers, averaged."""
-
-    def __init__(self, **sizes: object) -> None:
-        super().__init__()
-        config = BertConfig(
-            vocab_size=30, hidden_size=16, num_hidden_layers=4, num_attention_heads=4, intermediate_size=24,
-            max_position_embeddings=16, attn_implementation="eager", **sizes,
-        )  # fmt: skip
-        self.bert = BertModel(config, add_pooling_layer=False)
-        self.head = nn.Linear(16, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = (x.abs() * 10).long().clamp(max=29)
-        return self.head(self.bert(tokens).last_hidden_state.mean(dim=1))
-
-
-class Llama(nn.Module):
-    """A tiny pre-norm decoder of four layers with tied embeddings and grouped queries; logits of the last token."""
-
-    def __init__(self, layers: int = 4) -> None:
-        super().__init__()
-        config = LlamaConfig(
-            vocab_size=30, hidden_size=16, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-            intermediate_size=24, max_position_embeddings=16, attn_implementation="eager", tie_word_embeddings=True,
-        )  # fmt: skip
-        self.model = LlamaForCausalLM(config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = (x.abs() * 10).long().clamp(max=29)
-        return self.model(tokens, use_cache=False).logits[:, -1, :3]
-
-
-class Stack(nn.Module):
-    """Residual blocks that return a plain tensor, behind a stem."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Linear(6, 12)
-        self.blocks = nn.ModuleList([Block() for _ in range(5)])
-        self.head = nn.Linear(12, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(12, 40), nn.Linear(40, 12, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(self.up(x).relu())
-
-
-CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "bert": (Bert, (12,)),
-    "llama": (Llama, (12,)),
-    "stack": (Stack, (6,)),
-}
-
-
-def toy_of(case: str) -> Toy:
-    make, shape = CASES[case]
-    return Toy(make, shape, samples=120)
-
-
-def uneven(toy: Toy) -> nn.Module:
-    """The source with weights large enough for each block to matter, each to another degree."""
-    module = toy.source()
-    with torch.no_grad():
-        for number, block in enumerate(layer_list(module)):
-            for parameter in block.parameters():
-                if parameter.dim() == 2:
-                    parameter.mul_(2.0 + (3 * number) % 4)
-    return module
 
 
 def skipping(dense: nn.Module, gone: list[int]) -> nn.Module:

@@ -15,7 +15,7 @@ from modelpress.config import DistillConfig, PruneConfig
 from modelpress.distill.students import make_student
 from modelpress.errors import StageError, WorkloadError
 from modelpress.prune import prune_
-from tests.prune.test_layers import Block, Stack, uneven
+from tests.prune.stacks import Block, Stack, uneven
 from tests.train.toy import Toy
 
 

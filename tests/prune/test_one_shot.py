@@ -23,7 +23,7 @@ from modelpress.prune.masks import least, least_in_groups, least_in_rows
 from modelpress.prune.sparsegpt import BLOCK, sparsify
 from modelpress.prune.wanda import norms_of
 from modelpress.prune.zeros import prunable_weights
-from tests.prune.test_structured import Bert
+from tests.prune.models import Bert
 from tests.train.toy import Toy
 
 METHODS = ["magnitude", "wanda", "sparsegpt"]

@@ -16,7 +16,7 @@ from modelpress.prune import PRUNERS, prune_, sparsities
 from modelpress.prune.masks import Masks
 from modelpress.prune.outcome import Outcome
 from modelpress.prune.zeros import prunable_weights
-from tests.prune.test_structured import Bert
+from tests.prune.models import Bert
 from tests.train.toy import Toy
 
 TRAINING = TrainConfig(epochs=2, batch_size=16, learning_rate=3e-3, weight_decay=0.1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -303,6 +304,14 @@ def test_what_is_no_run_is_refused(team: Team, change: dict[str, Any], error: ty
     with pytest.raises(error):
         run_records.read(store, NAME, PACK, digest)
     assert run_records.newest(store, NAME, PACK)[0] is not None, "it hides no other"
+
+
+def test_a_run_of_the_first_version_stays_readable(team: Team) -> None:
+    """A field that comes later, in a report too, must not be spelled in records of before (`trust.entries.Entry`)."""
+    store = team.store(trusting=False)
+    digest = put(store, Path(__file__).with_name("v1.json").read_bytes())
+    record = run_records.read(store, NAME, PACK, digest)
+    assert (record.digest, record.who, record.run.stages[-1].size_bytes) == (digest, "anna@farm", 17_000)
 
 
 def test_damage_and_limits(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 from prometheus_client import CollectorRegistry
 
 from modelpress import keys, pointer
-from modelpress.canary import log, tally
-from modelpress.canary.log import Standing
-from modelpress.canary.tally import Tallies
-from modelpress.checkpoint import Checkpoint
+from modelpress.canary import tally
 from modelpress.errors import AccessDeniedError, StoreUnavailableError
 from modelpress.store import Store
 from serving import canary as serving_canary
 from serving import counting, mirror
-from serving.canary import Canaries
 from serving.canary_metrics import CanaryMetrics
-from serving.counting import Counter
-from serving.mirror import Mirror, Mirrored, disagreement
-from serving.protocol import decode_response, encode_request
+from serving.mirror import Mirror, Mirrored
+from serving.protocol import encode_request
 from serving.refusals import BusyError, NotReadyError, RequestError
-from serving.repository import Repository
 from tests.canary.states import config, state
-from tests.serving.conftest import CLASSES, WIDTH, client_of, lookup_model, scale_model
+from tests.serving.canaries import HALF, INFER, SHADOW, Call, ask, place, seeded, until
+from tests.serving.conftest import CLASSES, WIDTH, lookup_model, scale_model
 
-Call = Callable[..., Any]
-INFER = "/v2/models/scale/infer"
-HALF = {"mode": "canary", "share": 0.5}
-SHADOW = {"mode": "shadow", "share": 1.0}
+__all__ = ["place", "seeded"]
 
 pytestmark = pytest.mark.anyio
 
@@ -46,82 +31,6 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
-
-
-class Place:
-    """A server without a socket, a store, and a canary between two packs."""
-
-    def __init__(self, store: Store, repository: Repository, first: str, second: str) -> None:
-        self.store, self.repository, self.first, self.second = store, repository, first, second
-        self.canaries = Canaries(store, repository, poll_seconds=0.0)
-        self.canaries._mirror.start()
-        self.standing: Standing | None = None
-
-    def begin(self, *steps: dict[str, Any], **more: Any) -> None:
-        made = state(0, config(*steps, **more), candidate=self.second, champion=self.first)
-        self.standing = log.write(self.store, "scale", made, 0, self.first)
-        self.canaries.poll()
-
-    def step(self) -> None:
-        assert self.standing is not None
-        later = self.standing.state.model_copy(update={"step": self.standing.state.step + 1})
-        self.standing = log.write(self.store, "scale", later, self.standing.entry.number, self.first)
-        self.canaries.poll()
-
-    def end(self, phase: Any, who_stands: str) -> None:
-        assert self.standing is not None
-        log.end(self.store, "scale", self.standing, phase, ["by the test"], who_stands)
-        self.canaries.poll()
-
-    def seen(self) -> Tallies:
-        """What was written of it, with all that is counted by now."""
-        for trial in self.canaries._trials.values():
-            self.canaries._report(trial, at_once=True)
-        return tally.read(self.store, "scale", "1" * 32)
-
-    def client(self) -> AbstractAsyncContextManager[httpx.AsyncClient]:
-        return client_of(self.repository, canaries=self.canaries)
-
-
-@pytest.fixture
-def place(store: Store, press: Call, repository: Call) -> Callable[..., Place]:
-    def make(second: Checkpoint | None = None, first: Checkpoint | None = None) -> Place:
-        packs = press(first or scale_model(2.0)), press(second or scale_model(3.0), alias=None)
-        return Place(store, repository("scale"), *packs)
-
-    return make
-
-
-async def ask(client: httpx.AsyncClient, times: int = 1, key: str | None = None) -> list[tuple[str, float]]:
-    """For each answer the pack that it names, and the weight that its numbers show."""
-    headers = {} if key is None else {"modelpress-canary-key": key}
-    found = []
-    for _ in range(times):
-        body = encode_request({"x": np.ones((2, WIDTH), np.float32)})
-        answer = await client.post(INFER, content=body, headers=headers)
-        assert answer.status_code == 200, answer.text
-        pack, y = answer.json()["model_version"], decode_response(answer.content)["y"]
-        assert answer.headers["modelpress-pack"] == pack
-        assert y.shape == (2, CLASSES)
-        assert (y == y.flat[0]).all()
-        found.append((pack, float(y.flat[0]) / WIDTH))
-    return found
-
-
-@pytest.fixture
-def seeded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The coins of these requests are always the same ones."""
-    import random
-
-    monkeypatch.setattr(serving_canary.random, "random", random.Random(7).random)
-
-
-async def until(reached: Callable[[], bool]) -> None:
-    for _ in range(6000):
-        if reached():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it never came")
 
 
 @pytest.mark.usefixtures("seeded")
@@ -406,37 +315,6 @@ def test_a_tally_is_written_now_and_then_and_at_once_when_a_server_stops(
     assert "the test" in tally.read(store, "scale", "1" * 32).stopped[0]
 
 
-def test_slow_is_what_the_champion_s_own_answers_say() -> None:
-    counter = Counter(config(HALF))
-    for number in range(counting.CALIBRATION):
-        assert counter.slow_seconds is None
-        counter.answered(0, candidate=True, seconds=9.0)  # of another model: it says nothing of what is slow
-        counter.answered(0, candidate=False, seconds=number / 1000)
-    assert counter.slow_seconds == pytest.approx(0.19, abs=0.001)
-    (step,) = counter.tallies()
-    assert step.candidate.timed == step.champion.timed == 0
-    counter.answered(0, candidate=True, seconds=0.2)
-    counter.answered(0, candidate=False, seconds=0.1)
-    (step,) = counter.tallies()
-    assert (step.candidate.slow, step.candidate.timed, step.champion.slow, step.champion.timed) == (1, 1, 0, 1)
-
-
-def test_counts_from_many_threads_are_all_there() -> None:
-    counter = Counter(config(SHADOW, HALF))
-
-    def count() -> None:
-        for _ in range(500):
-            counter.answered(1, candidate=True, seconds=0.1)
-            counter.mirrored(0, 0.0)
-
-    threads = [threading.Thread(target=count) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [one.ran for one in counter.tallies()] == [2000, 2000]
-
-
 def test_a_full_mirror_drops_and_never_waits(place: Call) -> None:
     one = place()
     engine = one.repository.model("scale").loaded.engine
@@ -446,48 +324,6 @@ def test_a_full_mirror_drops_and_never_waits(place: Call) -> None:
     assert [waiting.offer(small) for _ in range(mirror.MAX_WAITING + 3)] == [True] * mirror.MAX_WAITING + [False] * 3
     large = {"x": np.ones(mirror.MAX_WAITING_BYTES // 4 + 1, np.float32)}
     assert not Mirror().offer(Mirrored(engine, large, {}, "argmax", 0.1, lambda _: None))
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "compare", "expected"),
-    [
-        ([[0.1, 0.9], [0.8, 0.2]], [[0.4, 0.6], [0.9, 0.1]], "argmax", 0.0),
-        ([[0.1, 0.9], [0.8, 0.2]], [[0.6, 0.4], [0.9, 0.1]], "argmax", 0.5),
-        ([[0.1, 0.9], [0.8, 0.2]], [[0.1, 0.9], [0.8, np.nan]], "argmax", 0.5),
-        ([[1.0], [2.0]], [[1.04], [3.0]], "argmax", 0.5),
-        ([1.0, 2.0], [1.04, 3.0], "argmax", 0.5),
-        ([[1.0, 10.0]], [[1.4, 10.0]], "values", 0.0),
-        ([[1.0, 10.0]], [[1.6, 10.0]], "values", 1.0),
-        ([[0.0]], [[0.0]], "values", 0.0),
-        ([[0.0]], [[1e-9]], "values", 1.0),
-        ([[np.inf]], [[np.inf]], "values", 1.0),
-        ([[1, 2], [3, 4]], [[1, 2], [3, 5]], "values", 0.5),
-        ([[1, 2]], [[1, 2, 3]], "values", 1.0),
-        ([[1, 2]], [[1.0, 2.0]], "values", 1.0),
-        (7, 7, "argmax", 0.0),
-        (7.0, 8.0, "argmax", 1.0),
-    ],
-)
-def test_what_disagreement_is(one: Any, other: Any, compare: Any, expected: float) -> None:
-    assert disagreement({"y": np.array(one)}, {"y": np.array(other)}, compare, 0.05) == expected
-
-
-def test_a_sample_disagrees_where_any_output_does_and_an_output_that_is_missing_is_all_of_it() -> None:
-    one = {"a": np.zeros((4, 2)), "b": np.zeros(4, np.int64)}
-    other = {"a": np.zeros((4, 2)), "b": np.array([0, 1, 0, 0])}
-    assert disagreement(one, other, "argmax", 0.05) == 0.25
-    assert disagreement(one, {"a": one["a"]}, "argmax", 0.05) == 1.0
-    uneven = {"a": np.zeros((4, 2)), "b": np.zeros(3)}
-    assert disagreement(uneven, {"a": np.zeros((4, 2)), "b": np.ones(3)}, "values", 0.05) == 1.0
-
-
-floats = arrays.arrays(np.float32, arrays.array_shapes(max_dims=3, max_side=4))
-
-
-@given(floats, st.sampled_from(["argmax", "values"]))
-def test_equal_finite_answers_agree_and_the_share_is_one(array: np.ndarray, compare: Any) -> None:
-    finite = np.isfinite(array.reshape(array.shape[0], -1)).all(axis=1)
-    assert disagreement({"y": array}, {"y": array.copy()}, compare, 0.05) == pytest.approx(1 - finite.mean())
 
 
 @pytest.mark.usefixtures("seeded")

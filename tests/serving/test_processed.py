@@ -25,9 +25,9 @@ from modelpress.checkpoint import Checkpoint
 from modelpress.process import PROCESSING_FILE, ImageInput, MeanPool, Normalize, Processing, Softmax, TextInput, TopK
 from modelpress.store import Store
 from serving.app import create_app
+from tests.serving.canaries import Place
 from tests.serving.conftest import Server, client_of, lookup_model, scale_model
 from tests.serving.test_app import check_error
-from tests.serving.test_canary import Place
 
 Call = Callable[..., Any]
 pytestmark = pytest.mark.anyio

@@ -28,8 +28,6 @@ from modelpress.store.links import Link, Links, LinkStore
 from modelpress.store.receive import StoppedError, Target
 from modelpress.store.s3 import S3Store
 from modelpress.store.s3_client import _Patience, back_off
-from modelpress.store.s3_multipart import Buffers
-from modelpress.store.threads import ClosedError
 from modelpress.store.wire import END, Wire
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -331,30 +329,6 @@ def test_patience_ends() -> None:
     assert back_off(50, 0.5) <= 20
 
 
-def test_buffers_are_as_many_as_said_and_wait_for_nobody_once_closed() -> None:
-    buffers = Buffers(2)
-    first, second = buffers.take(10), buffers.take(10)
-    third: list[bytearray] = []
-    thread = threading.Thread(target=lambda: third.append(buffers.take(20)))
-    thread.start()
-    buffers.give_back(first)
-    thread.join(10)
-    assert [len(buffer) for buffer in third] == [20]
-    failed: list[bool] = []
-
-    def refused() -> None:
-        with pytest.raises(ClosedError):
-            buffers.take(10)
-        failed.append(True)
-
-    thread = threading.Thread(target=refused)
-    thread.start()
-    buffers.close()
-    thread.join(10)
-    assert failed == [True]
-    buffers.give_back(second)
-
-
 def test_an_http_proxy_is_left_to_the_sdk(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(s3_endpoint_url="http://127.0.0.1:1")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
@@ -363,20 +337,6 @@ def test_an_http_proxy_is_left_to_the_sdk(monkeypatch: pytest.MonkeyPatch) -> No
     assert S3Store("s3://bucket", settings)._wire is None
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     assert S3Store("s3://bucket", settings)._wire is not None
-
-
-def test_no_memory_for_a_buffer_loses_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    buffers = Buffers(1)
-    for _ in range(3):
-        with pytest.raises(MemoryError):
-            buffers.take(2**62)
-        assert buffers.held == 0
-    small = buffers.take(10)
-    buffers.give_back(small)
-    with pytest.raises(MemoryError):
-        buffers.take(2**62)  # in the place of the small one, which went first
-    assert buffers.held == 0
-    assert len(buffers.take(20)) == 20
 
 
 @pytest.mark.parametrize("total", ["*", "many", "-1"])

@@ -17,7 +17,7 @@ from modelpress.store.artifacts import save_artifact
 from modelpress.store.base import Store, open_store
 from modelpress.workers.pool import Pool
 from modelpress.workers.protocol import Failure, Job
-from tasks.slices import Crew, _error, crew, crewed, run_slice
+from tasks.slices import Crew, crew, crewed, error_of, run_slice
 from tests.toys import ImageToy
 
 ONE = WorkersConfig(count=1, threads=1)
@@ -87,12 +87,12 @@ def test_every_error_of_the_library_comes_back_as_itself() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ModelpressError)]
     assert len(kinds) > 20
     for kind in kinds:
-        made = _error(Failure(kind=kind.__name__, doing="a", found="b", expected="c", fix="d"))
+        made = error_of(Failure(kind=kind.__name__, doing="a", found="b", expected="c", fix="d"))
         assert type(made) is kind
         assert (made.doing, made.found, made.expected, made.fix) == ("a", "b", "c", "d")
     for name in ("Exception", "annotations", "nothing", "ClassVar"):
-        assert type(_error(Failure(kind=name, doing="a"))) is StageError
-    assert type(_error(None)) is StageError
+        assert type(error_of(Failure(kind=name, doing="a"))) is StageError
+    assert type(error_of(None)) is StageError
 
 
 def test_only_a_run_with_workers_has_a_crew() -> None:

@@ -144,3 +144,10 @@ def test_cores_are_shared_out() -> None:
     if len(usable) >= 2:
         assert not set(seats[0]) & set(seats[1])
     assert [len(seat.cores) for seat in Pool(len(usable) + 1)._seats] == [1] * (len(usable) + 1)
+
+
+def test_who_asks_a_pool_that_has_ended_starts_no_process(job: Job) -> None:
+    ended = Pool(1, threads=1)
+    ended.close()
+    with pytest.raises(WorkerError, match="told to end"):
+        ended.run(job, began=lambda pid: pytest.fail(f"process {pid} was started"))

@@ -14,6 +14,7 @@ from modelpress.errors import ConfigError
 from modelpress.load.layouts.folders import checkpoint_names, folder_names, write_checkpoint, write_compressed_tensors
 from modelpress.load.layouts.graphs import onnx_names, write_onnx
 from modelpress.load.layouts.triton import write_triton
+from modelpress.load.layouts.vitis import write_vitis
 from modelpress.load.layouts.writing import MANIFEST_NAME, check_names, write_file
 from modelpress.load.names import load_manifest, resolve
 from modelpress.load.read import Parts, open_parts
@@ -27,7 +28,7 @@ __all__ = ["LAYOUTS", "MANIFEST_NAME", "Layout", "Writer", "pull", "pull_into"]
 MARK = ".modelpress"
 """A file in a folder that `pull_into` may fill again."""
 
-Layout = Literal["checkpoint", "huggingface", "compressed-tensors", "onnx", "triton"]
+Layout = Literal["checkpoint", "huggingface", "compressed-tensors", "onnx", "triton", "vitis-ai"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ LAYOUTS: dict[Layout, Writer] = {
     "compressed-tensors": Writer("the same, and surely one that vLLM reads", folder_names, write_compressed_tensors),
     "onnx": Writer("model.onnx with external data", onnx_names, write_onnx),
     "triton": Writer("a Triton model repository: NAME/config.pbtxt, NAME/1/model.onnx", onnx_names, write_triton),
+    "vitis-ai": Writer("model.onnx for a DPU: one sample a run, powers of two as scales", onnx_names, write_vitis),
 }
 
 

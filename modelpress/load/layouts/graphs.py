@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -37,8 +38,16 @@ def onnx_names(manifest: Manifest) -> list[str]:
     return sorted({place.file for place in _places(manifest).values()})
 
 
-def write_onnx(manifest: Manifest, parts: Parts, folder: Path) -> ModelProto:
+def write_onnx(
+    manifest: Manifest, parts: Parts, folder: Path, change: Callable[[ModelProto], object] | None = None
+) -> ModelProto:
     """``model.onnx`` and its weights: in ``model.onnx.data``, or in several files where they are more than 2 GiB.
+
+    Args:
+        manifest: of the pack.
+        parts: what it is read with.
+        folder: empty.
+        change: of the graph, in place, before anything is written.
 
     Returns:
         the graph as written.
@@ -48,6 +57,8 @@ def write_onnx(manifest: Manifest, parts: Parts, folder: Path) -> ModelProto:
     """
     places = _places(manifest)
     model = _located(manifest, read_file(manifest, parts, graph.GRAPH_FILE), places)
+    if change is not None:
+        change(model)
     write_file(folder / graph.GRAPH_FILE, model.SerializeToString(deterministic=True))
     write_tensors(parts, folder, dict.fromkeys(onnx_names(manifest), b""), places)
     write_files(manifest, parts, folder, but=[graph.GRAPH_FILE])
