@@ -24,9 +24,9 @@ from botocore.config import Config
 from modelpress.settings import Settings
 from modelpress.store.s3 import S3Store
 from tests.databases import Databases
-from tests.sharing import pytest_xdist_make_scheduler
+from tests.sharing import pytest_collection, pytest_xdist_make_scheduler
 
-__all__ = ["pytest_xdist_make_scheduler"]
+__all__ = ["pytest_collection", "pytest_xdist_make_scheduler"]
 
 hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is no reason to fail
 hypothesis.settings.load_profile("suite")

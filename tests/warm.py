@@ -1,9 +1,10 @@
 """Processes of the command line that need not import everything anew: each is forked from one that has.
 
-`modelpress` takes seconds of a core before its first own line, nearly all of it for importing torch, Prefect and
-MLflow, and tests start a hundred such processes. In all else each is what it would be: a process with an environment,
-a folder, signals, output and an exit code of its own. That the command starts from nothing is tested where that is the
-point (`tests/cli/test_cli.py`, `tests/docs/test_docs.py`, `python -m serving` in `tests/serving/test_process.py`).
+`modelpress` and `prefect` take seconds of a core before their first own line, nearly all of it for importing torch,
+Prefect and MLflow, and tests start a hundred such processes. In all else each is what it would be: a process with an
+environment, a folder, signals, output and an exit code of its own. That the command starts from nothing is tested
+where that is the point (`tests/cli/test_cli.py`, `tests/docs/test_docs.py`, `python -m serving` in
+`tests/serving/test_process.py`); Prefect's workers start each run from nothing.
 
 `python -m tests.warm SOCKET MODULE...` is the process that imports and forks.
 """
@@ -25,6 +26,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
 ROOT = Path(__file__).parents[1]
 # ONNX Runtime starts a thread when it is imported, which forks would lack: not in these.
@@ -33,7 +35,11 @@ SERVING = (
     *("modelpress.cli", "modelpress.doctor", "modelpress.codec.kernels", "modelpress.container", "modelpress.process"),
     *("serving.access_settings", "serving.audit", "serving.batching", "serving.protocol", "serving.tracing"),
 )
-FLOWS = (*SERVING, "flows.optimize", "flows.promote", "modelpress.workload", "modelpress.train")
+FLOWS = (
+    *(*SERVING, "flows.optimize", "flows.promote", "modelpress.workload", "modelpress.train"),
+    *("prefect.cli.deploy", "prefect.cli.work_pool", "prefect.cli.worker", "prefect.workers.process"),
+)
+MODELPRESS, PREFECT = "modelpress.cli:main", "prefect.cli:app"
 HEAD = struct.Struct("!Q")
 
 
@@ -117,7 +123,7 @@ class Warm:
 
     Args:
         modules: what it imports.
-        environment: with which; Prefect reads its settings from this one.
+        environment: with which.
     """
 
     def __init__(self, modules: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -137,27 +143,41 @@ class Warm:
         self._socket.close()
         self._process.wait()
 
-    def start(self, *arguments: str, env: Mapping[str, str], cwd: Path | None = None) -> Process:
-        """Start `modelpress` with these arguments, and with this environment alone."""
+    def start(
+        self,
+        *arguments: str,
+        env: Mapping[str, str],
+        cwd: Path | None = None,
+        program: str = MODELPRESS,
+        output: BinaryIO | None = None,
+    ) -> Process:
+        """Start `program` with these arguments, and with this environment alone; `output` takes all that it writes."""
         pipes = [os.pipe() for _ in range(3)]
+        given = [pipes[0][1], *([write for _, write in pipes[1:]] if output is None else [output.fileno()] * 2)]
         request = {"arguments": arguments, "environment": dict(env), "folder": str(cwd or Path.cwd())}
+        request["program"] = program
         data = json.dumps(request).encode()
         with self._lock:
-            socket.send_fds(self._socket, [HEAD.pack(len(data))], [write for _, write in pipes])
+            socket.send_fds(self._socket, [HEAD.pack(len(data))], given)
             self._socket.sendall(data)
         for _, write in pipes:
             os.close(write)
-        return Process(["modelpress", *arguments], *(read for read, _ in pipes))
+        return Process([program, *arguments], *(read for read, _ in pipes))
 
     def run(
-        self, *arguments: str, env: Mapping[str, str], cwd: Path | None = None, timeout: float = 60
+        self,
+        *arguments: str,
+        env: Mapping[str, str],
+        cwd: Path | None = None,
+        program: str = MODELPRESS,
+        timeout: float = 60,
     ) -> subprocess.CompletedProcess[str]:
-        """Run `modelpress` to its end.
+        """Run `program` to its end.
 
         Raises:
             subprocess.TimeoutExpired: it ran longer, and was killed.
         """
-        process = self.start(*arguments, env=env, cwd=cwd)
+        process = self.start(*arguments, env=env, cwd=cwd, program=program)
         try:
             out, err = process.communicate(timeout)
         finally:
@@ -171,8 +191,16 @@ def servers() -> Warm:
     return Warm(SERVING, os.environ)
 
 
-def _fork(control: socket.socket) -> list[str]:
-    """Fork as asked until nobody asks any more; returns in the children alone, with their arguments."""
+@functools.cache
+def flows() -> Warm:
+    """For commands that run flows, and for Prefect's own, until this process ends."""
+    # The first test that asks may have settings and secrets of its own.
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MODELPRESS_", "AWS_"))}
+    return Warm(FLOWS, clean)
+
+
+def _fork(control: socket.socket) -> tuple[str, list[str]]:
+    """Fork as asked until nobody asks any more; returns in the children alone: which program, and its arguments."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a person, who means the tests
     while True:
         head, descriptors, _, _ = socket.recv_fds(control, HEAD.size, 3)
@@ -199,7 +227,7 @@ def _reaped() -> bool:
         return False
 
 
-def _watched(request: dict[str, object], status: int, stdout: int, stderr: int) -> list[str]:
+def _watched(request: dict[str, Any], status: int, stdout: int, stderr: int) -> tuple[str, list[str]]:
     """Fork once more; the parent says the child's number and its exit code to `status`, and ends."""
     child = os.fork()
     if child:
@@ -216,13 +244,10 @@ def _watched(request: dict[str, object], status: int, stdout: int, stderr: int) 
     os.dup2(stderr, 2)
     for descriptor in (status, stdout, stderr):
         os.close(descriptor)
-    environment, arguments = request["environment"], request["arguments"]
-    assert isinstance(environment, dict)
-    assert isinstance(arguments, list)
     os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(str(request["folder"]))
-    return arguments
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    return request["program"], request["arguments"]
 
 
 def _main() -> None:
@@ -235,9 +260,13 @@ def _main() -> None:
     gc.collect()
     gc.freeze()  # pages that no collection writes to stay shared
     with socket.socket(fileno=int(sys.argv[1])) as control:
-        arguments = _fork(control)
-    sys.argv = ["modelpress", *arguments]
-    importlib.import_module("modelpress.cli").main(arguments)
+        program, arguments = _fork(control)
+    if "prefect" in sys.modules:
+        sys.modules["prefect.context"].refresh_global_settings_context()  # it read the environment when it was imported
+        sys.modules["prefect.logging.configuration"].setup_logging()
+    module, _, name = program.partition(":")
+    sys.argv = [module.partition(".")[0], *arguments]
+    getattr(importlib.import_module(module), name)()
 
 
 if __name__ == "__main__":

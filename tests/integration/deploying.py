@@ -1,10 +1,8 @@
-"""The documented commands that deploy `infra/prefect.yaml`, as a user types them."""
+"""The documented commands that deploy `infra/prefect.yaml`, with the arguments that a user types."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,14 +10,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import warm
 from tests.conftest import ROOT
 
 
 def prefect(*arguments: str, **environment: str) -> str:
     """Run Prefect's command line in the clone's root; what it printed."""
-    command = [sys.executable, "-m", "prefect", *arguments]
     env = {**os.environ, **environment}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = warm.flows().run(*arguments, program=warm.PREFECT, env=env, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -40,17 +38,18 @@ def deploy(*which: str) -> None:
 @contextmanager
 def worker(pool: str, home: Path, **environment: str) -> Iterator[Path]:
     """A process worker of a pool, as it is started by hand; its log."""
-    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool]
+    env = {**os.environ, **environment}
     log = home / f"{pool}.log"
     with log.open("ab") as output:
-        running = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=output, stderr=output)
+        command = ("worker", "start", "--pool", pool)
+        running = warm.flows().start(*command, program=warm.PREFECT, env=env, cwd=ROOT, output=output)
     try:
         yield log
     finally:
         _end(running)
 
 
-def _end(running: subprocess.Popen[bytes]) -> None:
+def _end(running: warm.Process) -> None:
     """Kill a process and all that it started. A worker that is asked to end first waits for the runs that it has."""
     with suppress(psutil.NoSuchProcess):
         for process in [*psutil.Process(running.pid).children(recursive=True), running]:

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from tests.conftest import ROOT, OpenS3, S3Server
 from tests.integration.small_workloads import WIDTH
 from tests.serving.conftest import Server
 from tests.store.gateway import Proxy
-from tests.warm import FLOWS, Warm
+from tests.warm import Warm, flows
 
 NAME = "small"
 RECIPE = {
@@ -99,7 +98,7 @@ def refused(found: tuple[int, str, str], code: int, *words: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, prefect_server: str, mlflow_server: str) -> Iterator[Place]:
+def place(tmp_path_factory: pytest.TempPathFactory, prefect_server: str, mlflow_server: str) -> Place:
     folder = tmp_path_factory.mktemp("bad")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MODELPRESS_", "AWS_"))}
     environment = clean | {
@@ -109,8 +108,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, prefect_server: str, mlflow_
         "PYTHONPATH": str(ROOT),
     }
     store = open_store(str(folder / "home" / "store"))
-    with closing(Warm(FLOWS, environment)) as warm:
-        yield Place(folder, environment, store, MlflowClient(mlflow_server, mlflow_server), warm)
+    return Place(folder, environment, store, MlflowClient(mlflow_server, mlflow_server), flows())
 
 
 @pytest.fixture(scope="module")

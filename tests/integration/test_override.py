@@ -6,23 +6,20 @@ import json
 import os
 from pathlib import Path
 
-import pytest
 from mlflow import MlflowClient
 
 from modelpress import decisions, keys, pointer
 from modelpress.store.local import LocalStore
 from modelpress.trust import Signer
 from registry import versions
+from tests import warm
 from tests.registry.shelf import Shelf
 from tests.trust.teams import Team
-from tests.warm import FLOWS, Warm
 
 NAME = "forced"
 
 
-def test_a_promotion_by_override(
-    tmp_path: Path, prefect_server: str, mlflow_server: str, request: pytest.FixtureRequest
-) -> None:
+def test_a_promotion_by_override(tmp_path: Path, prefect_server: str, mlflow_server: str) -> None:
     team = Team(tmp_path, farm="publisher")
     client = MlflowClient(mlflow_server, mlflow_server)
     shelf = Shelf(team.store("farm"), client, tmp_path / "shards", NAME)
@@ -38,11 +35,8 @@ def test_a_promotion_by_override(
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
 
-    warm = Warm(FLOWS, environment)
-    request.addfinalizer(warm.close)
-
     def run(*arguments: str) -> tuple[int, str, str]:
-        done = warm.run(*arguments, env=environment)
+        done = warm.flows().run(*arguments, env=environment)
         return done.returncode, done.stdout, done.stderr
 
     code, _, err = run("promote", NAME, pack)

@@ -23,11 +23,11 @@ from modelpress.cipher import LocalKey, secrets
 from modelpress.errors import AccessDeniedError, EncryptionKeyError
 from modelpress.store import open_store
 from serving.protocol import encode_request
+from tests import warm
 from tests.conftest import ROOT, OpenS3, S3Server
 from tests.integration.small_workloads import WIDTH
 from tests.integration.test_bad_input import NAME, RECIPE
 from tests.serving.conftest import Server
-from tests.warm import FLOWS, Warm
 
 KEY = b"a wrapping key of known bytes..!"
 PASSWORD = "tracking-password-5f2c"
@@ -73,7 +73,6 @@ def test_secrets_stay_out_of_all_that_is_written(
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
 ) -> None:
     store = open_store(f"{open_s3('writer').uri}/secret", s3_server.settings())
     host = urlsplit(mlflow_server).netloc
@@ -91,11 +90,9 @@ def test_secrets_stay_out_of_all_that_is_written(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     printed: dict[str, bytes] = {}
-    warm = Warm(FLOWS, os.environ)
-    request.addfinalizer(warm.close)
 
     def command(*arguments: str, code: int = 0, **more: str) -> str:
-        done = warm.run(*arguments, env=os.environ | more, timeout=240, cwd=tmp_path)
+        done = warm.flows().run(*arguments, env=os.environ | more, timeout=240, cwd=tmp_path)
         printed[f"printed by {' '.join(arguments[:2])} {len(printed)}"] = (done.stdout + done.stderr).encode()
         assert done.returncode == code, done.stderr
         return done.stdout
