@@ -38,6 +38,8 @@ VERSIONED = (
     "prefect",
     "mlflow",
     "boto3",
+    "jax",
+    "torchax",
 )
 
 

@@ -24,11 +24,11 @@ from typing import Annotated, Any, ClassVar, Final, Literal, Self
 from pydantic import AwareDatetime, Field, StringConstraints, model_validator
 
 from modelpress import keys
-from modelpress.errors import ConflictError, FormatError, NotFoundError, TrustError
+from modelpress.errors import FormatError, NotFoundError, TrustError
 from modelpress.housekeeping.turns import who
 from modelpress.pointer import Pointer
 from modelpress.reports import Decision
-from modelpress.store.base import ObjectInfo, Store, stands
+from modelpress.store.base import ObjectInfo, Store, put_once
 from modelpress.trust import entries as trusted
 from modelpress.trust.entries import DECISION_TYPE, Entry, EntrySignature
 
@@ -150,13 +150,7 @@ def keep(
     )
     made, data = trusted.seal(judged, store.signer, MAX_RECORD_BYTES, doing)
     key = keys.decision(name, pack, made.digest)
-    if not store.put(key, data, if_absent=True) and not stands(store, key, data):
-        raise ConflictError(
-            doing,
-            found=f"other bytes under {store.uri}/{key}",
-            expected="no object, or this decision",
-            fix="the object was damaged or tampered with: keep it for inquiry, delete it, and judge again",
-        )
+    put_once(store, key, data, doing, expected="no object, or this decision", again="judge")
     return made
 
 

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 
 from modelpress import keys
 from modelpress.config import UploadConfig
-from modelpress.errors import ConflictError, StageError
+from modelpress.errors import StageError
 from modelpress.housekeeping.intents import announced
 from modelpress.manifest import Manifest
 from modelpress.progress import Progress, silent
 from modelpress.reports import UploadReport
-from modelpress.store.base import Store, stands
+from modelpress.store.base import Store, put_once
 from modelpress.store.threads import DaemonPool
 from modelpress.trust import sign_pack
 from modelpress.trust.packs import check_signer
@@ -178,10 +178,5 @@ def _commit(store: Store, manifest: Manifest) -> None:
     """Write the manifest. One that is there already is our own, from a lost answer or an earlier run, if it holds
     the same bytes."""
     key, data = keys.manifest(manifest.name, manifest.digest), manifest.to_bytes()
-    if not store.put(key, data, if_absent=True) and not stands(store, key, data):
-        raise ConflictError(
-            f"publishing {manifest.name}",
-            found=f"other bytes under {store.uri}/{key}",
-            expected="the manifest that the digest names",
-            fix="the object was damaged or tampered with: keep it for inquiry, delete it, and publish again",
-        )
+    doing, expected = f"publishing {manifest.name}", "the manifest that the digest names"
+    put_once(store, key, data, doing, expected=expected, again="publish")

@@ -24,11 +24,11 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, StringConstraints, Va
 
 from modelpress import keys, strictjson
 from modelpress.cipher import open_bytes, seal_bytes, secret_of
-from modelpress.errors import ConfigError, ConflictError, CorruptionError, FormatError, NotFoundError, TrustError
+from modelpress.errors import ConfigError, CorruptionError, FormatError, NotFoundError, TrustError
 from modelpress.housekeeping.turns import who
 from modelpress.manifest import Encryption, Plain, canonical_json
 from modelpress.reports import RunReport
-from modelpress.store.base import Store, get_capped, stands
+from modelpress.store.base import Store, get_capped, put_once
 from modelpress.trust import entries as trusted
 from modelpress.trust.entries import RUN_TYPE, Entry, EntrySignature
 
@@ -145,13 +145,7 @@ def keep(store: Store, run: RunReport, page: bytes | None, encryption: Encryptio
     made, data = trusted.seal(record, store.signer, MAX_RECORD_BYTES, doing)
     wanted = [(_page_key(made), page)] if page is not None else []
     for key, content in [*wanted, (keys.run(run.name, run.pack, made.digest), data)]:
-        if not store.put(key, content, if_absent=True) and not stands(store, key, content):
-            raise ConflictError(
-                doing,
-                found=f"other bytes under {store.uri}/{key}",
-                expected="no object, or these bytes",
-                fix="the object was damaged or tampered with: keep it for inquiry, delete it, and run again",
-            )
+        put_once(store, key, content, doing, expected="no object, or these bytes", again="run")
     return made
 
 

@@ -9,9 +9,10 @@ on a TPU none was run.
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.export.graph_signature import InputKind
 
 from modelpress.config import ExportConfig
 from modelpress.errors import ExportError, SetupError
-from modelpress.export import EXAMPLE_BATCH, Inputs, check_inputs, quiet, run_torch
+from modelpress.export import EXAMPLE_BATCH, check_inputs, quiet, run_torch
 from modelpress.progress import Progress, silent
 from modelpress.reports import StableHloReport
 from modelpress.store.local import check_new_folder, local_errors
@@ -31,6 +33,8 @@ from modelpress.workload import Workload
 PROGRAM_FILE, WEIGHTS_FILE, REPORT_FILE = "model.jax", "model.safetensors", "model.json"
 PLATFORMS = ("cpu", "tpu")
 """The program is lowered for each; no TPU is needed for that."""
+LARGEST = 2**31
+"""A bound beyond it is none."""
 PACKAGES = ("torchax", "jax", "jaxlib")
 NAMED_AXES = {
     "all": "dimname dimname_out",
@@ -189,7 +193,7 @@ def _lowered(program: torch.export.ExportedProgram, workload: Workload, doing: s
         shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()}
         # Without it a TPU would round the factors of float32 products to bfloat16.
         with jax.default_matmul_precision("highest"):
-            exported = jax.export.export(jax.jit(call), platforms=PLATFORMS)(shapes, _signature(example, workload))
+            exported = jax.export.export(jax.jit(call), platforms=PLATFORMS)(shapes, _signature(program, workload))
         return _Lowered(bytes(exported.serialize()), weights)
     # torchax asserts that it knows an operator; JAX's errors are of all these kinds.
     except (RuntimeError, ValueError, TypeError, AssertionError, KeyError, NotImplementedError) as error:
@@ -201,21 +205,40 @@ def _lowered(program: torch.export.ExportedProgram, workload: Workload, doing: s
         ) from error
 
 
-def _signature(example: Inputs, workload: Workload) -> dict[str, Any]:
+def _signature(program: torch.export.ExportedProgram, workload: Workload) -> dict[str, Any]:
     """Shapes and types of the inputs; JAX has no integers of 64 bits, nor do TPUs."""
     import jax
     import jax.export
     from torchax.ops import mappings
 
-    axes, scope, sizes = workload.dynamic_axes(), jax.export.SymbolicScope(), dict[str, Any]()
-    for label in sorted({label for by_axis in axes.values() for label in by_axis.values()}):
-        (sizes[label],) = jax.export.symbolic_shape(f"n{len(sizes)}", scope=scope)
+    axes, example = workload.dynamic_axes(), workload.example(EXAMPLE_BATCH)
+    labels = sorted({label for by_axis in axes.values() for label in by_axis.values()})
+    symbols = {label: f"n{number}" for number, label in enumerate(labels)}
+    most = _most(program, axes, list(example))
+    scope = jax.export.SymbolicScope([f"{symbols[label]} <= {size}" for label, size in most.items()])
+    sizes = {label: jax.export.symbolic_shape(symbol, scope=scope)[0] for label, symbol in symbols.items()}
     found = {}
     for name, tensor in example.items():
         varies = axes.get(name, {})
         shape = [sizes[varies[axis]] if axis in varies else size for axis, size in enumerate(tensor.shape)]
         dtype = jax.dtypes.canonicalize_dtype(mappings.t2j_dtype(tensor.dtype))
         found[name] = jax.ShapeDtypeStruct(shape, dtype)
+    return found
+
+
+def _most(
+    program: torch.export.ExportedProgram, axes: Mapping[str, Mapping[int, str]], names: Sequence[str]
+) -> dict[str, int]:
+    """The largest size of an axis that the tracer found (as many positions as a table has), where it found one."""
+    given = [spec.kind == InputKind.USER_INPUT for spec in program.graph_signature.input_specs]
+    places = [node for node in program.graph.nodes if node.op == "placeholder"]
+    found: dict[str, int] = {}
+    for name, place in zip(names, itertools.compress(places, given), strict=True):
+        for axis, label in axes.get(name, {}).items():
+            size = place.meta["val"].shape[axis]
+            bounds = program.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
+            if bounds is not None and bounds.upper.is_Integer and bounds.upper < LARGEST:
+                found[label] = min(int(bounds.upper), found.get(label, LARGEST))
     return found
 
 

@@ -36,7 +36,8 @@ class ParallelConfig(Config):
     restarts: int = Field(default=3, ge=0, le=1000)
     """With several processes: how often all are started again, from the state that is kept, when one dies."""
     timeout_seconds: float = Field(default=600.0, gt=0)
-    """With several processes: how long one waits for the others before the training fails."""
+    """With several processes: how long one waits for the others before the training fails, and ranks elsewhere for a
+    word of the stage that waits for them."""
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:

@@ -7,17 +7,8 @@ from typing import Annotated, Literal, TypeAlias, TypeVar
 
 from pydantic import Field
 
-from modelpress.reduce.partials import (
-    ChannelMoments,
-    Confusion,
-    Extremes,
-    Histogram,
-    Moments,
-    PairedScores,
-    Partial,
-    Ranking,
-    WeightedMean,
-)
+from modelpress.reduce.judged import Confusion, PairedScores, Ranking
+from modelpress.reduce.partials import ChannelMoments, Extremes, Histogram, Moments, Partial, WeightedMean
 from modelpress.reports import TriedVariant
 from modelpress.reports.base import ArtifactRef, Report
 

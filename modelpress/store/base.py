@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from modelpress.errors import ConfigError, CorruptionError, NotFoundError, StoreError, StoreUnfitError
+from modelpress.errors import ConfigError, ConflictError, CorruptionError, NotFoundError, StoreError, StoreUnfitError
 from modelpress.settings import Settings, read_settings
 from modelpress.store import observe
 
@@ -289,6 +289,37 @@ def stands(store: Store, key: str, data: bytes) -> bool:
     """Whether these very bytes stand under a key; an object of another length is not read."""
     info = store.info(key)
     return info is not None and info.size_bytes == len(data) and store.get(key, 0, len(data)) == data
+
+
+def put_once(store: Store, key: str, data: bytes, doing: str, *, expected: str, again: str) -> bool:
+    """Write an object that is named by its content. One that stands there with these very bytes is as good: it is our
+    own, from a lost answer or an earlier run.
+
+    Args:
+        store: where.
+        key: its name.
+        data: its bytes.
+        doing: how errors begin.
+        expected: what may stand there, for people.
+        again: what to do once other bytes are gone: `publish`.
+
+    Returns:
+        Whether it was written by this call.
+
+    Raises:
+        ConflictError: other bytes stand there.
+        StoreError: it can't be written.
+    """
+    if store.put(key, data, if_absent=True):
+        return True
+    if not stands(store, key, data):
+        raise ConflictError(
+            doing,
+            found=f"other bytes under {store.uri}/{key}",
+            expected=expected,
+            fix=f"the object was damaged or tampered with: keep it for inquiry, delete it, and {again} again",
+        )
+    return False
 
 
 def check_digest(doing: str, found: str, expected: str | None) -> None:

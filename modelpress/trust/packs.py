@@ -12,17 +12,9 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from modelpress import keys
-from modelpress.errors import (
-    ConflictError,
-    CorruptionError,
-    KeyRefusedError,
-    NotFoundError,
-    SignatureError,
-    TrustError,
-    UnsignedError,
-)
+from modelpress.errors import CorruptionError, KeyRefusedError, NotFoundError, SignatureError, TrustError, UnsignedError
 from modelpress.manifest import canonical_json
-from modelpress.store.base import get_capped, stands
+from modelpress.store.base import get_capped, put_once
 from modelpress.trust.dsse import MAX_ENVELOPE_BYTES, Envelope
 from modelpress.trust.policy import Policy, TrustedKey, now
 from modelpress.trust.signer import Signer, holds
@@ -75,16 +67,8 @@ def sign_pack(store: Store, signer: Signer, name: str, digest: str) -> bool:
     """
     key = keys.signature(name, digest, signer.key_id)
     data = signer.envelope(PAYLOAD_TYPE, statement(name, digest)).to_bytes()
-    if store.put(key, data, if_absent=True):
-        return True
-    if not stands(store, key, data):
-        raise ConflictError(
-            f"signing pack {name}@{digest[:12]}",
-            found=f"other bytes under {store.uri}/{key}",
-            expected="no signature, or this one",
-            fix="the object was damaged or tampered with: keep it for inquiry, delete it, and sign again",
-        )
-    return False
+    doing = f"signing pack {name}@{digest[:12]}"
+    return put_once(store, key, data, doing, expected="no signature, or this one", again="sign")
 
 
 def check_signer(policy: Policy, signer: Signer | None, name: str, roles: tuple[str, ...], doing: str) -> None:

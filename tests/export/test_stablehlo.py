@@ -68,6 +68,29 @@ def _narrow(tensor: Tensor) -> np.ndarray:
     return tensor.numpy().astype(np.int32) if tensor.dtype == torch.int64 else tensor.numpy()
 
 
+class Positions(nn.Module):
+    """A table of 16 positions, of which a text takes the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.places = nn.Embedding(100, 8), nn.Embedding(16, 8)
+        self.register_buffer("numbers", torch.arange(16).unsqueeze(0), persistent=False)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        numbers = self.numbers[:, : ids.shape[1]].expand(ids.shape[0], -1)
+        hidden = self.words(ids) + self.places(numbers)
+        weights = mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+@needs_xla
+def test_an_axis_may_have_a_largest_size(tmp_path: Path) -> None:
+    module = Positions().eval()
+    report = export_stablehlo(module, TextToy(module), ExportConfig(tolerance=1e-5), tmp_path / "out")
+    assert report.weights == 3, "the positions' numbers are no parameter, and are there"
+
+
 class Rounded(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1) * 1e6 / 3

@@ -19,7 +19,8 @@ SECONDS = 240.0
 def server() -> Any:
     """One for all tests here: Python has a single server for a process, and takes up what the first user preloads."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.parallel.cases", "tests.parallel.work"])
+    lazily = ["modelpress.codec.kernels", "modelpress.prune", "modelpress.checkpoint"]
+    context.set_forkserver_preload(["tests.parallel.cases", "tests.parallel.work", *lazily])
     return context
 
 

@@ -19,7 +19,7 @@ from pydantic import SecretStr
 from modelpress.cipher.wrapping import make_key_file
 from modelpress.errors import ConfigError, ConflictError, StoreFullError
 from modelpress.store import Store, open_store
-from modelpress.store.base import RESERVED, check_key
+from modelpress.store.base import RESERVED, check_key, put_once
 from modelpress.store.links import Link, Links
 from modelpress.store.local import STALE_SECONDS, LocalStore
 from modelpress.trust import Signer
@@ -166,3 +166,14 @@ def test_only_plain_segments_pass(segments: list[str]) -> None:
     else:
         with pytest.raises(ConfigError):
             check_key("/".join(segments))
+
+
+def test_what_is_named_by_its_content_is_written_once_and_stays(store: Store) -> None:
+    def put(data: bytes) -> bool:
+        return put_once(store, "k", data, "keeping it", expected="nothing", again="keep")
+
+    assert [put(b"same"), put(b"same")] == [True, False]
+    for other in (b"diff", b"longer than that", b""):
+        with pytest.raises(ConflictError, match=r"(?s)keeping it.*other bytes under .*/k.*keep again"):
+            put(other)
+    assert store.get("k") == b"same"
