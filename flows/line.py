@@ -37,7 +37,6 @@ from modelpress.reports import (
     ArtifactRef,
     CompressReport,
     EvaluationReport,
-    PlanReport,
     ProfileReport,
     Report,
     SourceReport,
@@ -270,7 +269,7 @@ class Line:
                 data = base64.b64encode(picture.read_bytes()).decode()
                 text += f"\n![quality, bytes and speed by stage](data:image/png;base64,{data})\n"
             create_markdown_artifact(text, key=f"{key}-report", description=f"Report of `{self.config.name}`")
-            self._show_tables()
+            pages.show_tables(key, self.config.name, self.reports)
             self.run.folder(folder)
         if problems:
             self._tell(problems)
@@ -321,19 +320,6 @@ class Line:
             links=self.links,
         )
         return pages.draw_and_keep(self.settings, told, keep=bool(self.recomputed))
-
-    def _show_tables(self) -> None:
-        """In Prefect: the front of a plan, and the operators of the source model with what binds it."""
-        from modelpress.plan import show as planning
-        from modelpress.profile import show as profiling
-
-        if isinstance(planned := self.reports.get("plan"), PlanReport):
-            description = f"The plan of `{self.config.name}`, its front, and all weights alike"
-            create_table_artifact(planning.points(planned), key=f"{self.key}-plan", description=description)
-        if isinstance(profiled := self.reports.get("profile"), ProfileReport):
-            description = f"Operators of `{self.config.name}`; it is bound by {profiled.verdict.reason}"
-            rows = profiling.operators(profiled, most=50)
-            create_table_artifact(rows, key=f"{self.key}-profile", description=description)
 
     @property
     def served(self) -> str:

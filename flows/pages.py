@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from prefect.artifacts import create_table_artifact
+
 from flows import figures
 from flows.result import StageRow
 from modelpress.config import OptimizeConfig
@@ -89,18 +91,34 @@ def draw_plots(
     Returns:
         What could not be drawn.
     """
-    from modelpress.plan import figure
-    from modelpress.profile import figures as profiling
-
     problems: list[PageError] = []
     planned, compressed, profiled = (reports.get(stage) for stage in ("plan", "compress", "profile"))
     with noted(problems, f"drawing the plots of {name}"):
         figures.draw(rows, compressed if isinstance(compressed, CompressReport) else None, folder / STAGES)
         if layers and isinstance(planned, PlanReport):
+            from modelpress.plan import figure
+
             figure.draw(planned, folder / "plan.png")
         if layers and isinstance(profiled, ProfileReport):
+            from modelpress.profile import figures as profiling
+
             profiling.draw(profiled, folder)
     return problems
+
+
+def show_tables(key: str, name: str, reports: Mapping[str, Report]) -> None:
+    """In Prefect: the front of a plan, and the operators of the source model with what binds it."""
+    if isinstance(planned := reports.get("plan"), PlanReport):
+        from modelpress.plan import show as planning
+
+        description = f"The plan of `{name}`, its front, and all weights alike"
+        create_table_artifact(planning.points(planned), key=f"{key}-plan", description=description)
+    if isinstance(profiled := reports.get("profile"), ProfileReport):
+        from modelpress.profile import show as profiling
+
+        description = f"Operators of `{name}`; it is bound by {profiled.verdict.reason}"
+        rows = profiling.operators(profiled, most=50)
+        create_table_artifact(rows, key=f"{key}-profile", description=description)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,13 @@ class Databases:
             if not template.exists():
                 _copy(path, template)
 
+    def seed(self, kind: str, path: Path) -> None:
+        """Put a migrated database there if one of its kind was made by now; else whoever starts there makes it."""
+        template = self.folder / f"{kind}.db"
+        if template.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(template, path)
+
     def mlflow(self, folder: Path) -> str:
         """The address of an MLflow database of one's own, `mlflow.db` in `folder`."""
         from mlflow import MlflowClient  # seconds, which most tests don't need

@@ -21,7 +21,7 @@ WAITING = (
 )
 
 
-class Apart(LoadFileScheduling):
+class Apart(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types
     """`--dist loadfile`, but each worker prefers one kind of file; what is left over goes to whoever asks."""
 
     def _assign_work_unit(self, node: WorkerController) -> None:

@@ -17,6 +17,7 @@ UNDRAWABLE = (
     AssertionError,
     AttributeError,
     ET.ParseError,  # the library's own SVG, read again
+    ImportError,  # the library loads parts of itself when it first draws
     LookupError,
     MemoryError,
     OSError,  # the library looks for fonts

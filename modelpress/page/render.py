@@ -38,4 +38,4 @@ def _cleaned(value: Any) -> Any:
 
 def _mood(text: str) -> str:
     """The class of a word that says how something went."""
-    return {"pass": "good", "fail": "bad", "inconclusive": "open"}.get(text, "")
+    return {"pass": "good", "fail": "bad", "missing": "bad", "inconclusive": "open"}.get(text, "")

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from modelpress.config import parse_config
+from tests.databases import Databases
 from tests.encoders import make_encoder_folder
 
 ROOT = Path(__file__).parents[2]
@@ -110,8 +111,10 @@ def assert_answers(model: str, server: subprocess.Popen[str]) -> None:
     assert answer.json()["outputs"][0]["shape"] == [2, 2]
 
 
-def test_a_folder_of_an_encoder_runs_as_printed(tmp_path: Path) -> None:
+def test_a_folder_of_an_encoder_runs_as_printed(tmp_path: Path, databases: Databases) -> None:
     """The page's first recipe, with a folder and pairs that are there, to a promoted pack."""
+    databases.seed("prefect", tmp_path / "prefect" / "prefect.db")  # the other page's run begins on nothing
+    databases.mlflow(tmp_path / "home")
     make_encoder_folder(tmp_path / "our-encoder", pairs=2000)
     recipe = next(block for block in blocks(OWN_MODEL, "yaml") if block.startswith("name: our-encoder"))
     recipe = recipe.replace("/models/our-encoder", str(tmp_path / "our-encoder"))

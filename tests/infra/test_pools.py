@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pkgutil
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
-from docker.models.containers import _create_container_args
 from prefect.server.schemas.actions import WorkPoolCreate
 from prefect.utilities.templating import find_placeholders
 from prefect.workers.base import BaseJobConfiguration
-from prefect.workers.process import ProcessJobConfiguration
-from prefect_docker.worker import DockerWorkerJobConfiguration
-from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
 from tests.conftest import ROOT
 from tests.infra.kubernetes_schemas import NEWEST, OLDEST, check
 
 POOLS = ROOT / "infra" / "pools"
-KINDS: dict[str, type[BaseJobConfiguration]] = {
-    "process": ProcessJobConfiguration,
-    "docker": DockerWorkerJobConfiguration,
-    "docker-gpu": DockerWorkerJobConfiguration,
-    "kubernetes": KubernetesWorkerJobConfiguration,
-    "kubernetes-gpu": KubernetesWorkerJobConfiguration,
+KINDS = {
+    "process": "prefect.workers.process:ProcessJobConfiguration",
+    "docker": "prefect_docker.worker:DockerWorkerJobConfiguration",
+    "docker-gpu": "prefect_docker.worker:DockerWorkerJobConfiguration",
+    "kubernetes": "prefect_kubernetes.worker:KubernetesWorkerJobConfiguration",
+    "kubernetes-gpu": "prefect_kubernetes.worker:KubernetesWorkerJobConfiguration",
 }
+"""By name: these take more than a second to import, which is not for every process that collects tests."""
 KUBERNETES = [name for name in KINDS if name.startswith("kubernetes")]
 DOCKER = [name for name in KINDS if name.startswith("docker")]
 DEPLOYMENTS = yaml.safe_load((ROOT / "infra" / "prefect.yaml").read_text())["deployments"]
+
+
+def kind(name: str) -> type[BaseJobConfiguration]:
+    found: type[BaseJobConfiguration] = pkgutil.resolve_name(KINDS[name])
+    return found
 
 
 def template(name: str) -> dict[str, Any]:
@@ -42,7 +45,7 @@ def configured(name: str, **values: Any) -> Any:
     """The worker's own configuration of a job, as it is before the run's particulars are put in."""
     given = {"command": "prefect flow-run execute", "name": "optimize-digits", **values}
     nobody: Any = object()  # asked for blocks and variables, of which no template has one
-    made = asyncio.run(KINDS[name].from_template_and_values(template(name), given, client=nobody))
+    made = asyncio.run(kind(name).from_template_and_values(template(name), given, client=nobody))
     made.env = {"PREFECT_API_URL": "http://prefect:4200/api", **made.env}
     return made
 
@@ -67,7 +70,7 @@ def test_the_server_takes_it_and_every_variable_is_declared_and_used(name: str) 
     WorkPoolCreate(name=name, type=name.partition("-")[0], base_job_template=found)
     used = {place.name for place in find_placeholders(json.dumps(found["job_configuration"]))}
     assert used == set(found["variables"]["properties"])
-    assert set(found["job_configuration"]) <= set(KINDS[name].model_fields)
+    assert set(found["job_configuration"]) <= set(kind(name).model_fields)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -153,7 +156,7 @@ def test_dockers_own_client_takes_the_container(name: str) -> None:
         "version": "1.45",
         **made.container_create_kwargs,
     }
-    created = _create_container_args(settings)
+    created = pkgutil.resolve_name("docker.models.containers:_create_container_args")(settings)
     assert created["user"] == "10001:10001"
     host = created["host_config"]
     assert host["ReadonlyRootfs"] is True

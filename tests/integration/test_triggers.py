@@ -32,6 +32,7 @@ from modelpress.errors import GateError, SetupError
 from modelpress.store.local import LocalStore
 from registry import promotion, versions
 from tests.conftest import ROOT
+from tests.databases import Databases
 from tests.integration.conftest import free_port
 from tests.integration.deploying import deploy, make_pools, worker
 from tests.packs import onnx_checkpoint
@@ -44,8 +45,11 @@ WAIT_SECONDS = 180
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, prefect_server: str, mlflow_server: str) -> Iterator[Path]:
+def home(
+    tmp_path_factory: pytest.TempPathFactory, prefect_server: str, mlflow_server: str, databases: Databases
+) -> Iterator[Path]:
     home = tmp_path_factory.mktemp("triggers")
+    databases.seed("prefect", home / "prefect" / "prefect.db")  # for the server that a flow without one starts
     (home / "secret").write_text(SECRET)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MODELPRESS_HOME", str(home))

@@ -234,9 +234,9 @@ def test_what_does_not_fit_is_refused(launch: Launch) -> None:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("how", ["silent", "dead", "dead shares"])
+@pytest.mark.parametrize("how", ["silent", "dead sender", "dead", "dead shares"])
 def test_a_rank_that_is_gone_is_an_error_and_no_wait(launch: Launch, how: str) -> None:
-    """In a sum of ours, in the pipeline's sends, and in a sum within a layer."""
+    """In a sum and an exchange of ours, in the pipeline's sends, and in a sum within a layer."""
     for rank in LIVING if how != "dead shares" else [DEAD - 1]:
         error = launch.facts(rank)[how]
         assert error.startswith("StageError: "), error

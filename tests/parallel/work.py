@@ -27,7 +27,7 @@ from modelpress import keys
 from modelpress.blockwise.paged import without_memory
 from modelpress.cache import BlobCache
 from modelpress.errors import ModelpressError
-from modelpress.parallel.mesh import MeshSizes, answered, make_mesh
+from modelpress.parallel.mesh import MeshSizes, answered, make_mesh, wait_for
 from modelpress.parallel.outline import outline
 from modelpress.parallel.rank_load import load_into_, load_tensors
 from modelpress.parallel.runner import Runner
@@ -239,14 +239,25 @@ def _reduce(group: dist.ProcessGroup) -> None:
         dist.all_reduce(torch.zeros(1), group=group)
 
 
-def death(rank: int, stages: Runner, shares: Runner) -> Facts:
-    """One rank ends without a word in front of a step: the others miss its stage, and one of them its shares too."""
+def death(folder: Path, rank: int, stages: Runner, shares: Runner) -> Facts:
+    """One rank ends without a word, while the others wait for it; in front of a step they miss its stage, and one of
+    them its shares too."""
     if rank == DEAD:
+        while len(list(folder.glob("awaited-*"))) < RANKS - 1:
+            time.sleep(0.05)
         os._exit(9)
-    found: Facts = {}
+    awaited = dist.irecv(torch.zeros(1), DEAD)
+    assert awaited is not None
+    (folder / f"awaited-{rank}").touch()
+    found: Facts = {"dead sender": failed(lambda: _wait(awaited))}
     if shares.mesh.get_local_rank("data") == 1:
         found["dead shares"] = failed(lambda: shares.train_step(*own_slice(shares, "bert")))
     return found | {"dead": failed(lambda: stages.infer(batch("llama")[0]))}
+
+
+def _wait(work: dist.Work) -> None:
+    with answered("receiving"):
+        wait_for([work])
 
 
 def work(rank: int, folder: Path, plans: dict[str, TensorPlan], pack: str, sealed_pack: str) -> None:
@@ -264,6 +275,6 @@ def work(rank: int, folder: Path, plans: dict[str, TensorPlan], pack: str, seale
     uneven = {name: tensor[:6] for name, tensor in batch("llama")[0].items()}
     facts["uneven"] = failed(lambda: last.infer(uneven))
     (folder / f"facts-{rank}.json").write_text(json.dumps(facts))
-    facts |= death(rank, last, runner_of("bert", MeshSizes(data=2, tensor=2), [0, 2], plans["bert"]))
+    facts |= death(folder, rank, last, runner_of("bert", MeshSizes(data=2, tensor=2), [0, 2], plans["bert"]))
     (folder / f"facts-{rank}.json").write_text(json.dumps(facts))
     os._exit(0)  # the group is broken: nothing of it can be ended in good order

@@ -28,6 +28,8 @@ KINDS: dict[str, type[Report]] = {
 """Stages that may train, and their reports."""
 DRAWN = 6
 """Curves of a plot; gradual pruning trains after each of its steps."""
+POINTS, TOLD = 200, 40
+"""Epochs of a curve that are drawn, and that are in the table behind it."""
 Named = tuple[str, TrainReport]
 Spread = tuple[str, ParallelReport]
 
@@ -68,7 +70,7 @@ def _losses(found: Sequence[Named]) -> Figure | None:
     if not drawn:
         return None
     values = [loss for _, losses in drawn for loss in losses]
-    rows = [[label, str(epoch), f"{loss:.5g}"] for label, losses in drawn for epoch, loss in enumerate(losses, 1)]
+    rows = [[label, f"{epoch:,}", f"{loss:.5g}"] for label, losses in drawn for epoch, loss in _thinned(losses, TOLD)]
     key = "training-losses"
     alt = "Loss by epoch: " + "; ".join(f"{label} from {losses[0]:.3g} to {losses[-1]:.3g}" for label, losses in drawn)
     return Figure(
@@ -77,7 +79,7 @@ def _losses(found: Sequence[Named]) -> Figure | None:
         svg=scatter(
             key,
             alt,
-            {label: [Spot(float(epoch), loss) for epoch, loss in enumerate(losses, 1)] for label, losses in drawn},
+            {label: [Spot(float(epoch), loss) for epoch, loss in _thinned(losses, POINTS)] for label, losses in drawn},
             None,
             axes_named=("epoch", "mean loss"),
             logs=(False, min(values) > 0 and max(values) / min(values) > 20),
@@ -85,6 +87,12 @@ def _losses(found: Sequence[Named]) -> Figure | None:
         ),
         table=Table("Loss by epoch", ["training", "epoch", "mean loss"], rows, numbers=frozenset({1, 2})),
     )
+
+
+def _thinned(losses: Sequence[float], most: int) -> list[tuple[int, float]]:
+    """At most about so many epochs and their losses, evenly, and the last one."""
+    step = -(-len(losses) // most)
+    return [(epoch, loss) for epoch, loss in enumerate(losses, 1) if epoch % step == 1 % step or epoch == len(losses)]
 
 
 def _summary(found: Sequence[Named]) -> Table:
