@@ -17,7 +17,7 @@ from modelpress.manifest import Manifest, TensorEntry
 from modelpress.page import Story, read_beside, read_story, render, report_page, with_report
 from modelpress.page.compare import comparison_page, read_comparison
 from modelpress.page.fleet import fleet_page, read_fleet
-from modelpress.page.sections import slices
+from modelpress.page.sections import reasons, slices
 from modelpress.page.sections.profile import energy_and_cost
 from modelpress.page.sections.sizes import grouped
 from modelpress.reports import (
@@ -269,6 +269,23 @@ def test_many_trainings_are_told_and_some_of_them_drawn() -> None:
     curves = text.partition("Loss by epoch: ")[2].partition("How it")[0]
     assert "prune 5 from" in curves
     assert "prune 6 from" not in curves
+
+
+@pytest.mark.parametrize("grid", [(1, 10**12), (10**12, 8), (0, 8), (-1, 8), (8, -1), (65, 64)])
+def test_a_grid_that_nobody_measures_is_a_list_of_parts(grid: tuple[int, int]) -> None:
+    run = run_report(None)
+    (served,) = [stage for stage in run.stages if stage.evaluation and stage.evaluation.attribution]
+    assert served.evaluation is not None
+    assert served.evaluation.attribution is not None
+    claimed = [
+        one.model_copy(update={"rows": grid[0], "columns": grid[1]}) for one in served.evaluation.attribution.examples
+    ]
+    attribution = served.evaluation.attribution.model_copy(update={"examples": claimed})
+    told = served.model_copy(update={"evaluation": served.evaluation.model_copy(update={"attribution": attribution})})
+    section = reasons.section(Story(NAME, run=RunReport(name=NAME, stages=[told])))
+    assert section is not None
+    assert len(section.figures) == 1 + len(claimed)
+    assert "The 12 parts that count most" in section.figures[1].caption
 
 
 def test_thousands_of_tensors_are_summed_up() -> None:

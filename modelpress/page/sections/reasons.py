@@ -16,6 +16,8 @@ METHODS = {
 }
 PARTS = 12
 """Parts of a flat sample that are drawn, the weightiest."""
+MOST_FIELDS = 4096
+"""Of a grid that is drawn: each is a box in the page."""
 
 
 def section(story: Story) -> Section | None:
@@ -61,19 +63,24 @@ def _agreement(judged: Sequence[tuple[str, AttributionReport]]) -> Figure:
 
 def _examples(stage: str, found: AttributionReport) -> list[Figure]:
     return [
-        _image(stage, number, one) if one.rows is not None and one.columns is not None else _flat(stage, number, one)
+        _image(stage, number, one, *grid) if (grid := _size(one)) is not None else _flat(stage, number, one)
         for number, one in enumerate(found.examples)
         if one.before
     ]
+
+
+def _size(one: AttributionExample) -> tuple[int, int] | None:
+    """Rows and columns of the grid; None where there is none, or a record claims one that nobody measures."""
+    rows, columns = one.rows or 0, one.columns or 0
+    return (rows, columns) if rows > 0 and 0 < columns <= MOST_FIELDS // rows else None
 
 
 def _caption(stage: str, one: AttributionExample) -> str:
     return f"Evaluation sample {one.sample}: agreement {one.agreement:.2f} between the source model and {stage}"
 
 
-def _image(stage: str, number: int, one: AttributionExample) -> Figure:
+def _image(stage: str, number: int, one: AttributionExample, rows: int, columns: int) -> Figure:
     key = f"reasons-example-{number}"
-    rows, columns = one.rows or 1, one.columns or 1
     pair = [("source model", _grid(one.before, one, rows, columns)), (stage, _grid(one.after, one, rows, columns))]
     return Figure(
         key=key,
