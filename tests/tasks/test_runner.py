@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from prefect.logging import disable_run_logger
 
-from modelpress.config import EvaluateConfig, WorkloadConfig
+from modelpress.config import EvaluateConfig, ProfileConfig, WorkloadConfig
 from modelpress.errors import OverlapError
+from modelpress.providers import CUDA, MIGRAPHX, VITIS_AI, Provider, on_gpu
 from modelpress.reports import ArtifactRef
 from modelpress.settings import Settings
 from registry import runs
-from tasks import evaluation, models
+from tasks import evaluation, models, profiling
 from tasks.runner import RunContext, open_workload
 from tests.databases import Databases
 
@@ -103,3 +106,33 @@ def test_a_damaged_output_is_mended_by_a_run_that_reuses_nothing(
     monkeypatch.setenv("MODELPRESS_REUSE", "false")
     assert not models.source.fn(context()).reused
     assert place.read_bytes() == good
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "profile"])
+def test_a_gpu_is_held_for_a_gpus_provider_and_what_the_machine_tells_it_is_part_of_the_key(
+    stage: str, workload: WorkloadConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, object] = {}
+    for module in (evaluation, profiling):
+        monkeypatch.setattr(module, "run_stage", lambda *_, **given: asked.update(given))
+    context = RunContext(name="stages", mlflow_run="none", workload=workload)
+    graph = ArtifactRef(uri="file:///graph", sha256="0" * 64, size_bytes=1)
+
+    def run(provider: Provider, label: str = "quantize") -> tuple[bool, object]:
+        if stage == "evaluate":
+            evaluation.evaluate.fn(context, graph, EvaluateConfig(provider=provider), "quantize", label)
+        else:
+            profiling.profile.fn(context, graph, graph, ProfileConfig(provider=provider), None)
+        extra = asked["extra"]
+        assert isinstance(extra, dict)
+        return asked["gpu"] is not None, extra.get("provider_options")
+
+    for provider in typing.get_args(Provider):
+        assert run(provider) == (on_gpu(provider), None)
+    options = {"migraphx_fp16_enable": "1"}
+    monkeypatch.setenv("MODELPRESS_PROVIDER_OPTIONS", json.dumps({MIGRAPHX: options}))
+    assert run(MIGRAPHX) == (True, options)
+    assert run(CUDA) == (True, None)
+    assert run(VITIS_AI) == (False, None)
+    if stage == "evaluate":
+        assert run(MIGRAPHX, "source") == (False, None), "a torch module is measured on the CPU"
