@@ -294,6 +294,8 @@ def _write(folder: Path, lowered: _Lowered, report: StableHloReport, doing: str)
             partial.mkdir(parents=True)
             (partial / PROGRAM_FILE).write_bytes(lowered.program)
             safetensors.flax.save_file(dict(lowered.weights), partial / WEIGHTS_FILE)
+            # safetensors lets the owner alone read its files.
+            (partial / WEIGHTS_FILE).chmod((partial / PROGRAM_FILE).stat().st_mode)
             (partial / REPORT_FILE).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
             partial.rename(folder)
         finally:

@@ -10,6 +10,7 @@ from prefect.cache_policies import NO_CACHE
 
 from modelpress.config import EvaluateConfig, GpuConfig
 from modelpress.progress import Progress
+from modelpress.providers import on_gpu
 from modelpress.reports import ArtifactRef, LatencyReport, Report
 from modelpress.settings import read_settings
 from tasks.evaluation import host_fingerprint
@@ -44,8 +45,8 @@ def time_graph(context: RunContext, graph: ArtifactRef, config: EvaluateConfig, 
                 found.append(measure_latency(run, workload.example(size), size, config.latency_seconds))
         return {}, TimedReport(latency=found)
 
-    hardware = read_settings().hardware or None
-    on_gpu = config.provider != "CPUExecutionProvider"
+    settings = read_settings()
+    hardware, options = settings.hardware or None, settings.options_of(config.provider)
     return run_stage(
         context,
         "latency",
@@ -54,6 +55,10 @@ def time_graph(context: RunContext, graph: ArtifactRef, config: EvaluateConfig, 
         inputs=[graph],
         config=config,
         label=label,
-        extra={"host": host_fingerprint(), **({"hardware": hardware} if hardware else {})},
-        gpu=(context.gpu or GpuConfig()) if on_gpu else None,
+        extra={
+            "host": host_fingerprint(),
+            **({"hardware": hardware} if hardware else {}),
+            **({"provider_options": options} if options else {}),
+        },
+        gpu=(context.gpu or GpuConfig()) if on_gpu(config.provider) else None,
     )
