@@ -45,9 +45,9 @@ def _keep_signatures(imported: bool) -> None:
     """Let the exporter to ONNX read the signatures of its 500 functions once: else each export takes 0.4 s more."""
     if not imported:
         return
-    for name in [name for name in sys.modules if name.startswith(EXPORTER)]:
-        if found := getattr(sys.modules[name], "get_torchlib_ops", None):
-            sys.modules[name].get_torchlib_ops = functools.cache(found)
+    for module in [module for name, module in sys.modules.items() if name.startswith(EXPORTER)]:
+        if "get_torchlib_ops" in vars(module):
+            vars(module)["get_torchlib_ops"] = functools.cache(vars(module)["get_torchlib_ops"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
