@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +45,16 @@ def _keep_signatures(imported: bool) -> None:
     """Let the exporter to ONNX read the signatures of its 500 functions once: else each export takes 0.4 s more."""
     if not imported:
         return
-    for name in [name for name in sys.modules if name.startswith(EXPORTER)]:
-        if found := getattr(sys.modules[name], "get_torchlib_ops", None):
-            sys.modules[name].get_torchlib_ops = functools.cache(found)
+    for module in [module for name, module in sys.modules.items() if name.startswith(EXPORTER)]:
+        if "get_torchlib_ops" in vars(module):
+            vars(module)["get_torchlib_ops"] = functools.cache(vars(module)["get_torchlib_ops"])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of tests with one id pytest-xdist runs one, in silence."""
+    twice = [name for name, count in Counter(item.nodeid for item in items).items() if count > 1]
+    if twice:
+        raise pytest.UsageError(f"several tests have the id of another: {', '.join(twice)}")
 
 
 def pytest_runtest_setup() -> None:

@@ -21,7 +21,7 @@ import psutil
 import torch
 from onnx import GraphProto, helper
 
-from modelpress import graph, memory
+from modelpress import graph, memory, providers
 from modelpress.cores import usable_cores
 from modelpress.profile import graphs
 from modelpress.profile.kinds import device_kinds
@@ -54,12 +54,12 @@ def measure(runtime: Runtime, provider: str, threads: int, seconds: float) -> Ma
 
     Args:
         runtime: whose calls are timed.
-        provider: ONNX Runtime execution provider; with another than the CPU's, ceilings are those of torch's GPU.
+        provider: ONNX Runtime execution provider; with a GPU's, ceilings are those of torch's GPU.
         threads: of one operator; 0 takes the cores that this process may use.
         seconds: time for each ceiling.
     """
     threads = threads or usable_cores()
-    on_gpu = provider != "CPUExecutionProvider" and torch.cuda.is_available()
+    on_gpu = providers.on_gpu(provider) and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     elsewhere = None if provider == "CPUExecutionProvider" or on_gpu else _no_torch_gpu(provider)
     with torch_threads(threads), torch.inference_mode():
