@@ -173,9 +173,8 @@ def _least_bytes(sizes: MeshSizes, schedule: str, dtype: torch.dtype, quick: boo
     size = next(module.parameters()).element_size()
     width = outlined.shapes[outlined.blocks[0]][-1]
     hidden, logits = tokens * width * size, tokens * VOCABULARY * size  # of all copies together
-    boundaries = (
-        2 * (parts_of(sizes, schedule) - 1) * hidden * sizes.tensor
-    )  # each tensor-parallel rank sends to its own
+    # Each tensor-parallel rank sends to its own.
+    boundaries = 2 * (parts_of(sizes, schedule) - 1) * hidden * sizes.tensor
     shared = 2 * (sizes.tensor - 1)  # of a sum, over all ranks that make it
     layers = (4 * len(outlined.blocks) + 1) * hidden * shared
     gathered = logits * (sizes.tensor - 1) if sizes.tensor > 1 else 0

@@ -33,4 +33,4 @@ def test_greedy_partitions_are_legal_and_none_beats_the_best(costs: list[float],
 )
 def test_the_least_bytes_of_a_step(sizes: MeshSizes, expected: float) -> None:
     """In hidden states of 16 · 32 tokens of width 64: borders, four sums a layer and one, and logits gathered."""
-    assert _least_bytes(sizes, torch.float32, quick=True) == expected * 16 * 32 * 64 * 4
+    assert _least_bytes(sizes, "1f1b", torch.float32, quick=True) == expected * 16 * 32 * 64 * 4
