@@ -97,7 +97,10 @@ def _ask(judged: Judged) -> str:
                 fix="deploy infra/prefect.yaml, or start the flow promote for it where somebody can answer",
             ) from error
         while True:
-            run = client.create_flow_run_from_deployment(deployment.id, parameters=parameters, idempotency_key=key)
+            # Named as the flow names itself when it begins: the description would keep a name that is no more.
+            run = client.create_flow_run_from_deployment(
+                deployment.id, parameters=parameters, idempotency_key=key, name=f"promote-{name}-{pack}"
+            )
             if run.state is None or not run.state.is_final():
                 break
             key = f"approve-after-{run.id}"  # the same numbers were answered before, and somebody clicked again
